@@ -1,0 +1,160 @@
+"""Command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from merge_search.errors import InputError, MergeSearchError
+
+if TYPE_CHECKING:
+    import optuna
+
+    from merge_search.report.table import Table
+    from merge_search.search.prepare import Plan
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    help="Search for the best single model that a base and its fine-tuned experts can make.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console()
+err = Console(stderr=True)
+
+StudyArgument = Annotated[Path, typer.Argument(help="The study file (YAML).", show_default=False)]
+OutArgument = Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.", show_default=False)]
+
+
+@app.command()
+def run(study: StudyArgument) -> None:
+    """Search, or resume: the same command goes on after a crash, a Ctrl-C or on another day."""
+    from merge_search.search.progress import Progress
+    from merge_search.search.run import run as run_study
+    from merge_search.study_file import read_study_file
+
+    file = read_study_file(study)
+    with Progress(err) as progress:
+        result = run_study(file, progress)
+    _print_result(result, study)
+
+
+@app.command()
+def validate(study: StudyArgument) -> None:
+    """Check a study file, its models, tasks and metrics, before any weight is loaded."""
+    plan = _plan(study)
+    dimension = len(plan.space.parameters)
+    out.print(
+        f"{study.name}: no problem found. {len(plan.context.experts)} experts, {plan.context.n_blocks} blocks, "
+        f"{dimension} dimensions, {plan.file.search.n_trials} trials.",
+        highlight=False,
+    )
+    for m in plan.metrics:
+        counts = ", ".join(f"{n} {split}" for split, n in m.n_questions.items() if n)
+        out.print(f"  {m.name}: {counts} questions", highlight=False)
+
+
+@app.command()
+def export(
+    study: StudyArgument,
+    out_folder: OutArgument,
+    trial: Annotated[int | None, typer.Option(help="A trial's number; the best one if not given.")] = None,
+) -> None:
+    """Write the best model, or a trial's, as a Hugging Face folder."""
+    from merge_search.deliver import export_trial
+
+    record = export_trial(_plan(study), out_folder, number=trial)
+    out.print(f"{record.name} written to {out_folder} (sha256 of the weights {record.weights_sha256})", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="recipe.json.", show_default=False)],
+    out_folder: OutArgument,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "auto",
+) -> None:
+    """Make the model of a recipe, without a study."""
+    from merge_search.deliver import merge_recipe
+
+    digest = merge_recipe(recipe, out_folder, device=device)
+    out.print(f"written to {out_folder} (sha256 of the weights {digest})", highlight=False, soft_wrap=True)
+
+
+@app.command(name="list")
+def list_() -> None:
+    """Show presets, search spaces, evaluators and samplers by name."""
+    from merge_search import catalogue
+    from merge_search.presets import PRESETS
+    from merge_search.search.samplers import SAMPLERS
+
+    table = RichTable("preset", "what it does", "source", title="presets", title_justify="left")
+    for name, p in PRESETS.items():
+        table.add_row(name, p.summary, p.source)
+    out.print(table)
+    for title, names in (
+        ("search spaces", catalogue.names("search_spaces")),
+        ("evaluators", catalogue.names("evaluators")),
+        ("samplers", SAMPLERS),
+    ):
+        out.print(f"{title}: {', '.join(names)}", highlight=False)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from merge_search import __version__
+
+        out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+def _plan(study: Path) -> Plan:
+    from merge_search.search.prepare import prepare
+    from merge_search.study_file import read_study_file
+
+    return prepare(read_study_file(study))
+
+
+def _print_result(study: optuna.Study, path: Path) -> None:
+    from merge_search.report.table import summary_table
+    from merge_search.search.records import objective_of
+
+    table = summary_table(study, *objective_of(study))
+    out.print(_rich(table))
+    out.print(table.verdict, highlight=False)
+    out.print(f"Write it: merge-search export {path} OUT", highlight=False)
+
+
+def _rich(table: Table) -> RichTable:
+    shown = RichTable(*table.header, title="validation questions (± one standard error)", title_justify="left")
+    for i, row in enumerate(table.rows):
+        shown.add_row(*row, style="bold" if i == table.emphasised else "")
+    return shown
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point: problems become a message and an exit status, not a traceback.
+
+    Exit status: 0 done; 1 it cannot be done here; 2 the input must be changed; 130 interrupted.
+    """
+    command: Any = typer.main.get_command(app)
+    try:
+        sys.exit(command.main(args=args, prog_name="merge-search", standalone_mode=True))
+    except InputError as error:
+        err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except MergeSearchError as error:
+        err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("stopped; nothing finished is lost, the same command goes on from here", highlight=False)
+        sys.exit(130)

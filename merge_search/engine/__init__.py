@@ -1,0 +1,1 @@
+"""Recipe -> weights in a live model. Knows recipes, not studies."""

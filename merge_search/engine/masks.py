@@ -1,0 +1,57 @@
+"""Counter-based random numbers: a pure function of (seed, expert, tensor, element).
+
+No generator, no state: the same bits on any device, in any chunking, in the search and in the export, whatever
+the order of the experts. A mask ``u < density`` is nested in the density: raising it only adds parameters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from merge_search.seeding import derive_seed
+
+__all__ = ["indices", "mask_keys", "mix", "uniform"]
+
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32, 0x5BD1E995)
+"""Odd 32-bit constants; the first two are those of the public-domain hash `lowbias32`."""
+
+
+def mask_keys(seed: int, expert: str, tensor: str) -> tuple[int, int]:
+    """Two signed 32-bit keys of one stream; experts and tensors are told apart by name, never by position."""
+    bits = derive_seed(seed, "mask", expert, tensor, bits=62)
+    return (bits & 0xFFFFFFFF) - 2**31, (bits >> 32) - 2**29
+
+
+def indices(n: int, offset: int | Tensor = 0, *, device: torch.device | str = "cpu") -> Tensor:
+    """Positions offset .. offset + n - 1 as int32; they wrap at 2**32, which repeats the pattern and harms nothing."""
+    if isinstance(offset, int):
+        offset = (offset + 2**31) % 2**32 - 2**31
+    return torch.arange(n, dtype=torch.int32, device=device) + offset
+
+
+def mix(index: Tensor, first: Tensor | int, second: Tensor | int) -> Tensor:
+    """32 well-mixed bits per element.
+
+    Two keys, because one that is only added would make one stream a shifted copy of another.
+
+    Args:
+        index: int32, any shape.
+        first, second: Keys, ints or 0-d int32 tensors.
+    Returns:
+        int32, same shape. Integer arithmetic modulo 2**32 only: equal on every device.
+    """
+    h = index + first
+    h = h ^ ((h >> 16) & 0xFFFF)
+    h = (h * _MULTIPLIERS[0]) ^ second
+    h = h ^ ((h >> 15) & 0x1FFFF)
+    h = h * _MULTIPLIERS[1]
+    h = h ^ ((h >> 13) & 0x7FFFF)
+    h = h * _MULTIPLIERS[2]
+    return h ^ ((h >> 16) & 0xFFFF)
+
+
+def uniform(index: Tensor, first: Tensor | int, second: Tensor | int) -> Tensor:
+    """Uniform numbers on the grid k / 2**24 in [0, 1). float32, same shape as `index`."""
+    bits = mix(index, first, second)
+    return ((bits >> 8) & 0xFFFFFF).to(torch.float32) * (1.0 / 2**24)

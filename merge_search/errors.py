@@ -1,0 +1,99 @@
+"""What can go wrong, by what the one who catches it can do.
+
+    MergeSearchError
+    ├── InputError            (also ValueError) fix what was given; carries *all* the problems found
+    │   ├── StudyFileError    the study file
+    │   ├── RecipeError       a recipe, or a mergekit file
+    │   └── SpaceError        a search space
+    ├── WeightsError          fix a checkpoint: missing, truncated, another shape, a pickle
+    ├── StudyChangedError     the stored study was made with other models, tasks or space
+    ├── StorageError          the storage cannot be used as asked (a second driver holds it, ...)
+    └── TrialError            one trial cannot be finished; the study goes on
+        ├── NonFiniteError    NaN or infinity in weights or scores
+        └── EvaluationError   the evaluator failed
+
+A message says what must hold, what was found, where, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "EvaluationError",
+    "InputError",
+    "MergeSearchError",
+    "NonFiniteError",
+    "RecipeError",
+    "SpaceError",
+    "StorageError",
+    "StudyChangedError",
+    "StudyFileError",
+    "TrialError",
+    "WeightsError",
+    "nearest",
+]
+
+
+class MergeSearchError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class InputError(MergeSearchError, ValueError):
+    """The input must be changed; `problems` lists everything that was found wrong with it."""
+
+    def __init__(self, problems: str | Iterable[str], *, where: str = "") -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.where = where
+        head = f"{where}: " if where else ""
+        if len(self.problems) == 1:
+            text = head + self.problems[0]
+        else:
+            text = f"{head}{len(self.problems)} problems\n" + "\n".join(f"  - {p}" for p in self.problems)
+        super().__init__(text)
+
+
+class StudyFileError(InputError):
+    """The study file cannot be used."""
+
+
+class RecipeError(InputError):
+    """The recipe (or mergekit file) does not describe a merge of these models."""
+
+
+class SpaceError(InputError):
+    """The search space is empty, too large or does not fit the models."""
+
+
+class WeightsError(MergeSearchError):
+    """A checkpoint cannot be used as it lies on disk."""
+
+
+class StudyChangedError(MergeSearchError):
+    """The study in the storage was made with other models, tasks, objective or space."""
+
+
+class StorageError(MergeSearchError):
+    """The storage cannot be used as asked."""
+
+
+class TrialError(MergeSearchError):
+    """One trial cannot be finished; it is recorded with its reason and the study goes on."""
+
+
+class NonFiniteError(TrialError):
+    """NaN or infinity where a finite number must be."""
+
+
+class EvaluationError(TrialError):
+    """The evaluator could not score the model."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint naming the closest known word, or all of them when they are few, or ''."""
+    words = sorted(known)
+    close = difflib.get_close_matches(name, words, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(words)}" if 0 < len(words) <= 40 else ""

@@ -1,0 +1,218 @@
+"""Contract: an evaluator scores a live model on a split of the questions, at a fidelity.
+
+Questions are split once, by a hash of the document, into search / validation / test, and put into one order,
+also by hash: a fidelity of 0.5 asks the first half of that order, so questions of smaller fidelities are a
+subset of those of larger ones and every comparison between candidates is paired.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from merge_search.errors import NonFiniteError
+from merge_search.seeding import unit_interval
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = [
+    "Cost",
+    "Evaluation",
+    "Evaluator",
+    "MetricInfo",
+    "Scores",
+    "Split",
+    "SplitShares",
+    "pack",
+    "question_order",
+    "split_of",
+    "unpack",
+]
+
+
+class Split(StrEnum):
+    """What a question is used for; each question belongs to exactly one."""
+
+    FIT = "fit"  #: a learner fits its coefficients on these; never scored
+    SEARCH = "search"  #: candidates are scored on these during the search
+    VALIDATION = "validation"  #: the best few are compared on these afterwards
+    TEST = "test"  #: opened once, for the report
+
+
+@dataclass(frozen=True)
+class SplitShares:
+    """Shares of the questions; they sum to one. `fit` is 0 unless a learner needs part of the search split."""
+
+    search: float = 0.6
+    validation: float = 0.2
+    test: float = 0.2
+    fit: float = 0.0
+
+
+def split_of(document_hash: str, shares: SplitShares) -> Split:
+    """The split of a document: a function of its content alone, so equal documents share a split."""
+    u = unit_interval("split", document_hash)
+    if u < shares.search:
+        return Split.FIT if u < shares.fit else Split.SEARCH
+    return Split.VALIDATION if u < shares.search + shares.validation else Split.TEST
+
+
+def question_order(document_hash: str) -> float:
+    """Sort key of the nested order of questions, independent of the split."""
+    return unit_interval("order", document_hash)
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """A metric of a task: ``task/metric`` is its name in objectives."""
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    n_questions: Mapping[Split, int]
+    chance: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.metric}"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-question values of one metric.
+
+    Attributes:
+        ids: Document hashes, in the nested order of questions. Shape (n,).
+        values: Score of each question. Shape (n,), float64, finite.
+        probability: Probability given to the right answer, where the task is multiple choice. Shape (n,).
+        score: The metric over all questions (a mean unless the metric aggregates otherwise).
+        stderr: Its standard error.
+    """
+
+    ids: tuple[str, ...]
+    values: NDArray[np.float64]
+    score: float
+    stderr: float
+    probability: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was spent: seconds of wall time, questions asked (a backward pass counts as two forwards)."""
+
+    merge_s: float = 0.0
+    evaluate_s: float = 0.0
+    questions: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.merge_s + other.merge_s, self.evaluate_s + other.evaluate_s, self.questions + other.questions)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores by metric name (``task/metric``) on one split at one fidelity."""
+
+    split: Split
+    fidelity: float
+    scores: Mapping[str, Scores]
+    cost: Cost = field(default_factory=Cost)
+
+    def check_finite(self) -> None:
+        """Raises `NonFiniteError` naming every metric whose score is not finite."""
+        bad = [name for name, s in self.scores.items() if not (math.isfinite(s.score) and np.isfinite(s.values).all())]
+        if bad:
+            raise NonFiniteError(
+                f"scores must be finite, got NaN or infinity for {', '.join(bad)} on the {self.split} split"
+            )
+
+    def to_attribute(self) -> dict[str, Any]:
+        """Compact JSON for a trial's user attribute; `from_attribute` restores all but the question ids."""
+        return {
+            "split": str(self.split),
+            "fidelity": self.fidelity,
+            "cost": [self.cost.merge_s, self.cost.evaluate_s, self.cost.questions],
+            "scores": {
+                name: {
+                    "score": s.score,
+                    "stderr": s.stderr if math.isfinite(s.stderr) else None,
+                    "n": len(s.values),
+                    "values": pack(s.values),
+                    **({} if s.probability is None else {"probability": pack(s.probability)}),
+                }
+                for name, s in self.scores.items()
+            },
+        }
+
+    @classmethod
+    def from_attribute(cls, data: Mapping[str, Any]) -> Evaluation:
+        """Inverse of `to_attribute`; `Scores.ids` come back empty (they are the evaluator's fixed order)."""
+        scores = {
+            name: Scores(
+                ids=(),
+                values=unpack(s["values"]),
+                score=s["score"],
+                stderr=math.nan if s["stderr"] is None else s["stderr"],
+                probability=unpack(s["probability"]) if "probability" in s else None,
+            )
+            for name, s in data["scores"].items()
+        }
+        return cls(Split(data["split"]), data["fidelity"], scores, Cost(*data["cost"]))
+
+
+def pack(values: NDArray[np.float64]) -> str:
+    """Numbers as text: ``b<n>:<base64>`` one bit each where all are 0 or 1, else ``e``/``f``: float16/float32.
+
+    float16 is used for probabilities-like values in [0, 1] that are not all 0 or 1, float32 otherwise.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if np.isin(values, (0.0, 1.0)).all():
+        return f"b{len(values)}:" + base64.b64encode(np.packbits(values.astype(bool)).tobytes()).decode()
+    kind, dtype = ("e", "<f2") if ((values >= 0) & (values <= 1)).all() else ("f", "<f4")
+    return f"{kind}{len(values)}:" + base64.b64encode(values.astype(dtype).tobytes()).decode()
+
+
+def unpack(text: str) -> NDArray[np.float64]:
+    """Inverse of `pack`. Shape (n,), float64."""
+    head, data = text.split(":", 1)
+    raw, n = base64.b64decode(data), int(head[1:])
+    if head[0] == "b":
+        return np.unpackbits(np.frombuffer(raw, dtype=np.uint8), count=n).astype(np.float64)
+    return np.frombuffer(raw, dtype="<f2" if head[0] == "e" else "<f4").astype(np.float64)
+
+
+class Evaluator(Protocol):
+    """What a file in ``evaluators/`` implements.
+
+    Built as ``Kind(options, shares=..., seed=...)`` from an entry of the study file's ``evaluate`` list
+    without ``evaluator``; problems with options, tasks or metrics are raised there, all at once, as one
+    `StudyFileError`, before any weight is loaded. Building must leave the global random generators alone.
+    """
+
+    def metrics(self) -> list[MetricInfo]:
+        """Every metric it will report, the main one of each task first."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes when the questions, prompts or metrics change."""
+        ...
+
+    def bind(self, model: Any, tokenizer: Any, *, folder: str) -> None:
+        """Prepare requests once for a live model whose weights will be changed in place between calls."""
+        ...
+
+    def evaluate(self, split: Split, fidelity: float = 1.0) -> Evaluation:
+        """Score the bound model as it is now; the only door to the questions.
+
+        Global random generators are as they were before. Twice the same weights give the same answers.
+
+        Raises:
+            EvaluationError: the trial fails, the study goes on.
+        """
+        ...

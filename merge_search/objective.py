@@ -1,0 +1,247 @@
+"""Metrics -> objectives and constraints. The only place where directions are flipped.
+
+Names:
+    TASK/METRIC          a metric as the evaluator reports it (or TASK alone: its main metric)
+    retention/TASK       r_t = (s_t - base_t) / (expert_t - base_t), expert_t the best expert on that task
+    mean_retention       mean of r_t over the tasks where an expert beats the base
+    worst_retention      their minimum
+    mean, worst          mean and minimum of the main metrics (each flipped so that larger is better)
+
+Constraints are text: ``zoo_qtype >= 0.6``, ``zoo_qtype >= base - 0.01``, ``wiki/perplexity <= expert + 0.2``.
+
+Noise: the variance of a mean of n per-question values; for 0/1 answers p(1 - p)/n with p smoothed to
+(k + 1/2)/(n + 1), so that 0 of n and n of n do not claim certainty. `References.pairing` scales it by what is
+left when candidates answer the same questions: mean over pairs of var(y_i - y_j) / 2 relative to mean var(y_i).
+The references' own noise shifts all candidates alike and is left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from merge_search.errors import StudyFileError, nearest
+from merge_search.evaluation import Evaluation, MetricInfo, Scores
+
+__all__ = ["Constraint", "Estimate", "Objective", "References"]
+
+COMPOSITES = ("mean_retention", "worst_retention", "mean", "worst")
+_CONSTRAINT = re.compile(
+    r"^\s*(?P<name>\S+)\s*(?P<sign>>=|<=)\s*(?:(?P<anchor>base|expert)\s*(?:(?P<op>[+-])\s*(?P<off>[0-9.eE+-]+))?|(?P<value>[-+0-9.eE]+))\s*$"
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with the variance of its measurement."""
+
+    value: float
+    variance: float
+
+    @property
+    def stderr(self) -> float:
+        return math.sqrt(self.variance)
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """``name sign (value | base +- offset | expert +- offset)``."""
+
+    text: str
+    name: str
+    sign: str
+    anchor: str | None
+    offset: float
+
+    @classmethod
+    def parse(cls, text: str) -> Constraint:
+        match = _CONSTRAINT.match(text)
+        try:
+            if match is None:
+                raise ValueError
+            if match["anchor"]:
+                offset = float(match["off"] or 0) * (-1 if match["op"] == "-" else 1)
+            else:
+                offset = float(match["value"])
+        except ValueError:
+            raise StudyFileError(
+                f"constraint {text!r} must read like 'TASK >= 0.6', 'TASK >= base - 0.01' or 'TASK/METRIC <= expert + 0.2'"
+            ) from None
+        return cls(text, match["name"], match["sign"], match["anchor"], offset)
+
+
+@dataclass(frozen=True)
+class References:
+    """Scores of base and experts on the search split at full fidelity.
+
+    Attributes:
+        base: Score by metric name.
+        expert: Best expert's score by metric name (best in the metric's own direction).
+        best_expert: Its name, by metric name.
+        pairing: Share of the variance that remains between candidates on the same questions, in (0, 1].
+    """
+
+    base: Mapping[str, float]
+    expert: Mapping[str, float]
+    best_expert: Mapping[str, str]
+    pairing: float
+
+    @classmethod
+    def from_evaluations(
+        cls, metrics: Sequence[MetricInfo], base: Evaluation, experts: Mapping[str, Evaluation]
+    ) -> References:
+        """Collect from the evaluations of the base and of every expert, all on the same questions."""
+        expert, names = {}, {}
+        for m in metrics:
+            sign = 1 if m.higher_is_better else -1
+            names[m.name] = max(experts, key=lambda e: sign * experts[e].scores[m.name].score)
+            expert[m.name] = experts[names[m.name]].scores[m.name].score
+        base_scores = {m.name: base.scores[m.name].score for m in metrics}
+        return cls(base_scores, expert, names, _pairing([base, *experts.values()]))
+
+
+def _pairing(evaluations: Sequence[Evaluation]) -> float:
+    between, alone = [], []
+    for name in evaluations[0].scores:
+        rows = [e.scores[name].values for e in evaluations]
+        alone += [r.var() for r in rows]
+        between += [(a - b).var() / 2 for a, b in itertools.combinations(rows, 2)]
+    if not between or np.mean(alone) == 0:
+        return 1.0
+    return float(np.clip(np.mean(between) / np.mean(alone), 0.1, 1.0))
+
+
+def variance_of(scores: Scores) -> float:
+    """Variance of a mean of per-question values (see the module's notes)."""
+    n = len(scores.values)
+    if np.isin(scores.values, (0.0, 1.0)).all():
+        p = (scores.values.sum() + 0.5) / (n + 1)
+        return float(p * (1 - p) / n)
+    if math.isfinite(scores.stderr) and scores.stderr > 0:
+        return scores.stderr**2
+    return float(scores.values.var(ddof=1) / n) if n > 1 else 1.0
+
+
+class Objective:
+    """What is maximised or minimised, and what must hold.
+
+    Args:
+        maximise, minimise: Names; together at least one.
+        constraints: Texts as in the module's notes.
+        metrics: What the evaluators report.
+
+    Raises:
+        StudyFileError: unknown names, malformed constraints: all of them at once.
+    """
+
+    def __init__(
+        self,
+        maximise: Sequence[str],
+        minimise: Sequence[str],
+        constraints: Sequence[str],
+        metrics: Sequence[MetricInfo],
+    ) -> None:
+        self.metrics = {m.name: m for m in metrics}
+        self.main: dict[str, MetricInfo] = {}
+        for m in metrics:
+            self.main.setdefault(m.task, m)
+        problems: list[str] = []
+        self.constraints: list[Constraint] = []
+        for text in constraints:
+            try:
+                self.constraints.append(Constraint.parse(text))
+            except StudyFileError as error:
+                problems += error.problems
+        known = [*COMPOSITES, *self.metrics, *self.main, *(f"retention/{t}" for t in self.main)]
+        for name in [*maximise, *minimise, *(c.name for c in self.constraints)]:
+            if name not in known:
+                problems.append(f"objective: no metric is called {name!r}{nearest(name, known)}")
+        for c in self.constraints:
+            if c.anchor and c.name not in self.metrics and c.name not in self.main:
+                problems.append(
+                    f"constraint {c.text!r}: {c.anchor!r} can stand only beside a task or metric, not beside {c.name!r}"
+                )
+        if not maximise and not minimise:
+            problems.append(
+                "objective: name at least one metric under maximise or minimise, for example 'maximise: mean_retention'"
+            )
+        if problems:
+            raise StudyFileError(problems)
+        self.names = [*maximise, *minimise]
+        self.directions = ["maximize"] * len(maximise) + ["minimize"] * len(minimise)
+
+    @property
+    def needs_references(self) -> bool:
+        return any("retention" in n for n in [*self.names, *(c.name for c in self.constraints)]) or any(
+            c.anchor for c in self.constraints
+        )
+
+    def check_references(self, references: References) -> None:
+        """Raises `StudyFileError` when a retention has no meaning: no expert is better than the base anywhere."""
+        if any("retention" in n for n in self.names) and not self._tasks(references):
+            rows = ", ".join(
+                f"{m.name}: base {references.base[m.name]:.4g}, best expert {references.expert[m.name]:.4g}"
+                for m in self.main.values()
+            )
+            raise StudyFileError(
+                f"objective: retention needs a task on which an expert beats the base; found {rows}. Maximise 'mean' instead, or check the experts"
+            )
+
+    def _tasks(self, references: References) -> list[MetricInfo]:
+        return [m for m in self.main.values() if self._gap(m, references) > 0]
+
+    @staticmethod
+    def _gap(m: MetricInfo, references: References) -> float:
+        gap = references.expert[m.name] - references.base[m.name]
+        return gap if m.higher_is_better else -gap
+
+    def estimate(self, name: str, evaluation: Evaluation, references: References) -> Estimate:
+        """Value and variance of one named quantity, in the user's direction."""
+        if name in self.metrics or name in self.main:
+            scores = evaluation.scores[name if name in self.metrics else self.main[name].name]
+            return Estimate(scores.score, variance_of(scores) * references.pairing)
+        if name.startswith("retention/"):
+            return self._retention(self.main[name.removeprefix("retention/")], evaluation, references)
+        if name in ("mean", "worst"):
+            signed = [(m, self.estimate(m.name, evaluation, references)) for m in self.main.values()]
+            parts = [Estimate(e.value if m.higher_is_better else -e.value, e.variance) for m, e in signed]
+        else:
+            parts = [self._retention(m, evaluation, references) for m in self._tasks(references)]
+        if name.startswith("worst"):
+            return min(parts, key=lambda e: e.value)
+        return Estimate(
+            math.fsum(e.value for e in parts) / len(parts), math.fsum(e.variance for e in parts) / len(parts) ** 2
+        )
+
+    def _retention(self, m: MetricInfo, evaluation: Evaluation, references: References) -> Estimate:
+        e = self.estimate(m.name, evaluation, references)
+        gap = references.expert[m.name] - references.base[m.name]
+        if gap == 0:
+            return Estimate(0.0, e.variance)
+        return Estimate((e.value - references.base[m.name]) / gap, e.variance / gap**2)
+
+    def values(self, evaluation: Evaluation, references: References) -> list[Estimate]:
+        """One estimate per objective, in the order of `names`, in the user's direction."""
+        return [self.estimate(n, evaluation, references) for n in self.names]
+
+    def violations(self, evaluation: Evaluation, references: References) -> dict[str, Estimate]:
+        """Constraint text -> amount by which it is violated (<= 0: it holds)."""
+        out = {}
+        for c in self.constraints:
+            e = self.estimate(c.name, evaluation, references)
+            anchor = 0.0
+            if c.anchor:
+                metric = c.name if c.name in self.metrics else self.main[c.name].name
+                anchor = (references.base if c.anchor == "base" else references.expert)[metric]
+            bound = anchor + c.offset
+            out[c.text] = Estimate(bound - e.value if c.sign == ">=" else e.value - bound, e.variance)
+        return out
+
+    def key(self, values: Sequence[float]) -> float:
+        """First objective with larger-is-better sign: for ordering single-objective results."""
+        return values[0] if self.directions[0] == "maximize" else -values[0]

@@ -1,0 +1,349 @@
+"""A recipe: the complete description of one merge, as a value.
+
+One recipe names one choice per stage of the pipeline, with its coefficients and densities per group:
+
+    assess     a_i     selection score of every parameter of expert i       `Assess`
+    allocate   d_i     density per expert and group                         `densities`, `Allocate`
+    select     m_i     keep mask from a_i and d_i                           `Select`
+    rescale    rho_i   how survivors are scaled                             `Rescale`
+    resolve    c_i     sign conflicts                                       `Resolve`
+    splice     omega_i coefficients and mixing                              `coefficients`, `Splice`
+    combine    theta = theta_0 + scale * post( sum_i omega_i rho_i m_i c_i tau_i )
+
+or, where a method acts on whole matrices, one tensor operator in place of the stages.
+
+Recipes are frozen, compared by content, free of torch, and have one canonical JSON form whose sha256 is
+the fingerprint. The file that `Recipe.to_json` writes is what a colleague needs to make the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from merge_search.errors import RecipeError
+
+__all__ = [
+    "Allocate",
+    "Assess",
+    "Group",
+    "Models",
+    "Operator",
+    "PerGroup",
+    "Recipe",
+    "Rescale",
+    "Resolve",
+    "Select",
+    "Splice",
+    "value_for",
+]
+
+Scalar = bool | int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Where a tensor belongs: its block, its module kind, itself.
+
+    Attributes:
+        tensor: Name of the tensor on disk.
+        block: Index of its layer, counted over all stacks; None outside any (embedding, head, final norm).
+        kind: ``attention``, ``mlp``, ``norm``, ``embedding``, ``head`` or ``other``.
+    """
+
+    tensor: str
+    block: int | None
+    kind: str
+
+    def keys(self) -> tuple[str, ...]:
+        """Names under which a `PerGroup` value may be given, the most specific first."""
+        if self.block is None:
+            return (self.tensor, self.kind, "*")
+        return (self.tensor, f"block.{self.block}.{self.kind}", f"block.{self.block}", self.kind, "*")
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be finite")
+    return value
+
+
+Finite = Annotated[float, AfterValidator(_finite)]
+
+
+def _with_default(value: float | dict[str, float]) -> float | dict[str, float]:
+    if isinstance(value, dict) and "*" not in value:
+        raise ValueError("a value per group needs the key '*', used where no more specific key applies")
+    return value
+
+
+PerGroup = Annotated[Finite | dict[str, Finite], AfterValidator(_with_default)]
+"""One number for all groups, or numbers by group key with '*' for the rest.
+
+Keys, the most specific wins: a tensor's name; ``block.3.attention``; ``block.3``; ``attention``; ``*``.
+"""
+
+
+def value_for(values: float | Mapping[str, float], group: Group) -> float:
+    """The number of a `PerGroup` that applies to `group`."""
+    if not isinstance(values, Mapping):
+        return float(values)
+    for key in group.keys():  # noqa: SIM118
+        if key in values:
+            return float(values[key])
+    raise RecipeError(f"no value for tensor {group.tensor!r}: give one of {', '.join(group.keys())}")
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Models(_Value):
+    """What is merged: folders or hub ids. Experts keep the order in which they are listed."""
+
+    base: str
+    experts: dict[str, str] = Field(min_length=1)
+    hashes: dict[str, str] = Field(default_factory=dict)
+    """sha256 over the tensors by expert name, ``base`` for the base; checked when present."""
+
+
+class Assess(_Value):
+    """A measure by name, with its options: a non-negative score per parameter of each expert."""
+
+    measure: str = "magnitude"
+    options: dict[str, Scalar] = Field(default_factory=dict)
+
+
+class Allocate(_Value):
+    """How densities spread over groups around the given ones.
+
+    ``constant`` takes `densities` as they are. ``importance`` shifts each group's density by
+    ``spread * (rank of its importance in [0, 1] - 1/2)``, clipped to [floor, 1] and shifted so that the
+    size-weighted mean stays; importance is the measure's (APL: ``apl``).
+    """
+
+    kind: Literal["constant", "importance"] = "constant"
+    measure: str = "apl"
+    options: dict[str, Scalar] = Field(default_factory=dict)
+    spread: Finite = 0.0
+    floor: Annotated[float, Field(gt=0, le=1)] = 0.01
+    coefficient_power: Finite = 0.0
+    """alpha >= 0: coefficients times importance**alpha, mean one over the groups of an expert."""
+
+
+class Select(_Value):
+    """Which parameters of a delta are kept.
+
+    kind:
+        all               everything
+        top_k             the round(density * n) largest scores; ties by lowest index
+        threshold         score > `threshold`; density is not used
+        band              drop the round(gamma * n) largest, keep the round(density * n) next
+        bernoulli         each with probability density (counter-based, nested in the density)
+        rank_probability  probability rises linearly with the score's rank, density -+ epsilon
+        proportional      probability min(1, kappa * score), kappa such that the mean is the density
+        soft_threshold    m = relu(a - Q) / (max a - Q) in [0, 1], Q the (1 - density)-quantile
+        n_m               in every `block_size` consecutive entries of a row the density's share
+        mass              largest scores until their sum is the density's share of the total
+    scope: what is ranked together: each row, each tensor, or the whole model.
+    """
+
+    kind: Literal[
+        "all",
+        "top_k",
+        "threshold",
+        "band",
+        "bernoulli",
+        "rank_probability",
+        "proportional",
+        "soft_threshold",
+        "n_m",
+        "mass",
+    ] = "all"
+    scope: Literal["row", "tensor", "model"] = "tensor"
+    threshold: Finite = 0.0
+    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    epsilon: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    block_size: Annotated[int, Field(ge=2)] = 4
+    exclusive: bool = False
+    """Experts in order; a parameter that an earlier expert kept is not kept again (CABS)."""
+    gate: Annotated[int, Field(ge=0)] = 0
+    """Keep a parameter, for all experts, where at least this many experts selected it; 0: no gate."""
+    nonzero: bool = False
+    """Densities count only parameters with a score above zero (SCE)."""
+    vectors: bool = False
+    """Also select within one-dimensional tensors (norm gains, biases); by default they stay whole."""
+
+
+class Rescale(_Value):
+    """How what survives selection is scaled: by 1, 1/density, 1/probability, or to the old L1 or L2 norm."""
+
+    kind: Literal["none", "inverse_density", "inverse_probability", "match_l1", "match_l2"] = "none"
+
+
+class Resolve(_Value):
+    """Sign conflicts: keep, at each entry, only experts that agree with the elected sign.
+
+    ``sum`` elects the sign of the sum of surviving deltas, ``count`` that of the sum of their signs; with
+    `weighted` they are multiplied by their coefficients first. `tie` says what an exact zero means:
+    ``plus``, ``minus``, ``majority`` (the sign most entries of the tensor elected) or ``drop``.
+    """
+
+    kind: Literal["none", "sum", "count"] = "none"
+    weighted: bool = False
+    tie: Literal["plus", "minus", "majority", "drop"] = "plus"
+
+
+class Splice(_Value):
+    """How surviving deltas are combined; denominators of zero give zero.
+
+    kind:
+        sum          lambda_i
+        count        lambda_i / number of survivors
+        mask         lambda_i / sum_j m_j c_j
+        coefficient  lambda_i / sum_j lambda_j m_j c_j
+        score        lambda_i b_i / sum_j b_j m_j c_j      (soft splicing)
+        softmax      lambda_i softmax_i(log b_i / temperature) over survivors
+        argmax       lambda_i [i = argmax_j b_j m_j c_j]   (hard splicing)
+    """
+
+    kind: Literal["sum", "count", "mask", "coefficient", "score", "softmax", "argmax"] = "sum"
+    score: Assess | None = None
+    """The mixing score b; None: the selection score a."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    ties: Literal["first", "last"] = "first"
+    """Which expert wins an exact tie of ``argmax``."""
+    unique_boost: Finite = 0.0
+    """r of RAM+: entries kept by one expert alone times 1 + r * min(shared / unique, `boost_cap`)."""
+    boost_cap: Finite = 0.2
+
+
+class Operator(_Value):
+    """A rule on whole tensors in place of the pipeline, by name, with its options (see ``merge-search list``)."""
+
+    name: str
+    options: dict[str, Scalar] = Field(default_factory=dict)
+
+
+Density = Annotated[float, Field(gt=0, le=1)]
+
+
+class Recipe(_Value):
+    """Complete description of one merge.
+
+    Invariants: every expert of `coefficients`, `densities` and `maps` is one of `models.experts`;
+    densities lie in (0, 1]; numbers are finite.
+    """
+
+    format: Literal[1] = 1
+    models: Models
+    preset: str = ""
+    """The published name of these settings, for people; the stages below are what counts."""
+    winsorise: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Clip |delta| to its [q, 1 - q] quantiles before anything else (PCB)."""
+    assess: Assess = Assess()
+    allocate: Allocate = Allocate()
+    select: Select = Select()
+    rescale: Rescale = Rescale()
+    resolve: Resolve = Resolve()
+    splice: Splice = Splice()
+    operator: Operator | None = None
+    post: tuple[Operator, ...] = ()
+    """Rules applied to the combined delta of each tensor, in order (``svc``, ``iso_spectrum``, ...)."""
+    coefficients: dict[str, PerGroup] = Field(default_factory=dict)
+    """Per expert; an expert that is not named has 1."""
+    densities: dict[str, PerGroup] = Field(default_factory=dict)
+    """Per expert; an expert that is not named has 1."""
+    scale: PerGroup = 1.0
+    """lambda_out: multiplies the combined delta."""
+    maps: dict[str, str] = Field(default_factory=dict)
+    """Expert -> sha256 of a safetensors file with its coefficients per output row, by tensor name."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of the merged floating tensors; None: as the base has them."""
+    seed: int = 0
+    """Of the counter-based masks."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        problems = []
+        for field in ("coefficients", "densities", "maps"):
+            for expert in getattr(self, field):
+                if expert not in self.models.experts:
+                    problems.append(f"{field}: {expert!r} is not an expert (experts: {', '.join(self.models.experts)})")
+        for expert, values in self.densities.items():
+            for key, d in (values if isinstance(values, dict) else {"*": values}).items():
+                if not 0 < d <= 1:
+                    problems.append(
+                        f"densities: must lie in (0, 1], got {d:g} for expert {expert!r}, group {key!r}; "
+                        "to leave an expert out, set its coefficient to 0"
+                    )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def coefficient(self, expert: str, group: Group) -> float:
+        """lambda of `expert` for the tensors of `group` (without its map)."""
+        return value_for(self.coefficients.get(expert, 1.0), group)
+
+    def density(self, expert: str, group: Group) -> float:
+        """Kept fraction of `expert` for the tensors of `group`, in (0, 1]."""
+        return value_for(self.densities.get(expert, 1.0), group)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Only what differs from the defaults, JSON types."""
+        return {"format": 1, **self.model_dump(mode="json", exclude_defaults=True)}
+
+    def to_json(self) -> str:
+        """Canonical text: sorted keys (experts keep their order in ``models``), no blanks, shortest floats."""
+        data = self.to_dict()
+        data["models"] = {
+            "base": self.models.base,
+            "experts": list(self.models.experts.items()),
+            "hashes": dict(self.models.hashes),
+        }
+        return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+        """Read `to_dict` or `to_json` data.
+
+        Raises:
+            RecipeError: with every problem found, each with its place.
+        """
+        data = dict(data)
+        models = data.get("models")
+        if isinstance(models, Mapping) and isinstance(models.get("experts"), list):
+            data["models"] = {**models, "experts": dict(models["experts"])}
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
+            raise RecipeError(problems, where=where) from None
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "recipe") -> Recipe:
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"not JSON: {error}", where=where) from None
+        if not isinstance(data, dict):
+            raise RecipeError("must be a JSON object", where=where)
+        return cls.from_dict(data, where=where)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what the result depends on: equal for recipes that mean the same merge.
+
+        The label is left out; models count by their hashes where these are given, else by their places.
+        """
+        models = self.models
+        if models.hashes.keys() == {"base", *models.experts}:
+            models = models.model_copy(update={"base": "", "experts": dict.fromkeys(models.experts, "")})
+        plain = self.model_copy(update={"preset": "", "models": models})
+        return hashlib.sha256(plain.to_json().encode()).hexdigest()

@@ -1,0 +1,138 @@
+"""The final table and the model card: base, experts, best baseline and best merges on the validation questions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import optuna
+
+from merge_search.objective import Objective
+from merge_search.recipe import Recipe
+from merge_search.search.records import Record, finished_records
+from merge_search.search.selection import Standing, paired_difference, standings, winner
+
+__all__ = ["Table", "card", "recipe_card", "summary_table"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells, header first column ``model``; `verdict` compares the winner with the best it had to beat."""
+
+    header: list[str]
+    rows: list[list[str]]
+    emphasised: int | None
+    verdict: str
+
+    def to_markdown(self) -> str:
+        """GitHub-flavoured table, the winner in bold, the verdict below."""
+        lines = ["| " + " | ".join(self.header) + " |", "|" + "---|" * len(self.header)]
+        for i, row in enumerate(self.rows):
+            cells = [f"**{c}**" for c in row] if i == self.emphasised else row
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join([*lines, "", self.verdict])
+
+
+def summary_table(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Table:
+    """Rows in the order base, experts, best baseline, finalists; scores with standard errors."""
+    rows = standings(study, objective, experts)
+    best = winner(study, objective, experts)
+    metrics = [m.name for m in objective.main.values()]
+    header = ["model", *objective.names, *metrics]
+    cells, emphasised = [], None
+    for i, row in enumerate(rows):
+        if best is not None and row.record.number == best.number:
+            emphasised = i
+        values = [_with_error(v, e) for v, e in zip(row.values, row.stderrs, strict=True)]
+        scores = [row.evaluation.scores[m] for m in metrics]
+        cells.append([_title(row), *values, *(_with_error(s.score, s.stderr) for s in scores)])
+    return Table(header, cells, emphasised, _verdict(rows, best, objective))
+
+
+def _title(row: Standing) -> str:
+    match row.role:
+        case "base":
+            return "base"
+        case "merge":
+            kind = row.record.label or row.record.recipe.preset
+            return f"merge: trial {row.record.number} ({kind})"
+        case role:
+            return f"{role}: {row.record.label}"
+
+
+def _with_error(value: float, stderr: float) -> str:
+    return f"{value:.3f}" + (f" ±{stderr:.3f}" if math.isfinite(stderr) and stderr > 0 else "")
+
+
+def _verdict(rows: list[Standing], best: Record | None, objective: Objective) -> str:
+    """One sentence: the paired difference to the best other model, with a 95 % interval."""
+    merge = next((r for r in rows if best is not None and r.record.number == best.number), None)
+    rivals = [r for r in rows if r.role in ("expert", "baseline") and (best is None or r.record.number != best.number)]
+    if merge is None or not rivals:
+        return "No merge has validation scores yet."
+    rival = max(rivals, key=lambda r: objective.key(r.values))
+    metrics = list(objective.main.values())
+    flipped = [m.name for m in metrics if not m.higher_is_better]
+    if flipped:
+        return f"Best merge: {_title(merge)}; to compare with: {_title(rival)}."
+    mean, se = paired_difference(merge.evaluation, rival.evaluation, [m.name for m in metrics])
+    low, high = mean - 1.96 * se, mean + 1.96 * se
+    word = "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
+    n = sum(len(merge.evaluation.scores[m.name].values) for m in metrics)
+    return (
+        f"On {n} validation questions the best merge is {word} {_title(rival)}: "
+        f"mean difference {mean:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}] (same questions, paired)."
+    )
+
+
+def card(study: optuna.Study, objective: Objective, record: Record, experts: tuple[str, ...]) -> str:
+    """README.md of an exported model: what it is made of, how it was chosen, what it scored."""
+    recipe = record.recipe
+    done = finished_records(study)
+    failed = sum(not r.is_scored for r in done)
+    questions = sum(r.cost.questions for r in done)
+    table = summary_table(study, objective, experts)
+    sources = _sources(recipe)
+    validated = str(record.number) in study.user_attrs.get("validation", {})
+    note = "" if validated else f"\nTrial {record.number} itself was not scored on the validation questions.\n"
+    return f"""---
+library_name: transformers
+tags: [merge, merge-search]
+---
+
+# {study.study_name}: {record.name}
+
+A merge of one base model and {len(experts)} experts, made by `{recipe.preset or 'a custom recipe'}` and found by merge-search.
+
+{sources}
+
+## Scores on the validation questions
+
+{table.to_markdown()}
+{note}
+Search: {len(done)} trials, {failed} of them failed, {questions} questions asked. The test questions were not opened.
+
+## Reproduce
+
+`recipe.json` holds the whole recipe: `merge-search merge recipe.json OUT` gives these weights, bit for bit.
+sha256 of the weights: `{record.weights_sha256}`
+"""
+
+
+def recipe_card(recipe: Recipe) -> str:
+    """README.md of a model made from a recipe alone: no scores are known."""
+    return f"""---
+library_name: transformers
+tags: [merge, merge-search]
+---
+
+# A merge by {recipe.preset or "a custom recipe"}
+
+{_sources(recipe)}
+
+`recipe.json` holds the whole recipe: `merge-search merge recipe.json OUT` gives these weights, bit for bit.
+"""
+
+
+def _sources(recipe: Recipe) -> str:
+    return "\n".join(f"- {name}: `{ref}`" for name, ref in {"base": recipe.models.base, **recipe.models.experts}.items())

@@ -1,0 +1,1 @@
+"""The outer loop. Knows trials, not tensors."""

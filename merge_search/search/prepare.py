@@ -1,0 +1,158 @@
+"""Everything that can be known before a weight is loaded; every problem in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from merge_search import catalogue
+from merge_search.engine.headers import CheckpointInfo, check_models, read_checkpoint, resolve_model
+from merge_search.engine.layout import layout
+from merge_search.errors import InputError, MergeSearchError, StudyFileError, nearest
+from merge_search.evaluation import Evaluator, MetricInfo, SplitShares
+from merge_search.objective import Objective
+from merge_search.presets import PRESETS
+from merge_search.recipe import Models
+from merge_search.search.samplers import SAMPLERS
+from merge_search.space import SearchSpace, SpaceContext
+from merge_search.study_file import StudyFile
+
+__all__ = ["Plan", "prepare", "prepare_models"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study file that fits its models, tasks and metrics.
+
+    Attributes:
+        context: The models and their groups.
+        metrics: Of all evaluators, in order.
+        baselines: Names of presets tried before the search.
+    """
+
+    file: StudyFile
+    context: SpaceContext
+    space: SearchSpace
+    evaluators: list[Evaluator]
+    metrics: list[MetricInfo]
+    objective: Objective
+    baselines: list[str]
+
+    def identity(self, hashes: dict[str, str]) -> dict[str, Any]:
+        """What must not change between runs of one study; JSON."""
+        file = self.file
+        return {
+            "models": hashes,
+            "dtype": file.models.dtype,
+            "seed": file.study.seed,
+            "space": file.space.model_dump(mode="json"),
+            "evaluate": {
+                f"{i}.{entry.evaluator}": {"options": entry.options, "questions": evaluator.fingerprint()}
+                for i, (entry, evaluator) in enumerate(zip(file.evaluate, self.evaluators, strict=True))
+            },
+            "splits": file.splits.model_dump(mode="json"),
+            "fidelity": file.search.fidelity,
+            "objective": file.objective.model_dump(mode="json"),
+        }
+
+
+class _Problems:
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def attempt(self, step: Callable[[], T]) -> T | None:
+        try:
+            return step()
+        except InputError as error:
+            self.found += error.problems
+        except MergeSearchError as error:
+            self.found.append(str(error))
+        return None
+
+
+def prepare_models(file: StudyFile, problems: _Problems) -> SpaceContext | None:
+    """Resolve, read headers, compare: no tensor data is read."""
+    references = {"base": file.models.base, **file.models.experts}
+    infos: dict[str, CheckpointInfo] = {}
+    for name, text in references.items():
+        info = problems.attempt(lambda text=text: read_checkpoint(resolve_model(file.model_reference(text))))
+        if info is not None:
+            infos[name] = info
+        else:
+            problems.found[-1] = f"models.{'' if name == 'base' else 'experts.'}{name}: {problems.found[-1]}"
+    base = infos.pop("base", None)
+    if base is None:
+        return None
+    problems.found += check_models(base, infos)
+    models = Models(
+        base=file.model_reference(file.models.base),
+        experts={k: file.model_reference(v) for k, v in file.models.experts.items()},
+    )
+    groups = tuple(layout(base).values())
+    return SpaceContext(models, groups, seed=file.study.seed, dtype=file.models.dtype)
+
+
+def prepare(file: StudyFile) -> Plan:
+    """Check the whole study.
+
+    Raises:
+        StudyFileError: listing every problem with models, space, tasks, metrics, sampler and baselines.
+    """
+    problems = _Problems()
+    context = prepare_models(file, problems)
+    space = problems.attempt(lambda: _space(file, context)) if context is not None else None
+    evaluators = [problems.attempt(lambda i=i: _evaluator(file, i)) for i in range(len(file.evaluate))]
+    metrics = [m for e in evaluators if e is not None for m in e.metrics()]
+    objective = None
+    if all(e is not None for e in evaluators):
+        names = [m.name for m in metrics]
+        problems.found += [f"evaluate: two evaluators report {n!r}; name each task once" for n in sorted({n for n in names if names.count(n) > 1})]
+        section = file.objective
+        objective = problems.attempt(lambda: Objective(section.maximise, section.minimise, section.constraints, metrics))
+    if file.search.sampler not in SAMPLERS:
+        problems.found.append(f"search.sampler: no sampler is called {file.search.sampler!r}{nearest(file.search.sampler, SAMPLERS)}")
+    names = _baseline_names(file, problems)
+    if problems.found:
+        raise StudyFileError(problems.found, where=file.path.name)
+    assert context is not None
+    assert space is not None
+    assert objective is not None
+    return Plan(file, context, space, [e for e in evaluators if e is not None], metrics, objective, names)
+
+
+def _space(file: StudyFile, context: SpaceContext) -> SearchSpace:
+    family = catalogue.load("search_spaces", file.space.type, folder=file.folder)
+    space: SearchSpace = family(file.space.options, context)
+    return space
+
+
+def _evaluator(file: StudyFile, index: int) -> Evaluator:
+    entry = file.evaluate[index]
+    options = entry.options
+    if "include_path" in options:
+        paths = options["include_path"]
+        paths = [paths] if isinstance(paths, str) else paths
+        options["include_path"] = [str((file.folder / Path(p).expanduser()).resolve()) for p in paths]
+    shares = SplitShares(file.splits.search, file.splits.validation, file.splits.test)
+    kind = catalogue.load("evaluators", entry.evaluator, folder=file.folder)
+    try:
+        evaluator: Evaluator = kind(options, shares=shares, seed=file.study.seed)
+    except InputError as error:
+        raise StudyFileError([f"evaluate.{index}: {p}" for p in error.problems]) from None
+    return evaluator
+
+
+def _baseline_names(file: StudyFile, problems: _Problems) -> list[str]:
+    names = file.search.baselines
+    if names is None:
+        listed = file.space.options.get("presets")
+        names = [n for n in listed if n in PRESETS] if isinstance(listed, list) else ["ties", "dare", "della"]
+        return names
+    for name in names:
+        if name not in PRESETS:
+            problems.found.append(f"search.baselines: no preset is called {name!r}{nearest(name, PRESETS)}")
+    return names

@@ -1,0 +1,101 @@
+"""A trial as this project sees it, read from Optuna's storage alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from merge_search.evaluation import Cost, Evaluation, MetricInfo, Split
+from merge_search.objective import Objective
+from merge_search.outcome import Outcome
+from merge_search.recipe import Recipe
+
+__all__ = ["Record", "finished_records", "objective_of", "records", "store_metrics"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One numbered attempt.
+
+    Attributes:
+        number: Of the trial.
+        label: Name of a baseline (``base``, an expert, ``average``, a preset), '' for a searched candidate.
+        outcome: How it ended; None while it runs or waits.
+        values: Objective values in the user's direction; empty unless scored.
+        feasible: All constraints hold.
+    """
+
+    number: int
+    label: str
+    outcome: Outcome | None
+    reason: str
+    values: tuple[float, ...]
+    feasible: bool
+    attributes: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> Record:
+        attrs = trial.user_attrs
+        outcome = Outcome(attrs["outcome"]) if "outcome" in attrs and trial.state.is_finished() else None
+        values = tuple(trial.values or ()) if trial.state == TrialState.COMPLETE else ()
+        feasible = all(v <= 0 for v in trial.constraints.values())
+        return cls(trial.number, attrs.get("label", ""), outcome, attrs.get("reason", ""), values, feasible, attrs)
+
+    @property
+    def is_scored(self) -> bool:
+        return bool(self.values) and self.outcome is not None and self.outcome.is_scored
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return Recipe.from_json(self.attributes["recipe"], where=f"trial {self.number}")
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        return Evaluation.from_attribute(self.attributes["evaluation"])
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(*self.attributes.get("cost", (0.0, 0.0, 0)))
+
+    @property
+    def weights_sha256(self) -> str:
+        return str(self.attributes.get("weights_sha256", ""))
+
+    @property
+    def name(self) -> str:
+        """What to call it in a table."""
+        return self.label or f"trial {self.number}"
+
+
+def records(study: optuna.Study) -> list[Record]:
+    """All trials, in order."""
+    return [Record.of(t) for t in study.get_trials(deepcopy=False)]
+
+
+def finished_records(study: optuna.Study) -> list[Record]:
+    """Trials that count towards the budget: ended, and not lost with a killed process."""
+    return [r for r in records(study) if r.outcome is not None and r.outcome is not Outcome.LOST]
+
+
+def store_metrics(study: optuna.Study, metrics: Sequence[MetricInfo]) -> None:
+    """Keep what the evaluators report beside the trials, so that a report needs the storage alone."""
+    rows = [
+        [m.task, m.metric, m.higher_is_better, {str(k): v for k, v in m.n_questions.items()}, m.chance] for m in metrics
+    ]
+    if study.user_attrs.get("metrics") != rows:
+        study.set_user_attr("metrics", rows)
+
+
+def objective_of(study: optuna.Study) -> tuple[Objective, tuple[str, ...]]:
+    """The objective and the experts' names of a study that has run."""
+    rows = study.user_attrs["metrics"]
+    metrics = [MetricInfo(t, m, up, {Split(k): v for k, v in n.items()}, chance) for t, m, up, n, chance in rows]
+    identity = study.user_attrs["identity"]
+    section = identity["objective"]
+    objective = Objective(section["maximise"], section["minimise"], section["constraints"], metrics)
+    return objective, tuple(name for name in identity["models"] if name != "base")

@@ -1,0 +1,288 @@
+"""The outer loop: ask, merge, evaluate, tell. The file to read first.
+
+    references   base and every expert are scored once; they define retention
+    baselines    the same, then average, task arithmetic, published presets, the space's uniform recipes: trials 0..n
+    search       the sampler proposes, until the study has `n_trials` finished trials, over all runs
+    finalists    the best few by posterior mean, and what they are compared with, on the validation questions
+
+Everything known about a trial is stored before it is told, so a finished trial is never without its recipe,
+scores, per-question answers, outcome and cost. Kill the process at any time and run the same command again.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import optuna
+import torch
+from optuna.trial import Trial, TrialState
+
+from merge_search.engine.engine import MergeEngine
+from merge_search.engine.live import LiveModel
+from merge_search.engine.pool import ModelPool
+from merge_search.errors import EvaluationError, NonFiniteError, StudyFileError, WeightsError
+from merge_search.evaluation import Cost, Evaluation, Evaluator, Split
+from merge_search.objective import Estimate, Objective, References
+from merge_search.outcome import Outcome
+from merge_search.recipe import Recipe
+from merge_search.search import samplers, selection, storage
+from merge_search.search.baselines import baselines, reference_recipes
+from merge_search.search.prepare import Plan, prepare
+from merge_search.search.records import Record, finished_records, store_metrics
+from merge_search.study_file import StudyFile
+
+__all__ = ["Listener", "Workbench", "load_study", "run"]
+
+
+class Listener(Protocol):
+    """Told what happens; the command line prints it."""
+
+    def note(self, text: str) -> None: ...
+    def begin(self, *, total: int, finished: int) -> None: ...
+    def trial(self, record: Record, *, best: Record | None, best_expert: float | None) -> None: ...
+    def end(self) -> None: ...
+
+
+@dataclass
+class Scored:
+    """A recipe's scores, and the hash of the weights that gave them."""
+
+    evaluation: Evaluation
+    weights_sha256: str
+
+
+class Workbench:
+    """One live model, one engine, the evaluators: a recipe in, scores out.
+
+    Invariant: after an exception the next `score` rewrites every tensor.
+    """
+
+    def __init__(self, plan: Plan, *, device: str) -> None:
+        self.pool = ModelPool(plan.context.models, device=device)
+        self.models = plan.context.models.model_copy(update={"hashes": self.pool.hashes()})
+        self.live = LiveModel.load(self.pool.base_folder, device=self.pool.device, dtype=plan.file.models.dtype)
+        self.engine = MergeEngine(self.pool)
+        self.evaluators: list[Evaluator] = plan.evaluators
+        for evaluator in self.evaluators:
+            evaluator.bind(self.live.model, self.live.tokenizer, folder=str(self.pool.base_folder))
+
+    def score(self, recipe: Recipe, split: Split, fidelity: float = 1.0) -> Scored:
+        """Splice `recipe` into the live model and score it.
+
+        Raises:
+            NonFiniteError, EvaluationError, torch.OutOfMemoryError, MemoryError.
+        """
+        began = time.perf_counter()
+        try:
+            self.engine.apply(recipe, self.live.views)
+        except BaseException:
+            self.engine.forget()
+            raise
+        digest = self.live.hash()
+        merged = time.perf_counter()
+        parts = [e.evaluate(split, fidelity) for e in self.evaluators]
+        scores = {name: s for part in parts for name, s in part.scores.items()}
+        cost = Cost(merged - began, time.perf_counter() - merged, sum(p.cost.questions for p in parts))
+        evaluation = Evaluation(split, fidelity, scores, cost)
+        evaluation.check_finite()
+        return Scored(evaluation, digest)
+
+    def recover(self) -> None:
+        """Free what a failed trial left behind."""
+        self.engine.forget()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def run(file: StudyFile, listener: Listener) -> optuna.Study:
+    """Run or resume the study until it has its trials and its finalists' validation scores.
+
+    Raises:
+        StudyFileError: before any weight is loaded, with all problems.
+        StudyChangedError, StorageError, WeightsError.
+    """
+    plan = prepare(file)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    backend = storage.open_storage(file.storage_url)
+    with storage.driver_lock(backend, file.storage_url, file.study.name):
+        bench = Workbench(plan, device=file.device)
+        listener.note(bench.pool.plan)
+        study = _open_study(plan, backend)
+        storage.check_identity(study, plan.identity(dict(bench.models.hashes)))
+        store_metrics(study, plan.metrics)
+        _Driver(plan, bench, study, listener).run()
+    return study
+
+
+def load_study(file: StudyFile) -> optuna.Study:
+    """The stored study, for reading.
+
+    Raises:
+        StudyFileError: there is none yet.
+    """
+    backend = storage.open_storage(file.storage_url)
+    try:
+        return optuna.load_study(study_name=file.study.name, storage=backend)
+    except KeyError:
+        raise StudyFileError(
+            f"storage {file.storage_url} has no study {file.study.name!r}; run 'merge-search run {file.path.name}' first"
+        ) from None
+
+
+def _open_study(plan: Plan, backend: optuna.storages.RDBStorage) -> optuna.Study:
+    return optuna.create_study(
+        study_name=plan.file.study.name, storage=backend, directions=plan.objective.directions, load_if_exists=True
+    )
+
+
+class _Driver:
+    """The loop's state: all of it can be rebuilt from the storage."""
+
+    def __init__(self, plan: Plan, bench: Workbench, study: optuna.Study, listener: Listener) -> None:
+        self.plan, self.bench, self.study, self.listener = plan, bench, study, listener
+        self.objective: Objective = plan.objective
+        self.fidelity = plan.file.search.fidelity
+        self.study.sampler = samplers.make_sampler(
+            plan.file.search.sampler, parameters=plan.space.parameters, seed=plan.file.study.seed
+        )
+
+    def run(self) -> None:
+        lost = storage.reclaim_lost_trials(self.study)
+        if lost:
+            self.listener.note(f"{lost} trial(s) of a killed run closed and queued again")
+        self.references = self._references()
+        self.objective.check_references(self.references)
+        self._enqueue_start()
+        total = self.plan.file.search.n_trials
+        done = len(finished_records(self.study))
+        self.listener.begin(total=total, finished=done)
+        try:
+            while done < total:
+                record = self._one_trial()
+                done += record.outcome is not Outcome.LOST
+                self.listener.trial(record, best=selection.best(self.study, self.objective), best_expert=self._best_expert())
+        finally:
+            self.listener.end()
+        selection.validate(self.study, self.plan, self._score_for_validation, note=self.listener.note)
+
+    # -- references ----------------------------------------------------------------------------------------------
+
+    def _references(self) -> References:
+        """Base and experts, each scored once and stored at once."""
+        evaluations = {}
+        for name, recipe in reference_recipes(self.plan.context).items():
+            key = f"reference.{name}"
+            stored = self.study.user_attrs.get(key)
+            if stored is None:
+                try:
+                    scored = self.bench.score(recipe, Split.SEARCH, self.fidelity)
+                except (NonFiniteError, EvaluationError) as error:
+                    raise WeightsError(f"{name!r} itself cannot be scored, so nothing can be compared with it: {error}") from error
+                stored = {"evaluation": scored.evaluation.to_attribute(), "weights_sha256": scored.weights_sha256}
+                self.study.set_user_attr(key, stored)
+            evaluations[name] = Evaluation.from_attribute(stored["evaluation"])
+        base = evaluations.pop("base")
+        return References.from_evaluations(self.plan.metrics, base, evaluations)
+
+    def _best_expert(self) -> float | None:
+        """First objective of the best expert."""
+        values = []
+        for expert in self.plan.context.experts:
+            evaluation = Evaluation.from_attribute(self.study.user_attrs[f"reference.{expert}"]["evaluation"])
+            values.append(self.objective.values(evaluation, self.references)[0].value)
+        return max(values, key=lambda v: self.objective.key([v]), default=None)
+
+    # -- trials --------------------------------------------------------------------------------------------------
+
+    def _enqueue_start(self) -> None:
+        """Queue baselines and the space's uniform recipes, once per study."""
+        if self.study.user_attrs.get("start_enqueued"):
+            return
+        queued = {t.user_attrs.get("start") for t in self.study.get_trials(deepcopy=False)}
+        seen: set[str] = set()
+        for label, recipe in baselines(self.plan.context, self.plan.baselines).items():
+            point = self.plan.space.encode(recipe)
+            attrs = {"label": label, "start": label, "given_recipe": recipe.to_json()}
+            if recipe.fingerprint not in seen and label not in queued:
+                self.study.enqueue_trial(point or {}, user_attrs=attrs)
+            seen.add(recipe.fingerprint)
+        for i, point in enumerate(self.plan.space.initial_points()):
+            if f"start.{i}" not in queued:
+                self.study.enqueue_trial(point, user_attrs={"start": f"start.{i}"})
+        self.study.set_user_attr("start_enqueued", True)
+
+    def _one_trial(self) -> Record:
+        trial = samplers.ask(self.study, seed=self.plan.file.study.seed)
+        point = None
+        given = trial.user_attrs.get("given_recipe")
+        if given is None or trial.system_attrs.get("fixed_params"):
+            point = samplers.suggest(trial, self.plan.space.parameters)
+        recipe = self.plan.space.decode(point) if given is None and point is not None else Recipe.from_json(given)
+        recipe = recipe.model_copy(update={"models": self.bench.models})
+        trial.set_user_attr("recipe", recipe.to_json())
+        trial.set_user_attr("fingerprint", recipe.fingerprint)
+        with self._recorded(trial):
+            scored = self._known(trial, recipe) or self.bench.score(recipe, Split.SEARCH, self.fidelity)
+            self._tell(trial, scored)
+        return Record.of(self.study._storage.get_trial(trial._trial_id))
+
+    def _known(self, trial: Trial, recipe: Recipe) -> Scored | None:
+        """Scores of the same recipe from the references or an earlier trial: never asked twice."""
+        stored = self.study.user_attrs.get(f"reference.{trial.user_attrs.get('label')}")
+        if stored is None:
+            for t in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+                if t.user_attrs.get("fingerprint") == recipe.fingerprint:
+                    stored = t.user_attrs
+                    trial.set_user_attr("same_as", t.number)
+                    break
+        if stored is None:
+            return None
+        return Scored(Evaluation.from_attribute(stored["evaluation"]), stored["weights_sha256"])
+
+    def _tell(self, trial: Trial, scored: Scored) -> None:
+        values = self.objective.values(scored.evaluation, self.references)
+        violations = self.objective.violations(scored.evaluation, self.references)
+        self._store(trial, scored, values, violations)
+        for text, amount in violations.items():
+            trial.set_constraint(text, amount.value)
+        trial.set_user_attr("outcome", str(Outcome.OK))
+        self.study.tell(trial, [v.value for v in values])
+
+    def _store(self, trial: Trial, scored: Scored, values: list[Estimate], violations: dict[str, Estimate]) -> None:
+        cost = scored.evaluation.cost
+        trial.set_user_attr("evaluation", scored.evaluation.to_attribute())
+        trial.set_user_attr("weights_sha256", scored.weights_sha256)
+        trial.set_user_attr("cost", [cost.merge_s, cost.evaluate_s, cost.questions])
+        noise: dict[str, Any] = {f"constraint:{text}": amount.variance for text, amount in violations.items()}
+        variances = [v.variance for v in values]
+        noise |= {"value": variances[0]} if len(variances) == 1 else {"values": variances}
+        trial.set_user_attr("noise", noise)
+
+    @contextmanager
+    def _recorded(self, trial: Trial) -> Iterator[None]:
+        """A failure ends the trial with its outcome and reason, not the study."""
+        began = time.perf_counter()
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            outcome, reason = Outcome.OUT_OF_MEMORY, str(error)
+        except NonFiniteError as error:
+            outcome, reason = Outcome.NON_FINITE, str(error)
+        except EvaluationError as error:
+            outcome, reason = Outcome.EVALUATOR_ERROR, str(error)
+        else:
+            return
+        self.bench.recover()
+        trial.set_user_attr("outcome", str(outcome))
+        trial.set_user_attr("reason", reason[:2000])
+        trial.set_user_attr("cost", [0.0, time.perf_counter() - began, 0])
+        self.study.tell(trial, state=TrialState.FAIL)
+
+    def _score_for_validation(self, recipe: Recipe) -> Evaluation:
+        return self.bench.score(recipe, Split.VALIDATION).evaluation

@@ -1,0 +1,173 @@
+"""Optuna's own samplers by name, made safe for studies with baselines, restarts and several drivers.
+
+Left to themselves they model only the parameters that *all* complete trials share, so that one baseline outside
+the space would switch them off; and after a restart they repeat their first random draws. Here each of them is
+made afresh for every draw, with a seed derived from (study seed, trial number), and shown only the complete
+trials that belong to the space. Failed trials are invisible to all of them; constraints are used by ``tpe``,
+``gp`` and ``nsga2``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Container, Mapping
+from typing import Any, cast
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from merge_search.errors import StudyFileError
+from merge_search.search.samplers.unit_cube import distributions, holds
+from merge_search.seeding import derive_seed
+from merge_search.space import Parameter
+
+__all__ = ["SeededSampler", "StudyOfSpace", "cmaes", "gp", "nsga2", "random", "tpe"]
+
+NSGA2_POPULATION = 20  # Optuna's 50 would be one random generation of most budgets here
+
+
+class StudyOfSpace:
+    """A study as an Optuna sampler should see it; everything but the list of trials is the study's own.
+
+    Left out are finished trials without a valid value for every parameter, and complete ones that lack a
+    constraint which others have (Optuna's Gaussian process refuses to go on with them).
+    """
+
+    def __init__(self, study: Study, parameters: Mapping[str, Parameter]) -> None:
+        self._study = study
+        self._parameters = parameters
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        return self.get_trials()
+
+    def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+        return self._get_trials(deepcopy, states)
+
+    def _get_trials(
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
+    ) -> list[FrozenTrial]:
+        found = self._study._get_trials(deepcopy=deepcopy, states=states, use_cache=use_cache)
+        finished = (TrialState.COMPLETE, TrialState.PRUNED)
+        kept = [t for t in found if t.state not in finished or holds(self._parameters, t.params)]
+        constraints = {name for t in kept if t.state == TrialState.COMPLETE for name in t.constraints}
+        return [t for t in kept if t.state != TrialState.COMPLETE or constraints <= t.constraints.keys()]
+
+
+class SeededSampler(BaseSampler):
+    """One of Optuna's samplers, made afresh per draw: a function of (seed, trial number, stored trials).
+
+    Args:
+        parameters: Of the search space.
+        make: Builds the inner sampler from a seed.
+        seed: Of the study.
+        numeric_only: The inner sampler cannot handle categories; they are drawn at random.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter],
+        make: Callable[[int], BaseSampler],
+        *,
+        seed: int,
+        numeric_only: bool = False,
+    ) -> None:
+        self._parameters = parameters
+        self._make = make
+        self._seed = seed
+        space = {name: d for name, d in distributions(parameters).items() if not d.single()}
+        if numeric_only:
+            space = {name: d for name, d in space.items() if not isinstance(d, CategoricalDistribution)}
+            space = space if len(space) > 1 else {}  # CMA-ES needs two dimensions
+        self._space = space
+        self._lock = threading.Lock()
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """The declared space, never one inferred from history."""
+        return dict(self._space)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if not search_space:
+            return {}
+        with self._lock:
+            return self._inner(trial.number).sample_relative(self._view(study), trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        with self._lock:
+            inner = self._inner(trial.number, param_name)
+            return inner.sample_independent(self._view(study), trial, param_name, param_distribution)
+
+    def reseed_rng(self) -> None:
+        """Nothing to do: every draw has its own seed."""
+
+    def _inner(self, *names: str | int) -> BaseSampler:
+        return self._make(derive_seed(self._seed, "sampler", *names))
+
+    def _view(self, study: Study) -> Study:
+        return cast(Study, StudyOfSpace(study, self._parameters))
+
+
+def _checked(kind: type[BaseSampler], options: Mapping[str, Any]) -> Callable[[int], BaseSampler]:
+    """A builder of `kind`, tried once, so that wrong options are found before the first trial."""
+    known = set(inspect.signature(kind).parameters) - {"seed", "independent_sampler", "constraints_func"}
+    if unknown := sorted(set(options) - known):
+        raise StudyFileError(f"options of {kind.__name__} must be among {sorted(known)}, got {unknown}")
+
+    def make(seed: int) -> BaseSampler:
+        return kind(seed=seed, **options)  # type: ignore[call-arg]
+
+    try:
+        make(0)
+    except (TypeError, ValueError) as error:
+        raise StudyFileError(f"options of {kind.__name__} must be valid, got {dict(options)}: {error}") from error
+    return make
+
+
+def _one_objective(name: str, n_objectives: int) -> None:
+    if n_objectives != 1:
+        raise StudyFileError(
+            f"sampler {name!r} needs one objective, the study has {n_objectives}: use botorch, gp, tpe or nsga2"
+        )
+
+
+def random(parameters: Mapping[str, Parameter], *, seed: int, n_objectives: int = 1) -> BaseSampler:
+    """Independent uniform draws."""
+    return SeededSampler(parameters, _checked(optuna.samplers.RandomSampler, {}), seed=seed)
+
+
+def tpe(parameters: Mapping[str, Parameter], *, seed: int, n_objectives: int = 1, **options: Any) -> BaseSampler:
+    """Tree-structured Parzen estimator over all parameters jointly; running trials count as bad ones."""
+    make = _checked(optuna.samplers.TPESampler, options)
+    return SeededSampler(parameters, make, seed=seed)
+
+
+def gp(parameters: Mapping[str, Parameter], *, seed: int, n_objectives: int = 1, **options: Any) -> BaseSampler:
+    """Optuna's Gaussian process with one inferred noise level."""
+    return SeededSampler(parameters, _checked(optuna.samplers.GPSampler, options), seed=seed)
+
+
+def cmaes(parameters: Mapping[str, Parameter], *, seed: int, n_objectives: int = 1, **options: Any) -> BaseSampler:
+    """CMA-ES over the numeric parameters, from the middle of the box; categories are drawn at random.
+
+    Its state is stored with the trials; constraints are ignored.
+    """
+    _one_objective("cmaes", n_objectives)
+    make = _checked(optuna.samplers.CmaEsSampler, {"warn_independent_sampling": False, **options})
+    return SeededSampler(parameters, make, seed=seed, numeric_only=True)
+
+
+def nsga2(parameters: Mapping[str, Parameter], *, seed: int, n_objectives: int = 1, **options: Any) -> BaseSampler:
+    """NSGA-II with populations of 20 unless `population_size` says otherwise."""
+    make = _checked(optuna.samplers.NSGAIISampler, {"population_size": NSGA2_POPULATION, **options})
+    return SeededSampler(parameters, make, seed=seed)

@@ -1,0 +1,123 @@
+"""Which trial is best: by posterior mean, not by the luckiest measurement.
+
+The best of many noisy values is several points too good; the best posterior mean half a point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from merge_search.errors import StorageError
+from merge_search.search.samplers.history import objective_variances, read_history, signs
+from merge_search.search.samplers.kernels import KernelName, fit, make_kernel
+from merge_search.search.samplers.noisy_gp import NUMERICAL_ERRORS, log, numerics
+from merge_search.search.samplers.unit_cube import UnitCube
+from merge_search.seeding import derive_seed
+from merge_search.space import Parameter
+
+__all__ = ["Recommendation", "recommend"]
+
+MIN_TRIALS = 3  # fewer measurements say nothing about each other
+N_DRAWS = 4096
+
+
+class Recommendation(NamedTuple):
+    """A trial, the posterior of its noise-free value in the objective's units, and the chance that it is the best."""
+
+    number: int
+    mean: float
+    sd: float
+    p_best: float
+
+
+def recommend(
+    study: Study, parameters: Mapping[str, Parameter], *, seed: int, kernel: KernelName = "auto"
+) -> list[Recommendation]:
+    """Feasible trials at full fidelity of a single-objective study, best posterior mean first.
+
+    The Gaussian process of the sampler is fitted to all complete trials of the space, short ones included with
+    their larger variance. Trials outside the space (base, experts, published presets), and all trials while there
+    are fewer than three of the space, keep their measured value and its variance: nothing else is known of them.
+
+    Args:
+        study: One objective; see `history` for what its trials must hold.
+        parameters: Of the search space.
+        seed: Of the study.
+        kernel: Of the sampler.
+    Returns:
+        Empty if no feasible trial is complete at full fidelity. `p_best` sums to one.
+    Raises:
+        StorageError: several objectives, or a complete trial without a noise variance.
+    Determinism: a function of the stored trials and `seed`.
+    """
+    if len(study.directions) != 1:
+        raise StorageError(f"a best trial needs one objective, this study has {len(study.directions)}: use its front")
+    trials = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if _is_eligible(t)]
+    if not trials:
+        return []
+    sign = signs(study)[0]
+    mean = np.array([t.values[0] for t in trials])
+    covariance = np.diag(_variances(trials))
+    modelled = _posterior(study, UnitCube(parameters), kernel, derive_seed(seed, "recommend"))
+    rows = [i for i, t in enumerate(trials) if t.number in modelled.index]
+    picked = [modelled.index[trials[i].number] for i in rows]
+    mean[rows] = sign * modelled.mean[picked]
+    covariance[np.ix_(rows, rows)] = modelled.covariance[np.ix_(picked, picked)]
+    chance = _chance_best(sign * mean, covariance, derive_seed(seed, "recommend", "draws"))
+    found = [
+        Recommendation(t.number, float(m), float(np.sqrt(max(v, 0.0))), float(p))
+        for t, m, v, p in zip(trials, mean, np.diag(covariance), chance, strict=True)
+    ]
+    return sorted(found, key=lambda r: (-sign * r.mean, r.number))
+
+
+class _Modelled(NamedTuple):
+    index: dict[int, int]  # trial number -> row
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+
+
+def _posterior(study: Study, cube: UnitCube, kernel: KernelName, seed: int) -> _Modelled:
+    """Of the trials of the space, larger is better; empty where there is too little to model."""
+    nothing = _Modelled({}, np.zeros(0), np.zeros((0, 0)))
+    history = read_history(study, cube)
+    if len(history.numbers) < MIN_TRIALS or cube.n_columns == 0:
+        return nothing
+    try:
+        with numerics(seed):
+            mean, covariance = fit(history.objectives[0], make_kernel(kernel, cube)).posterior(history.points)
+    except NUMERICAL_ERRORS as error:
+        log.warning("the model failed, recommending by measured values: %s: %s", type(error).__name__, error)
+        return nothing
+    index = {number: row for row, number in enumerate(history.numbers)}
+    return _Modelled(index, mean.numpy(), covariance.numpy())
+
+
+def _is_eligible(trial: FrozenTrial) -> bool:
+    is_full = float(trial.user_attrs.get("fidelity", 1.0)) >= 1.0
+    is_feasible = all(value <= 0 for value in trial.constraints.values())
+    return is_full and is_feasible and bool(np.isfinite(trial.values).all())
+
+
+def _variances(trials: list[FrozenTrial]) -> NDArray[np.float64]:
+    """Noise of the measured values; the median of the known ones where a trial was imported without."""
+    found = [objective_variances(t, 1)[0] for t in trials]
+    known = [v for v in found if v is not None]
+    median = float(np.median(known)) if known else 0.0
+    return np.array([median if v is None else v for v in found])
+
+
+def _chance_best(mean: NDArray[np.float64], covariance: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Share of joint draws in which each trial has the largest value. Shape (n,); sums to one."""
+    eigenvalues, vectors = np.linalg.eigh(covariance)
+    root = vectors * np.sqrt(eigenvalues.clip(min=0.0))
+    normal = torch.randn(N_DRAWS, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    winners = (mean + normal.numpy() @ root.T).argmax(axis=1)
+    return np.bincount(winners, minlength=len(mean)) / N_DRAWS

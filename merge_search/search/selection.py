@@ -1,0 +1,141 @@
+"""After the search: the best few by posterior mean meet the baselines on questions the search never saw.
+
+The best of many noisy values is too good by several points (the winner's curse); the posterior mean of a model
+that knows the noise is nearly honest. So the finalists are chosen by posterior mean, scored again on the
+validation split, and the winner is the one that is best there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+
+from merge_search.errors import EvaluationError, NonFiniteError
+from merge_search.evaluation import Evaluation
+from merge_search.objective import Objective, References
+from merge_search.recipe import Recipe
+from merge_search.search.prepare import Plan
+from merge_search.search.records import Record, records
+
+__all__ = ["Standing", "best", "candidates", "finalists", "standings", "validate", "winner"]
+
+
+def best(study: optuna.Study, objective: Objective) -> Record | None:
+    """Feasible scored trial with the best observed first objective; for the progress line."""
+    scored = [r for r in records(study) if r.is_scored and r.feasible]
+    return max(scored, key=lambda r: objective.key(r.values), default=None)
+
+
+def candidates(study: optuna.Study) -> list[Record]:
+    """Feasible scored trials that are merges: not the base, not an expert."""
+    references = {k.removeprefix("reference.") for k in study.user_attrs if k.startswith("reference.")}
+    return [r for r in records(study) if r.is_scored and r.feasible and r.label not in references and "same_as" not in r.attributes]
+
+
+def finalists(study: optuna.Study, objective: Objective, n: int) -> list[Record]:
+    """The `n` most promising candidates, the most promising first.
+
+    One objective: by posterior mean over all trials. Several: the Pareto front, by the first objective.
+    """
+    merges = {r.number: r for r in candidates(study)}
+    if not merges:
+        return []
+    if len(objective.names) > 1:
+        front = {t.number for t in study.best_trials}
+        chosen = [r for r in merges.values() if r.number in front] or list(merges.values())
+        return sorted(chosen, key=lambda r: -objective.key(r.values))[:n]
+    from merge_search.search.samplers import recommend
+
+    ranking = [number for number, *_ in recommend(study) if number in merges]
+    return [merges[number] for number in ranking][:n]
+
+
+def validate(
+    study: optuna.Study, plan: Plan, score: Callable[[Recipe], Evaluation], *, note: Callable[[str], None]
+) -> None:
+    """Score finalists, base, experts and the best baseline on the validation split; each is stored at once."""
+    scored: dict[str, Any] = dict(study.user_attrs.get("validation", {}))
+    wanted = finalists(study, plan.objective, plan.file.search.finalists)
+    numbers = {r.number for r in wanted}
+    wanted += [r for r in records(study) if r.is_scored and r.label and r.number not in numbers and _compared(r, study, plan)]
+    for record in wanted:
+        if str(record.number) in scored:
+            continue
+        try:
+            evaluation = score(record.recipe)
+        except (NonFiniteError, EvaluationError) as error:
+            note(f"{record.name} could not be scored on the validation questions: {error}")
+            continue
+        scored[str(record.number)] = evaluation.to_attribute()
+        study.set_user_attr("validation", scored)
+    study.set_user_attr("finalists", sorted(numbers))
+
+
+def _compared(record: Record, study: optuna.Study, plan: Plan) -> bool:
+    """References, and the baseline with the best search score."""
+    if f"reference.{record.label}" in study.user_attrs:
+        return True
+    merges = [r for r in candidates(study) if r.label]
+    top = max(merges, key=lambda r: plan.objective.key(r.values), default=None)
+    return top is not None and top.number == record.number
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A row of the final table: one model on the validation questions.
+
+    Attributes:
+        role: ``base``, ``expert``, ``baseline`` or ``merge``.
+        values: Objective values; the references' validation scores define retention here.
+        difference: First objective minus that of the best baseline, larger is better, with its standard error,
+            from the same questions; None for rows it does not apply to.
+    """
+
+    record: Record
+    role: str
+    evaluation: Evaluation
+    values: tuple[float, ...]
+    stderrs: tuple[float, ...]
+
+
+def standings(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> list[Standing]:
+    """All rows that have validation scores: base, experts, best baseline, merges by rank."""
+    stored: Mapping[str, Any] = study.user_attrs.get("validation", {})
+    by_number = {r.number: r for r in records(study)}
+    evaluations = {by_number[int(k)]: Evaluation.from_attribute(v) for k, v in stored.items()}
+    by_label = {r.label: e for r, e in evaluations.items() if r.label}
+    if "base" not in by_label or not all(e in by_label for e in experts):
+        return []
+    metrics = list(objective.metrics.values())
+    references = References.from_evaluations(metrics, by_label["base"], {e: by_label[e] for e in experts})
+    chosen = set(study.user_attrs.get("finalists", []))
+    rows = []
+    for record, evaluation in evaluations.items():
+        role = "base" if record.label == "base" else "expert" if record.label in experts else "merge" if record.number in chosen else "baseline"
+        estimates = objective.values(evaluation, references)
+        rows.append(Standing(record, role, evaluation, tuple(e.value for e in estimates), tuple(e.stderr for e in estimates)))
+    order = ["base", "expert", "baseline", "merge"]
+    return sorted(rows, key=lambda s: (order.index(s.role), -objective.key(s.values), s.record.number))
+
+
+def winner(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Record | None:
+    """The finalist that is best on validation; before validation, the best by posterior mean."""
+    merges = [s for s in standings(study, objective, experts) if s.role == "merge"]
+    if merges:
+        return max(merges, key=lambda s: objective.key(s.values)).record
+    first = finalists(study, objective, 1)
+    return first[0] if first else None
+
+
+def paired_difference(a: Evaluation, b: Evaluation, names: list[str]) -> tuple[float, float]:
+    """Mean over the metrics `names` of a minus b, and its standard error, from the same questions."""
+    parts = []
+    for name in names:
+        d = a.scores[name].values - b.scores[name].values
+        parts.append((d.mean(), d.var(ddof=1) / len(d) if len(d) > 1 else math.nan))
+    return float(np.mean([m for m, _ in parts])), float(math.sqrt(sum(v for _, v in parts)) / len(parts))

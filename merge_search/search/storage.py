@@ -1,0 +1,154 @@
+"""Optuna's storage by URL, one driver per study, and what a killed driver leaves behind.
+
+SQLite runs with a write-ahead log (readers never block the driver); other databases as SQLAlchemy gives them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import optuna
+import sqlalchemy
+from optuna.trial import TrialState
+
+from merge_search.errors import StorageError, StudyChangedError
+from merge_search.outcome import Outcome
+
+__all__ = ["check_identity", "describe_changes", "driver_lock", "open_storage", "reclaim_lost_trials"]
+
+
+def open_storage(url: str) -> optuna.storages.RDBStorage:
+    """A storage for `url`.
+
+    Raises:
+        StorageError: the URL is not one of a database, its driver is not installed, or it cannot be reached.
+    """
+    connect = {"timeout": 120} if url.startswith("sqlite:") else {}
+    if url.startswith("sqlite:///"):
+        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": connect})
+    except ImportError as error:
+        raise StorageError(f"storage {url!r} needs a driver that is not installed: {error}") from error
+    except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
+        raise StorageError(f"storage {_without_password(url)!r} cannot be opened: {error}") from error
+    if url.startswith("sqlite:"):
+        sqlalchemy.event.listens_for(storage.engine, "connect")(_write_ahead_log)
+        storage.engine.dispose()  # drop the connection that was opened before the listener
+    return storage
+
+
+def _write_ahead_log(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.close()
+
+
+def _without_password(url: str) -> str:
+    try:
+        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+    except sqlalchemy.exc.ArgumentError:
+        return url
+
+
+@contextmanager
+def driver_lock(storage: optuna.storages.RDBStorage, url: str, name: str) -> Iterator[None]:
+    """Hold the study `name` for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        StorageError: another process drives the study now.
+    """
+    message = f"study {name!r} in {_without_password(url)} is being run by another process; wait for it or stop it"
+    if url.startswith("sqlite:///"):
+        with _file_lock(Path(url.removeprefix("sqlite:///")), name, message):
+            yield
+    elif storage.engine.dialect.name == "postgresql":
+        key = int.from_bytes(hashlib.sha256(f"merge-search:{name}".encode()).digest()[:8], "big", signed=True)
+        with storage.engine.connect() as connection:
+            if not connection.execute(sqlalchemy.text("SELECT pg_try_advisory_lock(:k)"), {"k": key}).scalar():
+                raise StorageError(message)
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _file_lock(database: Path, name: str, message: str) -> Iterator[None]:
+    import fcntl
+
+    path = database.with_name(f"{database.name}.{name}.lock")
+    handle: IO[str]
+    with path.open("a+", encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            raise StorageError(f"{message} ({handle.read().strip() or 'process unknown'})") from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()}")
+        handle.flush()
+        yield
+
+
+def reclaim_lost_trials(study: optuna.Study) -> int:
+    """Close trials that a killed driver left running and enqueue the same points again.
+
+    A trial without its recipe baseline mark or parameters had not begun: it is only closed. Returns how many
+    were closed. Call while holding `driver_lock`.
+    """
+    lost = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    storage = study._storage
+    for trial in lost:
+        storage.set_trial_user_attr(trial._trial_id, "outcome", str(Outcome.LOST))
+        study.tell(trial.number, state=TrialState.FAIL)
+        keep = {k: v for k, v in trial.user_attrs.items() if k in ("label", "given_recipe")}
+        params = trial.params or trial.system_attrs.get("fixed_params", {})
+        if params or keep:
+            study.enqueue_trial(params, user_attrs={**keep, "retry_of": trial.number})
+    return len(lost)
+
+
+def describe_changes(old: Any, new: Any, at: str = "") -> list[str]:
+    """Sentences for every place where two JSON values differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        out = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            here = f"{at}.{key}" if at else str(key)
+            if key not in new:
+                out.append(f"{here}: was {_short(old[key])}, is now absent")
+            elif key not in old:
+                out.append(f"{here}: is new: {_short(new[key])}")
+            else:
+                out += describe_changes(old[key], new[key], here)
+        return out
+    return [] if old == new else [f"{at}: was {_short(old)}, is now {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 70 else text[:33] + " ... " + text[-33:]
+
+
+def check_identity(study: optuna.Study, identity: Mapping[str, Any]) -> None:
+    """Store what the study is about, or compare with what is stored.
+
+    Raises:
+        StudyChangedError: models, tasks, splits, objective, space or seed differ, each difference shown.
+    """
+    stored = study.user_attrs.get("identity")
+    if stored is None:
+        study.set_user_attr("identity", dict(identity))
+        return
+    changes = describe_changes(stored, dict(identity))
+    if changes:
+        lines = "\n".join(f"  - {c}" for c in changes)
+        raise StudyChangedError(
+            f"study {study.study_name!r} was made with other settings, and its trials cannot be compared with new ones:\n{lines}\n"
+            "Undo the change, or give the study another name (study.name) to begin a new one."
+        )

@@ -1,0 +1,105 @@
+"""Contract: a search space says what may vary and decodes a point into a recipe.
+
+Parameters are flat, bounded and identifiable: different points mean different merges, nothing is folded by
+``abs`` or clamped. A space is torch-free and knows models only through `SpaceContext`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from merge_search.recipe import Group, Models, Recipe
+
+__all__ = ["Categorical", "Float", "Integer", "Parameter", "Point", "SearchSpace", "SpaceContext"]
+
+
+@dataclass(frozen=True, slots=True)
+class Float:
+    """A real number in [low, high]; `log`: searched on a logarithmic scale."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Integer:
+    """A whole number in [low, high]."""
+
+    low: int
+    high: int
+    log: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Categorical:
+    """One of `choices`, without order."""
+
+    choices: tuple[str | int | float | bool, ...]
+
+
+Parameter = Float | Integer | Categorical
+Point = Mapping[str, str | int | float | bool]
+"""Values by parameter name."""
+
+
+@dataclass(frozen=True)
+class SpaceContext:
+    """What a space may know of the models.
+
+    Attributes:
+        models: Base and experts, as the recipes will name them.
+        groups: One entry per mergeable tensor, in the order of the checkpoint.
+        seed: Of the counter-based masks: fixed for the whole study.
+        dtype: Of the merged tensors, or None for the base's own.
+    """
+
+    models: Models
+    groups: tuple[Group, ...]
+    seed: int = 0
+    dtype: str | None = None
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return tuple(self.models.experts)
+
+    @property
+    def n_blocks(self) -> int:
+        return 1 + max((g.block for g in self.groups if g.block is not None), default=-1)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Module kinds that occur inside blocks, in order of appearance."""
+        return tuple(dict.fromkeys(g.kind for g in self.groups if g.block is not None))
+
+    def recipe(self, **settings: object) -> Recipe:
+        """A recipe over these models; `settings` are `Recipe` fields."""
+        return Recipe.model_validate({"models": self.models, "seed": self.seed, "dtype": self.dtype, **settings})
+
+
+@runtime_checkable
+class SearchSpace(Protocol):
+    """What a family in ``search_spaces/`` implements.
+
+    Built as ``Family(options, context)``; `options` is the ``space`` entry of the study file without
+    ``type``; every problem with it is raised at once as one `SpaceError`.
+    """
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Names and domains, in a fixed order; the same for every point."""
+        ...
+
+    def decode(self, point: Point) -> Recipe:
+        """The recipe of a point that has a value for every parameter."""
+        ...
+
+    def encode(self, recipe: Recipe) -> dict[str, str | int | float | bool] | None:
+        """A point that decodes to `recipe`, or None if the space does not hold it."""
+        ...
+
+    def initial_points(self) -> list[dict[str, str | int | float | bool]]:
+        """Points worth trying before any model of the objective: uniform recipes. May be empty."""
+        ...

@@ -1,0 +1,224 @@
+"""The study file: a YAML text that says what to merge, how to judge and how long to search.
+
+    study:   {name: skills, storage: sqlite:///skills.db, seed: 0}
+    models:
+      base: path-or-hub-id
+      experts: {maths: path, stories: path}
+    space:   {type: compatibility, coefficients: {per: block, bounds: [0, 1.5]}}
+    evaluate:
+      - {evaluator: lm_eval, tasks: [a, b], include_path: tasks/, batch_size: 32}
+    splits:  {search: 0.6, validation: 0.2, test: 0.2}
+    objective: {maximise: mean_retention}
+    search:  {sampler: botorch, n_trials: 40}
+    device:  auto
+
+Relative paths (models, include_path, SQLite files) are relative to the study file. All problems are reported
+at once, each with its line.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from merge_search.errors import StudyFileError, nearest
+
+__all__ = ["StudyFile", "read_study_file"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Open(BaseModel):
+    """A section whose other keys belong to a plug-in."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return copy.deepcopy(self.model_extra or {})
+
+
+class Study(_Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    storage: str = ""
+    seed: int = 0
+
+    @property
+    def url(self) -> str:
+        return self.storage or f"sqlite:///{self.name}.db"
+
+
+class ModelsSection(_Section):
+    base: str
+    experts: Annotated[dict[str, str], Field(min_length=1)]
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+
+    @field_validator("experts")
+    @classmethod
+    def _names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not name or not all(c.isalnum() or c in "_-" for c in name) or name == "base":
+                raise ValueError(f"an expert's name must be letters, digits, '_' and '-' and not 'base', got {name!r}")
+        return value
+
+
+class Space(_Open):
+    type: str = "compatibility"
+
+
+class Evaluate(_Open):
+    evaluator: str
+
+
+class Splits(_Section):
+    search: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+    @model_validator(mode="after")
+    def _sum(self) -> Splits:
+        if abs(self.search + self.validation + self.test - 1) > 1e-9:
+            raise ValueError(f"shares must sum to 1, got {self.search + self.validation + self.test:g}")
+        return self
+
+
+class ObjectiveSection(_Section):
+    maximise: list[str] = []
+    minimise: list[str] = []
+    constraints: list[str] = []
+
+    @field_validator("maximise", "minimise", "constraints", mode="before")
+    @classmethod
+    def _as_list(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+
+class Search(_Section):
+    sampler: str = "botorch"
+    n_trials: Annotated[int, Field(ge=1)] = 40
+    """The total over all runs of this study."""
+    fidelity: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the search questions that every trial is asked."""
+    finalists: Annotated[int, Field(ge=1)] = 3
+    """How many of the best are scored on the validation questions."""
+    baselines: list[str] | None = None
+    """Published presets tried first; None: those of the space."""
+
+
+class StudyFile(_Section):
+    """The parsed file; `path` is where it was read from."""
+
+    study: Study
+    models: ModelsSection
+    space: Space = Space()
+    evaluate: Annotated[list[Evaluate], Field(min_length=1)]
+    splits: Splits = Splits()
+    objective: ObjectiveSection = ObjectiveSection(maximise=["mean_retention"])
+    search: Search = Search()
+    device: str = "auto"
+    path: Annotated[Path, Field(exclude=True)] = Path("study.yaml")
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    def model_reference(self, text: str) -> str:
+        """A folder's absolute path, or the text as it is (a hub id)."""
+        folder = (self.folder / Path(text).expanduser()).resolve()
+        return str(folder) if folder.exists() or text.startswith((".", "/", "~")) else text
+
+    @property
+    def storage_url(self) -> str:
+        """The storage URL with a relative SQLite path made absolute."""
+        url = self.study.url
+        prefix = "sqlite:///"
+        if url.startswith(prefix) and not url.startswith(prefix + "/"):
+            return prefix + str((self.folder / url.removeprefix(prefix)).resolve())
+        return url
+
+
+def read_study_file(path: str | Path) -> StudyFile:
+    """Read and check a study file's form; models, tasks and metrics are checked later, still before any weight.
+
+    Raises:
+        StudyFileError: every problem found, with its line and the nearest known key.
+    """
+    path = Path(path).expanduser().absolute()
+    where = path.name
+    if not path.is_file():
+        raise StudyFileError(f"no such file: {path}", where=where)
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyFileError(f"not YAML: {error}", where=where) from None
+    if not isinstance(data, dict) or node is None:
+        raise StudyFileError("must be a mapping with the keys study, models, evaluate, ...", where=where)
+    lines = dict(_lines(node))
+    problems = [f"line {line}: key {'.'.join(map(str, loc))!r} stands twice" for loc, line in _duplicates(node)]
+    try:
+        file = StudyFile.model_validate({**data, "path": path})
+    except ValidationError as error:
+        problems += [_sentence(e, lines) for e in error.errors()]
+    if problems:
+        raise StudyFileError(problems, where=where)
+    return file
+
+
+def _lines(node: yaml.Node, at: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], int]]:
+    yield at, node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*at, str(key.value))
+            yield from _lines(value, here)
+            yield here, key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            yield from _lines(value, (*at, i))
+
+
+def _duplicates(node: yaml.Node, at: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], int]]:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield (*at, key.value), key.start_mark.line + 1
+            seen.add(key.value)
+            yield from _duplicates(value, (*at, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            yield from _duplicates(value, (*at, i))
+
+
+def _sentence(error: Mapping[str, Any], lines: Mapping[tuple[str | int, ...], int]) -> str:
+    loc = tuple(error["loc"])
+    known_at = next((loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in lines), ())
+    place = f"line {lines.get(known_at, 1)}: {'.'.join(map(str, loc)) or 'study file'}"
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{place}: unknown key{nearest(str(loc[-1]), _keys(loc[:-1]))}"
+        case "missing":
+            return f"{place}: is missing"
+        case _:
+            found = error.get("input")
+            shown = f", got {found!r}" if isinstance(found, str | int | float | bool) or found is None else ""
+            message = error["msg"].removeprefix("Value error, ")
+            return f"{place}: {message[0].lower() + message[1:]}{shown if 'got' not in message else ''}"
+
+
+def _keys(loc: tuple[str | int, ...]) -> list[str]:
+    model: Any = StudyFile
+    for part in loc:
+        fields = getattr(model, "model_fields", {})
+        if part not in fields:
+            break
+        model = fields[part].annotation
+    return [k for k in getattr(model, "model_fields", {}) if k != "path"]
