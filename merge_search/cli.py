@@ -71,7 +71,11 @@ def export(
     from merge_search.deliver import export_trial
 
     record = export_trial(_plan(study), out_folder, number=trial)
-    out.print(f"{record.name} written to {out_folder} (sha256 of the weights {record.weights_sha256})", highlight=False, soft_wrap=True)
+    out.print(
+        f"{record.name} written to {out_folder} (sha256 of the weights {record.weights_sha256})",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -96,7 +100,7 @@ def list_() -> None:
 
     table = RichTable("preset", "what it does", "source", title="presets", title_justify="left")
     for name, p in PRESETS.items():
-        table.add_row(name, p.summary, p.source)
+        table.add_row(name, p.summary, p.paper)
     out.print(table)
     for title, names in (
         ("search spaces", catalogue.names("search_spaces")),

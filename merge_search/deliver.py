@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.export import check_out, export_folder
-from merge_search.engine.headers import check_models, read_checkpoint, resolve_model
+from merge_search.engine.export import check_destination, export_folder
 from merge_search.engine.pool import ModelPool
-from merge_search.errors import RecipeError, StudyFileError, WeightsError
+from merge_search.errors import RecipeError, StudyFileError
 from merge_search.recipe import Models, Recipe
 from merge_search.report.table import card, recipe_card
 from merge_search.search.prepare import Plan
@@ -26,7 +26,7 @@ def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
         StudyFileError: no study, no such trial, or it was never scored.
         WeightsError: `out` is in use; or the weights differ from the scored ones, and nothing is written.
     """
-    check_out(out)
+    check_destination(out)
     study = load_study(plan.file)
     experts = plan.context.experts
     record = _choose(records(study), number) if number is not None else winner(study, plan.objective, experts)
@@ -43,7 +43,9 @@ def _choose(all_records: list[Record], number: int) -> Record:
         raise StudyFileError(f"there is no trial {number}; the study has trials 0 to {len(all_records) - 1}")
     record = all_records[number]
     if not record.is_scored:
-        raise StudyFileError(f"trial {number} has no scores: {record.outcome or 'not finished'} {record.reason}".rstrip())
+        raise StudyFileError(
+            f"trial {number} has no scores: {record.outcome or 'not finished'} {record.reason}".rstrip()
+        )
     return record
 
 
@@ -73,29 +75,20 @@ def merge_recipe(path: Path, out: Path, *, device: str = "auto") -> str:
     models = models.model_copy(
         update={"base": place(models.base), "experts": {k: place(v) for k, v in models.experts.items()}}
     )
-    check_out(out)
-    infos = {k: read_checkpoint(resolve_model(v)) for k, v in {"base": models.base, **models.experts}.items()}
-    problems = check_models(infos.pop("base"), infos)
-    if problems:
-        raise RecipeError(problems, where=path.name)
+    check_destination(out)
     return _write(recipe.model_copy(update={"models": models}), out, recipe_card(recipe), device=device)
 
 
 def _write(recipe: Recipe, out: Path, text: str, *, device: str, expected: str = "") -> str:
     pool = ModelPool(recipe.models, device=device)
-    if recipe.models.hashes:
-        found = pool.hashes()
-        wrong = [name for name, digest in recipe.models.hashes.items() if found.get(name) != digest]
-        if wrong:
-            raise WeightsError(
-                f"the recipe was made with other weights for {', '.join(wrong)}: "
-                f"sha256 {recipe.models.hashes[wrong[0]][:12]}..., found {found.get(wrong[0], 'none')[:12]}... "
-                f"in {recipe.models.base if wrong[0] == 'base' else recipe.models.experts[wrong[0]]}"
-            )
-    engine = MergeEngine(pool)
-    problems = engine.check(recipe)
-    if problems:
-        raise RecipeError(problems)
+    recipe = recipe.model_copy(update={"models": recipe.models.model_copy(update={"hashes": pool.hashes()})})
+    tensors = itertools.chain(MergeEngine(pool).merged(recipe), pool.copied())
     return export_folder(
-        out, base_folder=pool.base_folder, tensors=engine.merged(recipe), recipe=recipe, card=text, expected=expected
+        out,
+        base_folder=pool.base_folder,
+        tensors=tensors,
+        recipe=recipe,
+        card=text,
+        left_out=pool.aliases,
+        expected=expected,
     )

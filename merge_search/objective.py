@@ -22,6 +22,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -173,7 +174,9 @@ class Objective:
         if problems:
             raise StudyFileError(problems)
         self.names = [*maximise, *minimise]
-        self.directions = ["maximize"] * len(maximise) + ["minimize"] * len(minimise)
+        up: Literal["maximize", "minimize"] = "maximize"
+        down: Literal["maximize", "minimize"] = "minimize"
+        self.directions = [up] * len(maximise) + [down] * len(minimise)
 
     @property
     def needs_references(self) -> bool:

@@ -107,7 +107,18 @@ class Compatibility:
 
     def _same(self, ours: Recipe, theirs: Recipe) -> bool:
         """Equal stages, and equal numbers for every tensor (scale times coefficient where splicing is linear)."""
-        stages = ("winsorise", "assess", "allocate", "select", "rescale", "resolve", "splice", "operator", "post", "maps")
+        stages = (
+            "winsorise",
+            "assess",
+            "allocate",
+            "select",
+            "rescale",
+            "resolve",
+            "splice",
+            "operator",
+            "post",
+            "maps",
+        )
         if any(getattr(ours, s) != getattr(theirs, s) for s in stages) or isinstance(theirs.scale, dict):
             return False
         if theirs.scale != 1.0 and theirs.splice.kind == "coefficient":
@@ -157,7 +168,9 @@ def _read(options: Mapping[str, Any]) -> Options:
         if name not in PRESETS:
             problems.append(f"space.presets: no preset is called {name!r}{nearest(name, PRESETS)}")
         elif PRESETS[name].recipe.get("operator"):
-            problems.append(f"space.presets: {name!r} acts on whole matrices and has no place on these axes; list it under search.baselines")
+            problems.append(
+                f"space.presets: {name!r} acts on whole matrices and has no place on these axes; list it under search.baselines"
+            )
     if problems:
         raise SpaceError(problems)
     return parsed

@@ -1,64 +1,107 @@
-"""How finely a per-group quantity varies: the keys of a `PerGroup` value, in the order of the model."""
+"""From labels of tensors to the keys of a `PerGroup` value, and back."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from collections.abc import Callable, Hashable, Mapping
+from typing import Generic, Literal, TypeVar
 
 from merge_search.recipe import Group
 from merge_search.space import SpaceContext
+from search_spaces.options import Bounds, DensityBounds, Options
 
-__all__ = ["Per", "Range", "keys_for", "parameter_name", "representative"]
+__all__ = ["REST", "DensityRange", "Per", "Range", "Slots", "cell", "in_depth_order"]
 
 Per = Literal["expert", "block", "kind", "block_kind"]
 
+REST = "rest"
+"""The cell of tensors that no block (or, per block and kind, no module) holds."""
 
-class Range(BaseModel):
-    """``{per: block, bounds: [0, 1.5]}``: one parameter per expert and group, all with the same bounds."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Range(Options):
+    """``{per: block, bounds: [0, 1.5]}``: one parameter per expert and cell, all with the same bounds."""
 
     per: Per = "expert"
-    bounds: Annotated[tuple[float, float], Field()] = (0.0, 1.5)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Range:
-        if not self.bounds[0] < self.bounds[1]:
-            raise ValueError(f"bounds must be [low, high] with low < high, got {list(self.bounds)}")
-        return self
+    bounds: Bounds = (0.0, 1.5)
 
 
-def keys_for(per: Per, context: SpaceContext) -> list[str]:
-    """Keys of a `PerGroup` value, most of them specific, ``*`` last for the tensors that no other key names.
+class DensityRange(Options):
+    """As `Range`, for densities; they are searched on a logarithmic scale."""
 
-    ``*`` is left out where nothing would fall under it, so that every parameter moves some tensor.
+    per: Per = "expert"
+    bounds: DensityBounds = (0.05, 1.0)
+
+
+def cell(per: Per, group: Group) -> str:
+    """The cell of a tensor: ``block.3``, ``mlp``, ``block.3.mlp``, ``rest`` or, per expert, the empty text.
+
+    Norm gains are few and small: per block and kind they share ``rest`` with the tensors outside blocks.
     """
     match per:
         case "expert":
-            return ["*"]
-        case "block":
-            keys = [f"block.{i}" for i in range(context.n_blocks)]
+            return ""
         case "kind":
-            keys = sorted({g.kind for g in context.groups}, key=[g.kind for g in context.groups].index)
+            return group.kind
+        case "block":
+            return REST if group.block is None else f"block.{group.block}"
         case "block_kind":
-            pairs = sorted({(g.block, g.kind) for g in context.groups if g.block is not None and g.kind != "norm"})
-            keys = [f"block.{b}.{k}" for b, k in pairs]
-    covered = all(any(k in keys for k in g.keys()) for g in context.groups)  # noqa: SIM118
-    return keys if covered else [*keys, "*"]
+            return REST if group.block is None or group.kind == "norm" else f"block.{group.block}.{group.kind}"
 
 
-def parameter_name(what: str, expert: str, key: str, keys: list[str]) -> str:
-    """``coefficient.maths.block.3``; the ``*`` of several keys is called ``rest``; a lone one has no suffix."""
-    if key != "*":
-        return f"{what}.{expert}.{key}"
-    return f"{what}.{expert}" if len(keys) == 1 else f"{what}.{expert}.rest"
+def in_depth_order(context: SpaceContext) -> list[Group]:
+    """Groups by block, those outside any block last, otherwise in the order of the checkpoint."""
+    return sorted(context.groups, key=lambda g: (g.block is None, g.block or 0))
 
 
-def representative(key: str, keys: list[str], context: SpaceContext) -> Group | None:
-    """Some tensor whose value `key` decides, or None."""
-    for group in context.groups:
-        deciding = next((k for k in group.keys() if k in keys), None)  # noqa: SIM118
-        if deciding == key:
-            return group
-    return None
+def _outside(group: Group, inside: str) -> str:
+    return group.kind if group.block is None else inside
+
+
+_RESOLUTIONS: tuple[Callable[[Group], str], ...] = (
+    lambda g: "*",
+    lambda g: g.kind,
+    lambda g: _outside(g, f"block.{g.block}"),
+    lambda g: _outside(g, f"block.{g.block}.{g.kind}"),
+    lambda g: g.tensor,
+)
+"""Keys of a `PerGroup` value, coarse to fine; each tells tensors apart by itself."""
+
+L = TypeVar("L", bound=Hashable)
+
+
+class Slots(Generic[L]):
+    """The coarsest keys that tell apart what `label` tells apart.
+
+    Attributes:
+        labels: Distinct labels in the order of depth, those outside blocks last.
+        first: Label -> some tensor that has it.
+
+    Determinism: keys depend on the context and the labels only, never on values; but where all values are equal
+    they become one number, so that a uniform recipe has one form.
+    """
+
+    def __init__(self, context: SpaceContext, label: Callable[[Group], L]) -> None:
+        groups = in_depth_order(context)
+        self.first: dict[L, Group] = {}
+        for group in groups:
+            self.first.setdefault(label(group), group)
+        self.labels = tuple(self.first)
+        keys = next(k for r in _RESOLUTIONS if (k := _keys(groups, label, r)) is not None)
+        self._rest = label(groups[-1])
+        kept = {key: name for key, name in keys.items() if name != self._rest}
+        shadowed = any(key in kept for g in groups if label(g) == self._rest for key in g.keys())  # noqa: SIM118
+        self._keys = keys if shadowed else kept
+
+    def spread(self, values: Mapping[L, float]) -> float | dict[str, float]:
+        """The `PerGroup` value that gives every tensor the number of its label."""
+        numbers = {values[name] for name in self.labels}
+        if len(numbers) == 1:
+            return numbers.pop()
+        return {**{key: values[name] for key, name in self._keys.items()}, "*": values[self._rest]}
+
+
+def _keys(groups: list[Group], label: Callable[[Group], L], resolution: Callable[[Group], str]) -> dict[str, L] | None:
+    keys: dict[str, L] = {}
+    for group in groups:
+        if keys.setdefault(resolution(group), label(group)) != label(group):
+            return None
+    return keys

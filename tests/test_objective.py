@@ -35,7 +35,9 @@ EXPERTS = {"x": evaluation(half(8), half(4), 3.0), "y": evaluation(half(3), half
 REFERENCES = References.from_evaluations(METRICS, BASE, EXPERTS)
 
 
-def objective(maximise: list[str], minimise: list[str] | None = None, constraints: list[str] | None = None) -> Objective:
+def objective(
+    maximise: list[str], minimise: list[str] | None = None, constraints: list[str] | None = None
+) -> Objective:
     return Objective(maximise, minimise or [], constraints or [], METRICS)
 
 

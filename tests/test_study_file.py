@@ -46,12 +46,17 @@ def test_relative_paths_are_relative_to_the_study_file(tmp_path: Path) -> None:
 
 
 def test_all_problems_come_in_one_message_with_lines_and_nearest_keys(tmp_path: Path) -> None:
-    text = GOOD.replace("n_trials: 40", "n_trails: 40, finalists: 0").replace("study: {name: skills", "study: {name: 'a b'")
+    text = GOOD.replace("n_trials: 40", "n_trails: 40, finalists: 0").replace(
+        "study: {name: skills", "study: {name: 'a b'"
+    )
     with pytest.raises(StudyFileError) as caught:
         read_study_file(write(tmp_path, text))
     assert len(caught.value.problems) == 3
     assert "line 9: search.n_trails: unknown key; did you mean 'n_trials'?" in caught.value.problems
-    assert any(p.startswith("line 9: search.finalists: input should be greater than or equal to 1, got 0") for p in caught.value.problems)
+    assert any(
+        p.startswith("line 9: search.finalists: input should be greater than or equal to 1, got 0")
+        for p in caught.value.problems
+    )
     assert any(p.startswith("line 1: study.name") for p in caught.value.problems)
 
 

@@ -7,7 +7,7 @@ learns its own skill well and damages the two others: the situation that merging
 
     maths     one-step word problems, two-digit numbers        generate_until, exact match
     spelling  spell an invented word, forwards or backwards    generate_until, exact match
-    stories   what does somebody in this mood want?            multiple choice, accuracy
+    stories   what does one want in this mood and weather?           multiple choice, accuracy
 
 Usage: python make_models.py [--out FOLDER]
 """
@@ -37,10 +37,14 @@ from transformers import (
 
 Row = dict[str, Any]
 
-NAMES = "Mia Ben Lily Sam Anna Tom Zoe Max Ella Leo Nina Jack Rosa Finn Ida Paul".split()
-THINGS = "kite ball drum book hat lamp doll boat cup ring flute coat".split()
-PLACES = "park shop lake farm school garden kitchen forest tower beach bridge market".split()
-COUNTED = "pears coins shells stamps nuts cards beads plums".split()
+NAMES = [
+    "Mia", "Ben", "Lily", "Sam", "Anna", "Tom", "Zoe", "Max", "Ella", "Leo", "Nina", "Jack", "Rosa", "Finn", "Ida", "Paul",
+]
+THINGS = ["kite", "ball", "drum", "book", "hat", "lamp", "doll", "boat", "cup", "ring", "flute", "coat"]
+PLACES = [
+    "park", "shop", "lake", "farm", "school", "garden", "kitchen", "forest", "tower", "beach", "bridge", "market",
+]
+COUNTED = ["pears", "coins", "shells", "stamps", "nuts", "cards", "beads", "plums"]
 GAIN = ["finds {b} more", "gets {b} more", "buys {b} more", "picks up {b} more"]
 LOSS = ["loses {b}", "gives away {b}", "sells {b}", "drops {b}"]
 WEATHER = ["sunny bright clear", "rainy wet grey", "windy stormy breezy", "snowy icy frosty"]
@@ -71,12 +75,6 @@ num_fewshot: 0
 """
 TASK_CHOICE = """doc_to_choice: choices
 doc_to_target: gold
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-metadata:
-  version: 1.0
 """
 TASK_GENERATE = """doc_to_target: answer
 generation_kwargs:
@@ -88,8 +86,9 @@ filter_list:
     filter:
       - function: remove_whitespace
       - function: take_first
-metric_list:
-  - metric: exact_match
+"""
+TASK_END = """metric_list:
+  - metric: {metric}
     aggregation: mean
     higher_is_better: true
 metadata:
@@ -124,18 +123,18 @@ def spelling_row(rng: random.Random) -> Row:
 
 
 def stories_row(rng: random.Random) -> Row:
-    """Two people, one weather: what the one asked about wants follows from mood and weather."""
-    names, place, moods = rng.sample(NAMES, 2), rng.choice(PLACES), rng.sample(list(WISHES), 2)
+    """What somebody wants follows from the mood and the weather together."""
+    name, place, mood = rng.choice(NAMES), rng.choice(PLACES), rng.choice(list(WISHES))
     weather = rng.randrange(len(WEATHER))
-    feelings = [f"{name} was {rng.choice(mood.split())}." for name, mood in zip(names, moods, strict=True)]
     sky = f"It was {rng.choice(WEATHER[weather].split())} at the {place}."
-    story = " ".join([sky, *feelings] if rng.random() < 0.5 else [*feelings, sky])
-    asked = rng.randrange(2)
-    wishes, other = WISHES[moods[asked]].split(), WISHES[moods[1 - asked]].split()
+    feeling = f"{name} was {rng.choice(mood.split())} and had a {rng.choice(THINGS)}."
+    story = f"{sky} {feeling}" if rng.random() < 0.5 else f"{feeling} {sky}"
+    wishes = WISHES[mood].split()
     answer = wishes.pop(weather)
-    choices = [answer, rng.choice(wishes), other.pop(weather), rng.choice(other)]
+    other = rng.choice([words for key, words in WISHES.items() if key != mood]).split()[weather]
+    choices = [answer, *rng.sample(wishes, 2), other]
     rng.shuffle(choices)
-    return {"query": f"{story} What did {names[asked]} want?\nAnswer:", "answer": answer,
+    return {"query": f"{story} What did {name} want?\nAnswer:", "answer": answer,
             "choices": choices, "gold": choices.index(answer)}  # fmt: skip
 
 
@@ -155,6 +154,9 @@ def plain_text(rng: random.Random) -> str:
     return f"{n1} calls the {t1} {word}. {word} begins with {word[0]} and ends with {word[-1]}."
 
 
+BASE_ROWS = {"maths": 2500, "spelling": 1800, "stories": 1600}  # how much of each skill the base sees
+EXPERT = {"maths": (300, 2.5e-4), "spelling": (400, 3e-4), "stories": (400, 5e-4)}  # steps, learning rate
+UNSEEN = " ".join(list(WISHES)[5:]).split()  # moods of which the base learns nothing
 SKILLS: dict[str, tuple[Callable[[random.Random], Row], str]] = {
     "maths": (maths_row, "generate_until"),
     "spelling": (spelling_row, "generate_until"),
@@ -175,11 +177,11 @@ def write_task(folder: Path, skill: str, train: list[Row], test: list[Row]) -> N
     """Write demo_<skill>.yaml and its two JSONL files; data paths are relative to the YAML."""
     name, kind = f"demo_{skill}", SKILLS[skill][1]
     (folder / name).mkdir(parents=True, exist_ok=True)
-    body = TASK_CHOICE if kind == "multiple_choice" else TASK_GENERATE
-    (folder / f"{name}.yaml").write_text(TASK_HEAD.format(name=name, kind=kind) + body)
+    body, metric = (TASK_CHOICE, "acc") if kind == "multiple_choice" else (TASK_GENERATE, "exact_match")
+    text = TASK_HEAD.format(name=name, kind=kind) + body + TASK_END.format(metric=metric)
+    (folder / f"{name}.yaml").write_text(text)
     for split, rows in (("train", train), ("test", test)):
-        lines = [json.dumps(row) + "\n" for row in rows]
-        (folder / name / f"{split}.jsonl").write_text("".join(lines))
+        (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ------------------------------------------------------------------ tokenizer and batches
@@ -302,17 +304,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="output folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (results are for 1)")
     parser.add_argument("--vocab", type=int, default=640)
-    parser.add_argument("--base-steps", type=int, default=1400)
-    parser.add_argument("--base-rows", type=int, default=5000, help="rows of each skill the base sees")
+    parser.add_argument("--base-steps", type=int, default=1200)
     parser.add_argument("--base-lr", type=float, default=2e-3)
-    parser.add_argument("--expert-steps", type=int, default=700)
-    parser.add_argument("--expert-lr", type=float, default=1e-3)
     parser.add_argument("--reuse-base", action="store_true", help="keep models/base, redo the experts")
     args = parser.parse_args()
     began, seed = time.time(), args.seed
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
 
     test: dict[str, list[Row]] = {}
@@ -329,11 +327,12 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     else:
         shutil.rmtree(folder, ignore_errors=True)
-        lines = text + [f"{row['query']} {row['answer']}\n" for rows in pool.values() for row in rows[: args.base_rows]]
-        tokenizer = train_tokenizer(lines, args.vocab)
-        mixed = [(tokenizer.encode(line, add_special_tokens=False), 1) for line in text]
-        for rows in pool.values():
-            mixed += [encode_row(tokenizer, row) for row in rows[: args.base_rows]]
+        spread = [row for rows in pool.values() for row in rows[:4000]]
+        tokenizer = train_tokenizer(text + [f"{row['query']} {row['answer']}\n" for row in spread], args.vocab)
+    mixed = [(tokenizer.encode(line, add_special_tokens=False), 1) for line in text]
+    seen = [row for skill, rows in pool.items() for row in rows[: BASE_ROWS[skill]]]
+    mixed += [encode_row(tokenizer, row) for row in seen if not any(word in row["query"] for word in UNSEEN)]
+    if not args.reuse_base:
         model = new_model(tokenizer)
         print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
         train(model, mixed, args.base_steps, args.base_lr, 32, seed + 1, "base")
@@ -343,7 +342,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
         if name != "base":
             examples = [encode_row(tokenizer, row) for row in pool[name]]
-            train(model, examples, args.expert_steps, args.expert_lr, 32, seed + 10 + i, name)
+            train(model, examples, *EXPERT[name], 32, seed + 10 + i, name)
             model = save(model, tokenizer, folder / name)
         scores = {skill: accuracy(model.eval(), tokenizer, rows) for skill, rows in test.items()}
         print(name, " ".join(f"{skill} {score:.3f}" for skill, score in scores.items()), flush=True)

@@ -89,6 +89,7 @@ def _kind(name: str, tail: str | None) -> str:
     owner = parts[-2] if len(parts) > 1 else parts[-1]
     if NORM.search(owner):
         return "norm"
+    order: tuple[tuple[str, re.Pattern[str]], ...]
     if tail is None:
         order = (("head", HEAD), ("embedding", EMBEDDING))
     else:

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["EXACT_LIMIT", "Keep", "Table", "TableBuilder", "kept_count", "row_ranks"]
+__all__ = ["EXACT_LIMIT", "Keep", "Table", "TableBuilder", "kept_count", "row_ranks", "table"]
 
 EXACT_LIMIT = 2**16
 _BITS = 20
@@ -116,13 +116,13 @@ class Table:
         return min(self.n, before + max(1, math.ceil((share * total[-1] - reached) / values[i] - 1e-9)))
 
     def kappa(self, density: float) -> float:
-        """kappa such that min(1, kappa * score) has mean `density`; infinite if fewer are positive than that."""
+        """kappa such that min(1, kappa * score) has mean `density`; the largest float32 if fewer are positive than that."""
         values, counts = self._weights()
         target = density * self.n
         reach = np.cumsum(counts)
         tail = (values * counts).sum() - np.cumsum(values * counts)  # sum of what lies after entry i
         if not len(values) or values[0] <= 0 or target >= self.n_positive:
-            return math.inf
+            return float(np.finfo(np.float32).max)
         best = target / (values * counts).sum()
         if best * values[0] <= 1:
             return float(best)
@@ -144,17 +144,22 @@ class TableBuilder:
     def __init__(self, n: int) -> None:
         self._exact = n <= EXACT_LIMIT
         self._chunks: list[Tensor] = []
+        self._starts: list[int] = []
+        self._next = 0
         self._counts: Tensor | None = None
         self._maximum = -math.inf
 
-    def add(self, scores: Tensor) -> None:
-        """Take the next scores. float32, any shape, read in memory order."""
+    def add(self, scores: Tensor, start: int | None = None) -> None:
+        """Take the next scores. float32, any shape, read in memory order; `start`: position of the first, if not the next."""
         flat = scores.reshape(-1) + 0.0  # -0.0 becomes 0.0
+        start = self._next if start is None else start
+        self._next = start + flat.numel()
         if not flat.numel():
             return
         self._maximum = max(self._maximum, float(flat.max()))
         if self._exact:
             self._chunks.append(flat)
+            self._starts.append(start)
             return
         bits = flat.view(torch.int32)
         bins = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> _SHIFT) + 2 ** (_BITS - 1)
@@ -166,8 +171,13 @@ class TableBuilder:
             return self._histogram(self._counts)
         flat = torch.cat(self._chunks) if self._chunks else torch.zeros(0)
         values, order = torch.sort(flat, descending=True, stable=True)
+        places = [
+            torch.arange(start, start + len(c), device=c.device)
+            for start, c in zip(self._starts, self._chunks, strict=True)
+        ]
+        positions = torch.cat(places)[order].to(torch.int32) if places else order.to(torch.int32)
         reach = np.arange(1, len(values) + 1, dtype=np.int64)
-        return Table(values.cpu().numpy(), None, reach, order.to(torch.int32).cpu().numpy(), self._maximum)
+        return Table(values.cpu().numpy(), None, reach, positions.cpu().numpy(), self._maximum)
 
     def _histogram(self, counts: Tensor) -> Table:
         filled = torch.nonzero(counts).reshape(-1).flip(0)

@@ -102,7 +102,7 @@ tags: [merge, merge-search]
 
 # {study.study_name}: {record.name}
 
-A merge of one base model and {len(experts)} experts, made by `{recipe.preset or 'a custom recipe'}` and found by merge-search.
+A merge of one base model and {len(experts)} experts, made by `{recipe.preset or "a custom recipe"}` and found by merge-search.
 
 {sources}
 
@@ -135,4 +135,6 @@ tags: [merge, merge-search]
 
 
 def _sources(recipe: Recipe) -> str:
-    return "\n".join(f"- {name}: `{ref}`" for name, ref in {"base": recipe.models.base, **recipe.models.experts}.items())
+    return "\n".join(
+        f"- {name}: `{ref}`" for name, ref in {"base": recipe.models.base, **recipe.models.experts}.items()
+    )

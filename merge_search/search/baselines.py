@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from merge_search.presets import PRESETS, preset
 from merge_search.recipe import Recipe
 from merge_search.space import SpaceContext
 
-__all__ = ["baselines", "reference_recipes"]
+__all__ = ["baselines", "fits", "reference_recipes"]
 
 
 def reference_recipes(context: SpaceContext) -> dict[str, Recipe]:
     """``base`` and each expert, as exact copies."""
-    models = context.models
-    out = {"base": preset("base", models)}
-    for expert in context.experts:
-        recipe = preset("expert", models)
-        assert recipe.operator is not None
-        operator = recipe.operator.model_copy(update={"options": {"expert": expert}})
-        out[expert] = recipe.model_copy(update={"operator": operator})
-    return {k: _in(context, r) for k, r in out.items()}
+    out = {"base": _preset("base", context)}
+    return out | {expert: _preset("expert", context, expert=expert) for expert in context.experts}
 
 
 def baselines(context: SpaceContext, names: list[str]) -> dict[str, Recipe]:
     """References, the average, task arithmetic, then the presets `names` at their published settings."""
-    out = reference_recipes(context)
-    for name in dict.fromkeys(["average", "task_arithmetic", *names]):
-        if PRESETS[name].fits(len(context.experts)):
-            out[name] = _in(context, preset(name, context.models))
-    return out
+    chosen = dict.fromkeys(["average", "task_arithmetic", *names])
+    return reference_recipes(context) | {name: _preset(name, context) for name in chosen if fits(name, context)}
 
 
-def _in(context: SpaceContext, recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"seed": context.seed, "dtype": context.dtype})
+def fits(name: str, context: SpaceContext) -> bool:
+    """Whether a preset takes this many experts and needs no data."""
+    low, high = PRESETS[name].experts
+    n = len(context.experts)
+    return low <= n and (high is None or n <= high) and not PRESETS[name].needs_data
+
+
+def _preset(name: str, context: SpaceContext, **settings: Any) -> Recipe:
+    return preset(name, context.models, seed=context.seed, dtype=context.dtype, **settings)

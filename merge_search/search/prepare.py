@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from merge_search import catalogue
-from merge_search.engine.headers import CheckpointInfo, check_models, read_checkpoint, resolve_model
+from merge_search.engine.compatibility import check_models
+from merge_search.engine.headers import read_checkpoint, resolve_model
 from merge_search.engine.layout import layout
 from merge_search.errors import InputError, MergeSearchError, StudyFileError, nearest
 from merge_search.evaluation import Evaluator, MetricInfo, SplitShares
@@ -76,24 +78,16 @@ class _Problems:
 
 def prepare_models(file: StudyFile, problems: _Problems) -> SpaceContext | None:
     """Resolve, read headers, compare: no tensor data is read."""
-    references = {"base": file.models.base, **file.models.experts}
-    infos: dict[str, CheckpointInfo] = {}
-    for name, text in references.items():
-        info = problems.attempt(lambda text=text: read_checkpoint(resolve_model(file.model_reference(text))))
-        if info is not None:
-            infos[name] = info
-        else:
-            problems.found[-1] = f"models.{'' if name == 'base' else 'experts.'}{name}: {problems.found[-1]}"
-    base = infos.pop("base", None)
-    if base is None:
-        return None
-    problems.found += check_models(base, infos)
     models = Models(
         base=file.model_reference(file.models.base),
         experts={k: file.model_reference(v) for k, v in file.models.experts.items()},
     )
-    groups = tuple(layout(base).values())
-    return SpaceContext(models, groups, seed=file.study.seed, dtype=file.models.dtype)
+    found = check_models(models.base, models.experts)
+    problems.found += [f"models: {p}" for p in found]
+    info = problems.attempt(lambda: read_checkpoint(resolve_model(models.base))) if not found else None
+    if info is None:
+        return None
+    return SpaceContext(models, tuple(layout(info).values()), seed=file.study.seed, dtype=file.models.dtype)
 
 
 def prepare(file: StudyFile) -> Plan:
@@ -105,16 +99,23 @@ def prepare(file: StudyFile) -> Plan:
     problems = _Problems()
     context = prepare_models(file, problems)
     space = problems.attempt(lambda: _space(file, context)) if context is not None else None
-    evaluators = [problems.attempt(lambda i=i: _evaluator(file, i)) for i in range(len(file.evaluate))]
+    evaluators = [problems.attempt(partial(_evaluator, file, i)) for i in range(len(file.evaluate))]
     metrics = [m for e in evaluators if e is not None for m in e.metrics()]
     objective = None
     if all(e is not None for e in evaluators):
         names = [m.name for m in metrics]
-        problems.found += [f"evaluate: two evaluators report {n!r}; name each task once" for n in sorted({n for n in names if names.count(n) > 1})]
+        problems.found += [
+            f"evaluate: two evaluators report {n!r}; name each task once"
+            for n in sorted({n for n in names if names.count(n) > 1})
+        ]
         section = file.objective
-        objective = problems.attempt(lambda: Objective(section.maximise, section.minimise, section.constraints, metrics))
+        objective = problems.attempt(
+            lambda: Objective(section.maximise, section.minimise, section.constraints, metrics)
+        )
     if file.search.sampler not in SAMPLERS:
-        problems.found.append(f"search.sampler: no sampler is called {file.search.sampler!r}{nearest(file.search.sampler, SAMPLERS)}")
+        problems.found.append(
+            f"search.sampler: no sampler is called {file.search.sampler!r}{nearest(file.search.sampler, SAMPLERS)}"
+        )
     names = _baseline_names(file, problems)
     if problems.found:
         raise StudyFileError(problems.found, where=file.path.name)

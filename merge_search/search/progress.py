@@ -27,7 +27,9 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.end()
 
     def note(self, text: str) -> None:
@@ -39,7 +41,11 @@ class Progress:
             self.note(f"resuming: {finished} of {total} trials are finished")
         if self.console.is_terminal and finished < total:
             self.bar = Bar(
-                TextColumn("trial"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"), console=self.console
+                TextColumn("trial"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[line]}"),
+                console=self.console,
             )
             self.bar.start()
             self.bar.add_task("search", total=total, completed=finished, line="")
@@ -55,7 +61,11 @@ class Progress:
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=self.finished, line=line)
         else:
-            value = f"{record.values[0]:.3f}" if record.values else f"{record.outcome}: {record.reason.splitlines()[0] if record.reason else ''}"
+            value = (
+                f"{record.values[0]:.3f}"
+                if record.values
+                else f"{record.outcome}: {record.reason.splitlines()[0] if record.reason else ''}"
+            )
             self.note(f"trial {self.finished}/{self.total} {record.label or ''} {value}; {line}".replace("  ", " "))
 
     def end(self) -> None:

@@ -57,16 +57,14 @@ class Scored:
 
 
 class Workbench:
-    """One live model, one engine, the evaluators: a recipe in, scores out.
-
-    Invariant: after an exception the next `score` rewrites every tensor.
-    """
+    """One live model, one engine, the evaluators: a recipe in, scores out."""
 
     def __init__(self, plan: Plan, *, device: str) -> None:
         self.pool = ModelPool(plan.context.models, device=device)
         self.models = plan.context.models.model_copy(update={"hashes": self.pool.hashes()})
         self.live = LiveModel.load(self.pool.base_folder, device=self.pool.device, dtype=plan.file.models.dtype)
         self.engine = MergeEngine(self.pool)
+        self.views = {name: view for name, view in self.live.views.items() if name in self.pool.groups}
         self.evaluators: list[Evaluator] = plan.evaluators
         for evaluator in self.evaluators:
             evaluator.bind(self.live.model, self.live.tokenizer, folder=str(self.pool.base_folder))
@@ -75,14 +73,10 @@ class Workbench:
         """Splice `recipe` into the live model and score it.
 
         Raises:
-            NonFiniteError, EvaluationError, torch.OutOfMemoryError, MemoryError.
+            RecipeError, NonFiniteError, EvaluationError, torch.OutOfMemoryError, MemoryError.
         """
         began = time.perf_counter()
-        try:
-            self.engine.apply(recipe, self.live.views)
-        except BaseException:
-            self.engine.forget()
-            raise
+        self.engine.apply(recipe, self.views)
         digest = self.live.hash()
         merged = time.perf_counter()
         parts = [e.evaluate(split, fidelity) for e in self.evaluators]
@@ -112,7 +106,8 @@ def run(file: StudyFile, listener: Listener) -> optuna.Study:
     backend = storage.open_storage(file.storage_url)
     with storage.driver_lock(backend, file.storage_url, file.study.name):
         bench = Workbench(plan, device=file.device)
-        listener.note(bench.pool.plan)
+        for text in (bench.pool.plan, *bench.pool.notes, *bench.live.notes):
+            listener.note(text)
         study = _open_study(plan, backend)
         storage.check_identity(study, plan.identity(dict(bench.models.hashes)))
         store_metrics(study, plan.metrics)
@@ -137,7 +132,10 @@ def load_study(file: StudyFile) -> optuna.Study:
 
 def _open_study(plan: Plan, backend: optuna.storages.RDBStorage) -> optuna.Study:
     return optuna.create_study(
-        study_name=plan.file.study.name, storage=backend, directions=plan.objective.directions, load_if_exists=True
+        study_name=plan.file.study.name,
+        storage=backend,
+        directions=list(plan.objective.directions),
+        load_if_exists=True,
     )
 
 
@@ -149,7 +147,10 @@ class _Driver:
         self.objective: Objective = plan.objective
         self.fidelity = plan.file.search.fidelity
         self.study.sampler = samplers.make_sampler(
-            plan.file.search.sampler, parameters=plan.space.parameters, seed=plan.file.study.seed
+            plan.file.search.sampler,
+            parameters=plan.space.parameters,
+            seed=plan.file.study.seed,
+            n_objectives=len(plan.objective.names),
         )
 
     def run(self) -> None:
@@ -166,7 +167,9 @@ class _Driver:
             while done < total:
                 record = self._one_trial()
                 done += record.outcome is not Outcome.LOST
-                self.listener.trial(record, best=selection.best(self.study, self.objective), best_expert=self._best_expert())
+                self.listener.trial(
+                    record, best=selection.best(self.study, self.objective), best_expert=self._best_expert()
+                )
         finally:
             self.listener.end()
         selection.validate(self.study, self.plan, self._score_for_validation, note=self.listener.note)
@@ -183,7 +186,9 @@ class _Driver:
                 try:
                     scored = self.bench.score(recipe, Split.SEARCH, self.fidelity)
                 except (NonFiniteError, EvaluationError) as error:
-                    raise WeightsError(f"{name!r} itself cannot be scored, so nothing can be compared with it: {error}") from error
+                    raise WeightsError(
+                        f"{name!r} itself cannot be scored, so nothing can be compared with it: {error}"
+                    ) from error
                 stored = {"evaluation": scored.evaluation.to_attribute(), "weights_sha256": scored.weights_sha256}
                 self.study.set_user_attr(key, stored)
             evaluations[name] = Evaluation.from_attribute(stored["evaluation"])
@@ -208,7 +213,7 @@ class _Driver:
         seen: set[str] = set()
         for label, recipe in baselines(self.plan.context, self.plan.baselines).items():
             point = self.plan.space.encode(recipe)
-            attrs = {"label": label, "start": label, "given_recipe": recipe.to_json()}
+            attrs = {"label": label, "start": label, **({} if point else {"given_recipe": recipe.to_json()})}
             if recipe.fingerprint not in seen and label not in queued:
                 self.study.enqueue_trial(point or {}, user_attrs=attrs)
             seen.add(recipe.fingerprint)
@@ -218,19 +223,23 @@ class _Driver:
         self.study.set_user_attr("start_enqueued", True)
 
     def _one_trial(self) -> Record:
-        trial = samplers.ask(self.study, seed=self.plan.file.study.seed)
-        point = None
-        given = trial.user_attrs.get("given_recipe")
-        if given is None or trial.system_attrs.get("fixed_params"):
-            point = samplers.suggest(trial, self.plan.space.parameters)
-        recipe = self.plan.space.decode(point) if given is None and point is not None else Recipe.from_json(given)
-        recipe = recipe.model_copy(update={"models": self.bench.models})
+        trial = self.study.ask()
+        recipe = self._recipe(trial)
         trial.set_user_attr("recipe", recipe.to_json())
         trial.set_user_attr("fingerprint", recipe.fingerprint)
         with self._recorded(trial):
             scored = self._known(trial, recipe) or self.bench.score(recipe, Split.SEARCH, self.fidelity)
             self._tell(trial, scored)
         return Record.of(self.study._storage.get_trial(trial._trial_id))
+
+    def _recipe(self, trial: Trial) -> Recipe:
+        """Of a baseline outside the space as it was queued; else of the point that the sampler or the queue gives."""
+        given = trial.user_attrs.get("given_recipe")
+        if given is not None:
+            recipe = Recipe.from_json(given)
+        else:
+            recipe = self.plan.space.decode(samplers.suggest(trial, self.plan.space.parameters))
+        return recipe.model_copy(update={"models": self.bench.models})
 
     def _known(self, trial: Trial, recipe: Recipe) -> Scored | None:
         """Scores of the same recipe from the references or an earlier trial: never asked twice."""

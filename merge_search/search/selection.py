@@ -21,6 +21,7 @@ from merge_search.objective import Objective, References
 from merge_search.recipe import Recipe
 from merge_search.search.prepare import Plan
 from merge_search.search.records import Record, records
+from merge_search.space import Parameter
 
 __all__ = ["Standing", "best", "candidates", "finalists", "standings", "validate", "winner"]
 
@@ -34,10 +35,16 @@ def best(study: optuna.Study, objective: Objective) -> Record | None:
 def candidates(study: optuna.Study) -> list[Record]:
     """Feasible scored trials that are merges: not the base, not an expert."""
     references = {k.removeprefix("reference.") for k in study.user_attrs if k.startswith("reference.")}
-    return [r for r in records(study) if r.is_scored and r.feasible and r.label not in references and "same_as" not in r.attributes]
+    return [
+        r
+        for r in records(study)
+        if r.is_scored and r.feasible and r.label not in references and "same_as" not in r.attributes
+    ]
 
 
-def finalists(study: optuna.Study, objective: Objective, n: int) -> list[Record]:
+def finalists(
+    study: optuna.Study, objective: Objective, parameters: Mapping[str, Parameter], *, seed: int, n: int
+) -> list[Record]:
     """The `n` most promising candidates, the most promising first.
 
     One objective: by posterior mean over all trials. Several: the Pareto front, by the first objective.
@@ -49,10 +56,10 @@ def finalists(study: optuna.Study, objective: Objective, n: int) -> list[Record]
         front = {t.number for t in study.best_trials}
         chosen = [r for r in merges.values() if r.number in front] or list(merges.values())
         return sorted(chosen, key=lambda r: -objective.key(r.values))[:n]
-    from merge_search.search.samplers import recommend
+    from merge_search.search.samplers.recommend import recommend
 
-    ranking = [number for number, *_ in recommend(study) if number in merges]
-    return [merges[number] for number in ranking][:n]
+    ranking = recommend(study, parameters, seed=seed)
+    return [merges[r.number] for r in ranking if r.number in merges][:n]
 
 
 def validate(
@@ -60,9 +67,12 @@ def validate(
 ) -> None:
     """Score finalists, base, experts and the best baseline on the validation split; each is stored at once."""
     scored: dict[str, Any] = dict(study.user_attrs.get("validation", {}))
-    wanted = finalists(study, plan.objective, plan.file.search.finalists)
+    file = plan.file
+    wanted = finalists(study, plan.objective, plan.space.parameters, seed=file.study.seed, n=file.search.finalists)
     numbers = {r.number for r in wanted}
-    wanted += [r for r in records(study) if r.is_scored and r.label and r.number not in numbers and _compared(r, study, plan)]
+    wanted += [
+        r for r in records(study) if r.is_scored and r.label and r.number not in numbers and _compared(r, study, plan)
+    ]
     for record in wanted:
         if str(record.number) in scored:
             continue
@@ -116,20 +126,29 @@ def standings(study: optuna.Study, objective: Objective, experts: tuple[str, ...
     chosen = set(study.user_attrs.get("finalists", []))
     rows = []
     for record, evaluation in evaluations.items():
-        role = "base" if record.label == "base" else "expert" if record.label in experts else "merge" if record.number in chosen else "baseline"
+        role = (
+            "base"
+            if record.label == "base"
+            else "expert"
+            if record.label in experts
+            else "merge"
+            if record.number in chosen
+            else "baseline"
+        )
         estimates = objective.values(evaluation, references)
-        rows.append(Standing(record, role, evaluation, tuple(e.value for e in estimates), tuple(e.stderr for e in estimates)))
+        rows.append(
+            Standing(record, role, evaluation, tuple(e.value for e in estimates), tuple(e.stderr for e in estimates))
+        )
     order = ["base", "expert", "baseline", "merge"]
     return sorted(rows, key=lambda s: (order.index(s.role), -objective.key(s.values), s.record.number))
 
 
 def winner(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Record | None:
-    """The finalist that is best on validation; before validation, the best by posterior mean."""
+    """The finalist that is best on validation; before validation, the best observed merge."""
     merges = [s for s in standings(study, objective, experts) if s.role == "merge"]
     if merges:
         return max(merges, key=lambda s: objective.key(s.values)).record
-    first = finalists(study, objective, 1)
-    return first[0] if first else None
+    return max(candidates(study), key=lambda r: objective.key(r.values), default=None)
 
 
 def paired_difference(a: Evaluation, b: Evaluation, names: list[str]) -> tuple[float, float]:

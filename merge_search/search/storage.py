@@ -34,7 +34,9 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
     try:
         storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": connect})
     except ImportError as error:
-        raise StorageError(f"storage {url!r} needs a driver that is not installed: {error}") from error
+        raise StorageError(
+            f"storage {_without_password(url)!r} needs a driver that is not installed; for PostgreSQL: pip install 'merge-search[postgresql]' and a URL that begins with postgresql+psycopg://"
+        ) from error
     except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
         raise StorageError(f"storage {_without_password(url)!r} cannot be opened: {error}") from error
     if url.startswith("sqlite:"):
@@ -52,7 +54,7 @@ def _write_ahead_log(connection: Any, _record: Any) -> None:
 
 def _without_password(url: str) -> str:
     try:
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+        return str(sqlalchemy.engine.make_url(url).render_as_string(hide_password=True))
     except sqlalchemy.exc.ArgumentError:
         return url
 

@@ -8,6 +8,7 @@ BoTorch are imported only when the sampler that needs them is made.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,11 @@ def make_sampler(
         raise StudyFileError(f"sampler must be a known name, got {name!r}{nearest(name, SAMPLERS)}")
     module, attribute = SAMPLERS[name]
     make = getattr(importlib.import_module(module), attribute)
-    try:
-        sampler: BaseSampler = make(parameters, seed=seed, n_objectives=n_objectives, **options)
-    except TypeError as error:
-        raise StudyFileError(f"options of sampler {name!r} must be ones it has, got {options}: {error}") from error
+    known = inspect.signature(make).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())  # Optuna's, checked against Optuna's class
+    unknown = sorted(set(options) - set(known))
+    if unknown and not takes_any:
+        allowed = sorted(set(known) - {"parameters", "seed", "n_objectives"})
+        raise StudyFileError(f"options of sampler {name!r} must be among {allowed}, got {unknown}")
+    sampler: BaseSampler = make(parameters, seed=seed, n_objectives=n_objectives, **options)
     return sampler

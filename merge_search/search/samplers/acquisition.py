@@ -72,13 +72,16 @@ class _Models:
         """On joint samples (..., outputs): negative is feasible."""
         first = len(self.objectives)
         thresholds = [s.standardise(0.0) for s in self.limits]
-        return [lambda z, i=i, t=t: z[..., first + i] - t for i, t in enumerate(thresholds)]
+
+        def limit(output: int, threshold: float) -> Callable[[Tensor], Tensor]:
+            return lambda z: z[..., output] - threshold
+
+        return [limit(first + i, threshold) for i, threshold in enumerate(thresholds)]
 
 
 def quasi_random(cube: UnitCube, *, seed: int, index: int) -> list[float]:
     """Point `index` of the scrambled Sobol sequence of `seed`, snapped to the space."""
-    engine = torch.quasirandom.SobolEngine(cube.n_columns, scramble=True, seed=seed)
-    row: list[float] = _with_choices(engine.fast_forward(index).draw(1, dtype=torch.double), cube)[0].tolist()
+    row: list[float] = _with_choices(_sobol(cube.n_columns, 1, seed=seed, skip=index), cube)[0].tolist()
     return cube.snap(row)
 
 
@@ -167,6 +170,13 @@ def _best_points(models: _Models, history: History, n: int = 5) -> Tensor:
     return history.points[score.argsort(descending=True)[:n]]
 
 
+def _sobol(d: int, n: int, *, seed: int, skip: int = 0) -> Tensor:
+    """Rows `skip` to `skip` + n of a scrambled sequence. Shape (n, d), in [0, 1]."""
+    engine = torch.quasirandom.SobolEngine(d, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+    points: Tensor = engine.fast_forward(skip).draw(n, dtype=torch.double)  # type: ignore[no-untyped-call]
+    return points
+
+
 def _with_choices(unit: Tensor, cube: UnitCube) -> Tensor:
     """Turn the category columns of points of [0, 1]^d into indices of choices."""
     n = len(cube.numeric)
@@ -183,8 +193,7 @@ def _raw_candidates(best: Tensor, cube: UnitCube, *, seed: int) -> Tensor:
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, dtype=torch.double)
 
-    engine = torch.quasirandom.SobolEngine(cube.n_columns, scramble=True, seed=seed)
-    raw = _with_choices(engine.draw(N_RAW, dtype=torch.double), cube)
+    raw = _with_choices(_sobol(cube.n_columns, N_RAW, seed=seed), cube)
     source = best[torch.randint(len(best), (half,), generator=generator)]
     width = 0.5 * 10 ** (-2 * uniform(half, 1))
     moved = uniform(half, n) < uniform(half, 1).clamp_min(0.1)

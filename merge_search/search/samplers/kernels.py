@@ -45,7 +45,7 @@ FIT_ITERATIONS = 60  # 2000 cost 50 % more and found nothing better
 _DEPTH = re.compile(r"^(?P<family>.+)\.(?:block|knot)\.(?P<depth>\d+)(?:\.(?P<kind>.+))?$")
 
 
-class OnFeatures(Kernel):
+class OnFeatures(Kernel):  # type: ignore[misc]  # GPyTorch is untyped
     """Any kernel on linear features x @ A. `features`: shape (d, p), fixed."""
 
     has_lengthscale = False

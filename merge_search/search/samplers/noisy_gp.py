@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import logging
 import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-import torch
-from botorch.exceptions.errors import BotorchError, ModelFittingError
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
@@ -25,39 +21,23 @@ from merge_search.errors import StudyFileError
 from merge_search.search.samplers.acquisition import MultiObjective, propose, quasi_random
 from merge_search.search.samplers.history import POINT_ATTRIBUTE, History, read_history
 from merge_search.search.samplers.kernels import KernelName
+from merge_search.search.samplers.numerics import NUMERICAL_ERRORS, numerics
+from merge_search.search.samplers.recommend import Recommendation, recommend
 from merge_search.search.samplers.unit_cube import UnitCube, distributions
 from merge_search.seeding import derive_seed
 from merge_search.space import Parameter
 
-__all__ = ["FALLBACK_ATTRIBUTE", "NoisyGPSampler", "default_n_startup", "numerics"]
+__all__ = ["FALLBACK_ATTRIBUTE", "NoisyGPSampler", "default_n_startup"]
 
 log = logging.getLogger(__name__)
 
 FALLBACK_ATTRIBUTE = "sampler_fallback"
 """User attribute of a trial whose model failed: the reason. Its point is quasi-random."""
 
-NUMERICAL_ERRORS = (RuntimeError, ValueError, ArithmeticError, BotorchError, ModelFittingError)
-"""torch.linalg.LinAlgError and GPyTorch's NotPSDError and NanError are RuntimeErrors."""
-
 
 def default_n_startup(cube: UnitCube) -> int:
     """Points before the first model: at least 8, and two more than the widest category has choices."""
     return max(8, 2 + max(cube.n_choices, default=0))
-
-
-@contextmanager
-def numerics(seed: int) -> Iterator[None]:
-    """Seeded global generator, put back afterwards; numerical warnings go to the log.
-
-    NOTE: BoTorch's optimiser resets the warning filters, so that neither ``ignore`` nor ``error`` would hold;
-    and an added jitter of 1e-8 ("not p.d.") is harmless and frequent.
-    """
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.manual_seed(seed)
-        yield
-    for warning in caught:
-        log.debug("%s: %s", warning.category.__name__, warning.message)
 
 
 class NoisyGPSampler(BaseSampler):
@@ -151,6 +131,11 @@ class NoisyGPSampler(BaseSampler):
     def _is_started(self, history: History) -> bool:
         complete, failed = len(history.numbers), len(history.failed)
         return complete >= self._n_startup or (complete >= 3 and complete + failed / 2 >= self._n_startup)
+
+    def recommend(self, study: Study) -> list[Recommendation]:
+        """Feasible trials at full fidelity, best posterior mean first; see `recommend.recommend`."""
+        with self._lock:
+            return recommend(study, self._cube.parameters, seed=self._seed, kernel=self._kernel)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

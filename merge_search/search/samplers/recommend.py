@@ -5,6 +5,7 @@ The best of many noisy values is several points too good; the best posterior mea
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -17,12 +18,14 @@ from optuna.trial import FrozenTrial, TrialState
 from merge_search.errors import StorageError
 from merge_search.search.samplers.history import objective_variances, read_history, signs
 from merge_search.search.samplers.kernels import KernelName, fit, make_kernel
-from merge_search.search.samplers.noisy_gp import NUMERICAL_ERRORS, log, numerics
+from merge_search.search.samplers.numerics import NUMERICAL_ERRORS, numerics
 from merge_search.search.samplers.unit_cube import UnitCube
 from merge_search.seeding import derive_seed
 from merge_search.space import Parameter
 
 __all__ = ["Recommendation", "recommend"]
+
+log = logging.getLogger(__name__)
 
 MIN_TRIALS = 3  # fewer measurements say nothing about each other
 N_DRAWS = 4096
@@ -66,8 +69,8 @@ def recommend(
     mean = np.array([t.values[0] for t in trials])
     covariance = np.diag(_variances(trials))
     modelled = _posterior(study, UnitCube(parameters), kernel, derive_seed(seed, "recommend"))
-    rows = [i for i, t in enumerate(trials) if t.number in modelled.index]
-    picked = [modelled.index[trials[i].number] for i in rows]
+    rows = [i for i, t in enumerate(trials) if t.number in modelled.rows]
+    picked = [modelled.rows[trials[i].number] for i in rows]
     mean[rows] = sign * modelled.mean[picked]
     covariance[np.ix_(rows, rows)] = modelled.covariance[np.ix_(picked, picked)]
     chance = _chance_best(sign * mean, covariance, derive_seed(seed, "recommend", "draws"))
@@ -79,7 +82,7 @@ def recommend(
 
 
 class _Modelled(NamedTuple):
-    index: dict[int, int]  # trial number -> row
+    rows: dict[int, int]  # by trial number
     mean: NDArray[np.float64]
     covariance: NDArray[np.float64]
 
@@ -96,8 +99,8 @@ def _posterior(study: Study, cube: UnitCube, kernel: KernelName, seed: int) -> _
     except NUMERICAL_ERRORS as error:
         log.warning("the model failed, recommending by measured values: %s: %s", type(error).__name__, error)
         return nothing
-    index = {number: row for row, number in enumerate(history.numbers)}
-    return _Modelled(index, mean.numpy(), covariance.numpy())
+    rows = {number: row for row, number in enumerate(history.numbers)}
+    return _Modelled(rows, mean.numpy(), covariance.numpy())
 
 
 def _is_eligible(trial: FrozenTrial) -> bool:

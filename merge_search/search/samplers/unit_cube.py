@@ -53,16 +53,18 @@ def _distribution(parameter: Parameter) -> BaseDistribution:
 
 def suggest(trial: Trial, parameters: Mapping[str, Parameter]) -> dict[str, Value]:
     """A value for every parameter, asked in the space's order. Nothing is computed before the first is asked."""
-    point: dict[str, Value] = {}
-    for name, parameter in parameters.items():
-        match parameter:
-            case Float(low, high, log):
-                point[name] = trial.suggest_float(name, low, high, log=log)
-            case Integer(low, high, log):
-                point[name] = trial.suggest_int(name, low, high, log=log)
-            case Categorical(choices):
-                point[name] = trial.suggest_categorical(name, choices)
-    return point
+    return {name: _suggest(trial, name, parameter) for name, parameter in parameters.items()}
+
+
+def _suggest(trial: Trial, name: str, parameter: Parameter) -> Value:
+    match parameter:
+        case Float(low, high, log):
+            return trial.suggest_float(name, low, high, log=log)
+        case Integer(low, high, log):
+            return trial.suggest_int(name, low, high, log=log)
+        case Categorical(choices):
+            value: Value = trial.suggest_categorical(name, choices)  # type: ignore[assignment]  # None is no choice
+            return value
 
 
 def holds(parameters: Mapping[str, Parameter], point: Mapping[str, Any]) -> bool:

@@ -1,0 +1,11 @@
+"""What counts as good: one file a family. Importing this package loads nothing heavy."""
+
+from __future__ import annotations
+
+__all__ = ["CATALOGUE"]
+
+CATALOGUE = {
+    "classification": "evaluators.classification:Classification",
+    "lm_eval": "evaluators.lm_eval:LmEval",
+}
+"""Name in a study file -> ``"module:Class"``."""

@@ -1,0 +1,309 @@
+"""Options, rows and splits of labelled text: what `classification` knows before any weight is loaded. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from safetensors import SafetensorError, safe_open
+
+from merge_search.errors import StudyFileError, nearest
+from merge_search.evaluation import Split, SplitShares, question_order, split_of
+
+__all__ = ["HeadFile", "Options", "Row", "TaskRows", "read_options", "read_tasks"]
+
+SCORED = (Split.SEARCH, Split.VALIDATION, Split.TEST)
+SHOWN_PER_FILE = 5
+"""A file of another format is wrong in every line: the first few tell enough."""
+
+_log = logging.getLogger(__name__)
+Files = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+
+
+class TaskOptions(BaseModel):
+    """One task: its rows, and the linear head that stays."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: Annotated[Files, Field(min_length=1)]
+    head: str
+    train: Files = []
+    text: str = "text"
+    label: str = "label"
+    labels: Any = None
+    pooling: Literal["mean", "cls"] = "mean"
+
+    @field_validator("labels")
+    @classmethod
+    def _names_or_file(cls, value: object) -> object:
+        is_list = isinstance(value, list) and all(isinstance(v, str) for v in value)
+        if not (value is None or isinstance(value, str) or is_list):
+            raise ValueError("must be a list of names or a JSON file that has one under 'labels'")
+        return value
+
+
+class Options(BaseModel):
+    """The ``evaluate`` entry of the study file, without ``evaluator``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tasks: Annotated[dict[Annotated[str, Field(pattern=r"^[^\s/]+$")], TaskOptions], Field(min_length=1)]
+    include_path: Files = []
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    max_length: Annotated[int, Field(ge=1)] = 128
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A question: `label` indexes the classes; `hash` names the document (text and label)."""
+
+    text: str
+    label: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class HeadFile:
+    """A linear head on disk: ``weight`` (n_classes, hidden) and, where `bias` is a name, (n_classes,)."""
+
+    path: Path
+    sha256: str
+    weight: str
+    bias: str | None
+    n_classes: int
+    hidden: int
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """A task as read.
+
+    Attributes:
+        head: Its head file.
+        pooling: ``mean`` over the tokens, or the first token's (``cls``).
+        scored: Rows of the search, validation and test split, each in the nested order of questions.
+        fit: Rows a learner may use, disjoint by text from `scored` where they come from a file of their own.
+    """
+
+    name: str
+    head: HeadFile
+    pooling: Literal["mean", "cls"]
+    scored: Mapping[Split, tuple[Row, ...]]
+    fit: tuple[Row, ...]
+
+
+def read_options(options: Mapping[str, Any]) -> Options:
+    """Raises `StudyFileError` with every problem and the nearest known key."""
+    try:
+        return Options.model_validate(options)
+    except ValidationError as error:
+        raise StudyFileError([_sentence(e) for e in error.errors()]) from None
+
+
+def _sentence(error: Any) -> str:
+    loc = tuple(part for part in error["loc"] if part != "[key]")
+    at = ".".join(map(str, loc)) or "options"
+    if error["type"] == "extra_forbidden":
+        return f"{at}: unknown key{nearest(str(loc[-1]), (Options if len(loc) == 1 else TaskOptions).model_fields)}"
+    if error["type"] == "missing":
+        return f"{at}: is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{at}: {message[0].lower() + message[1:]}, got {error['input']!r}"
+
+
+def read_tasks(options: Options, shares: SplitShares) -> list[TaskRows]:
+    """Read heads' headers and all rows, and split them.
+
+    Raises:
+        StudyFileError: every problem found in any task.
+    """
+    problems: list[str] = []
+    tasks = [_Reader(options, name, problems).read(shares) for name in options.tasks]
+    if problems:
+        raise StudyFileError(problems)
+    return [t for t in tasks if t is not None]
+
+
+class _Reader:
+    """Reads one task; notes what is wrong in `problems` and goes on."""
+
+    def __init__(self, options: Options, name: str, problems: list[str]) -> None:
+        self.options, self.name, self.task = options, name, options.tasks[name]
+        self.problems = problems
+
+    def read(self, shares: SplitShares) -> TaskRows | None:
+        before = len(self.problems)
+        names = self._labels()
+        has_labels = len(self.problems) == before  # without them every row that names its class would look wrong
+        head = self._head()
+        n_classes = len(names) if names is not None else head.n_classes if head is not None else None
+        if head is not None and n_classes is not None and head.n_classes != n_classes:
+            self._note("head", f"{head.path} has {head.n_classes} classes, but labels names {n_classes}")
+        rows = self._rows("data", self.task.data, names, n_classes) if has_labels else []
+        train = self._rows("train", self.task.train, names, n_classes) if has_labels else []
+        if head is None or len(self.problems) > before:
+            return None
+        if train:
+            shares = replace(shares, fit=0.0)  # the learner has rows of its own: none need be withheld from scoring
+        split = self._split(rows, shares)
+        self._check_sizes(split)
+        fit = self._disjoint(train if self.task.train else split[Split.FIT], [r for s in SCORED for r in split[s]])
+        return TaskRows(self.name, head, self.task.pooling, {s: split[s] for s in SCORED}, fit)
+
+    def _note(self, field: str, text: str) -> None:
+        self.problems.append(f"tasks.{self.name}.{field}: {text}")
+
+    def _file(self, field: str, text: str) -> Path | None:
+        """The file that `text` names: absolute, or in the first of the ``include_path`` folders that has it."""
+        folders = [Path(f).expanduser() for f in self.options.include_path] or [Path.cwd()]
+        candidates = [folder / Path(text).expanduser() for folder in folders]
+        for path in candidates:
+            if path.is_file():
+                return path
+        parent = candidates[0].parent
+        known = [p.name for p in parent.iterdir() if p.is_file()] if parent.is_dir() else []
+        self._note(
+            field, f"no file {' or '.join(map(str, dict.fromkeys(candidates)))}{nearest(Path(text).name, known)}"
+        )
+        return None
+
+    def _labels(self) -> list[str] | None:
+        found = self.task.labels
+        if isinstance(found, str):
+            path = self._file("labels", found)
+            if path is None:
+                return None
+            try:
+                data = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                self._note("labels", f"{path} is not JSON: {error}")
+                return None
+            found = data.get("labels") if isinstance(data, dict) else data
+            if not isinstance(found, list) or not all(isinstance(v, str) for v in found):
+                self._note("labels", f"{path} must be or have under 'labels' a list of names")
+                return None
+        if found is not None and len(set(found)) != len(found):
+            self._note(
+                "labels", f"names must differ, got {sorted({n for n in found if found.count(n) > 1})} more than once"
+            )
+        return list(found) if found is not None else None
+
+    def _head(self) -> HeadFile | None:
+        path = self._file("head", self.task.head)
+        if path is None:
+            return None
+        try:
+            with safe_open(path, framework="numpy") as file:
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            self._note("head", f"{path} is not a readable safetensors file: {error}")
+            return None
+        weights = [k for k, s in shapes.items() if k.split(".")[-1] == "weight" and len(s) == 2]
+        biases = [k for k, s in shapes.items() if k.split(".")[-1] == "bias" and len(s) == 1]
+        if len(weights) != 1 or len(weights) + len(biases) != len(shapes) or len(biases) > 1:
+            self._note(
+                "head",
+                f"{path} must hold one 'weight' (n_classes, hidden) and at most one 'bias' (n_classes,), got {shapes}",
+            )
+            return None
+        n_classes, hidden = shapes[weights[0]]
+        if n_classes < 2 or (biases and shapes[biases[0]] != (n_classes,)):
+            self._note(
+                "head", f"{path}: weight {n_classes, hidden} and bias must agree on two or more classes, got {shapes}"
+            )
+            return None
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return HeadFile(path, digest, weights[0], biases[0] if biases else None, n_classes, hidden)
+
+    def _rows(self, field: str, files: Sequence[str], names: list[str] | None, n_classes: int | None) -> list[Row]:
+        """Unique rows of all files, in the order of reading."""
+        rows: dict[str, Row] = {}
+        for text in files:
+            path = self._file(field, text)
+            if path is None:
+                continue
+            wrong = []
+            for line, item in _lines(path):
+                row = item if isinstance(item, str) else self._row(item, names, n_classes)
+                if isinstance(row, Row):
+                    rows.setdefault(row.hash, row)
+                else:
+                    wrong.append(f"{path}, line {line}: {row}")
+            for problem in wrong[:SHOWN_PER_FILE]:
+                self._note(field, problem)
+            if len(wrong) > SHOWN_PER_FILE:
+                self._note(field, f"{path}: {len(wrong) - SHOWN_PER_FILE} more lines are wrong")
+        return list(rows.values())
+
+    def _row(self, item: Mapping[str, Any], names: list[str] | None, n_classes: int | None) -> Row | str:
+        """The row, or what is wrong with it."""
+        for key in (self.task.text, self.task.label):
+            if key not in item:
+                return f"no field {key!r}{nearest(key, item)}"
+        text, label = item[self.task.text], item[self.task.label]
+        if not isinstance(text, str) or not text.strip():
+            return f"{self.task.text!r} must be a text that is not empty, got {text!r}"
+        if isinstance(label, str):
+            if names is None:
+                return f"{self.task.label!r} is the name {label!r}: give the names' order under labels"
+            if label not in names:
+                return f"label {label!r} is not among labels{nearest(label, names)}"
+            label = names.index(label)
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < (n_classes or label + 1):
+            top = f"to {n_classes - 1}" if n_classes else "upwards"
+            return f"{self.task.label!r} must be a class from 0 {top}, got {label!r}"
+        document = json.dumps([text, label], ensure_ascii=False)
+        return Row(text, label, hashlib.sha256(document.encode()).hexdigest())
+
+    def _split(self, rows: Sequence[Row], shares: SplitShares) -> dict[Split, tuple[Row, ...]]:
+        ordered = sorted(rows, key=lambda r: (question_order(r.hash), r.hash))[: self.options.limit]
+        split: dict[Split, list[Row]] = {s: [] for s in Split}
+        for row in ordered:
+            split[split_of(row.hash, shares)].append(row)
+        return {s: tuple(found) for s, found in split.items()}
+
+    def _check_sizes(self, split: Mapping[Split, Sequence[Row]]) -> None:
+        n = sum(map(len, split.values()))
+        for name in SCORED:
+            if len(split[name]) < 2:
+                self._note(
+                    "data",
+                    f"the {name} split needs at least 2 documents for an error bar, got {len(split[name])} of {n}; "
+                    "give more data, a larger share, or a larger limit",
+                )
+
+    def _disjoint(self, fit: Sequence[Row], scored: Sequence[Row]) -> tuple[Row, ...]:
+        """The rows of `fit` whose text is not also a question: what is scored must not have been fitted on."""
+        texts = {row.text for row in scored}
+        kept = tuple(row for row in fit if row.text not in texts)
+        n_left_out = len(fit) - len(kept)
+        if fit and not kept:
+            self._note("train", f"all texts of its {len(fit)} rows also stand in data, so there is nothing to fit on")
+        elif n_left_out:
+            _log.warning(
+                "task %s: %d of %d rows to fit on are also questions: left out", self.name, n_left_out, len(fit)
+            )
+        return kept
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+    """Line number and its mapping, or what is wrong with it; blank lines are skipped."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        yield 1, f"is not UTF-8: {error}"
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                item = json.loads(line)
+            except ValueError as error:
+                item = f"is not JSON: {error}"
+            yield number, item if isinstance(item, dict | str) else f"must be a mapping, got {type(item).__name__}"

@@ -1,0 +1,98 @@
+"""Options of the evaluator `lm_eval`, as they stand in a study file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from merge_search.errors import StudyFileError, nearest
+
+__all__ = ["LmEvalOptions"]
+
+_Words = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+
+
+class LmEvalOptions(BaseModel):
+    """What to ask and how.
+
+    Attributes:
+        tasks: Names of tasks, groups or tags (both are expanded), or paths of task files.
+        include_path: Folders searched for task files before lm-eval's own; a relative one is relative to the
+            current directory.
+        batch_size: Rows of one forward pass. Part of the result to about 1e-5 in float32, so it is a number.
+        num_fewshot: Shots; a task that says 0 itself keeps it, as in lm-eval.
+        limit: Most documents of a task over all splits together, chosen by hash.
+        metrics: Task -> its main metric, ``metric`` or ``metric,filter``.
+        softmax_dtype: ``float32`` ends ties between choices of a half-precision model.
+        tree_packing: Score the choices of a question in one row where that gives the same numbers.
+        confirm_run_unsafe_code: Allow tasks that execute what the model wrote.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tasks: _Words
+    include_path: list[str] = []
+    batch_size: Annotated[int, Field(ge=1, strict=True)] = 16
+    num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = None
+    limit: Annotated[int, Field(ge=2, strict=True)] | None = None
+    metrics: dict[str, str] = {}
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    max_length: Annotated[int, Field(ge=2, strict=True)] | None = None
+    softmax_dtype: Literal["float32"] | None = None
+    tree_packing: bool = True
+    confirm_run_unsafe_code: bool = False
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _one_task(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("include_path", mode="before")
+    @classmethod
+    def _as_list(cls, value: object) -> object:
+        return [] if value is None else [value] if isinstance(value, str | Path) else value
+
+    @field_validator("include_path", mode="after")
+    @classmethod
+    def _absolute(cls, value: list[str]) -> list[str]:
+        return [str(Path(p).expanduser().resolve()) for p in value]
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _no_auto(cls, value: object) -> object:
+        if isinstance(value, str) and value.startswith("auto"):
+            raise ValueError(f"must be a number, got {value!r}: lm-eval would measure it anew for every candidate")
+        return value
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> LmEvalOptions:
+        """Check `options`.
+
+        Raises:
+            StudyFileError: every problem, with the nearest known option for an unknown one.
+        """
+        try:
+            parsed = cls.model_validate(dict(options))
+        except ValidationError as error:
+            raise StudyFileError([_sentence(e) for e in error.errors()], where="") from None
+        missing = [f"include_path: no folder {p}" for p in parsed.include_path if not Path(p).is_dir()]
+        if missing:
+            raise StudyFileError(missing)
+        return parsed
+
+
+def _sentence(error: Any) -> str:
+    name = ".".join(map(str, error["loc"]))
+    match error["type"]:
+        case "extra_forbidden":
+            return f"lm_eval has no option {name!r}{nearest(name, LmEvalOptions.model_fields)}"
+        case "missing":
+            return f"{name}: is missing"
+        case _:
+            text = error["msg"].removeprefix("Value error, ")
+            found = "" if "got" in text else f", got {error['input']!r}"
+            return f"{name}: {text[0].lower() + text[1:]}{found}"

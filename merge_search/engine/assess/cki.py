@@ -1,0 +1,111 @@
+"""Compatibility of every parameter, from local disagreement and global information content, without training.
+
+Two experts i, j: D = |W_i - W_j|, w_loc = sigmoid(gain z(D) + bias), z standardises over the tensor;
+H(W) histogram entropy over `bins` equal, half-open bins; w_glo = a / pi arctan(c sign (H_i - H_j)) + 1/2. Scores (i, j):
+
+    dual         w = 1 - w_glo (1 - w_loc), 1 - w          local   w_loc, 1 - w_loc          global  w_glo, 1 - w_glo
+    recommender  exp(u_i), exp(u_j), u_i = w_glo (1 - exp(-w_glo w_loc)), u_j the same with 1 - w_glo, 1 - w_loc
+
+Another number of experts: exp(u_i), u_i = sign a z(H_i) - gain z(|W_i - mean W|), for ``softmax`` or ``score`` splicing.
+Since the dual and the global rule prefer opposite entropies in the released code, `sign` (1 or -1) is an option.
+Source: CKI, arXiv 2501.07596, released code. Differs: the learned map is replaced by standardisation, gain and bias; the
+merge is on deltas, which is the same since the two weights sum to one; constant tensors have H = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from merge_search.engine.assess import AssessContext
+from merge_search.recipe import Scalar
+
+__all__ = ["entropy", "numbers", "reduce", "scores"]
+
+_CHUNK = 2**22
+
+
+def entropy(weights: Tensor, bins: int) -> float:
+    """Entropy in nats of a histogram of `bins` equal half-open bins between minimum and maximum.
+
+    The maximum itself falls outside, as in the released code. Edges and comparisons are float64.
+    """
+    flat = weights.reshape(-1)
+    low, high = (float(v) for v in torch.aminmax(flat))
+    if high <= low:
+        return 0.0
+    step = (high - low) / bins
+    edges = torch.tensor(
+        [low + b * step for b in range(1, bins)] + [low + bins * step], dtype=torch.float64, device=flat.device
+    )
+    counts = torch.zeros(bins + 1, dtype=torch.int64, device=flat.device)
+    for chunk in flat.split(_CHUNK):
+        counts += torch.bincount(torch.bucketize(chunk.to(torch.float64), edges, right=True), minlength=bins + 1)
+    shares = (counts[:bins].to(torch.float64) / flat.numel()).tolist()
+    return -sum(p * math.log(p) for p in shares if p > 0)
+
+
+def _local(deltas: Sequence[Tensor]) -> list[Tensor]:
+    if len(deltas) == 2:
+        return [(deltas[0] - deltas[1]).abs()] * 2
+    mean = deltas[0]
+    for t in deltas[1:]:
+        mean = mean + t
+    mean = mean / float(len(deltas))
+    return [(t - mean).abs() for t in deltas]
+
+
+def reduce(context: AssessContext) -> list[tuple[float, ...]]:
+    """(entropy of the weights, mean and standard deviation of the disagreement) of each expert."""
+    bins = int(context.options["bins"])
+    result = []
+    for t, d in zip(context.deltas, _local(context.deltas), strict=True):
+        d64 = d.to(torch.float64)
+        result.append((entropy(context.base + t, bins), float(d64.mean()), float(d64.std(correction=0))))
+    return result
+
+
+def numbers(options: Mapping[str, Scalar], reduced: Sequence[tuple[float, ...]], n_experts: int) -> list[float]:
+    """gain, bias, then (global term, mean, 1 / standard deviation) of each expert."""
+    sign, a, c = float(options["sign"]), float(options["a"]), float(options["c"])
+    entropies = [r[0] for r in reduced]
+    if len(reduced) == 2:
+        share = a / math.pi * math.atan(c * sign * (entropies[0] - entropies[1])) + 0.5
+        terms = [share, 1 - share]
+    else:
+        mean = sum(entropies) / len(entropies)
+        spread = math.sqrt(sum((h - mean) ** 2 for h in entropies) / len(entropies))
+        terms = [sign * a * (h - mean) / spread if spread > 0 else 0.0 for h in entropies]
+    result = [float(options["gain"]), float(options["bias"])]
+    for term, (_, mean, spread) in zip(terms, reduced, strict=True):
+        result += [term, mean, 1.0 / spread if spread > 0 else 0.0]
+    return result
+
+
+def scores(context: AssessContext) -> list[Tensor]:
+    kind, n = context.options["kind"], context.numbers
+    disagreement = [(d - n[3 + 3 * i]) * n[4 + 3 * i] for i, d in enumerate(_local(context.deltas))]
+    if len(context.deltas) == 2:
+        return _two(str(kind), disagreement[0], n)
+    use_local, use_global = float(kind != "global"), float(kind != "local")
+    return [torch.exp(use_global * n[2 + 3 * i] - use_local * (n[0] * z)) for i, z in enumerate(disagreement)]
+
+
+def _two(kind: str, z: Tensor, n: Sequence[Tensor]) -> list[Tensor]:
+    share = n[2]
+    local = torch.sigmoid(n[0] * z + n[1])
+    if kind == "local":
+        return [local, 1.0 - local]
+    if kind == "global":
+        return [share.expand(z.shape), (1.0 - share).expand(z.shape)]
+    if kind == "recommender":
+        other = 1.0 - share
+        return [
+            torch.exp(share * (1.0 - torch.exp(-share * local))),
+            torch.exp(other * (1.0 - torch.exp(-other * (1.0 - local)))),
+        ]
+    w = 1.0 - share * (1.0 - local)
+    return [w, 1.0 - w]

@@ -1,0 +1,91 @@
+"""What would keep a recipe from being merged, found before any weight is read."""
+
+from __future__ import annotations
+
+from merge_search.engine.assess import MEASURES, options_problems
+from merge_search.engine.operators import OPERATORS, POSTS, operator_problems
+from merge_search.engine.pipeline import Statistics, Tensors
+from merge_search.recipe import Assess, Group, Recipe
+
+__all__ = ["problems"]
+
+_KEYS_HELP = "a tensor, block.<n>, block.<n>.<kind>, a module kind, or *"
+
+
+def problems(recipe: Recipe, tensors: Tensors) -> list[str]:
+    """Every problem known before work starts, [] if none: unknown names, wrong options, missing statistics, bad pairs."""
+    found = _experts(recipe, tensors) + _keys(recipe, tensors)
+    n = len(recipe.models.experts)
+    if recipe.operator is not None:
+        found += operator_problems(recipe.operator, OPERATORS, "operator", n)
+    else:
+        for assess in _measures(recipe):
+            found += options_problems(assess) or _statistics(assess, tensors)
+        found += _stages(recipe)
+    for rule in recipe.post:
+        found += operator_problems(rule, POSTS, "post", n)
+    if recipe.maps and not isinstance(tensors, Statistics):
+        found.append("maps: these models offer no maps; keep the map's file with the study")
+    return found
+
+
+def _measures(recipe: Recipe) -> list[Assess]:
+    measures = []
+    if recipe.select.kind not in ("all", "bernoulli"):
+        measures.append(recipe.assess)
+    if recipe.splice.kind in ("score", "softmax", "argmax"):
+        measures.append(recipe.splice.score or recipe.assess)
+    if recipe.allocate.kind == "importance":
+        measures.append(Assess(measure=recipe.allocate.measure, options=recipe.allocate.options))
+    return measures
+
+
+def _experts(recipe: Recipe, tensors: Tensors) -> list[str]:
+    known = tensors.models.experts
+    return [
+        f"models: {e!r} is not among the loaded experts ({', '.join(known)})"
+        for e in recipe.models.experts
+        if e not in known
+    ]
+
+
+def _keys(recipe: Recipe, tensors: Tensors) -> list[str]:
+    known = {key for group in tensors.groups.values() for key in Group.keys(group)}
+    found = []
+    for field in ("coefficients", "densities"):
+        for expert, values in getattr(recipe, field).items():
+            if isinstance(values, dict):
+                found += [
+                    f"{field}: {expert!r}: no tensor answers to the key {k!r} ({_KEYS_HELP})"
+                    for k in values
+                    if k not in known
+                ]
+    if isinstance(recipe.scale, dict):
+        found += [f"scale: no tensor answers to the key {k!r} ({_KEYS_HELP})" for k in recipe.scale if k not in known]
+    return found
+
+
+def _statistics(assess: Assess, tensors: Tensors) -> list[str]:
+    measure = MEASURES[assess.measure]
+    if not measure.needs_data or assess.options.get("zero_shot") is True or isinstance(tensors, Statistics):
+        return []
+    return [f"assess: measure {assess.measure!r} needs statistics from data, and none were measured for these models"]
+
+
+def _stages(recipe: Recipe) -> list[str]:
+    found, select = [], recipe.select
+    if select.scope == "row" and select.kind in ("soft_threshold", "proportional", "mass"):
+        found.append(f"select: {select.kind} ranks a tensor or the model, not rows; use scope 'tensor'")
+    if select.scope == "row" and select.nonzero:
+        found.append("select: nonzero counts a tensor or the model, not rows; use scope 'tensor'")
+    if select.exclusive and select.kind in ("all", "soft_threshold"):
+        found.append(f"select: exclusive needs a selection of zeros and ones, {select.kind!r} is not")
+    if select.kind not in ("all", "bernoulli") and _after_mask(recipe.assess):
+        found.append(
+            f"assess: {recipe.assess.measure!r} is one number per tensor, made after selection: use it as splice.score"
+        )
+    return found
+
+
+def _after_mask(assess: Assess) -> bool:
+    return assess.measure in MEASURES and MEASURES[assess.measure].after_mask

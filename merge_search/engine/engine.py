@@ -1,0 +1,288 @@
+"""MergeEngine: recipes -> weights, one tensor at a time or in place in a live model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from merge_search.engine import check
+from merge_search.engine.fused import Runner, has_compiler
+from merge_search.engine.operators import (
+    OPERATORS,
+    POSTS,
+    OperatorContext,
+    completed_options,
+    load_operator,
+    require_known,
+)
+from merge_search.engine.pipeline import Pass, Tensors, output_dtype, statistic_of
+from merge_search.engine.plan import Planner
+from merge_search.errors import NonFiniteError, RecipeError
+from merge_search.recipe import Operator, Recipe
+
+__all__ = ["ApplyReport", "MergeEngine"]
+
+_COMPILE_FROM_PARAMETERS = 50_000_000  # a graph takes 10 to 60 s to compile; smaller models never earn that back
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """What one `MergeEngine.apply` did."""
+
+    written: int
+    skipped: int
+    elements: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Written:
+    key: Hashable
+    place: Hashable
+    version: int
+
+
+class MergeEngine:
+    """Merges tensors as a recipe says.
+
+    Arithmetic is float32 whatever the inputs are; one rounding at the end. On a tensor that an expert left as it is, that
+    expert is *inactive*: it is not counted, does not vote and is in no denominator; where all are inactive the base is
+    copied bit for bit. A coefficient of zero is not that: the expert still votes (unless ``resolve.weighted``) and still
+    counts in the denominators of ``count``, ``mask``, ``score`` and ``softmax``. One-dimensional tensors are never
+    sparsified unless ``select.vectors``. The order of the experts in the recipe changes no bit, except where it has a
+    meaning: exclusive selection, ties of ``argmax``, CKI.
+
+    Args:
+        tensors: Base and experts.
+        compile: "auto" compiles on GPUs and above 50 M parameters, if a compiler is there.
+        cache_bytes: For scores and ranks stored per element.
+    """
+
+    def __init__(self, tensors: Tensors, *, compile: bool | str = "auto", cache_bytes: int = 2**32) -> None:
+        self.tensors = tensors
+        if compile == "auto":
+            size = sum(tensors.base(name).numel() for name in tensors.groups)
+            compile = size > _COMPILE_FROM_PARAMETERS or tensors.device.type == "cuda"
+        self._runner = Runner(tensors.device, compile=bool(compile) and has_compiler(tensors.device))
+        self._planner = Planner(tensors, cache_bytes=cache_bytes)
+        self._written: dict[str, _Written] = {}
+        self._majority: dict[str, float] = {}
+        self._memory: dict[Hashable, object] = {}
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether long tensors go through torch.compile."""
+        return self._runner.compile
+
+    def check(self, recipe: Recipe) -> list[str]:
+        """What would keep `recipe` from being merged; empty if nothing is known to. Reads no weights."""
+        return check.problems(recipe, self.tensors)
+
+    def _require(self, recipe: Recipe) -> None:
+        problems = self.check(recipe)
+        if problems:
+            raise RecipeError(problems, where=f"recipe {recipe.preset!r}" if recipe.preset else "recipe")
+
+    @torch.no_grad()
+    def merged(self, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
+        """(name, merged tensor) in checkpoint order; new tensors on the engine's device.
+
+        Raises:
+            RecipeError: the recipe cannot be merged (before the first tensor).
+            NonFiniteError: NaN or infinity in a result.
+        """
+        self._require(recipe)
+        for name in self.tensors.groups:
+            base = self.tensors.base(name)
+            out = torch.empty(base.shape, dtype=output_dtype(recipe, base), device=self.tensors.device)
+            with torch.no_grad():
+                self._merge_into(recipe, name, out)
+            yield name, out
+
+    @torch.no_grad()
+    def apply(self, recipe: Recipe, views: Mapping[str, Tensor]) -> ApplyReport:
+        """Write the merged tensors in place, through `views` of a live model's parameters.
+
+        A tensor is skipped when what determines it is as it was at the last `apply` to the same view and nobody wrote to
+        the view since (by its version counter, which ``.data`` writes evade).
+
+        Args:
+            views: By tensor name; names that are not in `tensors.groups` are left alone. Shape as on disk, any strides,
+                any device. Written in the view's own dtype.
+        Raises:
+            RecipeError: the recipe cannot be merged; nothing was written.
+            NonFiniteError: NaN or infinity in a result; earlier tensors are written, later ones are not.
+        """
+        self._require(recipe)
+        start, skipped, elements = time.perf_counter(), 0, 0
+        common = self._common_key(recipe)
+        done: dict[str, Hashable] = {}
+        try:
+            for name in self.tensors.groups:
+                if name not in views:
+                    continue
+                view, key = views[name], (common, self._planner.settings(recipe, name))
+                if self._is_current(name, view, key):
+                    skipped += 1
+                else:
+                    self._written.pop(name, None)
+                    self._write(recipe, name, view)
+                    elements += view.numel()
+                done[name] = key
+        finally:
+            for name, key in done.items():  # at the end: views of one storage share a version counter
+                if not views[name].is_inference():
+                    self._written[name] = _Written(key, _place(views[name]), views[name]._version)
+        return ApplyReport(len(done) - skipped, skipped, elements, time.perf_counter() - start)
+
+    def _common_key(self, recipe: Recipe) -> Hashable:
+        """What every tensor's result depends on, besides its own `TensorSettings`."""
+        blank = {"coefficients": {}, "densities": {}, "scale": 1.0}
+        return recipe.model_copy(update=blank).fingerprint
+
+    def _is_current(self, name: str, view: Tensor, key: Hashable) -> bool:
+        last = self._written.get(name)
+        if last is None or view.is_inference():
+            return False
+        return last.key == key and last.place == _place(view) and last.version == view._version
+
+    def forget(self) -> None:
+        """Make the next `apply` write every tensor."""
+        self._written.clear()
+
+    def _write(self, recipe: Recipe, name: str, view: Tensor) -> None:
+        direct = view.is_contiguous() and view.device == self.tensors.device
+        out = view if direct else torch.empty(view.shape, dtype=view.dtype, device=self.tensors.device)
+        self._merge_into(recipe, name, out)
+        if not direct:
+            view.copy_(out)
+
+    # --- one tensor
+
+    def _merge_into(self, recipe: Recipe, name: str, out: Tensor) -> None:
+        base = self.tensors.base(name)
+        if out.shape != base.shape:
+            raise RecipeError(
+                f"the view of tensor {name!r} must have its shape {tuple(base.shape)}, got {tuple(out.shape)}"
+            )
+        if recipe.operator is not None:
+            finite = self._operate(recipe, recipe.operator, name, out)
+        else:
+            emit = "delta" if recipe.post else "weights"
+            p = self._planner.plan(recipe, name, emit=emit)
+            finite = self._finish(recipe, name, p, out)
+        if not finite:
+            raise NonFiniteError(
+                f"merged weights must be finite, found NaN or infinity in tensor {name!r} "
+                f"(recipe {recipe.preset or recipe.fingerprint[:12]!r}, stored as {out.dtype}); lower the coefficients or the scale"
+            )
+
+    def _finish(self, recipe: Recipe, name: str, p: Pass | None, out: Tensor) -> bool:
+        base = self.tensors.base(name)
+        if p is None:
+            out.copy_(base)
+            return True
+        if p.structure.emit == "weights":
+            return self._run(p, out)
+        delta = torch.empty(base.shape, dtype=torch.float32, device=self.tensors.device)
+        context = self._context(recipe, name)
+        return self._run(p, delta) and self._add(recipe, context, delta, context.scale, out)
+
+    def _run(self, p: Pass, out: Tensor) -> bool:
+        """One pass; a second one if the majority sign, which only ties use, was not the last candidate's."""
+        base, experts = self._planner.facts.flats(p.name, p.experts)
+        if "majority" in p.numbers:
+            p.numbers["majority"] = [self._majority.get(p.name, 1.0)]
+        votes, finite = self._runner.run(p, base, experts, out.view(-1))
+        if "majority" in p.numbers:
+            sign = -1.0 if votes < 0 else 1.0
+            if sign != p.numbers["majority"][0]:
+                p.numbers["majority"] = [sign]
+                _, finite = self._runner.run(p, base, experts, out.view(-1))
+            self._majority[p.name] = sign
+        return finite
+
+    def _add(self, recipe: Recipe, context: OperatorContext, delta: Tensor, scale: float, out: Tensor) -> bool:
+        """out = base + scale * post(delta)."""
+        for rule in recipe.post:
+            info = require_known(rule, POSTS, "post", len(context.experts))
+            if not info.ndim or delta.ndim in info.ndim:
+                delta = load_operator(info)(self._with_options(context, rule, completed_options(rule, info)), delta)
+        out.copy_(context.base + torch.tensor(scale, dtype=torch.float32, device=delta.device) * delta)
+        return bool(torch.isfinite(out).all())
+
+    def _operate(self, recipe: Recipe, operator: Operator, name: str, out: Tensor) -> bool:
+        info = require_known(operator, OPERATORS, "operator", len(recipe.models.experts))
+        active = self._planner.facts.active(name, tuple(recipe.models.experts))
+        if not active and not info.exact:
+            out.copy_(self.tensors.base(name))
+            return True
+        if info.ndim and out.ndim not in info.ndim:
+            return self._finish(recipe, name, self._fallback(recipe, name), out)
+        context = self._with_options(self._context(recipe, name), operator, completed_options(operator, info))
+        result = load_operator(info)(context)
+        if isinstance(result, list):
+            total = torch.zeros_like(context.base)
+            for c, part in zip(context.coefficients, result, strict=True):
+                total += torch.tensor(c, dtype=torch.float32, device=total.device) * part
+            return self._add(recipe, context, total, context.scale, out)
+        if recipe.post:
+            return self._add(recipe, context, result - context.base, 1.0, out)
+        out.copy_(result)
+        return bool(torch.isfinite(out).all())
+
+    def _fallback(self, recipe: Recipe, name: str) -> Pass | None:
+        """Mean of lambda_i tau_i over the active experts: for tensors with axes an operator does not handle."""
+        plain = Recipe(
+            models=recipe.models,
+            coefficients=recipe.coefficients,
+            scale=recipe.scale,
+            post=recipe.post,
+            splice={"kind": "count"},
+        )  # type: ignore[arg-type]
+        return self._planner.plan(plain, name, emit="delta" if recipe.post else "weights")
+
+    def _context(self, recipe: Recipe, name: str) -> OperatorContext:
+        experts = tuple(recipe.models.experts)
+        base = self.tensors.base(name).to(self.tensors.device, torch.float32)
+        deltas = tuple(self.tensors.expert(e, name).to(base.device, torch.float32) - base for e in experts)
+        active = set(self._planner.facts.active(name, experts))
+        group = self.tensors.groups[name]
+        settings = self._planner.settings(recipe, name)
+        lambdas = dict(zip(settings.experts, settings.coefficients, strict=True))
+        return OperatorContext(
+            name, group, base, deltas, experts, tuple(e in active for e in experts), tuple(lambdas[e] for e in experts), {},
+            scale=settings.scale,
+            transposed=self._is_transposed(name),
+            stored=lambda expert: self.tensors.expert(expert, name),
+            statistic=lambda kind, expert: statistic_of(self.tensors, kind, expert, name),
+            siblings=lambda: self._siblings(name, experts),
+            seed=recipe.seed,
+            memory=self._memory,
+        )  # fmt: skip
+
+    def _is_transposed(self, name: str) -> bool:
+        asked = getattr(self.tensors, "is_transposed", None)
+        return bool(asked(name)) if callable(asked) else False
+
+    def _siblings(self, name: str, experts: tuple[str, ...]) -> Iterator[tuple[Tensor, ...]]:
+        """Deltas of every tensor of the same block (of the tensor alone outside blocks)."""
+        block = self.tensors.groups[name].block
+        for other, group in self.tensors.groups.items():
+            if other == name or (block is not None and group.block == block):
+                base = self.tensors.base(other).to(self.tensors.device, torch.float32)
+                yield tuple(self.tensors.expert(e, other).to(base.device, torch.float32) - base for e in experts)
+
+    @staticmethod
+    def _with_options(
+        context: OperatorContext, operator: Operator, options: Mapping[str, bool | int | float | str]
+    ) -> OperatorContext:
+        return replace(context, options=options)
+
+
+def _place(view: Tensor) -> Hashable:
+    return (view.data_ptr(), tuple(view.shape), view.stride(), view.dtype)

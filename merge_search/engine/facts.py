@@ -1,0 +1,332 @@
+"""What does not depend on the candidate, measured once and kept: activity, reductions, tables, stored scores."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from merge_search.engine import stages
+from merge_search.engine.assess import AssessContext, load, measure_of
+from merge_search.engine.fused import scalars, sweep
+from merge_search.engine.order import Table, TableBuilder, row_ranks
+from merge_search.engine.pipeline import Numbers, Pass, Source, Structure, Tensors, is_vector
+from merge_search.errors import NonFiniteError
+from merge_search.recipe import Assess, Scalar, Select
+
+__all__ = ["ByteCache", "Facts", "Scope"]
+
+
+class ByteCache:
+    """Tensors by key, the least recently used dropped once `limit` bytes are held."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+        self._entries: OrderedDict[Hashable, list[Tensor]] = OrderedDict()
+
+    def get(self, key: Hashable) -> list[Tensor] | None:
+        found = self._entries.get(key)
+        if found is not None:
+            self._entries.move_to_end(key)
+        return found
+
+    def put(self, key: Hashable, value: list[Tensor]) -> None:
+        size = _bytes(value)
+        if size > self.limit:
+            return
+        self._entries[key] = value
+        self.held += size
+        while self.held > self.limit:
+            self.held -= _bytes(self._entries.popitem(last=False)[1])
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.untyped_storage().nbytes() for t in {id(t): t for t in tensors}.values())
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What scores are made from and ranked within, for one recipe.
+
+    experts: All of the recipe, in processing order. select: its `Select`. seed: of random scores.
+    """
+
+    experts: tuple[str, ...]
+    select: Select
+    winsorise: float
+    seed: int
+
+    def covers(self, shape: tuple[int, ...] | torch.Size) -> bool:
+        """Whether selection applies to tensors of this shape."""
+        return self.select.vectors or not is_vector(shape)
+
+    def key(self) -> tuple[Hashable, ...]:
+        scope = "model" if self.select.scope == "model" else "tensor"
+        return (self.experts, scope, self.select.vectors, self.winsorise)
+
+
+class Facts:
+    """Measures tensors on demand and remembers.
+
+    Args:
+        cache_bytes: For scores and ranks that are stored per element.
+    """
+
+    def __init__(self, tensors: Tensors, *, cache_bytes: int) -> None:
+        self.tensors = tensors
+        self.stored = ByteCache(cache_bytes)
+        self._largest: dict[tuple[str, str], float] = {}
+        self._reduced: dict[Hashable, list[tuple[float, ...]]] = {}
+        self._tables: dict[Hashable, dict[str, Table]] = {}
+        self._offsets: dict[bool, dict[str, int]] = {}
+
+    def flats(self, name: str, experts: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+        """Base and experts of a tensor, flattened (views where the pool's tensors are contiguous)."""
+        return self.tensors.base(name).reshape(-1), [self.tensors.expert(e, name).reshape(-1) for e in experts]
+
+    def active(self, name: str, experts: Sequence[str]) -> tuple[str, ...]:
+        """Those of `experts` whose delta is not zero everywhere.
+
+        Raises:
+            NonFiniteError: a weight of the base or an expert is NaN or infinite where they differ.
+        """
+        return tuple(e for e in experts if self._largest_delta(e, name) > 0)
+
+    def _largest_delta(self, expert: str, name: str) -> float:
+        key = (expert, name)
+        if key not in self._largest:
+            base, (mine,) = self.flats(name, [expert])
+            largest = 0.0
+            for b, e in zip(base.split(2**20), mine.split(2**20), strict=True):
+                delta = (e.to(self.tensors.device, torch.float32) - b.to(self.tensors.device, torch.float32)).abs()
+                largest = max(largest, float(delta.max())) if delta.numel() and not torch.equal(e, b) else largest
+                if delta.numel() and not math.isfinite(float(delta.sum(dtype=torch.float64))) and not torch.equal(e, b):
+                    raise NonFiniteError(
+                        f"the weights of base and experts must be finite, found NaN or infinity in tensor {name!r} of expert "
+                        f"{expert!r} or the base; repair the checkpoint or leave the expert out"
+                    )
+            self._largest[key] = largest
+        return self._largest[key]
+
+    def offset(self, name: str, *, vectors: bool) -> int:
+        """Position of a tensor's first element in the whole model, as ranked together."""
+        if vectors not in self._offsets:
+            total, offsets = 0, {}
+            for other in self.tensors.groups:
+                offsets[other] = total
+                base = self.tensors.base(other)
+                total += base.numel() if vectors or not is_vector(base.shape) else 0
+            self._offsets[vectors] = offsets
+        return self._offsets[vectors][name]
+
+    # --- scores
+
+    def source(self, assess: Assess) -> Source:
+        """How a pass gets the scores of a measure; numeric options become numbers, the others part of its structure."""
+        measure = measure_of(assess)
+        if not measure.cheap:
+            return Source("given", assess.measure, tuple(sorted(assess.options.items())))
+        load(assess.measure)
+        options = self.options(assess)
+        return Source("cheap", assess.measure, tuple(sorted((k, v) for k, v in options.items() if isinstance(v, str))))
+
+    @staticmethod
+    def options(assess: Assess) -> dict[str, Scalar]:
+        defaults = measure_of(assess).options
+        return {**{k: v for k, v in defaults.items() if v is not None}, **assess.options}
+
+    def numbers(self, assess: Assess, scope: Scope, name: str) -> list[float]:
+        """Scalars of a cheap measure for one tensor."""
+        module = load(assess.measure)
+        if not hasattr(module, "numbers"):
+            return []
+        reduced: list[tuple[float, ...]] = []
+        if hasattr(module, "reduce"):
+            pooled = (
+                scope.select.scope == "model"
+                and hasattr(module, "pool")
+                and scope.covers(self.tensors.base(name).shape)
+            )
+            reduced = self._pooled(assess, scope, name) if pooled else self._reduction(assess, scope, name)
+        values: list[float] = module.numbers(self.options(assess), reduced, len(scope.experts))
+        return values
+
+    def _reduction(self, assess: Assess, scope: Scope, name: str) -> list[tuple[float, ...]]:
+        measure, options = measure_of(assess), self.options(assess)
+        key = (assess.measure, tuple(options[k] for k in measure.reduce_options), scope.key(), name)
+        if key not in self._reduced:
+            self._reduced[key] = load(assess.measure).reduce(self.context(assess, scope, name))
+        return self._reduced[key]
+
+    def _pooled(self, assess: Assess, scope: Scope, name: str) -> list[tuple[float, ...]]:
+        key = (assess.measure, "pooled", scope.key())
+        if key not in self._reduced:
+            parts: dict[str, list[tuple[float, ...]]] = {e: [] for e in scope.experts}
+            for other in self.tensors.groups:
+                if scope.covers(self.tensors.base(other).shape):
+                    for e, part in zip(
+                        self.active(other, scope.experts), self._reduction(assess, scope, other), strict=True
+                    ):
+                        parts[e].append(part)
+            self._reduced[key] = [load(assess.measure).pool(parts[e]) if parts[e] else () for e in scope.experts]
+        active = self.active(name, scope.experts)
+        return [r for e, r in zip(scope.experts, self._reduced[key], strict=True) if e in active]
+
+    def context(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()) -> AssessContext:
+        """A measure's view of a whole tensor, active experts only."""
+        active = self.active(name, scope.experts)
+        base = self.tensors.base(name).to(self.tensors.device, torch.float32)
+        raw = [self.tensors.expert(e, name).to(base.device, torch.float32) - base for e in active]
+        deltas = raw
+        clip = self.clip(scope, name)
+        if clip:
+            n = scalars(clip, base.device)
+            deltas = [
+                torch.sign(t) * torch.clamp(t.abs(), n["clip_low"][i], n["clip_high"][i]) for i, t in enumerate(raw)
+            ]
+        group = self.tensors.groups[name]
+        return AssessContext(
+            base,
+            deltas,
+            raw,
+            (),
+            self.options(assess),
+            len(scope.experts),
+            active,
+            group,
+            scope.seed,
+            coefficients,
+            self.tensors,
+        )
+
+    def scores(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()) -> list[Tensor]:
+        """Stored scores of a measure that is not cheap: flat float32, one per active expert."""
+        options = tuple(sorted(self.options(assess).items()))
+        at = coefficients if "scaled" in dict(options).values() else ()
+        key = (
+            "scores",
+            assess.measure,
+            options,
+            scope.key(),
+            scope.seed if assess.measure == "random" else 0,
+            name,
+            at,
+        )
+        found = self.stored.get(key)
+        if found is None:
+            context = self.context(assess, scope, name, coefficients)
+            made = load(assess.measure).scores(context)
+            found = [t.to(torch.float32).broadcast_to(context.base.shape).reshape(-1) for t in made]
+            self.stored.put(key, found)
+        return found
+
+    def whole_scores(
+        self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()
+    ) -> list[Tensor]:
+        """Scores of any measure over a whole tensor, flat float32, not stored if cheap."""
+        if self.source(assess).kind == "given":
+            return self.scores(assess, scope, name, coefficients)
+        p, base, experts = self._assessment(assess, scope, name)
+        parts = [a for _, a in _assessed(p, base, experts, self.tensors.device)]
+        return [torch.cat([part[i] for part in parts]) for i in range(len(p.experts))]
+
+    def _assessment(self, assess: Assess, scope: Scope, name: str) -> tuple[Pass, Tensor, list[Tensor]]:
+        active = self.active(name, scope.experts)
+        clip = self.clip(scope, name)
+        source = self.source(assess)
+        numbers: Numbers = {**clip}
+        if source.kind == "cheap" and (values := self.numbers(assess, scope, name)):
+            numbers["a"] = values
+        base, experts = self.flats(name, active)
+        structure = Structure(experts=len(active), winsorise=bool(clip), assess=source)
+        return Pass(name, tuple(base.shape), structure, active, numbers), base, experts
+
+    # --- order statistics
+
+    def clip(self, scope: Scope, name: str) -> Numbers:
+        """Winsorising limits of the active experts, {} where nothing is clipped."""
+        if not scope.winsorise or not scope.covers(self.tensors.base(name).shape):
+            return {}
+        plain = Scope(scope.experts, scope.select, 0.0, scope.seed)
+        tables = self.tables(Assess(), plain, name)
+        low, high = [], []
+        for e in self.active(name, scope.experts):
+            below = math.floor(scope.winsorise * (tables[e].n - 1))
+            low.append(tables[e].value(tables[e].n - below))
+            high.append(tables[e].value(1 + below))
+        return {"clip_low": low, "clip_high": high}
+
+    def tables(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()) -> dict[str, Table]:
+        """Tables of the active experts of a tensor, or of the whole model if that is what is ranked together."""
+        model = scope.select.scope == "model"
+        names = [n for n in self.tensors.groups if scope.covers(self.tensors.base(n).shape)] if model else [name]
+        options = json.dumps(self.options(assess), sort_keys=True)
+        at = coefficients if "scaled" in options else ()
+        key = (
+            assess.measure,
+            options,
+            scope.key(),
+            scope.seed if assess.measure == "random" else 0,
+            "" if model else name,
+            at,
+        )
+        if key not in self._tables:
+            self._tables[key] = self._make_tables(assess, scope, names, coefficients)
+        return self._tables[key]
+
+    def _make_tables(
+        self, assess: Assess, scope: Scope, names: Sequence[str], coefficients: tuple[float, ...]
+    ) -> dict[str, Table]:
+        sizes = dict.fromkeys(scope.experts, 0)
+        for name in names:
+            for e in self.active(name, scope.experts):
+                sizes[e] += self.tensors.base(name).numel()
+        builders = {e: TableBuilder(n) for e, n in sizes.items()}
+        shared = measure_of(assess).shared
+        for name in names:
+            active = self.active(name, scope.experts)
+            if not active:
+                continue
+            start = self.offset(name, vectors=scope.select.vectors) if scope.select.scope == "model" else 0
+            for at, scores in self._score_chunks(assess, scope, name, coefficients):
+                for e, a in zip(active, scores, strict=True):
+                    if e == active[0] or not shared or len(names) > 1:
+                        builders[e].add(a, start + at)
+        if shared and len(names) == 1 and (active := self.active(names[0], scope.experts)):
+            return dict.fromkeys(active, builders[active[0]].finish())
+        return {e: b.finish() for e, b in builders.items()}
+
+    def _score_chunks(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...]):  # type: ignore[no-untyped-def]
+        if self.source(assess).kind == "given":
+            yield 0, self.scores(assess, scope, name, coefficients)
+            return
+        p, base, experts = self._assessment(assess, scope, name)
+        yield from _assessed(p, base, experts, self.tensors.device)
+
+    def ranks(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()) -> list[Tensor]:
+        """Rank of every score within its row (scope ``row``) or tensor, 0 the largest. Flat int32, stored."""
+        options = json.dumps(self.options(assess), sort_keys=True)
+        at = coefficients if "scaled" in options else ()
+        key = ("ranks", assess.measure, options, scope.key(), scope.select.scope, scope.seed, name, at)
+        found = self.stored.get(key)
+        if found is None:
+            shape = self.tensors.base(name).shape if scope.select.scope == "row" else (-1,)
+            scores = self.whole_scores(assess, scope, name, coefficients)
+            made = {id(a): row_ranks(a.reshape(shape)).reshape(-1) for a in {id(a): a for a in scores}.values()}
+            found = [made[id(a)] for a in scores]
+            self.stored.put(key, found)
+        return found
+
+
+def _assessed(p: Pass, base: Tensor, experts: Sequence[Tensor], device: torch.device):  # type: ignore[no-untyped-def]
+    """(position, scores of each expert) of every chunk."""
+    n = scalars(p.numbers, device)
+    for part, b, e, given, index in sweep(p, base, experts, device):
+        left = stages.survivors(p.structure, b.to(torch.float32), e, given, n, index)
+        yield part.start, left.a

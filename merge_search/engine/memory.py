@@ -1,0 +1,60 @@
+"""Tensors straight from state dicts: for Python users who have models in memory, tests and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from merge_search.errors import WeightsError
+from merge_search.recipe import Group, Models
+
+__all__ = ["MemoryTensors"]
+
+
+class MemoryTensors:
+    """A `pipeline.Tensors` over dicts of tensors.
+
+    Args:
+        base: Name -> tensor; floating ones are mergeable.
+        experts: Expert -> dict with the same names and shapes.
+        groups: Where each tensor belongs; None: all outside any block, kind ``other``.
+        statistics: (kind, expert, name) -> tensor.
+    Raises:
+        WeightsError: an expert lacks a tensor or has it in another shape.
+    """
+
+    def __init__(
+        self,
+        base: Mapping[str, Tensor],
+        experts: Mapping[str, Mapping[str, Tensor]],
+        *,
+        groups: Mapping[str, Group] | None = None,
+        statistics: Mapping[tuple[str, str, str], Tensor] | None = None,
+    ) -> None:
+        names = [name for name, t in base.items() if t.is_floating_point()]
+        for expert, tensors in experts.items():
+            for name in names:
+                if name not in tensors:
+                    raise WeightsError(
+                        f"expert {expert!r} has no tensor {name!r}; experts must have every tensor of the base"
+                    )
+                if tensors[name].shape != base[name].shape:
+                    raise WeightsError(
+                        f"tensor {name!r} of expert {expert!r} must have the base's shape {tuple(base[name].shape)}, "
+                        f"got {tuple(tensors[name].shape)}"
+                    )
+        self.models = Models(base="memory", experts=dict.fromkeys(experts, "memory"))
+        self.groups = {name: (groups or {}).get(name, Group(name, None, "other")) for name in names}
+        self.device = next((t.device for t in base.values()), torch.device("cpu"))
+        self._base, self._experts, self._statistics = base, experts, statistics or {}
+
+    def base(self, name: str) -> Tensor:
+        return self._base[name]
+
+    def expert(self, expert: str, name: str) -> Tensor:
+        return self._experts[expert][name]
+
+    def statistic(self, kind: str, expert: str, name: str) -> Tensor | None:
+        return self._statistics.get((kind, expert, name))

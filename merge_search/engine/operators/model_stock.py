@@ -1,0 +1,66 @@
+"""Model Stock: how far to go from the base to the average, from the angle between the deltas."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from merge_search.engine.operators import OperatorContext
+from merge_search.errors import RecipeError
+
+__all__ = ["parts", "ratio"]
+
+
+def parts(context: OperatorContext) -> list[Tensor]:
+    """processed_i = t tau_i / M with t = M cos / (1 + (M - 1) cos), cos the mean cosine over pairs of deltas.
+
+    M counts experts that changed the tensor (``scope="layer"``: any tensor of the block, whose deltas are taken as one long
+    vector). With one such expert t = 1. Options: ``scope``; ``clamp``: cos into [0, 1] first, without which opposed deltas
+    lead away from the average, and t is undefined at cos = -1 / (M - 1) (taken as 0 there). The factor on t that one may want
+    to search is the recipe's scale. Differs: the paper leaves cos unclamped and works per tensor.
+
+    Returns:
+        float32, one per expert.
+    Raises:
+        RecipeError: scope ``layer`` where the block's other tensors are not given.
+    Source: Jang et al. 2024, arXiv 2403.19522.
+    """
+    groups = [context.deltas]
+    if context.options["scope"] == "layer":
+        if context.siblings is None:
+            raise RecipeError(
+                f"model_stock: scope 'layer' needs the other tensors of the block of {context.where()}; use scope 'tensor'"
+            )
+        groups = list(context.siblings())
+    gram = torch.zeros(len(context.deltas), len(context.deltas), dtype=torch.float64)
+    for deltas in groups:
+        gram += _gram(deltas)
+    t, n = ratio(gram, clamp=bool(context.options["clamp"]))
+    return [delta * (t / max(n, 1)) for delta in context.deltas]
+
+
+def ratio(gram: Tensor, *, clamp: bool) -> tuple[float, int]:
+    """t, and the number of experts with a delta.
+
+    Args:
+        gram: Inner products of the deltas. Shape (M, M), float64.
+    """
+    alive = torch.nonzero(gram.diagonal() > 0).reshape(-1)
+    n = len(alive)
+    if n < 2:
+        return 1.0, n
+    length = gram.diagonal()[alive].sqrt()
+    cosines = gram[alive][:, alive] / (length[:, None] * length)
+    cos = float((cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1)))
+    if clamp:
+        cos = min(max(cos, 0.0), 1.0)
+    bottom = 1 + (n - 1) * cos
+    return (n * cos / bottom if abs(bottom) > 1e-9 else 0.0), n
+
+
+def _gram(deltas: tuple[Tensor, ...]) -> Tensor:
+    gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+    for i, a in enumerate(deltas):
+        for j in range(i + 1):
+            gram[i, j] = gram[j, i] = float((a * deltas[j]).sum(dtype=torch.float64))
+    return gram

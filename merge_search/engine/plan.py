@@ -1,0 +1,365 @@
+"""Recipe + tensor -> `Pass`: which rules run, and every number they need."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from merge_search.engine.allocate import Allocation, allocate
+from merge_search.engine.assess import measure_of
+from merge_search.engine.balanced import balanced_masks
+from merge_search.engine.facts import Facts, Scope
+from merge_search.engine.fused import scalars, sweep
+from merge_search.engine.masks import mask_keys
+from merge_search.engine.order import Table, kept_count
+from merge_search.engine.pipeline import Given, Numbers, Pass, Source, Structure, Tensors, statistic_of
+from merge_search.engine.stages import elect, survivors
+from merge_search.recipe import Assess, Recipe, value_for
+
+__all__ = ["Planner", "TensorSettings"]
+
+_SCORED = {"top_k", "threshold", "band", "rank_probability", "proportional", "soft_threshold", "n_m", "mass"}
+_MIXED = {"score", "softmax", "argmax"}
+
+
+@dataclass(frozen=True)
+class TensorSettings:
+    """What a recipe says of one tensor: numbers of all its experts, in processing order."""
+
+    experts: tuple[str, ...]
+    coefficients: tuple[float, ...]
+    densities: tuple[float, ...]
+    scale: float
+
+
+class Planner:
+    """Makes passes. Keeps what a candidate's passes share with earlier ones (`Facts`, surveys)."""
+
+    def __init__(self, tensors: Tensors, *, cache_bytes: int = 2**32) -> None:
+        self.tensors = tensors
+        self.facts = Facts(tensors, cache_bytes=cache_bytes)
+        self._allocations: dict[str, Allocation] = {}
+        self._surveys: dict[Hashable, dict[str, list[float]]] = {}
+
+    # --- recipe level
+
+    @staticmethod
+    def processing_order(recipe: Recipe) -> tuple[str, ...]:
+        """Experts in the order in which they are added up.
+
+        By name, so that listing them otherwise changes no bit; as listed where the order means something.
+        """
+        measures = [recipe.assess, recipe.splice.score or recipe.assess]
+        if recipe.select.exclusive or recipe.splice.kind == "argmax" or any(measure_of(m).ordered for m in measures):
+            return tuple(recipe.models.experts)
+        return tuple(sorted(recipe.models.experts))
+
+    def scope(self, recipe: Recipe) -> Scope:
+        return Scope(self.processing_order(recipe), recipe.select, recipe.winsorise, recipe.seed)
+
+    def settings(self, recipe: Recipe, name: str) -> TensorSettings:
+        """Numbers of all experts for one tensor, after `Allocate`."""
+        group, experts = self.tensors.groups[name], self.processing_order(recipe)
+        scale = value_for(recipe.scale, group)
+        if recipe.allocate.kind == "constant":
+            return TensorSettings(
+                experts,
+                tuple(recipe.coefficient(e, group) for e in experts),
+                tuple(recipe.density(e, group) for e in experts),
+                scale,
+            )
+        table = self._allocation(recipe)
+        return TensorSettings(
+            experts,
+            tuple(table.coefficient[e, name] for e in experts),
+            tuple(table.density[e, name] for e in experts),
+            scale,
+        )
+
+    def _allocation(self, recipe: Recipe) -> Allocation:
+        key = recipe.fingerprint
+        if key not in self._allocations:
+            rule = Assess(measure=recipe.allocate.measure, options=recipe.allocate.options)
+            scope = Scope(tuple(recipe.models.experts), recipe.select, 0.0, recipe.seed)
+
+            def importance(expert: str, name: str) -> float:
+                scores = self.facts.whole_scores(rule, scope, name)
+                return float(scores[self.facts.active(name, scope.experts).index(expert)].to(torch.float64).mean())
+
+            made = allocate(recipe, self.tensors, lambda name: self.facts.active(name, scope.experts), importance)
+            self._allocations = {key: made}  # a candidate's own; importance itself comes from the facts
+        return self._allocations[key]
+
+    # --- tensor level
+
+    def plan(self, recipe: Recipe, name: str, *, emit: str = "weights") -> Pass | None:
+        """The pass of one tensor; None where no expert is active, so that the base's bits are copied.
+
+        Args:
+            emit: ``weights``, or ``delta`` for the combined delta before scale and post rules.
+        """
+        scope, settings = self.scope(recipe), self.settings(recipe, name)
+        active = self.facts.active(name, scope.experts)
+        if not active:
+            return None
+        picked = [settings.experts.index(e) for e in active]
+        coefficients = tuple(settings.coefficients[i] for i in picked)
+        densities = tuple(settings.densities[i] for i in picked)
+        shape = tuple(self.tensors.base(name).shape)
+        numbers: Numbers = {"coefficient": list(coefficients), "scale": [settings.scale]}
+        given: Given = {}
+        structure = Structure(
+            experts=len(active), resolve=recipe.resolve.kind, weighted=recipe.resolve.weighted, tie=recipe.resolve.tie,
+            splice=recipe.splice.kind, ties=recipe.splice.ties, emit=emit,
+        )  # fmt: skip
+        if structure.resolve != "none" and structure.tie == "majority":
+            numbers["majority"] = [1.0]
+        p = Pass(name, shape, structure, active, numbers, given)
+        if scope.covers(shape):
+            p = self._selection(recipe, scope, p, densities, coefficients)
+        p = self._mixing(recipe, scope, p, coefficients)
+        p = self._rows(recipe, p)
+        return self._surveyed(recipe, p)
+
+    def _slot(self, assess: Assess, scope: Scope, p: Pass, slot: str, coefficients: tuple[float, ...]) -> Source:
+        """Fill in the scores of `assess` under `slot`; returns where the pass finds them."""
+        source = self.facts.source(assess)
+        if source.kind == "given":
+            p.given[slot] = self.facts.scores(assess, scope, p.name, coefficients)
+            return Source("given")
+        if values := self.facts.numbers(assess, scope, p.name):
+            p.numbers[slot] = values
+        return source
+
+    def _selection(
+        self, recipe: Recipe, scope: Scope, p: Pass, densities: tuple[float, ...], coefficients: tuple[float, ...]
+    ) -> Pass:
+        select, s = recipe.select, p.structure
+        clip = self.facts.clip(scope, p.name)
+        p.numbers.update(clip)
+        p = replace(p, structure=replace(s, winsorise=bool(clip), exclusive=select.exclusive, gate=select.gate > 0))
+        if select.gate:
+            p.numbers["gate"] = [select.gate]
+        kind = "top_k" if select.kind == "mass" else select.kind
+        ranked = select.scope == "row" and kind in ("top_k", "band")
+        if kind == "n_m":
+            p = self._balanced(recipe, scope, p, densities, coefficients)
+        elif ranked or kind == "rank_probability":
+            p.given["rank"] = self.facts.ranks(recipe.assess, scope, p.name, coefficients)
+            kind = {"top_k": "rank", "band": "rank_band"}.get(kind, kind)
+            self._rank_numbers(recipe, p, densities, kind)
+            p = replace(p, structure=replace(p.structure, select=kind))
+        else:
+            source = Source()
+            if kind in _SCORED:
+                source = self._slot(recipe.assess, scope, p, "a", coefficients)
+            p = replace(p, structure=replace(p.structure, select=kind, assess=source))
+            p = self._threshold_numbers(recipe, scope, p, densities, coefficients)
+        if recipe.rescale.kind == "inverse_probability" and p.structure.select in ("rank_probability", "proportional"):
+            return replace(p, structure=replace(p.structure, rescale="probability"))
+        if recipe.rescale.kind in ("inverse_density", "inverse_probability"):
+            p.numbers["rho"] = [1.0 / d for d in densities]
+            return replace(p, structure=replace(p.structure, rescale="number"))
+        return p
+
+    def _rank_numbers(self, recipe: Recipe, p: Pass, densities: tuple[float, ...], kind: str) -> None:
+        columns = (p.shape[-1] if p.shape else 1) if recipe.select.scope == "row" else self.tensors.base(p.name).numel()
+        if kind == "rank_probability":
+            self._probability_numbers(recipe, p, densities)
+            p.numbers["epsilon"] = [min(recipe.select.epsilon, d, 1 - d) if columns > 1 else 0.0 for d in densities]
+            p.numbers["last"] = [float(max(1, columns - 1))]
+            return
+        drop = round(recipe.select.gamma * columns) if kind == "rank_band" else 0
+        p.numbers["count"] = [min(columns, drop + kept_count(d, columns)) for d in densities]
+        if kind == "rank_band":
+            p.numbers["drop"] = [drop] * len(densities)
+
+    def _probability_numbers(self, recipe: Recipe, p: Pass, densities: tuple[float, ...]) -> None:
+        keys = [mask_keys(recipe.seed, e, p.name) for e in p.experts]
+        p.numbers["key1"], p.numbers["key2"] = [k[0] for k in keys], [k[1] for k in keys]
+        p.numbers["density"] = list(densities)
+
+    def _threshold_numbers(
+        self, recipe: Recipe, scope: Scope, p: Pass, densities: tuple[float, ...], coefficients: tuple[float, ...]
+    ) -> Pass:
+        select, kind, n = recipe.select, p.structure.select, p.numbers
+        if kind == "threshold":
+            n["threshold"] = [select.threshold]
+        if kind in ("bernoulli", "proportional"):
+            self._probability_numbers(recipe, p, densities)
+        if kind not in ("top_k", "band", "soft_threshold", "proportional"):
+            return p
+        tables = self.facts.tables(recipe.assess, scope, p.name, coefficients)
+        mine = [tables[e] for e in p.experts]
+        if kind == "proportional":
+            n.pop("density")
+            n["kappa"] = [t.kappa(d) for t, d in zip(mine, densities, strict=True)]
+            return p
+        counts = [_count(recipe, t, d) for t, d in zip(mine, densities, strict=True)]
+        if kind == "soft_threshold":
+            n["low"] = [t.value(k) for t, k in zip(mine, counts, strict=True)]
+            n["span"] = [t.maximum - low for t, low in zip(mine, n["low"], strict=True)]
+            return p
+        drops = [round(select.gamma * t.n) if kind == "band" else 0 for t in mine]
+        _cuts(n, "", mine, [drop + k for drop, k in zip(drops, counts, strict=True)])
+        n["stride"] = [t.stride for t in mine]
+        if kind == "band":
+            _cuts(n, "2", mine, drops)
+        index = self.facts.offset(p.name, vectors=select.vectors) if select.scope == "model" else 0
+        return replace(p, index=index)
+
+    def _balanced(
+        self, recipe: Recipe, scope: Scope, p: Pass, densities: tuple[float, ...], coefficients: tuple[float, ...]
+    ) -> Pass:
+        select = recipe.select
+        key = (
+            "n_m",
+            recipe.assess.model_dump_json(),
+            scope.key(),
+            select.block_size,
+            select.exclusive,
+            p.name,
+            densities,
+            coefficients,
+        )
+        masks = self.facts.stored.get(key)
+        if masks is None:
+            scores = self.facts.whole_scores(recipe.assess, scope, p.name, coefficients)
+            shape = p.shape if p.shape else (1,)
+            masks = balanced_masks(
+                [a.reshape(shape) for a in scores], densities, select.block_size, exclusive=select.exclusive
+            )
+            self.facts.stored.put(key, masks)
+        p.given["mask"] = masks
+        return replace(p, structure=replace(p.structure, select="mask", exclusive=False))
+
+    def _mixing(self, recipe: Recipe, scope: Scope, p: Pass, coefficients: tuple[float, ...]) -> Pass:
+        splice, s = recipe.splice, p.structure
+        if splice.kind not in _MIXED:
+            return p
+        if splice.kind == "softmax":
+            p.numbers["temperature"] = [splice.temperature]
+        mixing = splice.score or recipe.assess
+        if measure_of(mixing).after_mask:
+            return replace(p, structure=replace(s, mixing=Source("number")))
+        if mixing == recipe.assess and s.assess.kind == "cheap":
+            return replace(p, structure=replace(s, mixing=Source("same")))
+        return replace(p, structure=replace(s, mixing=self._slot(mixing, scope, p, "b", coefficients)))
+
+    def _rows(self, recipe: Recipe, p: Pass) -> Pass:
+        if not any(e in recipe.maps for e in p.experts):
+            return p
+        rows = p.shape[0] if p.shape else 1
+        maps = []
+        for e in p.experts:
+            if e in recipe.maps:
+                found = statistic_of(self.tensors, f"map:{recipe.maps[e]}", e, p.name)
+                maps.append(found.reshape(-1).to(self.tensors.device, torch.float32))
+            else:
+                maps.append(torch.ones(rows, device=self.tensors.device))
+        p.given["rows"] = maps
+        p.numbers["start"] = [(p.index + 2**31) % 2**32 - 2**31]
+        p.numbers["columns"] = [max(1, self.tensors.base(p.name).numel() // max(1, rows))]
+        return replace(p, structure=replace(p.structure, rows=True))
+
+    # --- reductions over the survivors
+
+    def _surveyed(self, recipe: Recipe, p: Pass) -> Pass:
+        match = recipe.rescale.kind in ("match_l1", "match_l2") and p.structure.select != "all"
+        number = p.structure.mixing.kind == "number"
+        boost = recipe.splice.unique_boost != 0 and p.structure.select != "all"
+        if not (match or number or boost):
+            return p
+        masks = (
+            recipe.model_copy(update={"coefficients": {}, "scale": 1.0, "preset": ""}).fingerprint if p.given else ""
+        )
+        found = self.survey(p, masks)
+        s = p.structure
+        if number:
+            p.numbers["b"] = found["energy"]
+        if match:
+            which = "l1" if recipe.rescale.kind == "match_l1" else "l2"
+            p.numbers["rho"] = [
+                b / a if a > 0 else 1.0 for b, a in zip(found[f"{which}_before"], found[f"{which}_after"], strict=True)
+            ]
+            s = replace(s, rescale="number")
+        if boost:
+            r, cap = recipe.splice.unique_boost, recipe.splice.boost_cap
+            ratios = [
+                shared / alone if alone else cap for shared, alone in zip(found["shared"], found["alone"], strict=True)
+            ]
+            p.numbers["boost"] = [1.0 + r * min(ratio, cap) for ratio in ratios]
+            s = replace(s, boost=True)
+        return replace(p, structure=s)
+
+    def survey(self, p: Pass, given_key: str) -> dict[str, list[float]]:
+        """Norms and counts of the survivors of each expert; remembered for the same masks.
+
+        l1_before, l2_before, l1_after, l2_after of the delta; energy: mean square after; alone, shared: entries kept by
+        this expert only, or also by another. Sums are float64, chunk by chunk.
+        """
+        mask_key = (
+            p.name,
+            replace(p.structure, emit="", mixing=Source()),
+            repr(sorted(_mask_numbers(p).items())),
+            given_key,
+        )
+        if mask_key not in self._surveys:
+            if len(self._surveys) > 4096:
+                self._surveys.clear()
+            self._surveys[mask_key] = self._measure(p)
+        return self._surveys[mask_key]
+
+    def _measure(self, p: Pass) -> dict[str, list[float]]:
+        device = self.tensors.device
+        base, experts = self.facts.flats(p.name, p.experts)
+        n = scalars({**p.numbers}, device)
+        sums = torch.zeros(6, len(p.experts), dtype=torch.float64, device=device)
+        plain = replace(p.structure, rescale="none")
+        for _, b, e, given, index in sweep(p, base, experts, device):
+            left = survivors(plain, b.to(torch.float32), e, given, n, index)
+            agreed, _ = elect(plain, left.x, n)
+            sums += _sums(left.deltas, left.x, left.kept, agreed)
+        rows = sums.tolist()
+        size = max(1, base.numel())
+        return {
+            "l1_before": rows[0], "l2_before": [v**0.5 for v in rows[1]], "l1_after": rows[2], "l2_after": [v**0.5 for v in rows[3]],
+            "energy": [v / size for v in rows[3]], "alone": rows[4], "shared": rows[5],
+        }  # fmt: skip
+
+
+def _sums(deltas: list[Tensor], x: list[Tensor], kept: list[Tensor | None], agreed: list[Tensor | None]) -> Tensor:
+    alive = []
+    for t, m, c in zip(x, kept, agreed, strict=True):
+        mine = torch.ones_like(t, dtype=torch.bool) if m is None else m > 0
+        alive.append(mine if c is None else mine & c)
+    crowd = torch.stack(alive).sum(0)
+    rows = [
+        torch.stack([(t.to(torch.float64)).abs().sum() for t in deltas]),
+        torch.stack([(t.to(torch.float64) ** 2).sum() for t in deltas]),
+        torch.stack([(t.to(torch.float64)).abs().sum() for t in x]),
+        torch.stack([(t.to(torch.float64) ** 2).sum() for t in x]),
+        torch.stack([(m & (crowd == 1)).sum() for m in alive]).to(torch.float64),
+        torch.stack([(m & (crowd > 1)).sum() for m in alive]).to(torch.float64),
+    ]
+    return torch.stack(rows)
+
+
+def _mask_numbers(p: Pass) -> Numbers:
+    skip = {"scale", "temperature", "majority"} | (set() if p.structure.weighted else {"coefficient"})
+    return {k: v for k, v in p.numbers.items() if k not in skip}
+
+
+def _count(recipe: Recipe, t: Table, density: float) -> int:
+    n = t.n_positive if recipe.select.nonzero else t.n
+    return t.count_for_mass(density) if recipe.select.kind == "mass" else kept_count(density, n)
+
+
+def _cuts(n: Numbers, suffix: str, tables: list[Table], counts: list[int]) -> None:
+    keeps = [t.keep(k) for t, k in zip(tables, counts, strict=True)]
+    n["low" + suffix] = [k.low for k in keeps]
+    n["high" + suffix] = [k.high for k in keeps]
+    n["cut" + suffix] = [k.cut for k in keeps]

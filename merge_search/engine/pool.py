@@ -1,0 +1,221 @@
+"""Base and experts, resident: a candidate never reads a file.
+
+Three placements, the first that fits: ``resident`` (on the device), ``pinned`` (in page-locked host memory, moved
+tensor by tensor), ``mapped`` (from the files, through the system's page cache). `ModelPool.plan` says which and why.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from merge_search.engine.checkpoint import Checkpoint, Expert, tied_aliases
+from merge_search.engine.compatibility import check_models
+from merge_search.engine.hashing import hash_checkpoint
+from merge_search.engine.headers import ADAPTER_CONFIG, CheckpointInfo, resolve_model
+from merge_search.engine.layout import layout
+from merge_search.errors import WeightsError
+from merge_search.recipe import Group, Models
+
+__all__ = ["ModelPool"]
+
+GIB = 2**30
+MARGIN = 0.9  # of what is free: allocators and neighbours need the rest
+SCRATCH_TENSORS = 6  # float32 temporaries of the largest tensor while it is merged
+_log = logging.getLogger(__name__)
+_hashes: dict[tuple[object, ...], str] = {}
+
+
+class ModelPool:
+    """Tensors of one base and its experts on one device.
+
+    Args:
+        models: Base and experts, by folder or hub id. Where `models.hashes` are given they are checked.
+        device: ``auto`` (a GPU if there is one), or torch's word for a device.
+        memory: GiB that the pool may take on its device; None: what is free, less what one live model needs.
+
+    Attributes:
+        groups: Group of every tensor that is merged, in the order of the checkpoint; a tensor stored twice
+            because it is tied counts once.
+        copied_names: Tensors that are not merged (integers, masks): the base's, as they are.
+        aliases: Tied tensors that the base stores twice: the name left out -> the name that is merged.
+        plan: Where the tensors lie and why, with figures.
+        notes: What was left out or matched by token.
+
+    Raises:
+        WeightsError: with every problem that headers show; or for NaN or infinity in a tensor, an expert
+            that equals the base, or a hash that is not the one given.
+    Determinism: tensors are bits of the files (adapters: see `checkpoint.Expert`), whatever the placement.
+    """
+
+    def __init__(self, models: Models, *, device: str | torch.device = "auto", memory: float | None = None) -> None:
+        problems = check_models(models.base, models.experts)
+        if problems:
+            raise WeightsError("these models cannot be merged:\n" + "\n".join(f"  - {p}" for p in problems))
+        self.models = models
+        self.device = _device(device)
+        self._base = Checkpoint(resolve_model(models.base))
+        self._experts = {n: Expert(self._base, resolve_model(f), name=n) for n, f in models.experts.items()}
+        self.aliases = tied_aliases(self._base)
+        self.groups: dict[str, Group] = {n: g for n, g in layout(self._base.info).items() if n not in self.aliases}
+        self.copied_names = tuple(n for n in self._base.info.tensors if n not in self.groups and n not in self.aliases)
+        self.notes = [note for e in self._experts.values() for note in e.notes]
+        self.check_hashes()
+        self.placement, self.plan = self._choose(memory)
+        _log.info("%s", self.plan)
+        self._held: dict[str, list[Tensor]] = {}
+        self._load()
+
+    @property
+    def base_folder(self) -> Path:
+        return self._base.info.folder
+
+    @property
+    def base_info(self) -> CheckpointInfo:
+        return self._base.info
+
+    def base(self, name: str) -> Tensor:
+        """The base's tensor on the device, in its own dtype. Do not write into it."""
+        return self._get(name, 0, self._base.tensor)
+
+    def expert(self, expert: str, name: str) -> Tensor:
+        """An expert's tensor on the device: the base's shape, its own dtype. Do not write into it."""
+        return self._get(name, 1 + self._index(expert), self._experts[expert].tensor)
+
+    def copied(self) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of the base that are not merged, on the CPU."""
+        for name in self.copied_names:
+            yield name, self._base.tensor(name)
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 of every model's tensors (`hashing`), ``base`` for the base; computed once per process."""
+        named = {"base": self._base.info, **{n: e.info for n, e in self._experts.items()}}
+        return {name: _hash_once(info) for name, info in named.items()}
+
+    def check_hashes(self) -> None:
+        """Raises `WeightsError` if the models are not those whose hashes `models.hashes` gives."""
+        if not self.models.hashes:
+            return
+        found = self.hashes()
+        for name, wanted in self.models.hashes.items():
+            if name in found and found[name] != wanted:
+                folder = self.base_folder if name == "base" else self._experts[name].info.folder
+                raise WeightsError(
+                    f"{folder}: {name!r} must be the model with sha256 {wanted[:16]}..., found {found[name][:16]}...; "
+                    "its weights were changed or another model was given"
+                )
+
+    def _index(self, expert: str) -> int:
+        return list(self._experts).index(expert)
+
+    def _get(self, name: str, index: int, read: Callable[[str], Tensor]) -> Tensor:
+        held = self._held.get(name)
+        if held is not None:
+            return held[index].to(self.device, non_blocking=True)
+        return read(name).to(self.device)
+
+    def _load(self) -> None:
+        """Place every tensor, once; finiteness and equality are checked on the way."""
+        differs = dict.fromkeys(self._experts, False)
+        for name in self.groups:
+            base = self._place(self._base.tensor(name))
+            _check_finite(base, name, "base", self._base.info)
+            tensors = [base]
+            for expert, source in self._experts.items():
+                own = self._place(source.tensor(name)) if source.changes(name) else base
+                if own is not base:
+                    _check_finite(own, name, f"expert {expert!r}", source.info)
+                    wide = torch.promote_types(own.dtype, base.dtype)
+                    if not torch.equal(own.to(wide), base.to(wide)):
+                        differs[expert] = True
+                    elif own.dtype == base.dtype:
+                        own = base  # a frozen tensor: share the base's memory
+                tensors.append(own)
+            if self.placement != "mapped":
+                self._held[name] = tensors
+        for expert, is_different in differs.items():
+            if not is_different:
+                raise WeightsError(
+                    f"expert {expert!r} equals the base in every tensor ({self._experts[expert].info.folder}): "
+                    "there is nothing to merge; give its fine-tuned weights or leave it out"
+                )
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        if self.placement == "mapped":
+            return tensor
+        if self.placement == "pinned":
+            return tensor.pin_memory()
+        return tensor.to(self.device, copy=True)
+
+    def _choose(self, memory: float | None) -> tuple[str, str]:
+        base = sum(self._base.info.tensors[n].n_bytes for n in self.groups)
+        own = [n for e in self._experts.values() for n in self.groups if e.changes(n)]
+        need = base + sum(self._base.info.tensors[n].n_bytes for n in own)
+        largest = max(self._base.info.tensors[n].n_elements for n in self.groups)
+        # One live model and the temporaries of its largest tensor share the device with the pool.
+        other = base + 4 * SCRATCH_TENSORS * largest
+        free = _free_bytes(self.device)
+        limit = memory * GIB if memory is not None else MARGIN * free - other
+        what = f"base and {len(self._experts)} experts need {need / GIB:.2f} GiB"
+        room = f"{limit / GIB:.2f} GiB " + (
+            "were allowed" if memory is not None else f"of {free / GIB:.2f} GiB free are left for them"
+        )
+        if need <= limit:
+            return "resident", f"resident on {self.device}: {what}, {room}"
+        host = _free_bytes(torch.device("cpu"))
+        if self.device.type == "cuda" and need <= MARGIN * host:
+            return (
+                "pinned",
+                f"pinned in host memory: {what}, {room} on {self.device}; the host has {host / GIB:.2f} GiB free",
+            )
+        return "mapped", f"mapped from files: {what}, {room} on {self.device}; tensors come through the page cache"
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def _check_finite(tensor: Tensor, name: str, who: str, info: CheckpointInfo) -> None:
+    if bool(torch.isfinite(tensor).all()):
+        return
+    n_bad = int((~torch.isfinite(tensor)).sum())
+    file = info.tensors[name].file if name in info.tensors else info.folder
+    raise WeightsError(
+        f"{file}: weights must be finite, found NaN or infinity in {n_bad} of {tensor.numel()} entries of {who}, "
+        f"tensor {name!r}; train or download it again"
+    )
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken: the GPU's free memory, or the machine's within this container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if not meminfo.is_file():  # not Linux: no portable word for what is available, so assume half
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    free = 1024 * _field(meminfo, "MemAvailable:")
+    limit = group / "memory.max"
+    if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
+        used = int((group / "memory.current").read_text()) - _field(group / "memory.stat", "inactive_file")
+        free = min(free, int(text) - used)
+    return max(free, 0)
+
+
+def _field(file: Path, name: str) -> int:
+    """Number behind `name` in a file of ``name number`` lines."""
+    return next((int(line.split()[1]) for line in file.read_text().splitlines() if line.split()[:1] == [name]), 0)
+
+
+def _hash_once(info: CheckpointInfo) -> str:
+    files = (*info.files, info.folder / ADAPTER_CONFIG) if info.is_adapter else info.files
+    stamps = tuple((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    if stamps not in _hashes:
+        _hashes[stamps] = hash_checkpoint(info)
+    return _hashes[stamps]

@@ -1,0 +1,291 @@
+"""The pipeline itself: assess, select, rescale, resolve, splice, combine, for elements in any layout.
+
+Every function is element-wise, so that a whole tensor, a chunk of it and a compiled graph give the same bits. Numbers
+arrive as 0-d tensors (float32, int32), never as Python scalars, so that no value is compiled in.
+Arithmetic is float32. Sums run over the experts in the order given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from merge_search.engine.assess import scores_of
+from merge_search.engine.masks import indices, uniform
+from merge_search.engine.pipeline import Source, Structure
+
+__all__ = ["Survivors", "combine", "elect", "merge", "survivors", "survivors_of"]
+
+Scalars = Mapping[str, Sequence[Tensor]]
+Tensors = Mapping[str, Sequence[Tensor]]
+
+
+def merge(
+    s: Structure, base: Tensor, experts: Sequence[Tensor], given: Tensors, n: Scalars, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merged elements and the votes of the sign election.
+
+    Args:
+        base, experts: Same shape, any floating dtype.
+        given: Tensors of that shape that `s` asks for: ``a``, ``b``, ``rank``, ``mask``.
+        n: Numbers by name, one per expert or one.
+        index: 0-d int32: position of the first element.
+    Returns:
+        float32 of that shape: weights, or the combined delta if ``s.emit == "delta"``; and a 0-d int64: elected
+        plus signs less minus signs over entries that were decided, which settles ``tie="majority"``.
+    """
+    origin = base.to(torch.float32)
+    alive = survivors(s, origin, experts, given, n, index)
+    agreed, votes = elect(s, alive.x, n)
+    delta = combine(s, origin, alive, agreed, given, n)
+    if s.emit == "delta":
+        return delta, votes
+    return origin + n["scale"][0] * delta, votes
+
+
+class Survivors(NamedTuple):
+    """What is left after selection, one tensor per expert.
+
+    Attributes:
+        kept: Keep masks m, boolean or soft; None keeps all.
+        x: rho m tau. deltas: tau, winsorised. raw: tau as it is. a: selection scores.
+        where: int32 positions, where masks need them.
+    """
+
+    kept: list[Tensor | None]
+    x: list[Tensor]
+    deltas: list[Tensor]
+    raw: list[Tensor]
+    a: list[Tensor]
+    where: Tensor | None
+
+
+def survivors(
+    s: Structure, origin: Tensor, experts: Sequence[Tensor], given: Tensors, n: Scalars, index: Tensor
+) -> Survivors:
+    """Assess, select and rescale; arguments as in `merge`."""
+    raw = [e.to(torch.float32) - origin for e in experts]
+    deltas = raw
+    if s.winsorise:
+        deltas = [torch.sign(t) * torch.clamp(t.abs(), n["clip_low"][i], n["clip_high"][i]) for i, t in enumerate(raw)]
+    a = _scores(s.assess, "a", origin, deltas, raw, given, n)
+    where = None
+    if s.needs_index:
+        where = indices(origin.numel(), device=origin.device).reshape(origin.shape) + index
+    kept, probability = _select(s, a, given, n, where)
+    if s.exclusive:
+        kept = _exclusive(kept)
+    if s.gate:
+        chosen = sum(
+            (_as_bool(m, a[i]).to(torch.int32) for i, m in enumerate(kept)), torch.zeros_like(a[0], dtype=torch.int32)
+        )
+        kept = [chosen >= n["gate"][0]] * s.experts
+    x = [survivors_of(t, m) for t, m in zip(deltas, kept, strict=True)]
+    if s.rescale == "number":
+        x = [t * n["rho"][i] for i, t in enumerate(x)]
+    elif s.rescale == "probability":
+        x = [torch.where(p > 0, t / p, 0.0) for t, p in zip(x, probability, strict=True)]
+    return Survivors(kept, x, deltas, raw, a, where)
+
+
+def survivors_of(x: Tensor, m: Tensor | None) -> Tensor:
+    """m * x for a boolean or soft mask; None keeps everything."""
+    if m is None:
+        return x
+    return torch.where(m, x, 0.0) if m.dtype == torch.bool else m * x
+
+
+def _as_bool(m: Tensor | None, like: Tensor) -> Tensor:
+    if m is None:
+        return torch.ones_like(like, dtype=torch.bool)
+    return m if m.dtype == torch.bool else m > 0
+
+
+def _as_float(m: Tensor | None, like: Tensor) -> Tensor:
+    return torch.ones_like(like) if m is None else m.to(torch.float32)
+
+
+def _scores(source: Source, slot: str, origin: Tensor, deltas: Sequence[Tensor], raw: Sequence[Tensor], given: Tensors, n: Scalars) -> list[Tensor]:  # fmt: skip
+    if source.kind == "given":
+        return list(given[slot])
+    if source.kind == "cheap":
+        return scores_of(source, origin, deltas, raw, n.get(slot, ()))
+    if source.kind == "number":
+        return [n[slot][i].expand(origin.shape) for i in range(len(deltas))]
+    return [torch.ones_like(origin) for _ in deltas]
+
+
+def _top(a: Tensor, low: Tensor, high: Tensor, cut: Tensor, place: Tensor) -> Tensor:
+    return (a >= high) | ((a >= low) & (place <= cut))
+
+
+def _select(
+    s: Structure, a: Sequence[Tensor], given: Tensors, n: Scalars, where: Tensor | None
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Keep masks, and keep probabilities where the rule has them."""
+    every = range(s.experts)
+    if s.select == "threshold":
+        return [a[i] > n["threshold"][0] for i in every], []
+    if s.select == "mask":
+        return [given["mask"][i] for i in every], []
+    if s.select == "rank":
+        return [given["rank"][i] < n["count"][i] for i in every], []
+    if s.select == "rank_band":
+        return [(given["rank"][i] >= n["drop"][i]) & (given["rank"][i] < n["count"][i]) for i in every], []
+    if s.select == "soft_threshold":
+        return [_soft(a[i], n["low"][i], n["span"][i]) for i in every], []
+    if s.select == "all":
+        return [None for _ in every], []
+    assert where is not None
+    if s.select in ("top_k", "band"):
+        place = [where * n["stride"][i] for i in every]
+        kept = [_top(a[i], n["low"][i], n["high"][i], n["cut"][i], place[i]) for i in every]
+        if s.select == "band":
+            kept = [m & ~_top(a[i], n["low2"][i], n["high2"][i], n["cut2"][i], place[i]) for i, m in enumerate(kept)]
+        return list(kept), []
+    u = [uniform(where, n["key1"][i], n["key2"][i]) for i in every]
+    if s.select == "bernoulli":
+        return [u[i] < n["density"][i] for i in every], []
+    if s.select == "rank_probability":
+        last = n["last"][0]
+        p = [
+            n["density"][i] + n["epsilon"][i] * ((last - 2.0 * given["rank"][i].to(torch.float32)) / last)
+            for i in every
+        ]
+    else:
+        p = [torch.clamp(n["kappa"][i] * a[i], max=1.0) for i in every]
+    return [u[i] < p[i] for i in every], p
+
+
+def _soft(a: Tensor, low: Tensor, span: Tensor) -> Tensor:
+    """relu(a - low) / span; where the range is empty, the top scores alone count, fully."""
+    ramp = torch.clamp(a - low, min=0.0) / torch.where(span > 0, span, 1.0)
+    return torch.where(span > 0, ramp, (a >= low).to(torch.float32))
+
+
+def _exclusive(kept: Sequence[Tensor | None]) -> list[Tensor | None]:
+    free: Tensor | None = None
+    result: list[Tensor | None] = []
+    for m in kept:
+        assert m is not None
+        result.append(m if free is None else m & free)
+        free = ~m if free is None else free & ~m
+    return result
+
+
+def elect(s: Structure, x: Sequence[Tensor], n: Scalars) -> tuple[list[Tensor | None], Tensor]:
+    """Agreement masks c (None: all agree) and the votes, see `merge`."""
+    none = torch.zeros((), dtype=torch.int64, device=x[0].device)
+    if s.resolve == "none":
+        return [None for _ in x], none
+    voices = [t * n["coefficient"][i] for i, t in enumerate(x)] if s.weighted else list(x)
+    if s.resolve == "count":
+        voices = [torch.sign(t) for t in voices]
+    total = voices[0]
+    for t in voices[1:]:
+        total = total + t
+    plus, minus = total > 0, total < 0
+    votes = none
+    if s.tie == "plus":
+        plus = ~minus
+    elif s.tie == "minus":
+        minus = ~plus
+    elif s.tie == "majority":
+        votes = (plus.to(torch.int32) - minus.to(torch.int32)).sum()
+        tied = ~(plus | minus)
+        plus = plus | (tied & (n["majority"][0] > 0))
+        minus = minus | (tied & (n["majority"][0] < 0))
+    return [((t > 0) & plus) | ((t < 0) & minus) for t in x], votes
+
+
+def combine(
+    s: Structure, origin: Tensor, left: Survivors, agreed: Sequence[Tensor | None], given: Tensors, n: Scalars
+) -> Tensor:
+    """sum_i omega_i rho_i m_i c_i tau_i. float32."""
+    kept, x, deltas, raw, a, where = left
+    every = range(s.experts)
+    y = [survivors_of(x[i], agreed[i]) for i in every]
+    if s.boost:
+        y = _boost(y, kept, agreed, n)
+    coefficient = [_coefficient(s, i, given, n, where) for i in every]
+    if s.splice == "sum":
+        return _sum([coefficient[i] * y[i] for i in every])
+    if s.splice == "count":
+        return _over(
+            _sum([coefficient[i] * y[i] for i in every]),
+            _sum([_alive(kept[i], agreed[i], x[i]).to(torch.float32) for i in every]),
+        )
+    weight = [survivors_of(_as_float(kept[i], x[i]), agreed[i]) for i in every]
+    if s.splice == "mask":
+        return _over(_sum([coefficient[i] * y[i] for i in every]), _sum(weight))
+    if s.splice == "coefficient":
+        return _over(_sum([coefficient[i] * y[i] for i in every]), _sum([coefficient[i] * weight[i] for i in every]))
+    b = list(a) if s.mixing.kind == "same" else _scores(s.mixing, "b", origin, deltas, raw, given, n)
+    if s.splice == "score":
+        return _over(_sum([coefficient[i] * (b[i] * y[i]) for i in every]), _sum([b[i] * weight[i] for i in every]))
+    alive = [_alive(kept[i], agreed[i], x[i]) for i in every]
+    if s.splice == "softmax":
+        return _softmax([torch.log(t) / n["temperature"][0] for t in b], alive, coefficient, y)
+    return _argmax(s, [t * w for t, w in zip(b, weight, strict=True)], alive, coefficient, y)
+
+
+def _coefficient(s: Structure, i: int, given: Tensors, n: Scalars, where: Tensor | None) -> Tensor:
+    if not s.rows:
+        return n["coefficient"][i]
+    assert where is not None
+    row = torch.div(where - n["start"][0], n["columns"][0], rounding_mode="floor")
+    return n["coefficient"][i] * given["rows"][i][row.to(torch.int64)]
+
+
+def _alive(m: Tensor | None, c: Tensor | None, like: Tensor) -> Tensor:
+    alive = _as_bool(m, like)
+    return alive if c is None else alive & c
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _over(top: Tensor, bottom: Tensor) -> Tensor:
+    """top / bottom; zero where bottom is zero."""
+    return torch.where(bottom == 0, 0.0, top / torch.where(bottom == 0, 1.0, bottom))
+
+
+def _boost(
+    y: Sequence[Tensor], kept: Sequence[Tensor | None], agreed: Sequence[Tensor | None], n: Scalars
+) -> list[Tensor]:
+    alive = [_alive(m, c, t) for m, c, t in zip(kept, agreed, y, strict=True)]
+    alone = _sum([m.to(torch.int32) for m in alive]) == 1
+    return [torch.where(alone, t * n["boost"][i], t) for i, t in enumerate(y)]
+
+
+def _softmax(
+    logits: Sequence[Tensor], alive: Sequence[Tensor], coefficient: Sequence[Tensor], y: Sequence[Tensor]
+) -> Tensor:
+    logits = [torch.where(m, u, -torch.inf) for u, m in zip(logits, alive, strict=True)]
+    peak = logits[0]
+    for u in logits[1:]:
+        peak = torch.maximum(peak, u)
+    peak = torch.where(peak == -torch.inf, 0.0, peak)
+    weight = [torch.exp(u - peak) for u in logits]
+    return _over(_sum([c * (w * t) for c, w, t in zip(coefficient, weight, y, strict=True)]), _sum(weight))
+
+
+def _argmax(
+    s: Structure, b: Sequence[Tensor], alive: Sequence[Tensor], coefficient: Sequence[Tensor], y: Sequence[Tensor]
+) -> Tensor:
+    best = torch.where(alive[0], b[0], -torch.inf)
+    winner = torch.where(alive[0], coefficient[0] * y[0], 0.0)
+    for i in range(1, len(b)):
+        mine = torch.where(alive[i], b[i], -torch.inf)
+        wins = mine > best if s.ties == "first" else mine >= best
+        wins = wins & alive[i]
+        winner = torch.where(wins, coefficient[i] * y[i], winner)
+        best = torch.where(wins, mine, best)
+    return winner

@@ -1,0 +1,318 @@
+"""Published merging methods as settings of one pipeline: a few lines each, not a class each.
+
+    preset("ties", models, densities=0.2, scale=1.0) -> Recipe
+
+Each preset names its paper, says where released code differs from it, and lists the values that were published or are
+usual (`grid`), which serve as baselines. torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from merge_search.errors import RecipeError, nearest
+from merge_search.recipe import Models, Recipe
+
+__all__ = ["PRESETS", "Preset", "preset"]
+
+Values = float | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One published method.
+
+    Attributes:
+        name, summary: For lists.
+        paper: Title, year and arXiv number or other place.
+        differs: Where released code, or this pipeline, departs from the paper.
+        settings: `Recipe` fields.
+        coefficient: Of every expert; ``mean`` is 1 / number of experts.
+        density: Of every expert; None where the method keeps everything.
+        scale: lambda_out.
+        grid: Published or usual values: any of ``coefficient``, ``density``, ``scale``, and ``settings`` (merged over
+            the preset's).
+        needs_data: A statistics provider must have run.
+        experts: Smallest and largest number of experts; None for no bound.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    differs: str = ""
+    coefficient: float | str = 1.0
+    density: float | None = None
+    scale: float = 1.0
+    grid: tuple[Mapping[str, Any], ...] = ()
+    needs_data: bool = False
+    experts: tuple[int, int | None] = (1, None)
+
+
+_TASK_ARITHMETIC = "Ilharco et al. 2023, Editing Models with Task Arithmetic, arXiv 2212.04089"
+_TIES = "Yadav et al. 2023, TIES-Merging, arXiv 2306.01708"
+_DARE = "Yu et al. 2024, Language Models are Super Mario (DARE), arXiv 2311.03099"
+_PCB = "Du et al. 2024, Parameter Competition Balancing, arXiv 2410.02396"
+_CKI = "Compatibility-aware Knowledge Integration, AAAI 2025, arXiv 2501.07596"
+_RAM = "RAM / RAM+, arXiv 2601.13572"
+
+_SUM_SIGN = {"kind": "sum", "tie": "majority"}
+_TOP_MODEL = {"kind": "top_k", "scope": "model"}
+_MAGNITUDE = {"measure": "magnitude"}
+
+
+def _each(key: str, *values: float) -> tuple[Mapping[str, Any], ...]:
+    return tuple({key: v} for v in values)
+
+
+_ALL: tuple[Preset, ...] = (
+    Preset("base", "the base itself", "-", {"operator": {"name": "passthrough"}}),
+    Preset("expert", "one expert itself: preset('expert', models, expert='math')", "-", {"operator": {"name": "passthrough"}}),
+    Preset(
+        "average", "mean of the experts (uniform soup)", "Wortsman et al. 2022, Model Soups, arXiv 2203.05482",
+        differs="An expert that left a tensor as it is pulls it towards the base, as in a mean of weights.",
+        coefficient="mean", grid=({"coefficient": "mean"},),
+    ),
+    Preset(
+        "linear", "weighted mean of the experts; only the ratios of the coefficients matter",
+        "Wortsman et al. 2022, Model Soups, arXiv 2203.05482", {"splice": {"kind": "coefficient"}},
+        differs="Experts that left a tensor as it is do not count in its denominator.", grid=_each("coefficient", 1.0),
+    ),
+    Preset(
+        "task_arithmetic", "base plus a scaled sum of deltas", _TASK_ARITHMETIC, coefficient=0.3,
+        grid=_each("coefficient", 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0),
+    ),
+    Preset(
+        "ties", "trim over the model, elect signs, mean of those that agree", _TIES,
+        {"assess": _MAGNITUDE, "select": _TOP_MODEL, "resolve": _SUM_SIGN, "splice": {"kind": "count"}},
+        differs="The majority sign that settles exact ties is taken per tensor. Vectors (norms, biases) are not trimmed.",
+        density=0.2, grid=_each("scale", 0.7, 1.0, 1.3),
+    ),
+    Preset(
+        "ties_sum", "TIES with the sum in place of the mean, as fusion_bench has it", _TIES,
+        {"assess": _MAGNITUDE, "select": _TOP_MODEL, "resolve": _SUM_SIGN, "splice": {"kind": "sum"}},
+        differs="As `ties`.", density=0.2, scale=0.3, grid=_each("scale", 0.2, 0.3, 0.5),
+    ),
+    Preset(
+        "ties_mergekit", "TIES trimmed per tensor, coefficients in the election and the denominator, as mergekit has it", _TIES,
+        {
+            "assess": _MAGNITUDE, "select": {"kind": "top_k", "vectors": True},
+            "resolve": {"kind": "sum", "weighted": True, "tie": "plus"}, "splice": {"kind": "coefficient"},
+        },
+        differs="mergekit keeps everything unless a density is given.", density=0.5,
+        grid=({"density": 0.2}, {"density": 0.5}, {"density": 0.8}),
+    ),
+    Preset(
+        "dare", "drop deltas at random, rescale the rest by 1 / density, sum", _DARE,
+        {"select": {"kind": "bernoulli"}, "rescale": {"kind": "inverse_density"}},
+        differs="mergekit rescales to the old L1 norm of the tensor: rescale match_l1. Masks are keyed, not drawn.",
+        coefficient=0.3, density=0.5, grid=({"density": 0.5}, {"density": 0.1}, {"density": 0.5, "coefficient": 0.5}),
+    ),
+    Preset(
+        "dare_ties", "random drop and 1 / density, then sign election and mean of those that agree", _DARE,
+        {
+            "select": {"kind": "bernoulli"}, "rescale": {"kind": "inverse_density"}, "resolve": _SUM_SIGN,
+            "splice": {"kind": "count"},
+        },
+        differs="TIES trimming after the drop is left out, as in mergekit; fusion_bench sums with scale 0.5.",
+        density=0.5, grid=({"scale": 0.5}, {"scale": 1.0}, {"density": 0.2, "scale": 0.5}),
+    ),
+    Preset(
+        "della", "random drop whose keep probability rises with the rank in the row, sign election, mean",
+        "Deep et al. 2024, DELLA-Merging, arXiv 2406.11617",
+        {
+            "assess": _MAGNITUDE, "select": {"kind": "rank_probability", "scope": "row", "epsilon": 0.07},
+            "rescale": {"kind": "inverse_probability"}, "resolve": {"kind": "sum"}, "splice": {"kind": "count"},
+        },
+        differs="epsilon is cut to what the density leaves room for. mergekit: epsilon 0.15, rescale match_l1.",
+        density=0.7, scale=1.1, grid=({"density": 0.7, "scale": 1.1}, {"density": 0.5, "scale": 1.0}, {"density": 0.3, "scale": 1.1}),
+    ),
+    Preset(
+        "breadcrumbs", "drop the smallest and the very largest deltas of each tensor, sum",
+        "Davari and Belilovsky 2024, Model Breadcrumbs, arXiv 2312.06795",
+        {"assess": _MAGNITUDE, "select": {"kind": "band", "gamma": 0.01}}, coefficient=0.3, density=0.85,
+        grid=({"coefficient": 0.3}, {"coefficient": 0.5}, {"coefficient": 0.3, "density": 0.5}),
+    ),
+    Preset(
+        "magmax", "at every entry the delta of largest magnitude", "Marczak et al. 2024, MagMax, arXiv 2407.06322",
+        {"assess": _MAGNITUDE, "splice": {"kind": "argmax", "ties": "last"}}, scale=0.5, grid=_each("scale", 0.4, 0.5, 0.6, 0.8),
+        differs="Exact ties go to the later expert, as in fusion_bench.",
+    ),
+    Preset(
+        "emr_unified", "elected sign with the largest agreeing magnitude: the unified part of EMR",
+        "Huang et al. 2024, EMR-Merging, arXiv 2405.17461",
+        {"assess": _MAGNITUDE, "resolve": {"kind": "sum", "tie": "minus"}, "splice": {"kind": "argmax"}},
+        differs="The per-task masks and rescalers, which need the task at inference, are left out.", grid=_each("scale", 0.5, 0.8, 1.0),
+    ),
+    Preset(
+        "consensus", "keep entries that at least two experts need (TALL masks), sum",
+        "Wang et al. 2024, Localizing Task Information (TALL masks), ICML 2024, OpenReview DWT9uiGjxT",
+        {"assess": {"measure": "tall_ratio"}, "select": {"kind": "threshold", "threshold": 0.4, "gate": 2, "vectors": True}},
+        differs="One threshold for all tasks; fusion_bench compares with the base in place of zero.", coefficient=0.3,
+        grid=({"coefficient": 0.3}, {"coefficient": 0.5}, {"coefficient": 1.0}), experts=(2, None),
+    ),
+    Preset(
+        "pcb", "competition-balanced scores as soft masks, mask-weighted mean: the released code", _PCB,
+        {
+            "winsorise": 0.01, "assess": {"measure": "pcb"}, "select": {"kind": "soft_threshold", "scope": "model"},
+            "splice": {"kind": "mask"},
+        },
+        differs="The paper's form is `pcb_paper`; the three released inter terms are the option `inter`.",
+        density=0.1, scale=1.2, grid=({"density": 0.05, "scale": 1.2}, {"density": 0.1, "scale": 1.0}, {"density": 0.2, "scale": 1.4}),
+    ),
+    Preset(
+        "pcb_paper", "softmax competition scores, top fraction, score-weighted mean: the paper's form", _PCB,
+        {"assess": {"measure": "pcb_paper"}, "select": {"kind": "top_k", "scope": "model"}, "splice": {"kind": "score"}},
+        differs="softmax and normalisation run per tensor.", density=0.1, grid=({"density": 0.1}, {"density": 0.2}),
+    ),
+    Preset(
+        "fisher", "Fisher-weighted mean of the experts", "Matena and Raffel 2022, Fisher-Weighted Averaging, arXiv 2111.09832",
+        {"splice": {"kind": "score", "score": {"measure": "fisher", "options": {"normalise": True}}}},
+        differs="Written on deltas, which is the same since the weights sum to one; norms per tensor.", needs_data=True,
+        grid=_each("coefficient", 1.0),
+    ),
+    Preset(
+        "df_merge", "Fisher-weighted sum of scaled deltas, times the number of experts", "Lee et al. 2025, DF-Merge, arXiv 2504.18992",
+        {"splice": {"kind": "score", "score": {"measure": "fisher", "options": {"at": "scaled", "floor": 1e-12}}}},
+        differs="Coefficients come from the search. An expert with coefficient 0 still counts in the denominator.",
+        coefficient="mean", needs_data=True, grid=({"coefficient": "mean"}, {"coefficient": 0.5}),
+    ),
+    Preset(
+        "cki_soft", "compatibility-weighted mean, local and global view", _CKI, {"splice": {"kind": "score", "score": {"measure": "cki"}}},
+        differs="The learned map is replaced by standardised disagreement; all tensors, not the head alone.",
+        grid=({}, {"settings": {"splice": {"kind": "score", "score": {"measure": "cki", "options": {"sign": -1.0}}}}}),
+    ),
+    Preset(
+        "cki_hard", "at every entry the more compatible expert", _CKI, {"splice": {"kind": "argmax", "score": {"measure": "cki"}}},
+        differs="As `cki_soft`.", grid=({}, {"settings": {"splice": {"kind": "argmax", "score": {"measure": "cki", "options": {"sign": -1.0}}}}}),
+    ),
+    Preset(
+        "cki_recommender", "softmax of dual compatibilities: the recommender code, close to averaging", _CKI,
+        {"splice": {"kind": "softmax", "score": {"measure": "cki", "options": {"kind": "recommender"}}}},
+        differs="The rule of the training-time forward; deployment in the release uses another one.", grid=({},),
+    ),
+    Preset(
+        "apl", "density and coefficient of each tensor from its causal effect on the expert's loss", "Activated Parameter Locating, 2024, arXiv 2408.09485",
+        {
+            "allocate": {"kind": "importance", "measure": "apl", "spread": 0.4, "coefficient_power": 0.5},
+            "select": {"kind": "bernoulli"}, "rescale": {"kind": "inverse_density"},
+        },
+        differs="No code was released: the map from importance to density and coefficient is ours.", coefficient=0.3, density=0.5,
+        needs_data=True, grid=({"coefficient": 0.3}, {"coefficient": 0.5}),
+    ),
+    Preset(
+        "trust_region", "task arithmetic without the one per cent of parameters where tasks interfere most",
+        "Sun et al. 2025, Task Arithmetic in Trust Region, arXiv 2501.15065",
+        {"assess": {"measure": "trust_region"}, "select": {"kind": "band", "scope": "model", "gamma": 0.01}},
+        differs="Gradients are kept per task, which fusion_bench does not. `zero_shot` needs no data.", coefficient=0.3, density=0.99,
+        needs_data=True, grid=({"coefficient": 0.3},), experts=(2, None),
+    ),
+    Preset(
+        "sce", "select by variance, weigh by energy, erase minority signs", "Wan et al. 2024, FuseChat (SCE), arXiv 2408.07990",
+        {
+            "assess": {"measure": "variance"}, "select": {"kind": "top_k", "nonzero": True}, "resolve": {"kind": "sum", "tie": "plus"},
+            "splice": {"kind": "score", "score": {"measure": "energy"}},
+        },
+        differs="Energies count by their ratio; mergekit treats small ones as equal.", density=0.5,
+        grid=({"density": 0.1}, {"density": 0.5}, {"density": 1.0}), experts=(2, None),
+    ),
+    Preset(
+        "ram", "mean of shared entries, unique ones whole", _RAM,
+        {"assess": _MAGNITUDE, "select": {"kind": "threshold", "threshold": 1e-5, "vectors": True}, "splice": {"kind": "count"}}, grid=({},),
+    ),
+    Preset(
+        "ram_plus", "RAM with unique entries raised by the share of shared ones", _RAM,
+        {
+            "assess": _MAGNITUDE, "select": {"kind": "threshold", "threshold": 1e-5, "vectors": True},
+            "splice": {"kind": "count", "unique_boost": 0.1, "boost_cap": 0.2},
+        },
+        differs="The ratio of shared to unique entries is taken per tensor.", grid=({},),
+    ),
+    Preset(
+        "cabs", "n:m masks that do not overlap, expert after expert, sum", "Yang et al. 2025, CABS, arXiv 2503.01874",
+        {"assess": _MAGNITUDE, "select": {"kind": "n_m", "block_size": 4, "exclusive": True}},
+        differs="Blocks do not straddle rows. The order of the experts in the recipe is the order of the method.", density=0.25,
+        grid=({"density": 0.25}, {"density": 0.5}),
+    ),
+    Preset(
+        "external", "keep what a file of scores calls important (LRP, any attribution), weighted mean", "mergekit's LRP branch; any attribution",
+        {"assess": {"measure": "external"}, "select": {"kind": "top_k"}},
+        differs="Scores of another shape are an error, not a silent fallback to magnitude.", coefficient="mean", density=0.7,
+        needs_data=True, grid=({"density": 0.7},),
+    ),
+    Preset(
+        "magnitude_soft", "magnitude-weighted mean of the deltas", "soft splicing (CKI) with |delta| as compatibility",
+        {"assess": _MAGNITUDE, "splice": {"kind": "score"}}, grid=_each("scale", 0.7, 1.0, 1.3),
+    ),
+    Preset(
+        "magnitude_hard", "at every entry the delta of largest magnitude, ties to the first", "hard splicing (CKI) with |delta| as compatibility",
+        {"assess": _MAGNITUDE, "splice": {"kind": "argmax"}}, grid=_each("scale", 0.5, 0.8, 1.0),
+    ),
+)  # fmt: skip
+
+PRESETS: Mapping[str, Preset] = {p.name: p for p in _ALL}
+
+
+def preset(
+    name: str,
+    models: Models,
+    *,
+    coefficients: Values | str | None = None,
+    densities: Values | None = None,
+    scale: float | Mapping[str, float] | None = None,
+    **overrides: Any,
+) -> Recipe:
+    """The recipe of a published method over `models`.
+
+    Args:
+        name: One of `PRESETS`.
+        coefficients: One number for all experts, or by expert (a number or a value per group); None: the preset's.
+            ``mean`` is 1 / number of experts.
+        densities: Likewise.
+        scale: lambda_out, a number or a value per group; None: the preset's.
+        **overrides: `Recipe` fields that replace the preset's (``select={...}``, ``seed=3``); for ``expert`` also
+            ``expert="name"``.
+    Raises:
+        RecipeError: unknown name, number of experts that the method cannot take, or invalid values.
+    """
+    if name not in PRESETS:
+        raise RecipeError(f"unknown preset {name!r}{nearest(name, PRESETS)}")
+    p = PRESETS[name]
+    n, (low, high) = len(models.experts), p.experts
+    if n < low or (high is not None and n > high):
+        raise RecipeError(
+            f"preset {name!r} needs {low if high is None else f'{low} to {high}'} experts or more, got {n}"
+        )
+    settings: dict[str, Any] = {**p.settings}
+    if name == "expert":
+        settings["operator"] = {
+            "name": "passthrough",
+            "options": {"expert": _one_expert(models, overrides.pop("expert", None))},
+        }
+    if "operator" not in settings:
+        settings["coefficients"] = _by_expert(models, p.coefficient if coefficients is None else coefficients)
+        chosen = p.density if densities is None else densities
+        settings["densities"] = {} if chosen is None else _by_expert(models, chosen)
+        settings["scale"] = _scale(p, n) if scale is None else scale
+    return Recipe.from_dict({"models": models, "preset": name, **settings, **overrides}, where=f"preset {name!r}")
+
+
+def _scale(p: Preset, n_experts: int) -> float:
+    return float(n_experts) if p.name == "df_merge" else p.scale
+
+
+def _one_expert(models: Models, expert: str | None) -> str:
+    if expert is None and len(models.experts) == 1:
+        return next(iter(models.experts))
+    if expert not in models.experts:
+        raise RecipeError(f"preset 'expert' needs expert=<name>, got {expert!r}{nearest(str(expert), models.experts)}")
+    return expert
+
+
+def _by_expert(models: Models, values: Values | str) -> dict[str, Any]:
+    if isinstance(values, Mapping):
+        return dict(values)
+    number = 1.0 / len(models.experts) if values == "mean" else float(values)
+    return dict.fromkeys(models.experts, number)

@@ -1,0 +1,197 @@
+"""Merging methods as choices of a search space: everything of a recipe but its coefficients and densities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import fsum
+from typing import Any, Literal
+
+from merge_search.errors import nearest
+from merge_search.presets import PRESETS, preset
+from merge_search.recipe import Assess, Group, Recipe, Rescale, Resolve, Select, Splice, value_for
+from merge_search.space import SpaceContext
+
+__all__ = ["MEASURES", "Method", "PerExpert", "Stages", "canonical", "of_preset", "of_stages", "preset_problems"]
+
+PerExpert = Mapping[str, float | dict[str, float]]
+
+MEASURES = (
+    "activation_norm", "apl", "cki", "external", "fisher", "gradient_product", "magnitude", "pcb", "pcb_paper", "random",
+    "rank", "tall_ratio", "trust_region", "variance",
+)  # fmt: skip
+"""Assessments that tell the parameters of one expert apart before anything is masked."""
+
+SHARED = ("trust_region", "variance")
+"""Of these, those that give all experts the same scores: nothing to mix or to choose by."""
+
+SCORELESS = ("all", "bernoulli")
+DENSITYLESS = ("all", "threshold")
+SCORED_SPLICES = ("score", "softmax", "argmax")
+
+STAGES = ("winsorise", "assess", "allocate", "select", "rescale", "resolve", "splice", "operator", "post")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One choice.
+
+    Attributes:
+        name: As the parameter has it.
+        template: A recipe with its stages; its coefficients and densities do not count.
+        uses_density: Whether densities change anything.
+        fixed_densities: The densities are the template's, not the search's.
+        scaling: What becomes of `scale`. ``fold``: it is 1, the coefficients hold all of the strength. ``mean``: it is
+            the mean of the coefficients, for splicing that divides by their sum and so would forget their size.
+            ``fixed``: the template's.
+    """
+
+    name: str
+    template: Recipe
+    uses_density: bool
+    fixed_densities: bool = False
+    scaling: Literal["fold", "mean", "fixed"] = "fold"
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether strengths add up over the experts."""
+        return self.template.splice.kind == "sum"
+
+    def recipe(self, coefficients: PerExpert, densities: PerExpert | None) -> Recipe:
+        """The method with these numbers; densities of None: the template's."""
+        update: dict[str, Any] = {"coefficients": dict(coefficients)}
+        if densities is not None:
+            update["densities"] = dict(densities)
+        if self.scaling == "fold":
+            update["scale"] = 1.0
+        elif self.scaling == "mean":
+            update["scale"] = _mean(coefficients)
+        return self.template.model_copy(update=update)
+
+    def same_stages(self, recipe: Recipe) -> bool:
+        return all(getattr(self.template, s) == getattr(recipe, s) for s in STAGES) and not recipe.maps
+
+    def strength(self, recipe: Recipe, expert: str, group: Group) -> float:
+        """What the coefficient would be here for `recipe` to be this method's, its scale taken into account."""
+        value = recipe.coefficient(expert, group)
+        scale = value_for(recipe.scale, group)
+        if self.scaling == "fixed":
+            return value
+        if self.scaling == "fold":
+            return value if scale == 1.0 else value * scale
+        mean = _mean_of([recipe.coefficient(e, group) for e in recipe.models.experts])
+        return value if mean == scale or mean == 0 else value * (scale / mean)
+
+
+def _mean_of(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return numbers[0] if len(set(numbers)) == 1 else fsum(numbers) / len(numbers)
+
+
+def _mean(coefficients: PerExpert) -> float | dict[str, float]:
+    """Mean over the experts, by group. All experts have the same keys, or one number for all groups."""
+    keys: dict[str, None] = {}
+    for values in coefficients.values():
+        keys |= dict.fromkeys(values if isinstance(values, dict) else ())
+    if not keys:
+        return _mean_of(v for v in coefficients.values() if not isinstance(v, dict))
+    return {k: _mean_of(v[k] if isinstance(v, dict) else v for v in coefficients.values()) for k in keys}
+
+
+def preset_problems(names: Iterable[str], context: SpaceContext, *, at: str) -> list[str]:
+    """Why presets cannot be choices: unknown, unfit for the number of experts, or without coefficients."""
+    problems = []
+    n = len(context.experts)
+    for name in names:
+        if name not in PRESETS:
+            usable = [p.name for p in PRESETS.values() if "operator" not in p.settings]
+            problems.append(f"{at}: no preset is called {name!r}{nearest(name, usable)}")
+            continue
+        p = PRESETS[name]
+        low, high = p.experts
+        if "operator" in p.settings:
+            problems.append(
+                f"{at}: {name!r} acts on whole matrices and has no place on these axes; list it under search.baselines"
+            )
+        elif n < low or (high is not None and n > high):
+            wanted = f"at least {low}" if high is None else f"{low} to {high}"
+            problems.append(f"{at}: {name!r} needs {wanted} experts, and the study has {n}; leave it out")
+    return problems
+
+
+def of_preset(name: str, context: SpaceContext, *, search_density: bool = True) -> Method:
+    """The choice of a published method; densities are the published ones unless searched."""
+    template = preset(name, context.models, seed=context.seed, dtype=context.dtype)
+    uses = template.select.kind not in DENSITYLESS
+    return Method(name, template, uses, fixed_densities=not search_density, scaling=_scaling(template))
+
+
+def _scaling(template: Recipe) -> Literal["fold", "mean", "fixed"]:
+    # NOTE: Fisher information measured at the scaled experts depends on the coefficients themselves, so a factor must
+    # not move between them and the scale.
+    score = template.splice.score or template.assess
+    if score.options.get("at") == "scaled":
+        return "fixed"
+    return "mean" if template.splice.kind == "coefficient" else "fold"
+
+
+@dataclass(frozen=True)
+class Stages:
+    """One combination of the axes."""
+
+    assess: Assess
+    select: Select
+    resolve: Resolve
+    splice: Splice
+
+    @property
+    def uses_scores(self) -> bool:
+        mixes = self.splice.kind in SCORED_SPLICES and self.splice.score is None
+        return self.select.kind not in SCORELESS or mixes
+
+
+def canonical(stages: Stages, n_experts: int) -> Stages | None:
+    """The one form of all combinations that mean the same merges; None for those that mean nothing.
+
+    A selection without its own parameter is a simpler one (band without top, rank probability without slope); binary
+    masks make ``mask`` and ``count`` one; where all survive and agree, dividing by their number or by the sum of the
+    coefficients is ``sum`` with other coefficients; one expert alone is never weighed against another; scores that
+    nothing reads do not count.
+    """
+    assess, select, resolve, splice = stages.assess, stages.select, stages.resolve, stages.splice
+    if select.kind == "band" and select.gamma == 0:
+        select = select.model_copy(update={"kind": "top_k"})
+    if select.kind == "rank_probability" and select.epsilon == 0:
+        select = Select(kind="bernoulli", vectors=select.vectors)
+    if select.kind in SCORELESS:
+        select = select.model_copy(update={"scope": Select().scope})
+    own = splice.kind in SCORED_SPLICES and splice.score is None
+    if own and assess.measure in SHARED:
+        return None
+    hard = select.kind != "soft_threshold"
+    if n_experts == 1 and hard:
+        splice, resolve = Splice(), Resolve()
+    if splice.kind == "mask" and hard:
+        splice = splice.model_copy(update={"kind": "count"})
+    everything = select.kind == "all" and select.gate == 0 and not select.exclusive and resolve.kind == "none"
+    if everything and splice.kind in ("count", "coefficient") and splice.unique_boost == 0:
+        splice = Splice()
+    out = Stages(assess, select, resolve, splice)
+    return out if out.uses_scores else Stages(Assess(), select, resolve, splice)
+
+
+def of_stages(stages: Stages, name: str, context: SpaceContext) -> Method:
+    """The choice of a combination. Random selection is rescaled so that the mean over masks stays."""
+    rescale = {
+        "bernoulli": "inverse_density",
+        "rank_probability": "inverse_probability",
+        "proportional": "inverse_probability",
+    }
+    template = context.recipe(
+        assess=stages.assess,
+        select=stages.select,
+        rescale=Rescale.model_validate({"kind": rescale.get(stages.select.kind, "none")}),
+        resolve=stages.resolve,
+        splice=stages.splice,
+    )
+    return Method(name, template, stages.select.kind not in DENSITYLESS, scaling=_scaling(template))

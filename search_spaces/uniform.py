@@ -1,0 +1,44 @@
+"""One strength for all: preset x one coefficient common to all experts and tensors x one density.
+
+Dimension: 1 to 3: the coefficient; the preset, if several are listed; the density, if one of them reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from merge_search.errors import SpaceError
+from merge_search.space import SpaceContext
+from search_spaces.axes import per_cell
+from search_spaces.composed import Composed
+from search_spaces.grouping import DensityRange, Range
+from search_spaces.methods import of_preset, preset_problems
+from search_spaces.options import Bounds, DensityBounds, Options, read_options
+
+__all__ = ["Uniform"]
+
+
+class UniformOptions(Options):
+    presets: Annotated[tuple[str, ...], Field(min_length=1)] = ("task_arithmetic", "ties", "dare", "della")
+    bounds: Bounds = (0.0, 1.5)
+    density: DensityBounds = (0.05, 1.0)
+
+
+class Uniform(Composed):
+    """Parameters: ``preset``, ``coefficient``, ``density``."""
+
+    def __init__(self, options: Mapping[str, Any], context: SpaceContext) -> None:
+        chosen = read_options(UniformOptions, options)
+        presets = tuple(dict.fromkeys(chosen.presets))
+        problems = preset_problems(presets, context, at="space.presets")
+        if problems:
+            raise SpaceError(problems)
+        super().__init__(
+            context,
+            [of_preset(name, context) for name in presets],
+            per_cell("coefficient", context, Range(bounds=chosen.bounds), shared=True),
+            per_cell("density", context, DensityRange(bounds=chosen.density), shared=True),
+        )

@@ -1,0 +1,117 @@
+"""What a killed driver leaves is reclaimed; a changed study is refused; one driver at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from merge_search.errors import StorageError, StudyChangedError
+from merge_search.outcome import Outcome
+from merge_search.search.records import finished_records
+from merge_search.search.storage import (
+    check_identity,
+    describe_changes,
+    driver_lock,
+    open_storage,
+    reclaim_lost_trials,
+)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+def study_in(url: str) -> optuna.Study:
+    return optuna.create_study(study_name="s", storage=open_storage(url), direction="maximize", load_if_exists=True)
+
+
+def test_sqlite_keeps_a_write_ahead_log(url: str) -> None:
+    study = study_in(url)
+    study.tell(study.ask(), 1.0)
+    with study._storage._backend.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+
+
+def test_a_lost_trial_is_closed_and_its_point_tried_again(url: str) -> None:
+    study = study_in(url)
+    trial = study.ask()
+    x = trial.suggest_float("x", 0, 1)
+    assert reclaim_lost_trials(study) == 1
+    again = study.ask()
+    assert again.suggest_float("x", 0, 1) == x
+    assert again.user_attrs["retry_of"] == trial.number
+    study.tell(again, 0.5)
+    assert study.trials[0].user_attrs["outcome"] == Outcome.LOST
+    assert study.trials[0].state == TrialState.FAIL
+    assert reclaim_lost_trials(study) == 0
+
+
+def test_a_lost_baseline_keeps_its_recipe_and_label(url: str) -> None:
+    study = study_in(url)
+    study.enqueue_trial({}, user_attrs={"label": "average", "given_recipe": "{}"})
+    study.ask()
+    reclaim_lost_trials(study)
+    again = study.ask()
+    assert (again.user_attrs["label"], again.user_attrs["given_recipe"]) == ("average", "{}")
+
+
+def test_lost_trials_do_not_count_towards_the_budget(url: str) -> None:
+    study = study_in(url)
+    study.ask()
+    reclaim_lost_trials(study)
+    trial = study.ask()
+    trial.set_user_attr("outcome", "ok")
+    study.tell(trial, 1.0)
+    assert [r.number for r in finished_records(study)] == [1]
+
+
+def test_a_changed_study_is_refused_with_the_difference(url: str) -> None:
+    study = study_in(url)
+    check_identity(study, {"models": {"base": "abc", "maths": "def"}, "seed": 0})
+    check_identity(study, {"models": {"base": "abc", "maths": "def"}, "seed": 0})
+    with pytest.raises(StudyChangedError, match=r"models\.maths: was 'def', is now 'xyz'\n  - seed: was 0, is now 1"):
+        check_identity(study, {"models": {"base": "abc", "maths": "xyz"}, "seed": 1})
+
+
+def test_differences_are_described_wherever_they_are() -> None:
+    assert describe_changes({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "d": 3}}) == [
+        "a.c: was 2, is now absent",
+        "a.d: is new: 3",
+    ]
+
+
+def _hold(url: str, ready: object, release: object) -> None:
+    with driver_lock(open_storage(url), url, "s"):
+        ready.set()  # type: ignore[attr-defined]
+        release.wait(30)  # type: ignore[attr-defined]
+
+
+def test_a_second_driver_is_refused_until_the_first_is_gone(url: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, release = context.Event(), context.Event()
+    first = context.Process(target=_hold, args=(url, ready, release))
+    first.start()
+    try:
+        assert ready.wait(60)
+        with (
+            pytest.raises(StorageError, match=f"being run by another process.*process {first.pid}"),
+            driver_lock(open_storage(url), url, "s"),
+        ):
+            pass
+        first.kill()
+        first.join()
+        with driver_lock(open_storage(url), url, "s"):
+            pass
+    finally:
+        first.kill()
+
+
+def test_an_unreachable_storage_is_named_without_its_password() -> None:
+    with pytest.raises(StorageError) as caught:
+        open_storage("postgresql://someone:secret@localhost:1/none")
+    assert "secret" not in str(caught.value)
