@@ -70,7 +70,8 @@ def packed_scorer(lm: Any, questions: Sequence[Sequence[Request]]) -> PackedScor
 
     Cost: both paths once on at most `N_TEST` questions.
     """
-    groups = [list(q) for q in questions if len(q) > 1]
+    shared = (list(g) for q in questions for _, g in itertools.groupby(q, key=lambda r: r[1]))
+    groups = [g for g in shared if len(g) > 1]
     if not groups or (obstacle := _obstacle(lm)) is not None:
         if groups:
             log.info("choices are scored one by one: %s", obstacle)
@@ -82,7 +83,11 @@ def packed_scorer(lm: Any, questions: Sequence[Sequence[Request]]) -> PackedScor
     scorer = PackedScorer(lm)
     sample = groups[:N_TEST]
     requests = [r for g in sample for r in g]
-    difference = _difference(sample, scorer.score(requests), lm._loglikelihood_tokens(requests, disable_tqdm=True))
+    try:
+        theirs = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+        difference = _difference(sample, scorer.score(requests), theirs)
+    except torch.OutOfMemoryError:
+        return None
     if difference >= TOLERANCE:
         log.info("choices are scored one by one: packed they differ by %.2g on %d questions", difference, len(sample))
         return None

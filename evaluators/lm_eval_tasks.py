@@ -123,7 +123,12 @@ def _is_known(index: Mapping[str, Any], spec: str) -> bool:
     entry = index.get(spec)
     if entry is not None:
         return entry.kind is not Kind.GROUP or _members_known(index, entry.cfg or {})
-    return Path(spec).is_file() and _members_known(index, load_yaml(spec, resolve_func=False))
+    if not Path(spec).is_file():
+        return False
+    try:
+        return _members_known(index, load_yaml(spec, resolve_func=False))
+    except (yaml.YAMLError, OSError, ValueError):
+        return True  # loading it will say what is wrong
 
 
 def _members_known(index: Mapping[str, Any], config: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -139,7 +140,7 @@ def _print_result(study: optuna.Study, path: Path) -> None:
 
 
 def _rich(table: Table) -> RichTable:
-    shown = RichTable(*table.header, title="validation questions (± one standard error)", title_justify="left")
+    shown = RichTable(*table.header, title="validation questions (± one standard error)", title_justify="left", box=SIMPLE)
     for i, row in enumerate(table.rows):
         shown.add_row(*row, style="bold" if i == table.emphasised else "")
     return shown

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Cost",
+    "Differentiable",
     "Evaluation",
     "Evaluator",
     "MetricInfo",
@@ -214,5 +215,34 @@ class Evaluator(Protocol):
 
         Raises:
             EvaluationError: the trial fails, the study goes on.
+        """
+        ...
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """What an `Evaluator` offers besides, where a loss of the live model has a derivative.
+
+    Fit rows are a task's own training split where it has one, else the FIT share of its search split; they are
+    disjoint from every scored question. Kinds of loss: ``gold`` (the right answer's negative log-likelihood),
+    ``pseudo`` (the answer that the task's own expert gives), ``entropy`` (of the model's answer).
+    """
+
+    def fit_tasks(self) -> dict[str, int]:
+        """Number of fit rows by task; 0 where there are none."""
+        ...
+
+    def predict(self, task: str, rows: Sequence[int]) -> list[Any]:
+        """The live model's own answers to fit rows, for `set_pseudo_labels`."""
+        ...
+
+    def set_pseudo_labels(self, task: str, labels: Sequence[Any]) -> None:
+        """One answer per fit row of `task`, as `predict` gives them, for losses of kind ``pseudo``."""
+        ...
+
+    def loss(self, task: str, rows: Sequence[int], kind: str = "gold") -> Any:
+        """Mean loss over fit rows: a float32 scalar tensor with its graph through the live parameters.
+
+        The model is in eval mode; equal rows give equal losses. The caller decides which parameters need gradients.
         """
         ...

@@ -1,5 +1,13 @@
 """What may vary: one family a file. Reached by name (``space: {type: NAME}``), not by import."""
 
 CATALOGUE = {
+    "blockwise": "search_spaces.blockwise:Blockwise",
     "compatibility": "search_spaces.compatibility:Compatibility",
+    "depth_curve": "search_spaces.depth_curve:DepthCurve",
+    "df_merge": "search_spaces.df_merge:DfMerge",
+    "expert_choice": "search_spaces.expert_choice:ExpertChoice",
+    "lowrank": "search_spaces.lowrank:LowRank",
+    "mergekit_genome": "search_spaces.mergekit_genome:MergekitGenome",
+    "module_kind": "search_spaces.module_kind:ModuleKind",
+    "uniform": "search_spaces.uniform:Uniform",
 }

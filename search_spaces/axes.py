@@ -11,7 +11,7 @@ from merge_search.recipe import Group
 from merge_search.space import Float, Parameter, Point, SpaceContext
 from search_spaces.grouping import DensityRange, Range, Slots, cell
 
-__all__ = ["Axis", "Linear", "Mix", "curve", "per_cell", "settle"]
+__all__ = ["Axis", "Linear", "Mix", "Read", "curve", "per_cell", "settle"]
 
 Read = Callable[[str, Group], float]
 """(expert, group) -> number, as a recipe has it."""
@@ -65,11 +65,11 @@ class Linear:
         shared: bool = False,
     ) -> None:
         self.bounds = bounds
-        self._experts = context.experts if experts is None else tuple(experts)
+        self.experts = context.experts if experts is None else tuple(experts)
         self._slots = Slots(context, mix)
         self._order = _solving_order(self._slots.labels)
         suffixes = list(dict.fromkeys(s for label in self._slots.labels for s, _ in label))
-        owners = {e: what if shared else f"{what}.{e}" for e in self._experts}
+        owners = {e: what if shared else f"{what}.{e}" for e in self.experts}
         self._names = {
             e: {s: owner if s == "" or len(suffixes) == 1 else f"{owner}.{s}" for s in suffixes}
             for e, owner in owners.items()
@@ -124,7 +124,8 @@ def _solving_order(labels: Sequence[Mix]) -> list[tuple[str, Mix]]:
         order.append((suffix, label))
         known.add(suffix)
     missing = {s for label in labels for s, _ in label} - known
-    assert not missing, f"parameters {sorted(missing)} cannot be told apart"
+    if missing:
+        raise SpaceError(f"space: no tensors tell {', '.join(sorted(missing))} apart; use fewer knots or layer groups")
     return order
 
 

@@ -1,180 +1,173 @@
-"""The mission's own space: published settings x coefficients per group x densities per group.
+"""The mission's own space: assessment x selection x splicing, with coefficients and densities per group.
 
-Dimension: 1 + M * (coefficient groups) + M * (density groups); the density axis is there only if some preset
-uses it. The category ``preset`` names the assessment, selection, rescaling, conflict rule and splicing together.
-Densities are searched on a logarithmic scale: halving matters as much from 0.2 as from 0.8.
+Two forms. With ``presets`` (the default) the categorical ``preset`` names a published method:
+
+    space: {type: compatibility, presets: [ties, dare, della], coefficients: {per: block}, density: {per: expert}}
+
+With lists of ``assess``, ``select``, ``splice`` (and ``resolve``) the categorical ``method`` ranges over their distinct
+valid combinations, one word for each ("magnitude/top_k/sum"): a combination that means what another one means, such as
+random selection under two assessments, stands once. An entry is a name or a mapping with options
+(``{kind: top_k, scope: model}``, ``{measure: fisher, options: {normalise: true}}``).
+
+Dimension: 1 + M * C + M * D for M experts, C cells of coefficients and D of densities; the category is there if it has
+more than one choice, densities if some choice reads them. Densities are searched on a logarithmic scale: halving matters
+as much from 0.2 as from 0.8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from merge_search.errors import SpaceError, nearest
-from merge_search.presets import PRESETS, preset
-from merge_search.recipe import Recipe
-from merge_search.space import Categorical, Float, Parameter, Point, SpaceContext
-from search_spaces.grouping import Range, keys_for, parameter_name, representative
+from merge_search.recipe import Assess, Resolve, Select, Splice
+from merge_search.space import SpaceContext
+from search_spaces.axes import per_cell
+from search_spaces.composed import Composed
+from search_spaces.grouping import DensityRange, Range
+from search_spaces.methods import MEASURES, Method, Stages, canonical, distinct, of_preset, of_stages, preset_problems
+from search_spaces.options import Options, read_options, sentences
 
 __all__ = ["Compatibility"]
 
 DEFAULT_PRESETS = ("task_arithmetic", "ties", "dare", "della", "magnitude_soft", "magnitude_hard")
-LEVELS = (0.4, 0.7, 1.0)
-DENSITIES = (0.2, 0.5)
+
+Entry = str | dict[str, Any]
+Entries = Annotated[tuple[Entry, ...], Field(min_length=1)]
+
+USUAL: Mapping[str, Mapping[str, Any]] = {
+    "band": {"gamma": 0.01},
+    "rank_probability": {"scope": "row", "epsilon": 0.07},
+    "soft_threshold": {"scope": "model"},
+}
+"""Options of selections that are named without any: the published ones."""
 
 
-class Options(BaseModel):
-    """The ``space`` entry of the study file."""
+class CompatibilityOptions(Options):
+    coefficients: Range = Range(per="block")
+    density: DensityRange = DensityRange()
+    presets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    assess: Entries | None = None
+    select: Entries | None = None
+    resolve: Entries | None = None
+    splice: Entries | None = None
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    coefficients: Range = Range(per="block", bounds=(0.0, 1.5))
-    density: Range = Range(per="expert", bounds=(0.05, 1.0))
-    presets: Annotated[tuple[str, ...], Field(min_length=1)] = DEFAULT_PRESETS
-
-
-class Compatibility:
-    """Preset x coefficients x densities; see the module's notes."""
+class Compatibility(Composed):
+    """Parameters: ``preset`` or ``method``, ``coefficient.EXPERT[.CELL]``, ``density.EXPERT[.CELL]``."""
 
     def __init__(self, options: Mapping[str, Any], context: SpaceContext) -> None:
-        self.context = context
-        self.options = _read(options)
-        self._coefficient_keys = keys_for(self.options.coefficients.per, context)
-        self._density_keys = keys_for(self.options.density.per, context)
-        self._uses_density = any(PRESETS[p].uses_density for p in self.options.presets)
-        self.parameters: Mapping[str, Parameter] = self._parameters()
-
-    def _parameters(self) -> dict[str, Parameter]:
-        out: dict[str, Parameter] = {}
-        if len(self.options.presets) > 1:
-            out["preset"] = Categorical(self.options.presets)
-        for expert in self.context.experts:
-            for key in self._coefficient_keys:
-                name = parameter_name("coefficient", expert, key, self._coefficient_keys)
-                out[name] = Float(*self.options.coefficients.bounds)
-        for expert in self.context.experts if self._uses_density else ():
-            for key in self._density_keys:
-                out[parameter_name("density", expert, key, self._density_keys)] = Float(
-                    *self.options.density.bounds, log=True
+        chosen = read_options(CompatibilityOptions, options)
+        by_axes = [k for k in ("assess", "select", "resolve", "splice") if getattr(chosen, k) is not None]
+        if by_axes and chosen.presets is not None:
+            raise SpaceError(f"space: give either presets or {', '.join(by_axes)}, not both")
+        methods, notes = _by_axes(chosen, context) if by_axes else _by_presets(chosen, context)
+        if chosen.coefficients.bounds[0] < 0:
+            forgetful = [m.name for m in methods if m.scaling == "mean"]
+            if forgetful:
+                raise SpaceError(
+                    f"space.coefficients.bounds: {', '.join(forgetful)} divides by the sum of the coefficients, which must not "
+                    f"change sign; the lower bound must be at least 0, got {chosen.coefficients.bounds[0]:g}"
                 )
-        return out
-
-    def decode(self, point: Point) -> Recipe:
-        name = str(point.get("preset", self.options.presets[0]))
-        coefficients = {e: self._values("coefficient", e, self._coefficient_keys, point) for e in self.context.experts}
-        densities = None
-        if PRESETS[name].uses_density:
-            densities = {e: self._values("density", e, self._density_keys, point) for e in self.context.experts}
-        recipe = preset(name, self.context.models, coefficients=coefficients, densities=densities, scale=1.0)
-        return recipe.model_copy(update={"seed": self.context.seed, "dtype": self.context.dtype})
-
-    def _values(self, what: str, expert: str, keys: list[str], point: Point) -> float | dict[str, float]:
-        values = {key: float(point[parameter_name(what, expert, key, keys)]) for key in keys}
-        if len(values) == 1:
-            return next(iter(values.values()))
-        return {**values, "*": values.get("*", values[keys[-1]])}
-
-    def encode(self, recipe: Recipe) -> dict[str, str | int | float | bool] | None:
-        for name in self.options.presets:
-            point: dict[str, str | int | float | bool] = {"preset": name} if "preset" in self.parameters else {}
-            for expert in self.context.experts:
-                point |= self._read_off("coefficient", expert, self._coefficient_keys, recipe)
-                if self._uses_density:
-                    point |= self._read_off("density", expert, self._density_keys, recipe)
-            if self._holds(point) and self._same(self.decode(point), recipe):
-                return point
-        return None
-
-    def _read_off(self, what: str, expert: str, keys: list[str], recipe: Recipe) -> dict[str, float]:
-        read = recipe.coefficient if what == "coefficient" else recipe.density
-        out = {}
-        for key in keys:
-            group = representative(key, keys, self.context)
-            if group is not None:
-                scale = float(recipe.scale) if what == "coefficient" and not isinstance(recipe.scale, dict) else 1.0
-                out[parameter_name(what, expert, key, keys)] = read(expert, group) * scale
-        return out
-
-    def _holds(self, point: Point) -> bool:
-        for name, domain in self.parameters.items():
-            if name not in point:
-                return False
-            if isinstance(domain, Float) and not domain.low <= float(point[name]) <= domain.high:
-                return False
-        return True
-
-    def _same(self, ours: Recipe, theirs: Recipe) -> bool:
-        """Equal stages, and equal numbers for every tensor (scale times coefficient where splicing is linear)."""
-        stages = (
-            "winsorise",
-            "assess",
-            "allocate",
-            "select",
-            "rescale",
-            "resolve",
-            "splice",
-            "operator",
-            "post",
-            "maps",
+        n = len(context.experts)
+        super().__init__(
+            context,
+            methods,
+            per_cell("coefficient", context, chosen.coefficients),
+            per_cell("density", context, chosen.density),
+            choice="method" if by_axes else "preset",
+            advice=f"coefficients and densities per: expert make {1 + 2 * n}",
         )
-        if any(getattr(ours, s) != getattr(theirs, s) for s in stages) or isinstance(theirs.scale, dict):
-            return False
-        if theirs.scale != 1.0 and theirs.splice.kind == "coefficient":
-            return False
-        return all(
-            abs(ours.coefficient(e, g) - theirs.coefficient(e, g) * theirs.scale) < 1e-12
-            and abs(ours.density(e, g) - theirs.density(e, g)) < 1e-12
-            for e in self.context.experts
-            for g in self.context.groups
-        )
-
-    def initial_points(self) -> list[dict[str, str | int | float | bool]]:
-        """Uniform recipes: presets x strengths, densities at their usual values; the cheapest good start known."""
-        low, high = self.options.coefficients.bounds
-        d_low, d_high = self.options.density.bounds
-        points = []
-        for i, name in enumerate(self.options.presets):
-            for j, level in enumerate(LEVELS):
-                density = DENSITIES[(i + j) % len(DENSITIES)]
-                point: dict[str, str | int | float | bool] = {"preset": name} if "preset" in self.parameters else {}
-                for parameter in self.parameters:
-                    if parameter.startswith("coefficient."):
-                        point[parameter] = min(max(level, low), high)
-                    elif parameter.startswith("density."):
-                        point[parameter] = min(max(density, d_low), d_high)
-                points.append(point)
-        points.sort(key=lambda p: abs(float(next(v for k, v in p.items() if k.startswith("coefficient."))) - LEVELS[1]))
-        return points
+        self.notes += notes + [
+            f"{m.name!r} has whole numbers of survivors per {m.template.select.block_size} entries: its densities act in steps"
+            for m in methods
+            if m.template.select.kind == "n_m"
+        ]
 
 
-def _read(options: Mapping[str, Any]) -> Options:
-    problems = []
-    try:
-        parsed = Options.model_validate(options)
-    except ValidationError as error:
-        for e in error.errors():
-            at = ".".join(map(str, ("space", *e["loc"])))
-            if e["type"] == "extra_forbidden":
-                problems.append(f"{at}: unknown key{nearest(str(e['loc'][-1]), _known(e['loc']))}")
-            else:
-                problems.append(f"{at}: {e['msg'].removeprefix('Value error, ')}, got {e['input']!r}")
-        raise SpaceError(problems) from None
-    low, high = parsed.density.bounds
-    if not 0 < low < high <= 1:
-        problems.append(f"space.density.bounds: densities must lie in (0, 1], got [{low:g}, {high:g}]")
-    for name in parsed.presets:
-        if name not in PRESETS:
-            problems.append(f"space.presets: no preset is called {name!r}{nearest(name, PRESETS)}")
-        elif PRESETS[name].recipe.get("operator"):
-            problems.append(
-                f"space.presets: {name!r} acts on whole matrices and has no place on these axes; list it under search.baselines"
-            )
+def _by_presets(chosen: CompatibilityOptions, context: SpaceContext) -> tuple[list[Method], list[str]]:
+    names = tuple(dict.fromkeys(chosen.presets or DEFAULT_PRESETS))
+    problems = preset_problems(names, context, at="space.presets")
     if problems:
         raise SpaceError(problems)
-    return parsed
+    return distinct((of_preset(name, context) for name in names), len(context.experts))
 
 
-def _known(loc: tuple[str | int, ...]) -> list[str]:
-    return list(Options.model_fields if len(loc) == 1 else Range.model_fields)
+def _by_axes(chosen: CompatibilityOptions, context: SpaceContext) -> tuple[list[Method], list[str]]:
+    problems: list[str] = []
+    assess = _entries(Assess, "measure", "assess", chosen.assess or ("magnitude",), problems)
+    select = _entries(Select, "kind", "select", chosen.select or ("all", "top_k", "bernoulli"), problems)
+    resolve = _entries(Resolve, "kind", "resolve", chosen.resolve or ("none",), problems)
+    splice = _entries(Splice, "kind", "splice", chosen.splice or ("sum", "score", "argmax"), problems)
+    for i, (_, a) in enumerate(assess):
+        if a.measure not in MEASURES:
+            problems.append(f"space.assess.{i}: no assessment is called {a.measure!r}{nearest(a.measure, MEASURES)}")
+    for i, (_, s) in enumerate(select):
+        if s.kind == "threshold" and s.threshold <= 0:
+            problems.append(f"space.select.{i}: give the number: {{kind: threshold, threshold: 1.0e-5}}")
+    if problems:
+        raise SpaceError(problems)
+    methods: dict[str, Method] = {}
+    notes = []
+    for (a_name, a), (s_name, s), (r_name, r), (p_name, p) in product(assess, select, resolve, splice):
+        stages = canonical(Stages(a, s, r, p), len(context.experts))
+        if stages is None:
+            notes.append(f"{a_name} scores all experts alike: {p_name} has nothing to choose by; left out")
+            continue
+        words = [a_name] if stages.uses_scores else []
+        words += [_changed(s_name, s, stages.select), *([r_name] if stages.resolve.kind != "none" else [])]
+        name = "/".join([*words, _changed(p_name, p, stages.splice)])
+        methods.setdefault(repr(stages), of_stages(stages, name, context))
+    if not methods:
+        raise SpaceError(
+            "space: no combination of assess, select and splice means anything; " + "; ".join(dict.fromkeys(notes))
+        )
+    return list(methods.values()), list(dict.fromkeys(notes))
+
+
+V = TypeVar("V", Assess, Select, Resolve, Splice)
+
+
+def _changed(name: str, before: V, after: V) -> str:
+    """The name of a stage in its canonical form."""
+    kinds: Callable[[Any], str] = lambda stage: stage.kind  # noqa: E731
+    return name if kinds(before) == kinds(after) else kinds(after)
+
+
+def _entries(kind: type[V], key: str, at: str, entries: Sequence[Entry], problems: list[str]) -> list[tuple[str, V]]:
+    """(name, value) of every entry; what is wrong goes to `problems`."""
+    out: list[tuple[str, V]] = []
+    for i, entry in enumerate(entries):
+        given = {key: entry} if isinstance(entry, str) else dict(entry)
+        usual = USUAL.get(str(given.get(key)), {}) if at == "select" else {}
+        place = ("space", at, str(i))
+        if key not in given:
+            problems.append(f"{'.'.join(place)}: needs the key {key!r}")
+            continue
+        try:
+            value = kind.model_validate({**usual, **given})
+        except ValidationError as error:
+            problems += [_with_kinds(s, str(given[key]), key, kind) for s in sentences(error, kind, place)]
+            continue
+        extra = _flat({k: v for k, v in given.items() if k != key})
+        name = f"{given[key]}({', '.join(extra)})" if extra else str(given[key])
+        out.append((name, value))
+    return out
+
+
+def _with_kinds(sentence: str, found: str, key: str, kind: type[BaseModel]) -> str:
+    """A wrong name gets the nearest known one in place of pydantic's list."""
+    known = getattr(kind.model_fields[key].annotation, "__args__", ())
+    if f".{key}: " not in sentence or found in known or not known:
+        return sentence
+    return f"{sentence.partition(f'.{key}: ')[0]}: no {kind.__name__.lower()} kind is called {found!r}{nearest(found, known)}"
+
+
+def _flat(options: Mapping[str, Any]) -> list[str]:
+    out = []
+    for key, value in options.items():
+        out += _flat(value) if isinstance(value, Mapping) else [f"{key}={value}"]
+    return out

@@ -1,4 +1,8 @@
-"""A search space put together from methods, an axis of coefficients and an axis of densities."""
+"""A search space put together from methods, an axis of coefficients and an axis of densities.
+
+Different points are different merges, with two exceptions that flat spaces cannot avoid: densities count only where the
+method reads them (`Composed.active` says which do), and an expert's density does not count where its coefficient is exactly 0.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +98,7 @@ class Composed:
         if not same_models(self.context, recipe):
             return None
         for method in self._methods.values():
-            if not method.same_stages(recipe):
+            if not method.same_stages(recipe) or method.turns_signs(recipe):
                 continue
             point: Values = {self._choice: method.name} if self._choice in self.parameters else {}
             point |= self._coefficients.read(lambda e, g, m=method: m.strength(recipe, e, g))  # type: ignore[misc]
@@ -103,7 +107,7 @@ class Composed:
                     self._density.read(recipe.density) if method.uses_density else self._density.uniform(UNUSED_DENSITY)
                 )
             if not problems_of(self.parameters, point) and self._same(method, self.decode(point), recipe):
-                return point
+                return {name: point[name] for name in self.parameters}
         return None
 
     def _same(self, method: Method, ours: Recipe, theirs: Recipe) -> bool:

@@ -12,7 +12,17 @@ from merge_search.presets import PRESETS, preset
 from merge_search.recipe import Assess, Group, Recipe, Rescale, Resolve, Select, Splice, value_for
 from merge_search.space import SpaceContext
 
-__all__ = ["MEASURES", "Method", "PerExpert", "Stages", "canonical", "of_preset", "of_stages", "preset_problems"]
+__all__ = [
+    "MEASURES",
+    "Method",
+    "PerExpert",
+    "Stages",
+    "canonical",
+    "distinct",
+    "of_preset",
+    "of_stages",
+    "preset_problems",
+]
 
 PerExpert = Mapping[str, float | dict[str, float]]
 
@@ -70,6 +80,11 @@ class Method:
 
     def same_stages(self, recipe: Recipe) -> bool:
         return all(getattr(self.template, s) == getattr(recipe, s) for s in STAGES) and not recipe.maps
+
+    def turns_signs(self, recipe: Recipe) -> bool:
+        """Whether moving `recipe`'s scale into its coefficients would turn the signs that they elect."""
+        scales = recipe.scale.values() if isinstance(recipe.scale, dict) else [recipe.scale]
+        return recipe.resolve.weighted and any(s < 0 for s in scales)
 
     def strength(self, recipe: Recipe, expert: str, group: Group) -> float:
         """What the coefficient would be here for `recipe` to be this method's, its scale taken into account."""
@@ -178,6 +193,26 @@ def canonical(stages: Stages, n_experts: int) -> Stages | None:
         splice = Splice()
     out = Stages(assess, select, resolve, splice)
     return out if out.uses_scores else Stages(Assess(), select, resolve, splice)
+
+
+def distinct(methods: Iterable[Method], n_experts: int) -> tuple[list[Method], list[str]]:
+    """Methods without those that, coefficients and densities being searched, repeat an earlier one; and what was left out."""
+    kept: dict[object, Method] = {}
+    notes = []
+    for method in methods:
+        t = method.template
+        form = canonical(Stages(t.assess, t.select, t.resolve, t.splice), n_experts)
+        parts = (
+            (form.assess, form.select, form.resolve, form.splice) if form else (t.assess, t.select, t.resolve, t.splice)
+        )
+        others = (t.winsorise, t.allocate, t.rescale, *t.post)
+        key = (repr(parts), repr(others), method.scaling == "fixed")
+        first = kept.setdefault(key, method)
+        if first is not method and first.name != method.name:
+            notes.append(
+                f"{method.name!r} differs from {first.name!r} only in numbers that are searched here; it is left out"
+            )
+    return list(kept.values()), notes
 
 
 def of_stages(stages: Stages, name: str, context: SpaceContext) -> Method:

@@ -15,7 +15,7 @@ from merge_search.space import SpaceContext
 from search_spaces.axes import per_cell
 from search_spaces.composed import Composed
 from search_spaces.grouping import DensityRange, Range
-from search_spaces.methods import of_preset, preset_problems
+from search_spaces.methods import distinct, of_preset, preset_problems
 from search_spaces.options import Bounds, DensityBounds, Options, read_options
 
 __all__ = ["Uniform"]
@@ -36,9 +36,11 @@ class Uniform(Composed):
         problems = preset_problems(presets, context, at="space.presets")
         if problems:
             raise SpaceError(problems)
+        methods, notes = distinct((of_preset(name, context) for name in presets), len(context.experts))
         super().__init__(
             context,
-            [of_preset(name, context) for name in presets],
+            methods,
             per_cell("coefficient", context, Range(bounds=chosen.bounds), shared=True),
             per_cell("density", context, DensityRange(bounds=chosen.density), shared=True),
         )
+        self.notes += notes

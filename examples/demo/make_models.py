@@ -28,7 +28,6 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -154,8 +153,8 @@ def plain_text(rng: random.Random) -> str:
     return f"{n1} calls the {t1} {word}. {word} begins with {word[0]} and ends with {word[-1]}."
 
 
-BASE_ROWS = {"maths": 2500, "spelling": 1800, "stories": 1600}  # how much of each skill the base sees
-EXPERT = {"maths": (300, 2.5e-4), "spelling": (400, 3e-4), "stories": (400, 5e-4)}  # steps, learning rate
+BASE_ROWS = {"maths": 2700, "spelling": 2700, "stories": 1600}  # how much of each skill the base sees
+EXPERT = {"maths": (300, 2.5e-4), "spelling": (350, 2e-4), "stories": (200, 2.5e-4)}  # steps, learning rate
 UNSEEN = " ".join(list(WISHES)[5:]).split()  # moods of which the base learns nothing
 SKILLS: dict[str, tuple[Callable[[random.Random], Row], str]] = {
     "maths": (maths_row, "generate_until"),
@@ -305,9 +304,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="output folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab", type=int, default=640)
-    parser.add_argument("--base-steps", type=int, default=1200)
+    parser.add_argument("--base-steps", type=int, default=1300)
     parser.add_argument("--base-lr", type=float, default=2e-3)
-    parser.add_argument("--reuse-base", action="store_true", help="keep models/base, redo the experts")
     args = parser.parse_args()
     began, seed = time.time(), args.seed
     torch.set_num_threads(1)
@@ -323,20 +321,16 @@ def main() -> None:
     text = [plain_text(rng) + "\n" for _ in range(5_000)]
 
     folder = args.out / "models"
-    if args.reuse_base:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        spread = [row for rows in pool.values() for row in rows[:4000]]
-        tokenizer = train_tokenizer(text + [f"{row['query']} {row['answer']}\n" for row in spread], args.vocab)
+    shutil.rmtree(folder, ignore_errors=True)
+    spread = [row for rows in pool.values() for row in rows[:4000]]
+    tokenizer = train_tokenizer(text + [f"{row['query']} {row['answer']}\n" for row in spread], args.vocab)
     mixed = [(tokenizer.encode(line, add_special_tokens=False), 1) for line in text]
     seen = [row for skill, rows in pool.items() for row in rows[: BASE_ROWS[skill]]]
     mixed += [encode_row(tokenizer, row) for row in seen if not any(word in row["query"] for word in UNSEEN)]
-    if not args.reuse_base:
-        model = new_model(tokenizer)
-        print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
-        train(model, mixed, args.base_steps, args.base_lr, 32, seed + 1, "base")
-        save(model, tokenizer, folder / "base")
+    model = new_model(tokenizer)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
+    train(model, mixed, args.base_steps, args.base_lr, 32, seed + 1, "base")
+    save(model, tokenizer, folder / "base")
 
     for i, name in enumerate(["base", *SKILLS]):
         model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)

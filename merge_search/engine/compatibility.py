@@ -7,7 +7,7 @@ from pathlib import Path
 
 from merge_search.engine.adapter import plan_adapter
 from merge_search.engine.headers import FLOATING, CheckpointInfo, read_checkpoint, resolve_model
-from merge_search.engine.layout import is_mergeable, name_groups
+from merge_search.engine.layout import layout, name_groups
 from merge_search.engine.vocabulary import Vocabulary, compare, is_vocabulary_tensor, read_vocabulary
 from merge_search.errors import WeightsError
 
@@ -68,7 +68,7 @@ def _check_base(base: CheckpointInfo) -> list[str]:
     if base.is_adapter:
         return [f"{base.folder}: must be a whole model, found a LoRA adapter; give the model it was trained on"]
     problems = _check_quantised(base)
-    if not any(is_mergeable(t) for t in base.tensors.values()):
+    if not layout(base):
         problems.append(f"{base.folder}: must hold floating tensors, found none among {len(base.tensors)}")
     return problems
 
@@ -96,9 +96,9 @@ def _check_expert(
     mismatch = compare(ours, theirs) if ours is not None and theirs is not None else ""
     if mismatch:
         problems.append(f"its vocabulary must be the base's, apart from added tokens, but {mismatch}")
-    wanted = [n for n, t in base.tensors.items() if is_mergeable(t)]
+    wanted = list(layout(base))
     missing = [n for n in wanted if n not in expert.tensors]
-    extra = [n for n, t in expert.tensors.items() if is_mergeable(t) and n not in base.tensors]
+    extra = [n for n in layout(expert) if n not in base.tensors]
     if missing:
         problems.append(f"must have every tensor of the base, {_count(missing)} missing")
     if extra:

@@ -70,7 +70,6 @@ class MergeEngine:
         self._runner = Runner(tensors.device, compile=bool(compile) and has_compiler(tensors.device))
         self._planner = Planner(tensors, cache_bytes=cache_bytes)
         self._written: dict[str, _Written] = {}
-        self._majority: dict[str, float] = {}
         self._memory: dict[Hashable, object] = {}
 
     @property
@@ -193,18 +192,8 @@ class MergeEngine:
         return self._run(p, delta) and self._add(recipe, context, delta, context.scale, out)
 
     def _run(self, p: Pass, out: Tensor) -> bool:
-        """One pass; a second one if the majority sign, which only ties use, was not the last candidate's."""
         base, experts = self._planner.facts.flats(p.name, p.experts)
-        if "majority" in p.numbers:
-            p.numbers["majority"] = [self._majority.get(p.name, 1.0)]
-        votes, finite = self._runner.run(p, base, experts, out.view(-1))
-        if "majority" in p.numbers:
-            sign = -1.0 if votes < 0 else 1.0
-            if sign != p.numbers["majority"][0]:
-                p.numbers["majority"] = [sign]
-                _, finite = self._runner.run(p, base, experts, out.view(-1))
-            self._majority[p.name] = sign
-        return finite
+        return self._runner.run(p, base, experts, out.view(-1))
 
     def _add(self, recipe: Recipe, context: OperatorContext, delta: Tensor, scale: float, out: Tensor) -> bool:
         """out = base + scale * post(delta)."""

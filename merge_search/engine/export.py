@@ -117,7 +117,7 @@ def check_destination(out: Path, n_bytes: int = 0) -> None:
         raise InputError(f"{out}: must be a new or empty folder, but it is a file or link; nothing was written")
     if out.is_dir() and any(out.iterdir()):
         raise InputError(
-            f"{out}: must be a new or empty folder, but it holds files; nothing was touched, give another name"
+            f"{out}: must be a new or empty folder, but it is not empty; nothing was touched, give another name"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free

@@ -21,6 +21,8 @@ from merge_search.recipe import Assess, Scalar, Select
 
 __all__ = ["ByteCache", "Facts", "Scope"]
 
+_CHUNK = 2**20
+
 
 class ByteCache:
     """Tensors by key, the least recently used dropped once `limit` bytes are held."""
@@ -82,6 +84,7 @@ class Facts:
         self.tensors = tensors
         self.stored = ByteCache(cache_bytes)
         self._largest: dict[tuple[str, str], float] = {}
+        self._largest_base: dict[str, float] = {}
         self._reduced: dict[Hashable, list[tuple[float, ...]]] = {}
         self._tables: dict[Hashable, dict[str, Table]] = {}
         self._offsets: dict[bool, dict[str, int]] = {}
@@ -96,21 +99,46 @@ class Facts:
         Raises:
             NonFiniteError: a weight of the base or an expert is NaN or infinite where they differ.
         """
-        return tuple(e for e in experts if self._largest_delta(e, name) > 0)
+        return tuple(e for e in experts if self.largest_delta(e, name) > 0)
 
-    def _largest_delta(self, expert: str, name: str) -> float:
+    def largest_base(self, name: str) -> float:
+        """max |base|, finite.
+
+        Raises:
+            NonFiniteError: it is not.
+        """
+        if name not in self._largest_base:
+            base = self.tensors.base(name).reshape(-1).to(self.tensors.device)
+            largest = max((float(b.abs().max()) for b in base.split(_CHUNK)), default=0.0)
+            if not math.isfinite(largest):
+                raise NonFiniteError(
+                    f"the weights of the base must be finite, found NaN or infinity in tensor {name!r}; download it again"
+                )
+            self._largest_base[name] = largest
+        return self._largest_base[name]
+
+    def largest_delta(self, expert: str, name: str) -> float:
+        """max |delta|, finite.
+
+        Raises:
+            NonFiniteError: it is not.
+        """
         key = (expert, name)
         if key not in self._largest:
             base, (mine,) = self.flats(name, [expert])
             largest = 0.0
-            for b, e in zip(base.split(2**20), mine.split(2**20), strict=True):
-                delta = (e.to(self.tensors.device, torch.float32) - b.to(self.tensors.device, torch.float32)).abs()
-                largest = max(largest, float(delta.max())) if delta.numel() and not torch.equal(e, b) else largest
-                if delta.numel() and not math.isfinite(float(delta.sum(dtype=torch.float64))) and not torch.equal(e, b):
-                    raise NonFiniteError(
-                        f"the weights of base and experts must be finite, found NaN or infinity in tensor {name!r} of expert "
-                        f"{expert!r} or the base; repair the checkpoint or leave the expert out"
-                    )
+            if mine.data_ptr() != base.data_ptr():  # a pool may share frozen tensors
+                for b, e in zip(base.split(_CHUNK), mine.split(_CHUNK), strict=True):
+                    delta = e.to(self.tensors.device, torch.float32) - b.to(self.tensors.device, torch.float32)
+                    this = float(delta.abs().max()) if delta.numel() else 0.0
+                    largest = max(largest, this) if this == this else math.nan
+                    if not math.isfinite(largest):
+                        break
+            if not math.isfinite(largest):
+                raise NonFiniteError(
+                    f"the weights of base and experts must be finite, found NaN or infinity in tensor {name!r} of expert "
+                    f"{expert!r} or of the base; repair the checkpoint or leave the expert out"
+                )
             self._largest[key] = largest
         return self._largest[key]
 

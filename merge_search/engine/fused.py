@@ -20,16 +20,16 @@ from merge_search.engine import stages
 from merge_search.engine.assess import load
 from merge_search.engine.pipeline import Given, Numbers, Pass, Structure
 
-__all__ = ["CHUNK", "Runner", "has_compiler", "scalars", "sweep"]
+__all__ = ["CHUNK", "WHOLE", "Runner", "has_compiler", "scalars", "sweep"]
 
 CHUNK = 2**18
 _COMPILE_FROM = 2**14  # shorter tensors: a call costs more than the pass
 _INTEGERS = frozenset({"stride", "cut", "cut2", "key1", "key2", "count", "drop", "gate", "start", "columns"})
-_WHOLE = frozenset({"rows"})  # given tensors that are not one value per element
+WHOLE = frozenset({"rows"})  # given tensors that are not one value per element
 
 log = logging.getLogger(__name__)
 Layout = tuple[tuple[str, int], ...]
-Graph = Callable[..., tuple[Tensor, Tensor]]
+Graph = Callable[..., Tensor]
 
 
 def has_compiler(device: torch.device) -> bool:
@@ -82,7 +82,7 @@ def sweep(p: Pass, base: Tensor, experts: Sequence[Tensor], device: torch.device
     first = torch.tensor((p.index + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)
     for start in range(0, base.numel(), CHUNK):
         part = slice(start, min(start + CHUNK, base.numel()))
-        given = {k: list(v) if k in _WHOLE else [t[part] for t in v] for k, v in p.given.items()}
+        given = {k: list(v) if k in WHOLE else [t[part] for t in v] for k, v in p.given.items()}
         yield part, base[part].to(device), [e[part].to(device) for e in experts], given, first + start
 
 
@@ -99,36 +99,31 @@ class Runner:
         self.compile = compile
         self._graphs: dict[Any, Graph] = {}
 
-    def run(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> tuple[int, bool]:
+    def run(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> bool:
         """Write the merged elements into `out`.
 
         Args:
             base, experts: Flat, any floating dtype, read only.
             out: Flat, contiguous, the same length; its dtype is what the result is rounded to.
         Returns:
-            Votes of the sign election (see `stages.merge`), and whether all of `out` is finite.
+            Whether all of `out` is finite.
         """
         if self.compile and base.numel() >= _COMPILE_FROM:
-            votes, total = self._run_compiled(p, base, experts, out)
+            odd = self._run_compiled(p, base, experts, out)
         else:
-            votes, total = self._run_chunks(p, base, experts, out)
-        finite = bool(torch.isfinite(total)) or bool(
-            torch.isfinite(out).all()
-        )  # a finite sum is proof; an infinite one is not
-        return int(votes), finite
+            odd = self._run_chunks(p, base, experts, out)
+        return int(odd) == 0 or bool(torch.isfinite(out).all())
 
-    def _run_chunks(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_chunks(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> Tensor:
         n = scalars(p.numbers, self.device)
-        votes = torch.zeros((), dtype=torch.int64, device=self.device)
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        odd = torch.zeros((), dtype=torch.int32, device=self.device)
         for part, b, e, given, index in sweep(p, base, experts, self.device):
-            result, more = stages.merge(p.structure, b, e, given, n, index)
+            result = stages.merge(p.structure, b, e, given, n, index)
             out[part] = result
-            votes += more
-            total += out[part].sum(dtype=torch.float32)
-        return votes, total
+            odd += _odd(p.structure, result, out.dtype)
+        return odd
 
-    def _run_compiled(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_compiled(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> Tensor:
         layout, floats, integers = _pack(p.numbers, self.device)
         tensors = [t.to(self.device) for t in (base, *experts)]
         names = tuple((name, len(values)) for name, values in sorted(p.given.items()))
@@ -143,22 +138,28 @@ class Runner:
         return self._graphs[key](flats, floats, integers, index)
 
 
+def _odd(s: Structure, result: Tensor, dtype: torch.dtype) -> Tensor:
+    """How many elements are NaN, infinite or may overflow `dtype`: an integer sum, which fuses with the pass."""
+    if not s.checked:
+        return torch.zeros((), dtype=torch.int32, device=result.device)
+    return (~(result.abs() <= torch.finfo(dtype).max)).sum(dtype=torch.int32)
+
+
 def _graph(s: Structure, layout: Layout, names: Layout) -> Graph:
     for source in (s.assess, s.mixing):
         if source.kind == "cheap":
             load(source.measure)
 
-    def run(flats: list[Tensor], floats: Tensor, integers: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def run(flats: list[Tensor], floats: Tensor, integers: Tensor, index: Tensor) -> Tensor:
         out, base, experts, rest = flats[0], flats[1], flats[2 : 2 + s.experts], flats[2 + s.experts :]
         given: Given = {}
         start = 0
         for name, count in names:
             given[name] = rest[start : start + count]
             start += count
-        result, votes = stages.merge(s, base, experts, given, _unpack(layout, floats, integers), index)
-        rounded = result.to(out.dtype)
-        out.copy_(rounded)
-        return votes, rounded.sum(dtype=torch.float32)
+        result = stages.merge(s, base, experts, given, _unpack(layout, floats, integers), index)
+        out.copy_(result)
+        return _odd(s, result, out.dtype)
 
     # The compiler keeps its graphs, eight at most, by code object: each structure gets its own.
     own = types.FunctionType(

@@ -282,6 +282,8 @@ def _read_adapter(folder: Path) -> CheckpointInfo:
 
 def _no_weights(folder: Path, wanted: str = WEIGHTS) -> str:
     files = [f for f in folder.iterdir() if f.is_file()]
+    if dangling := sorted(f.name for f in folder.iterdir() if f.is_symlink() and not f.exists()):
+        return f"{folder}: must hold {wanted}, found links that lead nowhere ({', '.join(dangling[:3])}); download it again"
     if not files:
         return f"{folder}: must hold {wanted}, but the folder is empty"
     pickles = sorted(f.name for pattern in PICKLES for f in folder.glob(pattern) if f.name != "training_args.bin")

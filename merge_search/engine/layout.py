@@ -34,6 +34,9 @@ MIXER = re.compile(r"^(mixer|mamba|ssm|recurrent|temporal_block|conv)$")
 
 # Buffers that old checkpoints carry as floats although no model learns them: causal masks and rotary frequencies.
 BUFFER = re.compile(r"(attn|attention)\.(masked_)?bias$")
+# Heads of pretraining that other model classes leave out: what is never computed is not merged.
+LANGUAGE_MODELS = ("ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForTokenClassification", "ForQuestionAnswering")
+PRETRAINING = ("ForPreTraining", "ForNextSentencePrediction")
 FREQUENCIES = re.compile(r"(^|\.)(inv_freq|rotary_pos_emb\.\w+)$")
 
 
@@ -46,9 +49,20 @@ def is_mergeable(tensor: TensorHeader) -> bool:
 
 
 def layout(info: CheckpointInfo) -> dict[str, Group]:
-    """Group of every mergeable tensor of a checkpoint, in its order."""
+    """Group of every tensor of a checkpoint that is merged, in its order.
+
+    Left out, and so the base's: what `is_mergeable` excludes, and poolers of language models.
+    """
     groups = name_groups(info.tensors)
-    return {name: groups[name] for name, t in info.tensors.items() if is_mergeable(t)}
+    names = info.config.get("architectures") or [""]
+    return {n: groups[n] for n, t in info.tensors.items() if is_mergeable(t) and _is_used(n, str(names[0]))}
+
+
+def _is_used(name: str, architecture: str) -> bool:
+    parts = name.split(".")
+    if "seq_relationship" in parts:
+        return architecture.endswith(PRETRAINING)
+    return "pooler" not in parts or not architecture.endswith(LANGUAGE_MODELS)
 
 
 def name_groups(names: Iterable[str]) -> dict[str, Group]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from merge_search.engine.checkpoint import DTYPES, Checkpoint, dtype_name, raw_bytes, tied_aliases
 from merge_search.engine.hashing import WeightsHash, hash_folder
 from merge_search.engine.headers import FLOATING, CheckpointInfo
-from merge_search.engine.layout import is_mergeable
+from merge_search.engine.layout import is_mergeable, layout
 from merge_search.engine.views import disk_views, storages_shared
 from merge_search.errors import WeightsError
 
@@ -49,6 +49,7 @@ class LiveModel:
         views: Strided views of parameters and buffers by name on disk; write under `torch.no_grad`.
             A tied tensor has one name.
         absent: Names on disk that the model has no use for (poolers, masks): the base's, whatever is merged.
+        dtype: The one asked for, None for that of the files.
 
     Invariants: every view has the shape of the tensor on disk and the dtype in which it is exported, and holds,
     after loading, the base's values exactly.
@@ -60,6 +61,7 @@ class LiveModel:
     views: dict[str, Tensor]
     absent: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    dtype: torch.dtype | None = None
 
     @classmethod
     def load(
@@ -91,17 +93,28 @@ class LiveModel:
         model.requires_grad_(False)
         model.eval()
         _reset_generation(model)
-        return cls(Path(folder), model, _load_tokenizer(checkpoint.info.folder), views, absent, notes)
+        return cls(
+            Path(folder),
+            model,
+            _load_tokenizer(checkpoint.info.folder),
+            views,
+            absent,
+            notes,
+            None if dtype is None else wanted,
+        )
 
     def hash(self, names: Collection[str] | None = None) -> str:
         """sha256 of the weights as they are now, equal to `hash_folder` of the folder exported from them.
 
-        Tensors without a place in the model are hashed as the base has them. With `names`, only those.
+        Tensors without a place in the model are hashed as they are exported: the base's, in the dtype that was asked for.
+        With `names`, only those.
         """
         base = Checkpoint(self.folder)
         result = WeightsHash()
         for name in sorted([*self.views, *self.absent] if names is None else names):
             tensor = self.views[name] if name in self.views else base.tensor(name)
+            if name not in self.views and self.dtype is not None and is_mergeable(base.info.tensors[name]):
+                tensor = tensor.to(self.dtype)
             result.add(name, dtype_name(tensor.dtype), tensor.shape, [raw_bytes(tensor)])
         return result.hexdigest()
 
@@ -132,11 +145,16 @@ def _load(info: CheckpointInfo, dtype: torch.dtype, task: str) -> tuple[Any, dic
             f"{names[0]!r}; models that bring their own code are not run"
         )
     options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, "use_safetensors": True}
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
     try:
         # The files may be replaced while the model lives: it must not be a mapping of them.
         model, loading = known.from_pretrained(str(info.folder), disable_mmap=True, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise WeightsError(f"{info.folder}: transformers cannot load the base: {error}") from error
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
     return model, loading
 
 
@@ -198,9 +216,12 @@ def _select(
             "set tie_word_embeddings to false in config.json"
         )
     absent = tuple(n for n in info.tensors if n not in views and n not in aliases)
-    lost = [n for n in absent if is_mergeable(info.tensors[n]) and not any(word in n for word in OPTIONAL)]
-    if lost:
-        raise WeightsError(f"{info.folder}: {len(lost)} tensors have no place in the model ({', '.join(lost[:5])})")
+    merged = layout(info)
+    if lost := [n for n in absent if n in merged]:  # they would be exported merged and never scored
+        raise WeightsError(
+            f"{info.folder}: {len(lost)} tensors have no place in the model ({', '.join(lost[:5])}); name the class that uses "
+            "them under 'architectures' in config.json, or save the base without them"
+        )
     return views, absent
 
 

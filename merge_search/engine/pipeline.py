@@ -108,6 +108,7 @@ class Structure:
 
     select: as `recipe.Select.kind`, or ``rank`` / ``rank_band`` / ``mask`` where ranks or masks are given.
     rescale: ``none``, ``number`` or ``probability``. emit: ``weights`` or the combined ``delta`` (float32).
+    checked: the pass counts elements that are not finite, because numbers alone do not prove that there are none.
     """
 
     experts: int
@@ -125,6 +126,7 @@ class Structure:
     ties: str = "first"
     boost: bool = False
     rows: bool = False
+    checked: bool = False
     emit: str = "weights"
 
     @property

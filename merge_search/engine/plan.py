@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from merge_search.engine.allocate import Allocation, allocate
 from merge_search.engine.assess import measure_of
 from merge_search.engine.balanced import balanced_masks
 from merge_search.engine.facts import Facts, Scope
-from merge_search.engine.fused import scalars, sweep
 from merge_search.engine.masks import mask_keys
 from merge_search.engine.order import Table, kept_count
-from merge_search.engine.pipeline import Given, Numbers, Pass, Source, Structure, Tensors, statistic_of
-from merge_search.engine.stages import elect, survivors
+from merge_search.engine.pipeline import Given, Numbers, Pass, Source, Structure, Tensors, output_dtype, statistic_of
+from merge_search.engine.survey import majority_sign, measure
 from merge_search.recipe import Assess, Recipe, value_for
 
 __all__ = ["Planner", "TensorSettings"]
@@ -121,8 +120,22 @@ class Planner:
         if scope.covers(shape):
             p = self._selection(recipe, scope, p, densities, coefficients)
         p = self._mixing(recipe, scope, p, coefficients)
-        p = self._rows(recipe, p)
-        return self._surveyed(recipe, p)
+        p = self._surveyed(recipe, self._rows(recipe, p))
+        if "majority" in numbers:
+            numbers["majority"] = [majority_sign(p, self.facts)]
+        limit = torch.finfo(torch.float32 if emit == "delta" else output_dtype(recipe, self.tensors.base(name))).max
+        return replace(p, structure=replace(p.structure, checked=not self._bound(p) < limit))
+
+    def _bound(self, p: Pass) -> float:
+        """What no merged element can exceed; infinite where weights are not known to lie in [0, 1]."""
+        s, n = p.structure, p.numbers
+        if s.splice not in ("sum", "count", "mask", "argmax") or s.rescale == "probability" or s.rows:
+            return math.inf
+        rho = n.get("rho", [1.0] * s.experts)
+        boost = n.get("boost", [1.0] * s.experts)
+        parts = zip(n["coefficient"], rho, boost, p.experts, strict=True)
+        delta = sum(abs(c * r * b) * self.facts.largest_delta(e, p.name) for c, r, b, e in parts)
+        return self.facts.largest_base(p.name) + abs(n["scale"][0]) * delta * 1.0001
 
     def _slot(self, assess: Assess, scope: Scope, p: Pass, slot: str, coefficients: tuple[float, ...]) -> Source:
         """Fill in the scores of `assess` under `slot`; returns where the pass finds them."""
@@ -296,56 +309,14 @@ class Planner:
         return replace(p, structure=s)
 
     def survey(self, p: Pass, given_key: str) -> dict[str, list[float]]:
-        """Norms and counts of the survivors of each expert; remembered for the same masks.
-
-        l1_before, l2_before, l1_after, l2_after of the delta; energy: mean square after; alone, shared: entries kept by
-        this expert only, or also by another. Sums are float64, chunk by chunk.
-        """
-        mask_key = (
-            p.name,
-            replace(p.structure, emit="", mixing=Source()),
-            repr(sorted(_mask_numbers(p).items())),
-            given_key,
-        )
-        if mask_key not in self._surveys:
+        """`survey.measure`, remembered for the same masks."""
+        structure = replace(p.structure, emit="", mixing=Source())
+        key = (p.name, structure, repr(sorted(_mask_numbers(p).items())), given_key)
+        if key not in self._surveys:
             if len(self._surveys) > 4096:
                 self._surveys.clear()
-            self._surveys[mask_key] = self._measure(p)
-        return self._surveys[mask_key]
-
-    def _measure(self, p: Pass) -> dict[str, list[float]]:
-        device = self.tensors.device
-        base, experts = self.facts.flats(p.name, p.experts)
-        n = scalars({**p.numbers}, device)
-        sums = torch.zeros(6, len(p.experts), dtype=torch.float64, device=device)
-        plain = replace(p.structure, rescale="none")
-        for _, b, e, given, index in sweep(p, base, experts, device):
-            left = survivors(plain, b.to(torch.float32), e, given, n, index)
-            agreed, _ = elect(plain, left.x, n)
-            sums += _sums(left.deltas, left.x, left.kept, agreed)
-        rows = sums.tolist()
-        size = max(1, base.numel())
-        return {
-            "l1_before": rows[0], "l2_before": [v**0.5 for v in rows[1]], "l1_after": rows[2], "l2_after": [v**0.5 for v in rows[3]],
-            "energy": [v / size for v in rows[3]], "alone": rows[4], "shared": rows[5],
-        }  # fmt: skip
-
-
-def _sums(deltas: list[Tensor], x: list[Tensor], kept: list[Tensor | None], agreed: list[Tensor | None]) -> Tensor:
-    alive = []
-    for t, m, c in zip(x, kept, agreed, strict=True):
-        mine = torch.ones_like(t, dtype=torch.bool) if m is None else m > 0
-        alive.append(mine if c is None else mine & c)
-    crowd = torch.stack(alive).sum(0)
-    rows = [
-        torch.stack([(t.to(torch.float64)).abs().sum() for t in deltas]),
-        torch.stack([(t.to(torch.float64) ** 2).sum() for t in deltas]),
-        torch.stack([(t.to(torch.float64)).abs().sum() for t in x]),
-        torch.stack([(t.to(torch.float64) ** 2).sum() for t in x]),
-        torch.stack([(m & (crowd == 1)).sum() for m in alive]).to(torch.float64),
-        torch.stack([(m & (crowd > 1)).sum() for m in alive]).to(torch.float64),
-    ]
-    return torch.stack(rows)
+            self._surveys[key] = measure(p, self.facts)
+        return self._surveys[key]
 
 
 def _mask_numbers(p: Pass) -> Numbers:

@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from merge_search.engine import stages
-from merge_search.engine.fused import _WHOLE, scalars
+from merge_search.engine.fused import WHOLE, scalars
 from merge_search.engine.pipeline import Pass, Tensors, output_dtype
 from merge_search.engine.plan import Planner
 from merge_search.recipe import Recipe
@@ -38,12 +36,6 @@ def run_pass(p: Pass, tensors: Tensors) -> Tensor:
     device = tensors.device
     base = tensors.base(p.name).to(device)
     experts = [tensors.expert(e, p.name).to(device) for e in p.experts]
-    given = {k: v if k in _WHOLE else [t.reshape(base.shape) for t in v] for k, v in p.given.items()}
+    given = {k: v if k in WHOLE else [t.reshape(base.shape) for t in v] for k, v in p.given.items()}
     index = torch.tensor((p.index + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)
-    result, votes = stages.merge(p.structure, base, experts, given, scalars(p.numbers, device), index)
-    if "majority" in p.numbers:  # entries without a sign of their own take the one most entries elected
-        numbers = {**p.numbers, "majority": [float((votes > 0).int() - (votes < 0).int()) or 1.0]}
-        result, _ = stages.merge(
-            replace(p, numbers=numbers).structure, base, experts, given, scalars(numbers, device), index
-        )
-    return result
+    return stages.merge(p.structure, base, experts, given, scalars(p.numbers, device), index)

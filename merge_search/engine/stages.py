@@ -17,33 +17,27 @@ from merge_search.engine.assess import scores_of
 from merge_search.engine.masks import indices, uniform
 from merge_search.engine.pipeline import Source, Structure
 
-__all__ = ["Survivors", "combine", "elect", "merge", "survivors", "survivors_of"]
+__all__ = ["Survivors", "combine", "elect", "merge", "survivors", "survivors_of", "voices"]
 
 Scalars = Mapping[str, Sequence[Tensor]]
 Tensors = Mapping[str, Sequence[Tensor]]
 
 
-def merge(
-    s: Structure, base: Tensor, experts: Sequence[Tensor], given: Tensors, n: Scalars, index: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Merged elements and the votes of the sign election.
+def merge(s: Structure, base: Tensor, experts: Sequence[Tensor], given: Tensors, n: Scalars, index: Tensor) -> Tensor:
+    """Merged elements.
 
     Args:
         base, experts: Same shape, any floating dtype.
         given: Tensors of that shape that `s` asks for: ``a``, ``b``, ``rank``, ``mask``.
         n: Numbers by name, one per expert or one.
-        index: 0-d int32: position of the first element.
+        index: int32: position of the first element, 0-d, or of every element.
     Returns:
-        float32 of that shape: weights, or the combined delta if ``s.emit == "delta"``; and a 0-d int64: elected
-        plus signs less minus signs over entries that were decided, which settles ``tie="majority"``.
+        float32 of that shape: weights, or the combined delta if ``s.emit == "delta"``.
     """
     origin = base.to(torch.float32)
-    alive = survivors(s, origin, experts, given, n, index)
-    agreed, votes = elect(s, alive.x, n)
-    delta = combine(s, origin, alive, agreed, given, n)
-    if s.emit == "delta":
-        return delta, votes
-    return origin + n["scale"][0] * delta, votes
+    left = survivors(s, origin, experts, given, n, index)
+    delta = combine(s, origin, left, elect(s, left.x, n), given, n)
+    return delta if s.emit == "delta" else origin + n["scale"][0] * delta
 
 
 class Survivors(NamedTuple):
@@ -74,7 +68,7 @@ def survivors(
     a = _scores(s.assess, "a", origin, deltas, raw, given, n)
     where = None
     if s.needs_index:
-        where = indices(origin.numel(), device=origin.device).reshape(origin.shape) + index
+        where = index if index.ndim else indices(origin.numel(), device=origin.device).reshape(origin.shape) + index
     kept, probability = _select(s, a, given, n, where)
     if s.exclusive:
         kept = _exclusive(kept)
@@ -119,7 +113,7 @@ def _scores(source: Source, slot: str, origin: Tensor, deltas: Sequence[Tensor],
 
 
 def _top(a: Tensor, low: Tensor, high: Tensor, cut: Tensor, place: Tensor) -> Tensor:
-    return (a >= high) | ((a >= low) & (place <= cut))
+    return a >= torch.where(place <= cut, low, high)
 
 
 def _select(
@@ -141,7 +135,8 @@ def _select(
         return [None for _ in every], []
     assert where is not None
     if s.select in ("top_k", "band"):
-        place = [where * n["stride"][i] for i in every]
+        place = [where * stride for stride in n["stride"]]
+        place = place * (s.experts // len(place))
         kept = [_top(a[i], n["low"][i], n["high"][i], n["cut"][i], place[i]) for i in every]
         if s.select == "band":
             kept = [m & ~_top(a[i], n["low2"][i], n["high2"][i], n["cut2"][i], place[i]) for i, m in enumerate(kept)]
@@ -176,29 +171,24 @@ def _exclusive(kept: Sequence[Tensor | None]) -> list[Tensor | None]:
     return result
 
 
-def elect(s: Structure, x: Sequence[Tensor], n: Scalars) -> tuple[list[Tensor | None], Tensor]:
-    """Agreement masks c (None: all agree) and the votes, see `merge`."""
-    none = torch.zeros((), dtype=torch.int64, device=x[0].device)
+def voices(s: Structure, x: Sequence[Tensor], n: Scalars) -> Tensor:
+    """What the experts say together at each entry; its sign is the elected one."""
+    said = [t * n["coefficient"][i] for i, t in enumerate(x)] if s.weighted else list(x)
+    return _sum([torch.sign(t) for t in said] if s.resolve == "count" else said)
+
+
+def elect(s: Structure, x: Sequence[Tensor], n: Scalars) -> list[Tensor | None]:
+    """Agreement masks c, true only where x is not zero; None: all agree."""
     if s.resolve == "none":
-        return [None for _ in x], none
-    voices = [t * n["coefficient"][i] for i, t in enumerate(x)] if s.weighted else list(x)
-    if s.resolve == "count":
-        voices = [torch.sign(t) for t in voices]
-    total = voices[0]
-    for t in voices[1:]:
-        total = total + t
-    plus, minus = total > 0, total < 0
-    votes = none
-    if s.tie == "plus":
-        plus = ~minus
-    elif s.tie == "minus":
-        minus = ~plus
-    elif s.tie == "majority":
-        votes = (plus.to(torch.int32) - minus.to(torch.int32)).sum()
-        tied = ~(plus | minus)
-        plus = plus | (tied & (n["majority"][0] > 0))
-        minus = minus | (tied & (n["majority"][0] < 0))
-    return [((t > 0) & plus) | ((t < 0) & minus) for t in x], votes
+        return [None for _ in x]
+    total = voices(s, x, n)
+    elected = torch.sign(total)
+    if s.tie != "drop":
+        elected = torch.where(total == 0, n["majority"][0] if s.tie == "majority" else _TIES[s.tie], elected)
+    return [t * elected > 0 for t in x]
+
+
+_TIES = {"plus": 1.0, "minus": -1.0}
 
 
 def combine(
@@ -214,10 +204,8 @@ def combine(
     if s.splice == "sum":
         return _sum([coefficient[i] * y[i] for i in every])
     if s.splice == "count":
-        return _over(
-            _sum([coefficient[i] * y[i] for i in every]),
-            _sum([_alive(kept[i], agreed[i], x[i]).to(torch.float32) for i in every]),
-        )
+        count = _sum([_alive(kept[i], agreed[i], x[i]).to(torch.float32) for i in every])
+        return _sum([coefficient[i] * y[i] for i in every]) / torch.clamp(count, min=1.0)
     weight = [survivors_of(_as_float(kept[i], x[i]), agreed[i]) for i in every]
     if s.splice == "mask":
         return _over(_sum([coefficient[i] * y[i] for i in every]), _sum(weight))
@@ -241,8 +229,7 @@ def _coefficient(s: Structure, i: int, given: Tensors, n: Scalars, where: Tensor
 
 
 def _alive(m: Tensor | None, c: Tensor | None, like: Tensor) -> Tensor:
-    alive = _as_bool(m, like)
-    return alive if c is None else alive & c
+    return _as_bool(m, like) if c is None else c  # only survivors agree
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

@@ -38,7 +38,7 @@ def summary_table(study: optuna.Study, objective: Objective, experts: tuple[str,
     rows = standings(study, objective, experts)
     best = winner(study, objective, experts)
     metrics = [m.name for m in objective.main.values()]
-    header = ["model", *objective.names, *metrics]
+    header = ["model", *objective.names, *objective.main]
     cells, emphasised = [], None
     for i, row in enumerate(rows):
         if best is not None and row.record.number == best.number:
@@ -46,7 +46,7 @@ def summary_table(study: optuna.Study, objective: Objective, experts: tuple[str,
         values = [_with_error(v, e) for v, e in zip(row.values, row.stderrs, strict=True)]
         scores = [row.evaluation.scores[m] for m in metrics]
         cells.append([_title(row), *values, *(_with_error(s.score, s.stderr) for s in scores)])
-    return Table(header, cells, emphasised, _verdict(rows, best, objective))
+    return Table(header, cells, emphasised, _verdict(rows, objective))
 
 
 def _title(row: Standing) -> str:
@@ -64,24 +64,24 @@ def _with_error(value: float, stderr: float) -> str:
     return f"{value:.3f}" + (f" ±{stderr:.3f}" if math.isfinite(stderr) and stderr > 0 else "")
 
 
-def _verdict(rows: list[Standing], best: Record | None, objective: Objective) -> str:
-    """One sentence: the paired difference to the best other model, with a 95 % interval."""
-    merge = next((r for r in rows if best is not None and r.record.number == best.number), None)
-    rivals = [r for r in rows if r.role in ("expert", "baseline") and (best is None or r.record.number != best.number)]
-    if merge is None or not rivals:
+def _verdict(rows: list[Standing], objective: Objective) -> str:
+    """One sentence: the best searched merge against the best of the others, paired, with a 95 % interval."""
+    merges = [r for r in rows if r.role == "merge"]
+    rivals = [r for r in rows if r.role in ("expert", "baseline")]
+    if not merges or not rivals:
         return "No merge has validation scores yet."
+    merge = max(merges, key=lambda r: objective.key(r.values))
     rival = max(rivals, key=lambda r: objective.key(r.values))
     metrics = list(objective.main.values())
-    flipped = [m.name for m in metrics if not m.higher_is_better]
-    if flipped:
-        return f"Best merge: {_title(merge)}; to compare with: {_title(rival)}."
+    if not all(m.higher_is_better for m in metrics):
+        return f"Best searched merge: {_title(merge)}; best of the others: {_title(rival)}."
     mean, se = paired_difference(merge.evaluation, rival.evaluation, [m.name for m in metrics])
     low, high = mean - 1.96 * se, mean + 1.96 * se
     word = "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
     n = sum(len(merge.evaluation.scores[m.name].values) for m in metrics)
     return (
-        f"On {n} validation questions the best merge is {word} {_title(rival)}: "
-        f"mean difference {mean:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}] (same questions, paired)."
+        f"On {n} validation questions the best searched merge is {word} {_title(rival)}: mean score {mean:+.3f}, "
+        f"95 % interval [{low:+.3f}, {high:+.3f}] (same questions, paired)."
     )
 
 

@@ -2,7 +2,7 @@
 
 The best of many noisy values is too good by several points (the winner's curse); the posterior mean of a model
 that knows the noise is nearly honest. So the finalists are chosen by posterior mean, scored again on the
-validation split, and the winner is the one that is best there.
+validation split beside the best baseline, and the winner is the one that is best there.
 """
 
 from __future__ import annotations
@@ -117,15 +117,15 @@ def standings(study: optuna.Study, objective: Objective, experts: tuple[str, ...
     """All rows that have validation scores: base, experts, best baseline, merges by rank."""
     stored: Mapping[str, Any] = study.user_attrs.get("validation", {})
     by_number = {r.number: r for r in records(study)}
-    evaluations = {by_number[int(k)]: Evaluation.from_attribute(v) for k, v in stored.items()}
-    by_label = {r.label: e for r, e in evaluations.items() if r.label}
+    evaluations = [(by_number[int(k)], Evaluation.from_attribute(v)) for k, v in stored.items()]
+    by_label = {r.label: e for r, e in evaluations if r.label}
     if "base" not in by_label or not all(e in by_label for e in experts):
         return []
     metrics = list(objective.metrics.values())
     references = References.from_evaluations(metrics, by_label["base"], {e: by_label[e] for e in experts})
     chosen = set(study.user_attrs.get("finalists", []))
     rows = []
-    for record, evaluation in evaluations.items():
+    for record, evaluation in evaluations:
         role = (
             "base"
             if record.label == "base"
@@ -144,8 +144,8 @@ def standings(study: optuna.Study, objective: Objective, experts: tuple[str, ...
 
 
 def winner(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Record | None:
-    """The finalist that is best on validation; before validation, the best observed merge."""
-    merges = [s for s in standings(study, objective, experts) if s.role == "merge"]
+    """The merge that is best on validation, a published baseline if need be; before validation, the best observed."""
+    merges = [s for s in standings(study, objective, experts) if s.role in ("merge", "baseline")]
     if merges:
         return max(merges, key=lambda s: objective.key(s.values)).record
     return max(candidates(study), key=lambda r: objective.key(r.values), default=None)

@@ -64,12 +64,26 @@ def build_model(kind: str, **config: Any) -> Any:
     """A transformers model with two blocks of width 16 and 64 tokens."""
     import transformers as tf
 
-    size = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    size = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
     causal = {**size, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 64}
     if kind == "llama":
         return tf.LlamaForCausalLM(tf.LlamaConfig(**causal, num_key_value_heads=1, **config))
     if kind == "gpt2":
-        small = dict(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
+        small = {
+            "vocab_size": 64,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 32,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
         return tf.GPT2LMHeadModel(tf.GPT2Config(**small, **config))
     if kind == "mixtral":
         return tf.MixtralForCausalLM(tf.MixtralConfig(**causal, num_local_experts=3, num_key_value_heads=1, **config))
@@ -83,6 +97,14 @@ def build_model(kind: str, **config: Any) -> Any:
         del size["vocab_size"]
         return tf.ViTForImageClassification(tf.ViTConfig(**size, image_size=8, patch_size=4, num_labels=3, **config))
     if kind == "t5":
-        small = dict(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+        small = {
+            "vocab_size": 64,
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 24,
+            "num_layers": 2,
+            "num_heads": 2,
+            "decoder_start_token_id": 0,
+        }
         return tf.T5ForConditionalGeneration(tf.T5Config(**small, **config))
     raise ValueError(kind)

@@ -19,7 +19,6 @@ from merge_search.engine.pool import ModelPool
 from merge_search.errors import WeightsError
 from merge_search.recipe import Models
 
-
 PEFT_WARNS = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*is_gradient_checkpointing:FutureWarning")
 
 
@@ -59,18 +58,18 @@ def make_adapter(folder: Path, out: Path, dtype: torch.dtype, **options: Any) ->
 
 
 LLAMA_OPTIONS = {
-    "plain": dict(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"]),
-    "rslora": dict(r=4, lora_alpha=7, use_rslora=True, target_modules="all-linear"),
-    "patterns": dict(
-        r=4,
-        lora_alpha=8,
-        target_modules=["q_proj", "v_proj"],
-        rank_pattern={"layers.1.self_attn.q_proj": 2},
-        alpha_pattern={"v_proj": 3},
-    ),
-    "modules to save": dict(r=2, lora_alpha=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
-    "embeddings": dict(r=2, lora_alpha=3, target_modules=["q_proj", "embed_tokens"]),
-    "dora": dict(r=4, lora_alpha=8, use_dora=True, target_modules=["q_proj", "gate_proj"]),
+    "plain": {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"]},
+    "rslora": {"r": 4, "lora_alpha": 7, "use_rslora": True, "target_modules": "all-linear"},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+        "alpha_pattern": {"v_proj": 3},
+    },
+    "modules to save": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "embeddings": {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "embed_tokens"]},
+    "dora": {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": ["q_proj", "gate_proj"]},
 }
 
 
@@ -96,9 +95,14 @@ def test_an_adapter_gives_the_bits_of_pefts_merge(
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_an_adapter_of_gpt2_is_transposed(save_model, tmp_path: Path, use_dora: bool) -> None:
     base = save_model("gpt2")
-    options = dict(
-        r=2, lora_alpha=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, use_dora=use_dora, bias="all"
-    )
+    options = {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["c_attn", "c_fc"],
+        "fan_in_fan_out": True,
+        "use_dora": use_dora,
+        "bias": "all",
+    }
     expected = make_adapter(base, tmp_path / "adapter", torch.float32, **options)
     expert = Expert(Checkpoint(base), tmp_path / "adapter")
     for name in expert.base.info.tensors:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from merge_search.engine.export import export_folder
 from merge_search.engine.hashing import hash_folder
 from merge_search.engine.headers import read_checkpoint
 from merge_search.engine.live import LiveModel
+from merge_search.engine.pool import ModelPool
 from merge_search.errors import InputError, NonFiniteError, WeightsError
 from merge_search.recipe import Models, Recipe
 
@@ -74,7 +76,11 @@ def test_auto_classes_load_it_without_a_word(save_model, tmp_path: Path) -> None
 
 def test_the_weight_file_is_what_safetensors_writes(save_model, tmp_path: Path) -> None:
     base = save_model("bert")
-    mixed = {**load_file(base / "model.safetensors"), "ids": torch.arange(5), "half": torch.ones(3, dtype=torch.float16)}
+    mixed = {
+        **load_file(base / "model.safetensors"),
+        "ids": torch.arange(5),
+        "half": torch.ones(3, dtype=torch.float16),
+    }
     save_file(mixed, base / "model.safetensors", metadata={"format": "pt"})
     export(tmp_path / "out", base)
     save_file(dict(halved(base)), tmp_path / "reference", metadata={"format": "pt"})
@@ -106,6 +112,25 @@ def test_exactly_the_bases_names_are_written_and_a_tied_head_once(save_model, tm
     export(tmp_path / "b", base, merged, left_out=["lm_head.weight"])
     assert "lm_head.weight" not in read_checkpoint(tmp_path / "b").tensors
     LiveModel.load(tmp_path / "b")
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_pooler_that_is_never_computed_stays_the_bases(save_model, tmp_path: Path, dtype: Any) -> None:
+    """Scored and exported weights hash alike although the model has no place for some of them."""
+    base, expert = save_model("bert"), save_model("bert", name="expert", seed=1)
+    held = load_file(base / "model.safetensors")
+    save_file(
+        {**held, "bert.pooler.dense.weight": torch.ones(16, 16)}, base / "model.safetensors", metadata={"format": "pt"}
+    )
+    pool = ModelPool(Models(base=str(base), experts={"x": str(expert)}), device="cpu")
+    live = LiveModel.load(base, dtype=dtype)
+    assert "bert.pooler.dense.weight" in pool.copied_names
+    with torch.no_grad():
+        for name in pool.groups:
+            live.views[name].copy_(pool.expert("x", name))
+    merged = ((name, pool.expert("x", name)) for name in pool.groups)
+    digest = export(tmp_path / "out", base, chain(merged, pool.copied()), recipe=recipe(base, dtype=dtype))
+    assert digest == live.hash()
 
 
 def test_a_dtype_of_the_recipe_is_that_of_files_and_config(save_model, tmp_path: Path) -> None:
@@ -150,7 +175,7 @@ def test_an_existing_folder_is_never_touched_unless_it_is_empty(save_model, tmp_
     out.mkdir()
     export(out, base)
     before = {f.name: f.read_bytes() for f in out.iterdir()}
-    with pytest.raises(InputError, match="holds files; nothing was touched"):
+    with pytest.raises(InputError, match="not empty; nothing was touched"):
         export(out, base)
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
     (tmp_path / "file").write_text("x")
@@ -158,7 +183,9 @@ def test_an_existing_folder_is_never_touched_unless_it_is_empty(save_model, tmp_
         export(tmp_path / "file", base)
 
 
-def test_too_little_room_is_said_before_anything_is_written(save_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_room_is_said_before_anything_is_written(
+    save_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from shutil import _ntuple_diskusage
 
     base = save_model("llama")
@@ -180,7 +207,12 @@ def broken(base: Path, how: str) -> Tensors:
             raise RuntimeError("the merge failed")
         if how == "interrupt" and i == 5:
             raise KeyboardInterrupt
-        yield name, tensor.reshape(-1)[1:] if how == "shape" and i == 2 else tensor * (float("nan") if how == "nan" and i == 4 else 1)
+        yield (
+            name,
+            tensor.reshape(-1)[1:]
+            if how == "shape" and i == 2
+            else tensor * (float("nan") if how == "nan" and i == 4 else 1),
+        )
     if how == "twice":
         yield name, tensor
     if how == "unknown":
@@ -196,10 +228,12 @@ def broken(base: Path, how: str) -> Tensors:
         ("shape", WeightsError, "must have shape"),
         ("nan", NonFiniteError, "must be finite"),
         ("error", RuntimeError, "the merge failed"),
-        ("interrupt", KeyboardInterrupt, ""),
+        ("interrupt", KeyboardInterrupt, None),
     ],
 )
-def test_a_failure_leaves_nothing_behind(save_model, tmp_path: Path, how: str, error: type[BaseException], reason: str) -> None:
+def test_a_failure_leaves_nothing_behind(
+    save_model, tmp_path: Path, how: str, error: type[BaseException], reason: str | None
+) -> None:
     base = save_model("llama")
     with pytest.raises(error, match=reason):
         export(tmp_path / "out", base, broken(base, how))
@@ -214,7 +248,9 @@ def test_a_value_too_large_for_the_dtype_is_refused(save_model, tmp_path: Path) 
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-def test_a_kill_in_the_middle_leaves_no_folder_of_that_name_and_the_next_export_works(save_model, tmp_path: Path) -> None:
+def test_a_kill_in_the_middle_leaves_no_folder_of_that_name_and_the_next_export_works(
+    save_model, tmp_path: Path
+) -> None:
     base = save_model("llama")
     script = f"""
         import os, signal

@@ -158,7 +158,7 @@ def test_an_index_of_another_save_is_refused(save_model) -> None:
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.other.weight"] = next(iter(index["weight_map"].values()))
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(WeightsError, match="holds 'model.other.weight', but it does not"):
+    with pytest.raises(WeightsError, match=r"holds 'model.other.weight', but it does not"):
         read_checkpoint(folder)
 
 
@@ -189,7 +189,7 @@ def test_folders_without_usable_weights_are_refused_with_a_reason(tmp_path: Path
     with pytest.raises(WeightsError, match=r"config\.json: must be JSON"):
         read_checkpoint(bare)
     (bare / "model.safetensors").rename(bare / "weights.safetensors")
-    with pytest.raises(WeightsError, match="found only weights.safetensors"):
+    with pytest.raises(WeightsError, match=r"found only weights\.safetensors"):
         read_checkpoint(bare)
 
 
@@ -300,7 +300,7 @@ def test_hub_caches_of_links_are_read(save_model, tmp_path: Path) -> None:
         (linked / f.name).symlink_to(f)
     assert list(read_checkpoint(linked).tensors) == list(read_checkpoint(folder).tensors)
     shutil.rmtree(folder)
-    with pytest.raises(WeightsError, match="found no weights|folder is empty|must hold"):
+    with pytest.raises(WeightsError, match="found links that lead nowhere"):
         read_checkpoint(linked)
 
 

@@ -66,7 +66,9 @@ def test_a_fresh_model_answers_as_the_live_one_after_writing(save_model, tmp_pat
 def test_the_live_model_is_ready_to_be_judged_and_not_to_be_trained(save_model) -> None:
     folder = save_model("llama")
     file = folder / "generation_config.json"
-    file.write_text(json.dumps({"do_sample": True, "temperature": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}))
+    file.write_text(
+        json.dumps({"do_sample": True, "temperature": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    )
     live = LiveModel.load(folder)
     assert not live.model.training
     assert not any(p.requires_grad for p in live.model.parameters())
@@ -117,10 +119,15 @@ def edit(folder: Path, **tensors: torch.Tensor | None) -> None:
         ({"model__norm__weight": None}, "the model has tensors that the files lack: model.norm.weight"),
         ({"model__more__weight": torch.ones(2)}, "the files have tensors that the model lacks: model.more.weight"),
         ({"model__norm__weight": torch.ones(17)}, "transformers cannot load the base"),
-        ({"model__norm__weight": torch.ones(16, dtype=torch.bfloat16)}, "'model.norm.weight' would be exported as BF16 but .* as F32"),
+        (
+            {"model__norm__weight": torch.ones(16, dtype=torch.bfloat16)},
+            "'model.norm.weight' would be exported as BF16 but .* as F32",
+        ),
     ],
 )
-def test_a_base_that_would_not_load_as_it_lies_on_disk_is_refused(save_model, change: dict[str, Any], reason: str) -> None:
+def test_a_base_that_would_not_load_as_it_lies_on_disk_is_refused(
+    save_model, change: dict[str, Any], reason: str
+) -> None:
     folder = save_model("llama")
     edit(folder, **change)
     with pytest.raises(WeightsError, match=reason):

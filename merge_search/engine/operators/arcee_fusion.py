@@ -7,10 +7,12 @@ from torch import Tensor
 
 from merge_search.engine.operators import OperatorContext
 from merge_search.engine.operators.matrix import oriented
+from merge_search.engine.operators.remember import remembered
 
 __all__ = ["importance", "parts", "quantile"]
 
 
+@remembered("arcee_fusion")
 def parts(context: OperatorContext) -> list[Tensor]:
     """processed_i = tau_i where its importance is at least median + ``multiple`` * (Q_3/4 - Q_1/4), else 0.
 

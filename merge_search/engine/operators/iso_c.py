@@ -16,10 +16,12 @@ from merge_search.engine.operators.matrix import (
     working,
     zero_parts,
 )
+from merge_search.engine.operators.remember import remembered
 
 __all__ = ["parts"]
 
 
+@remembered("iso_c")
 def parts(context: OperatorContext) -> list[Tensor]:
     """processed_i = P tau_i with P = U diag(f) U^T; they sum to mean(S) U V^T, where sum_i tau_i = U diag(S) V^T and f = mean(S) / S.
 

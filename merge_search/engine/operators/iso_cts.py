@@ -16,11 +16,13 @@ from merge_search.engine.operators.matrix import (
     working,
     zero_parts,
 )
+from merge_search.engine.operators.remember import remembered
 from merge_search.errors import RecipeError
 
 __all__ = ["parts", "split_ranks"]
 
 
+@remembered("iso_cts")
 def parts(context: OperatorContext) -> list[Tensor]:
     """Parts of mean(S) U_perp V_perp^T, frames of common and task-specific directions side by side, made orthogonal.
 

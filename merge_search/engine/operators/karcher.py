@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.operators import OperatorContext
-from merge_search.engine.operators.sphere import angle, merged_weights, norm, points, unit, untouched, weights
+from merge_search.engine.operators.sphere import angle, merged_weights, norm, points, unit, weights
 
 __all__ = ["karcher_mean", "merge"]
 
@@ -28,7 +28,7 @@ def merge(context: OperatorContext) -> Tensor:
     Source: Karcher 1977; mergekit's ``karcher``.
     """
     shares = weights(context)
-    if untouched(context) or not shares:
+    if not any(context.active) or not shares:
         return context.base.clone()
     alive = [(share, v, float(norm(v))) for share, v in zip(shares, points(context), strict=True) if share > 0]
     alive = [entry for entry in alive if entry[2] > 0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.operators import OperatorContext
-from merge_search.errors import NonFiniteError
+from merge_search.errors import NonFiniteError, TrialError
 
 __all__ = [
     "SMALL",
@@ -31,6 +31,9 @@ SMALL = 2**16
 _POLAR_TOLERANCE = 1e-5
 """Directions that the stacked frames share to this relative size are one direction: below it float32 has only noise."""
 
+_SINGULAR = 1e-7
+"""Ratio of Cholesky pivots, a square root: below it float64 has about two digits left."""
+
 
 def is_matrix(context: OperatorContext) -> bool:
     """Whether the tensor is a matrix or a stack of them, and not an embedding that the options leave out.
@@ -49,21 +52,19 @@ def active(context: OperatorContext) -> list[int]:
     Raises:
         NonFiniteError: a delta has NaN or infinity.
     """
-    found = []
-    for i, delta in enumerate(context.deltas):
-        largest = float(delta.abs().max()) if delta.numel() else 0.0
-        if not largest < float("inf"):
+    found = [i for i, is_active in enumerate(context.active) if is_active]
+    for i in found:
+        if not bool(torch.isfinite(context.deltas[i]).all()):
             raise NonFiniteError(
-                f"deltas must be finite, got NaN or infinity in {context.where()} of expert {context.experts[i]!r}; check its checkpoint"
+                f"deltas must be finite, found NaN or infinity in {context.where()} of expert {context.experts[i]!r}; "
+                "check its checkpoint"
             )
-        if largest > 0:
-            found.append(i)
     return found
 
 
 def mean_parts(context: OperatorContext) -> list[Tensor]:
-    """processed_i = tau_i / M over all M experts, inactive ones included: they vote for the base."""
-    return [delta / len(context.deltas) for delta in context.deltas]
+    """processed_i = tau_i / M, M the number of experts that changed the tensor, as the engine does for other tensors."""
+    return [delta / max(1, sum(context.active)) for delta in context.deltas]
 
 
 def zero_parts(context: OperatorContext) -> list[Tensor]:
@@ -85,15 +86,17 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD x = U diag(S) Vh, batched, in the dtype of x (float32 or float64).
 
     Raises:
-        torch.linalg.LinAlgError: float64 did not converge either.
+        TrialError: float64 did not converge either.
     """
-    try:
-        u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    except torch.linalg.LinAlgError:
-        if x.dtype == torch.float64:
-            raise
-        u, s, vh = (part.to(x.dtype) for part in torch.linalg.svd(x.to(torch.float64), full_matrices=False))
-    return u, s, vh
+    for dtype in dict.fromkeys((x.dtype, torch.float64)):
+        try:
+            u, s, vh = torch.linalg.svd(x.to(dtype), full_matrices=False)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            continue
+        return u.to(x.dtype), s.to(x.dtype), vh.to(x.dtype)
+    raise TrialError(
+        f"the singular value decomposition of a matrix of shape {tuple(x.shape)} did not converge in float64; use another operator"
+    )
 
 
 def polar(frame: Tensor) -> Tensor:
@@ -136,6 +139,10 @@ def right_divide(top: Tensor, bottom: Tensor) -> Tensor:
         top: Shape (..., m, n). bottom: Shape (..., n, n). Both float64.
     """
     factor, failed = torch.linalg.cholesky_ex(bottom)
-    if not bool(failed.any()):
-        return torch.cholesky_solve(top.mT, factor).mT
-    return top @ torch.linalg.pinv(bottom, hermitian=True)
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    sound = pivots.amin(-1) > _SINGULAR * pivots.amax(-1)
+    if not bool(failed.any()) and bool(sound.all()):
+        quotient: Tensor = torch.cholesky_solve(top.mT, factor).mT
+        return quotient
+    inverse: Tensor = torch.linalg.pinv(bottom, hermitian=True)
+    return top @ inverse

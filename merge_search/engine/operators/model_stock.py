@@ -25,17 +25,7 @@ def parts(context: OperatorContext) -> list[Tensor]:
         RecipeError: scope ``layer`` where the block's other tensors are not given.
     Source: Jang et al. 2024, arXiv 2403.19522.
     """
-    groups = [context.deltas]
-    if context.options["scope"] == "layer":
-        if context.siblings is None:
-            raise RecipeError(
-                f"model_stock: scope 'layer' needs the other tensors of the block of {context.where()}; use scope 'tensor'"
-            )
-        groups = list(context.siblings())
-    gram = torch.zeros(len(context.deltas), len(context.deltas), dtype=torch.float64)
-    for deltas in groups:
-        gram += _gram(deltas)
-    t, n = ratio(gram, clamp=bool(context.options["clamp"]))
+    t, n = ratio(_pooled(context), clamp=bool(context.options["clamp"]))
     return [delta * (t / max(n, 1)) for delta in context.deltas]
 
 
@@ -56,6 +46,21 @@ def ratio(gram: Tensor, *, clamp: bool) -> tuple[float, int]:
         cos = min(max(cos, 0.0), 1.0)
     bottom = 1 + (n - 1) * cos
     return (n * cos / bottom if abs(bottom) > 1e-9 else 0.0), n
+
+
+def _pooled(context: OperatorContext) -> Tensor:
+    """Inner products of the deltas over the scope; made once per tensor or block."""
+    by_layer = context.options["scope"] == "layer" and context.group.block is not None
+    key = ("model_stock", context.group.block if by_layer else context.name, context.experts)
+    if key not in context.memory:
+        if by_layer and context.siblings is None:
+            raise RecipeError(
+                f"model_stock: scope 'layer' needs the other tensors of the block of {context.where()}; use scope 'tensor'"
+            )
+        groups = context.siblings() if by_layer and context.siblings is not None else [context.deltas]
+        context.memory[key] = torch.stack([_gram(deltas) for deltas in groups]).sum(0)
+    gram: Tensor = context.memory[key]
+    return gram
 
 
 def _gram(deltas: tuple[Tensor, ...]) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.operators import OperatorContext
-from merge_search.engine.operators.sphere import merged_weights, norm, points, unit, untouched, weights
+from merge_search.engine.operators.sphere import merged_weights, norm, points, unit, weights
 
 __all__ = ["merge"]
 
@@ -28,7 +28,7 @@ def merge(context: OperatorContext) -> Tensor:
     Source: mergekit's ``multislerp``.
     """
     shares = weights(context)
-    if untouched(context) or not shares:
+    if not any(context.active) or not shares:
         return context.base.clone()
     vectors = points(context)
     lengths = [float(norm(v)) for v in vectors]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from merge_search.engine.operators import OperatorContext
-from merge_search.engine.operators.sphere import interpolate, merged_weights, points, untouched, weights
+from merge_search.engine.operators.sphere import interpolate, merged_weights, points, weights
 
 __all__ = ["merge"]
 
@@ -26,7 +26,7 @@ def merge(context: OperatorContext) -> Tensor:
     Source: mergekit's ``nuslerp``.
     """
     shares = weights(context)
-    if untouched(context) or not shares:
+    if not any(context.active) or not shares:
         return context.base.clone()
     a, b = points(context)
     axis = None

@@ -7,18 +7,20 @@ from torch import Tensor
 
 from merge_search.engine.operators import OperatorContext
 from merge_search.engine.operators.matrix import is_matrix, mean_parts, oriented, right_divide
+from merge_search.engine.operators.remember import remembered
 from merge_search.errors import RecipeError
 
 __all__ = ["parts"]
 
 
+@remembered("regmean")
 def parts(context: OperatorContext) -> list[Tensor]:
     """processed_i = tau_i G_i (sum_j G_j)^-1, so that theta = (sum_i W_i G_i)(sum_i G_i)^-1; W is (out, in).
 
     G_i is the statistic ``gram`` of expert i: X_i^T X_i / n of the layer's inputs, shape (in, in), or (stack, in, in) for fused
     experts. Options: ``alpha`` multiplies its off-diagonal (released: 0.95 for CLIP, 0.6 for GPT-2, 0.1 elsewhere);
     ``ridge`` times the mean diagonal is added to every diagonal, which pulls inputs that were never seen to the average.
-    An expert that left the tensor alone still votes for the base by its Gram matrix. Tensors without Gram matrices
+    An expert that left the matrix alone still votes for the base by its Gram matrix. Tensors without Gram matrices
     (vectors, embeddings) are averaged. Differs: solved in float64, the ridge.
 
     Returns:
@@ -45,9 +47,18 @@ def parts(context: OperatorContext) -> list[Tensor]:
     return result
 
 
+def _measured(context: OperatorContext, expert: str) -> Tensor | None:
+    if context.statistic is None:
+        return None
+    try:
+        return context.statistic("gram", expert)
+    except RecipeError:  # not measured; fatal for linear layers only
+        return None
+
+
 def _grams(context: OperatorContext) -> list[Tensor] | None:
     """New float64 copies; None where the tensor is no linear layer."""
-    found = {expert: context.statistic("gram", expert) for expert in context.experts}
+    found = {expert: _measured(context, expert) for expert in context.experts}
     missing = [expert for expert, gram in found.items() if gram is None]
     linear = context.base.ndim == 2 and context.group.kind in ("attention", "mlp")
     if missing and (linear or len(missing) < len(found)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from merge_search.engine.operators import OperatorContext
-from merge_search.engine.operators.sphere import interpolate, merged_weights, points, untouched, weights
+from merge_search.engine.operators.sphere import interpolate, merged_weights, points, weights
 
 __all__ = ["merge"]
 
@@ -16,7 +16,7 @@ _LERP_ABOVE = 0.9995
 def merge(context: OperatorContext) -> Tensor:
     """sin((1-t) w)/sin(w) a + sin(t w)/sin(w) b, w the angle between the flattened tensors.
 
-    With two experts a, b are those; with one, base and expert. Options: ``t``, or None to take it from the coefficients
+    With two experts a, b are those; with one, base and expert. Options: ``t``, by default taken from the coefficients
     (c_2 / (c_1 + c_2), or c_1 of a single expert), which may vary by group; ``space``: join weights (as published) or deltas.
 
     Returns:
@@ -25,7 +25,7 @@ def merge(context: OperatorContext) -> Tensor:
         RecipeError: a coefficient is negative.
     Source: Shoemake 1985; mergekit's ``slerp``.
     """
-    if untouched(context):
+    if not any(context.active):
         return context.base.clone()
     found = points(context)
     if len(found) == 1:
@@ -33,9 +33,9 @@ def merge(context: OperatorContext) -> Tensor:
         found, t = [start, found[0]], context.coefficients[0]
     else:
         shares = weights(context)
-        if not shares and context.options["t"] is None:
+        if not shares and "t" not in context.options:
             return context.base.clone()
         t = shares[1] if shares else 0.0
-    if context.options["t"] is not None:
+    if "t" in context.options:
         t = context.number("t")
     return merged_weights(context, interpolate(found[0], found[1], t, lerp_above=_LERP_ABOVE))

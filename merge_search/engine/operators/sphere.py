@@ -8,15 +8,10 @@ from torch import Tensor
 from merge_search.engine.operators import OperatorContext
 from merge_search.errors import RecipeError
 
-__all__ = ["angle", "interpolate", "merged_weights", "norm", "points", "unit", "untouched", "weights"]
+__all__ = ["angle", "interpolate", "merged_weights", "norm", "points", "unit", "weights"]
 
 Axis = int | None
 """Over which a vector runs: None for the whole tensor."""
-
-
-def untouched(context: OperatorContext) -> bool:
-    """No expert changed the tensor: the result is the base."""
-    return not any(bool(delta.any()) for delta in context.deltas)
 
 
 def points(context: OperatorContext) -> list[Tensor]:

@@ -18,7 +18,7 @@ def post(context: OperatorContext, combined: Tensor) -> Tensor:
     D = U diag(S) V^T is the combined delta, tau_i the experts' raw deltas; M counts those that changed the matrix. A
     factor on D cancels (above the floor alpha): set it by the recipe's scale, which comes after.
     Options: ``alpha`` > 0 (released: 0.1, for Iso-CTS 0.2, for TSV-M 1), gamma is at most 1 / alpha; ``cap``: upper bound
-    of gamma, None for none. Vectors stay as they are.
+    of gamma, none by default. Vectors stay as they are.
 
     Returns:
         float32, shape of `combined`.
@@ -35,7 +35,7 @@ def post(context: OperatorContext, combined: Tensor) -> Tensor:
     u, s, vh = svd(working(oriented(context, combined)))
     taus = [oriented(context, context.deltas[i]).to(u.dtype) for i in alive]
     gamma = gammas(u, s, vh, taus, alpha=context.number("alpha"))
-    if context.options["cap"] is not None:
+    if "cap" in context.options:
         gamma = gamma.clamp_max(context.number("cap"))
     return oriented(context, (u * (gamma * s)[..., None, :]) @ vh).to(torch.float32).contiguous()
 

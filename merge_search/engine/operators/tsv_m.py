@@ -16,6 +16,7 @@ from merge_search.engine.operators.matrix import (
     working,
     zero_parts,
 )
+from merge_search.engine.operators.remember import remembered
 from merge_search.errors import RecipeError
 
 __all__ = ["parts"]
@@ -24,6 +25,7 @@ _NOISE = 1e-5
 """Singular values up to this share of the largest have directions of rounding noise: left out."""
 
 
+@remembered("tsv_m")
 def parts(context: OperatorContext) -> list[Tensor]:
     """processed_i = U_perp[:, idx_i] diag(S_i) V_perp[:, idx_i]^T: the share of expert i's singular triples; they sum to TSV-M's delta.
 

@@ -15,6 +15,7 @@ from merge_search.engine.operators.matrix import (
     working,
     zero_parts,
 )
+from merge_search.engine.operators.remember import remembered
 from merge_search.errors import RecipeError
 
 __all__ = ["parts"]
@@ -22,6 +23,7 @@ __all__ = ["parts"]
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
+@remembered("wudi")
 def parts(context: OperatorContext) -> list[Tensor]:
     """Parts of the minimiser of sum_i || (D - tau_i) tau_i^T ||_F^2 / || tau_i ||_F^2; rows of tau_i stand in for inputs.
 

@@ -3,9 +3,10 @@
 Notation
     x        coordinates, n numeric columns in [0, 1] and one column per category (index of the choice)
     y, v     measured value and the known variance of its noise, y = f(x) + N(0, v)
-    k        prior covariance: plain       s k_rbf(x, x')
-                               structured  s1 k_rbf(Lx, Lx') + s2 k_rbf(Cx, Cx') + s3 k_rbf(Rx, Rx')
-             times, for categories, exp(-mean_j [c_j != c'_j] / l_j)
+    k_num    prior covariance over numbers   plain       s k_rbf(x, x')
+                                             structured  s1 k_rbf(Lx, Lx') + s2 k_rbf(Cx, Cx') + s3 k_rbf(Rx, Rx')
+    k_cat    over categories                 exp(-mean_j [c_j != c'_j] / l_j)
+    k        over both                       k_num (1 + s k_cat) + t k_cat
     L, C, R  of every family of per-block coefficients: its mean over depth; mean and the first cosines over
              depth; what the cosines cannot follow. Numeric parameters without a depth enter L and C as they are.
 
@@ -39,6 +40,7 @@ __all__ = ["KernelName", "Surrogate", "depth_families", "fit", "make_kernel", "r
 
 KernelName = Literal["auto", "plain", "structured"]
 N_COSINES = 3  # trends over depth with up to three half-waves
+START_MIXED = 0.3  # variance of a difference between choices, against what they share
 MIN_FAMILY = 3  # blocks from which a depth trend can be told from single blocks
 MIN_NOISE = 1e-6  # of standardised values; GPyTorch's floor in float64
 FIT_ITERATIONS = 60  # 2000 cost 50 % more and found nothing better
@@ -57,6 +59,36 @@ class OnFeatures(Kernel):  # type: ignore[misc]  # GPyTorch is untyped
 
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **kwargs: object) -> Tensor:
         result: Tensor = self.base.forward(x1 @ self.features, x2 @ self.features, diag=diag, **kwargs)
+        return result
+
+
+class Mixed(Kernel):  # type: ignore[misc]
+    """k_num (1 + s k_cat) + t k_cat: what all choices share, how they differ in shape, how they differ in level.
+
+    NOTE: with the bare product k_num k_cat a choice that did badly at a few bad points is never tried at good ones.
+    """
+
+    has_lengthscale = False
+
+    def __init__(self, numeric: Kernel, categorical: Kernel) -> None:
+        super().__init__()
+        self.numeric, self.categorical = numeric, categorical
+        prior = LogNormalPrior(math.log(START_MIXED), 1.0)
+        for name in ("shape", "level"):
+            self.register_parameter(f"raw_{name}", torch.nn.Parameter(torch.tensor(0.0, dtype=torch.double)))
+            self.register_constraint(f"raw_{name}", _floor(1e-4, START_MIXED))
+            self.register_prior(f"{name}_prior", prior, lambda m, n=name: m.scale(n), None)
+
+    def scale(self, name: str) -> Tensor:
+        """s or t, positive."""
+        result: Tensor = getattr(self, f"raw_{name}_constraint").transform(getattr(self, f"raw_{name}"))
+        return result
+
+    def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **kwargs: object) -> Tensor:
+        numeric, categorical = (
+            k(x1, x2, diag=True) if diag else k(x1, x2).to_dense() for k in (self.numeric, self.categorical)
+        )
+        result: Tensor = numeric * (1 + self.scale("shape") * categorical) + self.scale("level") * categorical
         return result
 
 
@@ -80,19 +112,19 @@ def resolve_kernel(name: KernelName, cube: UnitCube) -> KernelName:
 def make_kernel(name: KernelName, cube: UnitCube) -> Kernel:
     """Prior covariance over the columns of `cube`."""
     n, k = len(cube.numeric), len(cube.categories)
-    categories = _categorical(range(n, n + k)) if k else None
+    columns = range(n, n + k)
     if n == 0:
-        return _scaled(categories, 1.0)
+        return _scaled(_categorical(columns), 1.0)
     structured = resolve_kernel(name, cube) == "structured"
     numeric = _structured(n, depth_families(cube.numeric)) if structured else _plain(n)
-    return numeric * categories if categories is not None else numeric
+    return Mixed(numeric, _categorical(columns)) if k else numeric
 
 
 def _floor(low: float, start: float) -> GreaterThan:
     return GreaterThan(low, transform=None, initial_value=start)
 
 
-def _scaled(kernel: Kernel | None, scale: float) -> Kernel:
+def _scaled(kernel: Kernel, scale: float) -> Kernel:
     prior = LogNormalPrior(math.log(scale), 1.0)
     return ScaleKernel(kernel, outputscale_prior=prior, outputscale_constraint=_floor(1e-4, scale))
 

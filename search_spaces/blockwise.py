@@ -1,0 +1,31 @@
+"""One coefficient per expert and block: task arithmetic layer by layer (or another preset).
+
+Dimension: M * (L + 1) for M experts and L blocks; M * L where no tensor lies outside the blocks. `density` adds its own.
+Source: the layer-wise coefficients of AdaMerging (arXiv 2310.02575), searched instead of learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from merge_search.space import SpaceContext
+from search_spaces.axes import per_cell
+from search_spaces.composed import Composed
+from search_spaces.grouping import Range
+from search_spaces.one_method import OneMethod, method_and_density
+from search_spaces.options import read_options
+
+__all__ = ["Blockwise"]
+
+
+class Blockwise(Composed):
+    """Parameters: ``coefficient.EXPERT.block.N`` and ``coefficient.EXPERT.rest``."""
+
+    def __init__(self, options: Mapping[str, Any], context: SpaceContext) -> None:
+        chosen = read_options(OneMethod, options)
+        method, density = method_and_density(chosen, context)
+        coefficients = per_cell("coefficient", context, Range(per="block", bounds=chosen.bounds))
+        super().__init__(
+            context, [method], coefficients, density, advice=f"depth_curve with 4 knots has {4 * len(context.experts)}"
+        )

@@ -1,0 +1,73 @@
+"""Coefficients as curves over depth: linear between a few knots per expert.
+
+Knots stand at whole blocks, evenly spaced, the first and the last block among them; a knot's parameter is the number of
+its block. Embeddings follow the first block, all else outside blocks the last. `density_knots` gives densities the same form.
+
+Dimension: M * knots, plus M * density_knots if given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from merge_search.errors import SpaceError
+from merge_search.space import SpaceContext
+from search_spaces.axes import Linear, curve
+from search_spaces.composed import Composed
+from search_spaces.methods import of_preset, preset_problems
+from search_spaces.options import Bounds, DensityBounds, Options, read_options
+
+__all__ = ["DepthCurve", "knot_positions"]
+
+KNOTS = 4
+
+Knots = Annotated[int, Field(ge=2)]
+
+
+class DepthCurveOptions(Options):
+    """`knots` of None: four, or one per block if there are fewer blocks."""
+
+    knots: Knots | None = None
+    bounds: Bounds = (0.0, 1.5)
+    preset: str = "task_arithmetic"
+    density_knots: Knots | None = None
+    density_bounds: DensityBounds = (0.05, 1.0)
+
+
+def knot_positions(n: int, n_blocks: int) -> list[int]:
+    """`n` distinct blocks, evenly spaced, ends included. Needs 1 <= n <= n_blocks."""
+    return [0] if n == 1 else [(2 * j * (n_blocks - 1) + n - 1) // (2 * (n - 1)) for j in range(n)]
+
+
+class DepthCurve(Composed):
+    """Parameters: ``coefficient.EXPERT.knot.J`` and ``density.EXPERT.knot.J``."""
+
+    def __init__(self, options: Mapping[str, Any], context: SpaceContext) -> None:
+        chosen = read_options(DepthCurveOptions, options)
+        depth = context.n_blocks
+        problems = preset_problems([chosen.preset], context, at="space.preset")
+        if depth < 2:
+            problems.append(
+                f"space: a curve over depth needs at least 2 blocks, and the models have {depth}; use type: uniform"
+            )
+        for key in ("knots", "density_knots"):
+            n = getattr(chosen, key)
+            if n is not None and n > depth >= 2:
+                problems.append(
+                    f"space.{key}: at most one knot per block, {depth} here, got {n}; with {depth} it is type: blockwise"
+                )
+        if problems:
+            raise SpaceError(problems)
+        method = of_preset(chosen.preset, context, search_density=chosen.density_knots is not None)
+        density = None
+        if chosen.density_knots is not None:
+            if not method.uses_density:
+                raise SpaceError(f"space.density_knots: preset {chosen.preset!r} reads no density; leave it out")
+            at = knot_positions(chosen.density_knots, depth)
+            density = Linear("density", context, lambda g: curve(at, depth, g), chosen.density_bounds, log=True)
+        knots = knot_positions(chosen.knots or min(KNOTS, depth), depth)
+        coefficients = Linear("coefficient", context, lambda g: curve(knots, depth, g), chosen.bounds)
+        super().__init__(context, [method], coefficients, density)

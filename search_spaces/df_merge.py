@@ -1,0 +1,35 @@
+"""DF-Merge: one coefficient per expert in [0, 1]; the deltas so scaled are averaged by their Fisher information.
+
+``fisher: false`` is the paper's own ablation: all Fisher information equal, which is task arithmetic.
+
+Dimension: M for M experts.
+Source: Lee et al. 2025, Dynamic Fisher-weighted Model Merging via Bayesian Optimization, arXiv 2504.18992.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from merge_search.space import SpaceContext
+from search_spaces.axes import per_cell
+from search_spaces.composed import Composed
+from search_spaces.grouping import Range
+from search_spaces.methods import of_preset
+from search_spaces.options import Bounds, Options, read_options
+
+__all__ = ["DfMerge"]
+
+
+class DfMergeOptions(Options):
+    fisher: bool = True
+    bounds: Bounds = (0.0, 1.0)
+
+
+class DfMerge(Composed):
+    """Parameters: ``coefficient.EXPERT``."""
+
+    def __init__(self, options: Mapping[str, Any], context: SpaceContext) -> None:
+        chosen = read_options(DfMergeOptions, options)
+        method = of_preset("df_merge" if chosen.fisher else "task_arithmetic", context)
+        super().__init__(context, [method], per_cell("coefficient", context, Range(bounds=chosen.bounds)))

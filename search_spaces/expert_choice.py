@@ -1,0 +1,87 @@
+"""Hard splicing by block: every block comes whole from one expert or from the base.
+
+Coefficients are 1 for the chosen expert and 0 for the others, so a block is the expert's own.
+
+Dimension: ceil(L / span) categories for L blocks, and one more for the tensors outside them (embedding, head, last norm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from merge_search.errors import SpaceError
+from merge_search.recipe import Group
+from merge_search.space import Categorical, Parameter, Point, SpaceContext
+from search_spaces.axes import Read
+from search_spaces.composed import FEWEST, MOST, Composed, Values
+from search_spaces.grouping import REST, Slots
+from search_spaces.methods import of_preset
+from search_spaces.options import Options, read_options
+
+__all__ = ["ExpertChoice"]
+
+BASE = "base"
+
+
+class ExpertChoiceOptions(Options):
+    """``span``: neighbouring blocks that are chosen together; ``base``: whether the base is a choice."""
+
+    span: Annotated[int, Field(ge=1)] = 1
+    base: bool = True
+
+
+class ExpertChoice(Composed):
+    """Parameters: ``choice.J`` for the J-th span of blocks, ``choice.rest``."""
+
+    def __init__(self, options: Mapping[str, Any], context: SpaceContext) -> None:
+        chosen = read_options(ExpertChoiceOptions, options)
+        choices = (*context.experts, *([BASE] if chosen.base else []))
+        if len(choices) < 2:
+            raise SpaceError("space.base: with one expert there is nothing to choose from; write base: true")
+        self._axis = _Choice(context, choices, chosen.span)
+        super().__init__(context, [of_preset("task_arithmetic", context)], self._axis)
+
+    def initial_points(self) -> list[Values]:
+        """Each expert whole, then two experts each for one end of the model: at every cut, both ways, evenly spread."""
+        experts = self.context.experts
+        names = list(self.parameters)
+        points: list[Values] = [{n: e for n in names} for e in experts[:FEWEST]]  # noqa: C420
+        pairs = [(a, b) for a in (*experts, BASE) for b in experts if a != b]
+        allowed = self._axis.choices
+        for step in (2, 4, 3):
+            cut = len(names) * (step - 1) // step
+            for a, b in pairs:
+                point: Values = {n: a if i < cut else b for i, n in enumerate(names)}
+                if a in allowed and point not in points:
+                    points.append(point)
+        return points[:MOST]
+
+
+class _Choice:
+    bounds = (0.0, 1.0)
+
+    def __init__(self, context: SpaceContext, choices: tuple[str, ...], span: int) -> None:
+        self.choices = choices
+        self._experts = context.experts
+
+        def label(group: Group) -> str:
+            return f"choice.{REST}" if group.block is None else f"choice.{group.block // span}"
+
+        self._slots = Slots(context, label)
+        self.parameters: dict[str, Parameter] = {name: Categorical(choices) for name in self._slots.labels}
+
+    def values(self, point: Point) -> dict[str, float | dict[str, float]]:
+        return {e: self._slots.spread({n: float(point[n] == e) for n in self._slots.labels}) for e in self._experts}
+
+    def read(self, value: Read) -> Values:
+        out: Values = {}
+        for name, group in self._slots.first.items():
+            ones = [e for e in self._experts if value(e, group) == 1.0]
+            out[name] = ones[0] if ones else BASE
+        return out
+
+    def uniform(self, level: float) -> Values:
+        return dict.fromkeys(self.parameters, self.choices[0])

@@ -1,0 +1,709 @@
+"""The lm-eval evaluator against lm-eval itself, on a tiny random Llama and tasks written here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import random
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from evaluators.isolation import quiet
+from evaluators.lm_eval import LmEval
+from merge_search.errors import EvaluationError, NonFiniteError, StudyFileError
+from merge_search.evaluation import Evaluation, Split, SplitShares, question_order, split_of
+
+WORDS = [
+    "the",
+    "red",
+    "blue",
+    "green",
+    "dog",
+    "cat",
+    "bird",
+    "fish",
+    "runs",
+    "sleeps",
+    "eats",
+    "sings",
+    "fast",
+    "slow",
+    "today",
+    "now",
+]
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+N = 40
+SEED = 7
+WHOLE = SplitShares(1.0, 0.0, 0.0)
+THIRDS = SplitShares(0.5, 0.25, 0.25)
+
+BASE = {"dataset_path": "json", "test_split": "test", "doc_to_text": "query", "num_fewshot": 0}
+MEAN = {"aggregation": "mean", "higher_is_better": True}
+CHOICE: dict[str, Any] = {
+    **BASE,
+    "output_type": "multiple_choice",
+    "doc_to_choice": "choices",
+    "doc_to_target": "gold",
+    "metric_list": [{"metric": "acc", **MEAN}, {"metric": "acc_norm", **MEAN}, {"metric": "brier_score"}],
+}
+GENERATE = {
+    **BASE,
+    "output_type": "generate_until",
+    "doc_to_target": "word",
+    "generation_kwargs": {"until": ["</s>"], "max_gen_toks": 4, "do_sample": False},
+    "filter_list": [
+        {"name": "first", "filter": [{"function": "regex", "regex_pattern": r"(\w+)"}, {"function": "take_first"}]},
+        {
+            "name": "last",
+            "filter": [
+                {"function": "regex", "regex_pattern": r"(\w+)", "group_select": -1},
+                {"function": "take_first"},
+            ],
+        },
+    ],
+    "metric_list": [{"metric": "exact_match", **MEAN}],
+}
+TASKS: dict[str, dict[str, Any]] = {
+    "t_choice": CHOICE,
+    "t_generate": GENERATE,
+    "t_word": {
+        **BASE,
+        "output_type": "loglikelihood",
+        "doc_to_target": "{{' ' + word}}",
+        "metric_list": [
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            {"metric": "acc", **MEAN},
+        ],
+    },
+    "t_rolling": {
+        **BASE,
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "query",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+    "t_shots": {**CHOICE, "num_fewshot": 3, "fewshot_split": "train", "training_split": "train"},
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+def documents(n: int, seed: int) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    rows = []
+    for i in range(n):
+        choices = [" ".join(rng.sample(WORDS, rng.randint(1, 4))) for _ in range(4)]
+        query = " ".join([*rng.choices(WORDS, k=rng.randint(3, 9)), WORDS[i % 16], WORDS[i // 16]])
+        rows.append({"query": query, "choices": choices, "gold": rng.randrange(4), "word": rng.choice(WORDS)})
+    return rows
+
+
+def write_tasks(folder: Path, tasks: dict[str, dict[str, Any]], rows: list[dict[str, Any]] | None = None) -> Path:
+    """Task files with their data beside them, named relative to the task file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in (("test", rows or documents(N, 0)), ("train", documents(12, 1))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in data))
+    files = {"test": "test.jsonl", "train": "train.jsonl"}
+    for name, task in tasks.items():
+        text = yaml.safe_dump(
+            {"task": name, "tag": "t_all", "dataset_kwargs": {"data_files": files}, **task}, sort_keys=False
+        )
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks"), TASKS)
+
+
+def make_tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    pad, bos, eos, unk = SPECIAL
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unk)
+
+
+def make_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(SPECIAL + WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=96,
+        initializer_range=0.4,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def evaluator(folder: Path, tasks: list[str], *, shares: SplitShares = WHOLE, **options: Any) -> LmEval:
+    return LmEval({"tasks": tasks, "include_path": str(folder), **options}, shares=shares, seed=SEED)
+
+
+def bound(folder: Path, tasks: list[str], model: Any = None, **options: Any) -> LmEval:
+    e = evaluator(folder, tasks, **options)
+    e.bind(model if model is not None else make_model(), make_tokenizer(), folder="tiny")
+    return e
+
+
+def by_lm_eval(folder: Path, tasks: list[str], model: Any, **options: Any) -> dict[str, Any]:
+    """What `simple_evaluate` says of the same model."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    with quiet(["lm_eval", "transformers"]), pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # lm-eval finds data files from there
+        patch.setenv("DISABLE_MULTIPROC", "1")
+        lm = HFLM(pretrained=model, tokenizer=make_tokenizer(), batch_size=options.pop("batch_size", 16))
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        return simple_evaluate(
+            lm, tasks=tasks, task_manager=manager, fewshot_random_seed=SEED, bootstrap_iters=10, **options
+        )
+
+
+def assert_equal_digits(ours: Evaluation, theirs: dict[str, Any], *, varied: bool = True) -> None:
+    """Scores, and the value of every question, exactly; `varied`: and not all questions alike."""
+    assert ours.scores
+    for name, s in ours.scores.items():
+        task, label = name.split("/")
+        metric, _, pipeline = label.partition(",")
+        pipeline = pipeline or ("first" if task == "t_generate" else "none")
+        samples = {r["doc_hash"]: r[metric] for r in theirs["samples"][task] if r["filter"] == pipeline}
+        assert theirs["results"][task][f"{metric},{pipeline}"] == s.score
+        if metric in ("acc", "acc_norm", "exact_match"):
+            assert theirs["results"][task][f"{metric}_stderr,{pipeline}"] == s.stderr
+        expected = [samples[i] for i in s.ids]
+        if metric == "brier_score":
+            expected = [float(((p - np.eye(4)[gold]) ** 2).sum()) for gold, p in expected]
+        elif metric in ("word_perplexity", "bits_per_byte"):
+            expected = [-ll / n for ll, n in expected]
+        elif metric == "perplexity":
+            expected = [-ll for ll in expected]
+        assert s.values.tolist() == expected, name
+        assert not varied or len(set(expected)) > 1, f"{name}: all questions alike prove nothing"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_kind_of_task_scores_as_in_lm_eval_to_the_last_digit(folder: Path, seed: int) -> None:
+    model = make_model(seed)
+    ours = bound(folder, list(TASKS), model, tree_packing=False).evaluate(Split.SEARCH)
+    theirs = by_lm_eval(folder, list(TASKS), model)
+    assert_equal_digits(ours, theirs)
+    assert set(ours.scores) == {
+        *(f"{t}/{m}" for t in ("t_choice", "t_shots") for m in ("acc", "acc_norm", "brier_score")),
+        "t_generate/exact_match", "t_generate/exact_match,last", "t_word/perplexity", "t_word/acc",
+        "t_rolling/word_perplexity", "t_rolling/bits_per_byte",
+    }  # fmt: skip
+    assert ours.cost.questions == N * len(TASKS)
+    assert ours.cost.evaluate_s > 0
+
+
+def test_each_split_scores_as_in_lm_eval_on_its_documents_and_together_they_are_all(folder: Path) -> None:
+    model = make_model()
+    tasks = ["t_choice", "t_generate", "t_word", "t_rolling"]
+    e = bound(folder, tasks, model, shares=THIRDS, tree_packing=False)
+    seen: list[str] = []
+    for split in (Split.SEARCH, Split.VALIDATION, Split.TEST):
+        ours = e.evaluate(split)
+        ids = sorted(q.doc_id for q in e.tasks[0].select(split, 1.0))
+        theirs = by_lm_eval(folder, tasks, model, samples=dict.fromkeys(tasks, ids))
+        assert_equal_digits(ours, theirs, varied=False)
+        assert all(split_of(i, THIRDS) is split for i in ours.scores["t_choice/acc"].ids)
+        seen += ours.scores["t_choice/acc"].ids
+    whole = bound(folder, tasks, model).evaluate(Split.SEARCH).scores["t_choice/acc"].ids
+    assert sorted(seen) == sorted(whole)
+    assert len(whole) == N
+
+
+def test_fewer_questions_are_a_prefix_of_more(folder: Path) -> None:
+    e = bound(folder, ["t_choice", "t_shots"], shares=THIRDS)
+    n = len(e.evaluate(Split.SEARCH).scores["t_choice/acc"].ids)
+    previous: tuple[str, ...] = ()
+    for fidelity, asked in [(1e-6, 1), (0.5, math.ceil(n / 2)), (1.0, n)]:
+        for name, s in (evaluation := e.evaluate(Split.SEARCH, fidelity)).scores.items():
+            assert len(s.ids) == len(s.values) == asked, name
+            assert list(s.ids) == sorted(s.ids, key=question_order)
+        assert evaluation.cost.questions == 2 * asked
+        ids = evaluation.scores["t_shots/acc"].ids
+        assert ids[: len(previous)] == previous
+        previous = ids
+    small, whole = e.evaluate(Split.SEARCH, 0.5), e.evaluate(Split.SEARCH)
+    for name in whole.scores:
+        k = len(small.scores[name].values)
+        np.testing.assert_allclose(small.scores[name].values, whole.scores[name].values[:k], atol=1e-5)
+
+
+def test_one_question_has_no_standard_error(folder: Path) -> None:
+    scores = bound(folder, list(TASKS)).evaluate(Split.SEARCH, 1e-6).scores
+    assert all(math.isnan(s.stderr) for s in scores.values())
+    assert all(math.isfinite(s.score) for s in scores.values())
+
+
+def test_global_generators_are_left_alone_and_answers_repeat(folder: Path) -> None:
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    e = bound(folder, list(TASKS))
+    first, second = e.evaluate(Split.SEARCH), e.evaluate(Split.SEARCH)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+    for name, s in first.scores.items():
+        t = second.scores[name]
+        assert (s.ids, s.values.tolist(), s.score) == (t.ids, t.values.tolist(), t.score)
+        assert s.stderr == t.stderr
+
+
+def test_a_task_that_samples_its_answers_repeats_too(tmp_path: Path) -> None:
+    sampled = {
+        **GENERATE,
+        "generation_kwargs": {"until": ["</s>"], "max_gen_toks": 4, "do_sample": True, "temperature": 2.0},
+    }
+    e = bound(write_tasks(tmp_path, {"t_sampled": sampled}), ["t_sampled"])
+    a, b = (e.evaluate(Split.SEARCH).scores["t_sampled/exact_match"].values.tolist() for _ in range(2))
+    greedy = bound(write_tasks(tmp_path / "g", {"t_sampled": GENERATE}), ["t_sampled"]).evaluate(Split.SEARCH)
+    assert a == b
+    assert a != greedy.scores["t_sampled/exact_match"].values.tolist()
+
+
+@pytest.mark.parametrize("tree_packing", [True, False])
+def test_weights_changed_in_place_are_scored_as_a_fresh_evaluator_does(folder: Path, tree_packing: bool) -> None:
+    model, other = make_model(0), make_model(1)
+    e = bound(folder, list(TASKS), model, tree_packing=tree_packing)
+    before = e.evaluate(Split.SEARCH)
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            mine.copy_(theirs)
+    after = e.evaluate(Split.SEARCH)
+    fresh = bound(folder, list(TASKS), other, tree_packing=tree_packing).evaluate(Split.SEARCH)
+    for name, s in after.scores.items():
+        assert s.values.tolist() == fresh.scores[name].values.tolist()
+        assert s.score == fresh.scores[name].score
+        assert s.values.tolist() != before.scores[name].values.tolist()
+
+
+def test_packed_choices_give_lm_evals_log_likelihoods(folder: Path) -> None:
+    model = make_model()
+    packed, alone = (bound(folder, ["t_choice", "t_shots"], model, tree_packing=p, batch_size=8) for p in (True, False))
+    assert packed._live is not None
+    assert packed._live.packed is not None
+    a, b = packed.evaluate(Split.SEARCH).scores, alone.evaluate(Split.SEARCH).scores
+    for task in ("t_choice", "t_shots"):
+        assert a[f"{task}/acc"].values.tolist() == b[f"{task}/acc"].values.tolist()
+        np.testing.assert_allclose(a[f"{task}/brier_score"].values, b[f"{task}/brier_score"].values, atol=1e-5)
+        ours, theirs = a[f"{task}/acc"].probability, b[f"{task}/acc"].probability
+        assert ours is not None
+        assert theirs is not None
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        for p, q in zip(packed.tasks[0].questions, alone.tasks[0].questions, strict=True):
+            for i, j in zip(p.instances, q.instances, strict=True):
+                assert i.resps[0][0] == pytest.approx(j.resps[0][0], abs=1e-4)
+                assert i.resps[0][1] == j.resps[0][1]
+
+
+def test_packing_is_not_used_where_it_is_not_known_to_be_equal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = bound(folder, ["t_choice"], make_model(dtype=torch.bfloat16))
+    eager = make_model()
+    eager.set_attn_implementation("eager")
+    assert half._live is not None
+    assert half._live.packed is None
+    assert half.evaluate(Split.SEARCH).scores["t_choice/acc"].score >= 0
+    other = bound(folder, ["t_choice"], eager)
+    assert other._live is not None
+    assert other._live.packed is None
+
+    from evaluators import lm_eval_packed
+
+    monkeypatch.setattr(lm_eval_packed, "TOLERANCE", 0.0)
+    strict = bound(folder, ["t_choice"])
+    assert strict._live is not None
+    assert strict._live.packed is None
+
+
+def test_the_right_answers_probability_is_the_softmax_over_the_choices(folder: Path) -> None:
+    e = bound(folder, ["t_choice"], tree_packing=False)
+    scores = e.evaluate(Split.SEARCH).scores
+    probability = scores["t_choice/acc"].probability
+    assert probability is not None
+    for q, p in zip(e.tasks[0].questions, probability, strict=True):
+        odds = [math.exp(i.resps[0][0]) for i in q.instances]
+        assert p == pytest.approx(odds[q.doc["gold"]] / sum(odds), rel=1e-6)
+    assert scores["t_choice/acc_norm"].probability is None
+
+
+def test_perplexities_have_errors_that_a_bootstrap_confirms(folder: Path) -> None:
+    scores = bound(folder, ["t_word", "t_rolling"]).evaluate(Split.SEARCH).scores
+    rng = np.random.default_rng(0)
+    nll = scores["t_word/perplexity"].values
+    draws = np.exp(rng.choice(nll, (4000, N)).mean(axis=1))
+    assert scores["t_word/perplexity"].score == pytest.approx(math.exp(nll.mean()), rel=1e-6)
+    assert scores["t_word/perplexity"].stderr == pytest.approx(draws.std(), rel=0.25)
+    for name in ("word_perplexity", "bits_per_byte"):
+        assert 0 < scores[f"t_rolling/{name}"].stderr < scores[f"t_rolling/{name}"].score
+
+
+def test_metrics_name_the_main_one_first_with_its_direction_and_chance(folder: Path) -> None:
+    infos = evaluator(
+        folder,
+        ["t_choice", "t_word", "t_generate"],
+        metrics={"t_word": "acc", "t_generate": "exact_match,last"},
+        shares=THIRDS,
+    ).metrics()
+    assert [m.name for m in infos] == [
+        "t_choice/acc", "t_choice/acc_norm", "t_choice/brier_score", "t_word/acc", "t_word/perplexity",
+        "t_generate/exact_match,last", "t_generate/exact_match",
+    ]  # fmt: skip
+    by_name = {m.name: m for m in infos}
+    assert by_name["t_choice/acc"].chance == 0.25
+    assert by_name["t_choice/brier_score"].chance is None
+    assert not by_name["t_choice/brier_score"].higher_is_better
+    assert not by_name["t_word/perplexity"].higher_is_better
+    assert by_name["t_word/acc"].higher_is_better
+    assert sum(by_name["t_word/acc"].n_questions.values()) == N
+    assert (
+        evaluator(folder, ["t_generate"], metrics={"t_generate": "exact_match,first"}).metrics()[0].metric
+        == "exact_match"
+    )
+
+
+def test_f1_and_matthews_correlation_have_a_repeatable_error(tmp_path: Path) -> None:
+    rows = [{**r, "choices": r["choices"][:2], "gold": i % 2} for i, r in enumerate(documents(N, 3))]
+    task = {**CHOICE, "metric_list": [{"metric": "mcc"}, {"metric": "f1"}, {"metric": "acc", **MEAN}]}
+    scores = bound(write_tasks(tmp_path, {"t_two": task}, rows), ["t_two"]).evaluate(Split.SEARCH).scores
+    for name in ("mcc", "f1"):
+        assert scores[f"t_two/{name}"].values.tolist() == scores["t_two/acc"].values.tolist()
+        assert 0.02 < scores[f"t_two/{name}"].stderr < 0.3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ["t_choise"]}, r"no task, tag or group called 't_choise'; did you mean 't_choice'\?"),
+        ({"metrics": {"t_choice": "f2"}}, r"metrics.t_choice: the task reports no metric 'f2'; known: acc, acc_norm, brier_score"),
+        ({"metrics": {"t_chose": "acc"}}, r"no task of this evaluator is called 't_chose'; did you mean 't_choice'\?"),
+        ({"batch_siz": 4}, r"no option 'batch_siz'; did you mean 'batch_size'\?"),
+        ({"batch_size": "auto"}, "batch_size: must be a number, got 'auto'"),
+        ({"batch_size": 0}, "batch_size: input should be greater than or equal to 1, got 0"),
+        ({"tasks": []}, "tasks: list should have at least 1 item"),
+        ({"include_path": "/no/such/folder"}, "include_path: no folder /no/such/folder"),
+        ({"limit": 4}, r"task 't_choice': the validation split needs at least 2 questions, got \d of 4"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_scored_is_said_before_a_model_is_loaded(
+    folder: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lm_eval.tasks
+
+    monkeypatch.setattr(lm_eval.tasks.manager, "__file__", str(folder / "none" / "manager.py"))  # no 6 s index
+    with pytest.raises(StudyFileError, match=message):
+        evaluator(folder, **{"tasks": ["t_choice"], "shares": THIRDS, **options})
+
+
+def test_all_problems_are_reported_at_once(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(StudyFileError) as caught:
+        evaluator(folder, ["t_choice"], batch_size="auto", limit="many", colour=1)
+    assert len(caught.value.problems) == 3
+    few = write_tasks(
+        tmp_path, {"t_a": CHOICE, "t_b": {**CHOICE, "doc_to_text": "{{ nothing.at.all }}"}}, documents(3, 0)
+    )
+    with pytest.raises(StudyFileError) as caught:
+        evaluator(few, ["t_a", "t_b"], shares=THIRDS)
+    assert any("'t_a'" in p and "needs at least 2" in p for p in caught.value.problems)
+    assert any("'t_b'" in p for p in caught.value.problems)
+
+
+def test_broken_task_files_are_not_skipped_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lm_eval.tasks
+
+    monkeypatch.setattr(lm_eval.tasks.manager, "__file__", str(tmp_path / "none" / "manager.py"))
+    write_tasks(tmp_path, {"t_choice": CHOICE})
+    (tmp_path / "t_broken.yaml").write_text("task: t_broken\nmetric_list: [")
+    (tmp_path / "fragment.yaml").write_text("num_fewshot: 0\n")
+    with pytest.raises(StudyFileError, match=r"task file .*t_broken.yaml cannot be read"):
+        evaluator(tmp_path, ["t_choice", "t_broken"])
+    with pytest.raises(StudyFileError, match=r"t_broken.yaml' cannot be loaded"):
+        evaluator(tmp_path, ["t_broken.yaml"])
+    with caplog.at_level(logging.WARNING, "evaluators"):
+        evaluator(tmp_path, ["t_choice"])
+    assert "t_broken.yaml" in caplog.text
+    assert "fragment.yaml" not in caplog.text
+
+
+def test_data_files_are_found_beside_the_task_file_from_any_directory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shared").mkdir()
+    for name in ("test.jsonl", "train.jsonl"):
+        (tmp_path / "shared" / name).write_text((folder / name).read_text())
+    (tmp_path / "shared" / "_base.yaml").write_text(
+        yaml.safe_dump({**CHOICE, "dataset_kwargs": {"data_files": {"test": ["te*.jsonl"]}}})
+    )
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.yaml").write_text("task: t_included\ninclude: ../shared/_base.yaml\n")
+    (tmp_path / "sub" / "b.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "task": "t_one_file",
+                **CHOICE,
+                "test_split": "train",
+                "dataset_kwargs": {"data_files": "../shared/test.jsonl"},
+            }
+        )
+    )
+    (tmp_path / "sub" / "c.yaml").write_text(
+        yaml.safe_dump({"task": "t_none", **CHOICE, "dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}})
+    )
+    expected = evaluator(folder, ["t_choice"]).tasks[0].questions
+    e = evaluator(tmp_path, ["t_included", "t_one_file"])
+    assert [[q.id for q in t.questions] for t in e.tasks] == [[q.id for q in expected]] * 2
+    with pytest.raises(StudyFileError, match=r"'t_none' cannot be loaded: FileNotFoundError.*gone.jsonl"):
+        evaluator(tmp_path, ["t_none"])
+
+
+def test_tags_groups_and_paths_are_expanded_to_tasks(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tasks(tmp_path, {"t_choice": CHOICE, "t_word": TASKS["t_word"]})
+    (tmp_path / "g.yaml").write_text("group: t_group\ntask: [t_word, {group: t_inner, task: [t_choice]}]\n")
+    assert [t.name for t in evaluator(tmp_path, ["t_group", "t_word"]).tasks] == ["t_word", "t_choice"]
+    assert {t.name for t in evaluator(folder, ["t_all"]).tasks} == set(TASKS)
+    monkeypatch.chdir(folder)
+    by_path = [str(folder / "t_word.yaml"), "t_choice.yaml"]
+    e = LmEval({"tasks": by_path}, shares=WHOLE, seed=SEED)
+    assert [t.name for t in e.tasks] == ["t_word", "t_choice"]
+
+
+def test_a_limit_takes_the_first_documents_of_the_hash_order(folder: Path) -> None:
+    whole = evaluator(folder, ["t_shots"]).tasks[0].questions
+    some = evaluator(folder, ["t_shots"], limit=10).tasks[0].questions
+    assert [q.id for q in some] == [q.id for q in whole][:10]
+    assert [q.doc_id for q in some] != list(range(10))
+    assert [i.args for q in some for i in q.instances] == [i.args for q in whole[:10] for i in q.instances]
+
+
+def test_the_option_num_fewshot_yields_to_a_task_that_says_zero(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    silent = {k: v for k, v in TASKS["t_shots"].items() if k != "num_fewshot"}
+    write_tasks(tmp_path, {"t_zero": {**TASKS["t_shots"], "num_fewshot": 0}, "t_silent": silent})
+    with caplog.at_level(logging.WARNING, "evaluators"):
+        e = evaluator(tmp_path, ["t_zero", "t_silent"], num_fewshot=2)
+    lengths = [len(t.questions[0].instances[0].args[0].split()) for t in e.tasks]
+    assert lengths[1] > lengths[0]
+    assert "'t_zero' says num_fewshot: 0" in caplog.text
+    theirs = evaluator(folder, ["t_shots"])
+    assert len(theirs.tasks[0].questions[0].instances[0].args[0].split()) > lengths[1]
+
+
+def test_the_fingerprint_follows_questions_prompts_and_metrics_not_places(folder: Path, tmp_path: Path) -> None:
+    def fingerprint(task: dict[str, Any], rows: list[dict[str, Any]] | None = None, **options: Any) -> str:
+        place = write_tasks(tmp_path / str(len(list(tmp_path.iterdir()))), {"t_choice": task}, rows)
+        return evaluator(place, ["t_choice"], **options).fingerprint()
+
+    same = evaluator(folder, ["t_choice"]).fingerprint()
+    assert fingerprint(CHOICE) == same
+    assert fingerprint(CHOICE, batch_size=4, tree_packing=False) == same
+    changed = [
+        fingerprint(CHOICE, documents(N, 9)),
+        fingerprint({**CHOICE, "doc_to_text": "{{query}} now"}),
+        fingerprint({**CHOICE, "target_delimiter": "  "}),
+        fingerprint({**CHOICE, "metric_list": CHOICE["metric_list"][:1]}),
+        fingerprint(CHOICE, metrics={"t_choice": "acc_norm"}),
+        fingerprint(CHOICE, limit=10),
+        fingerprint(CHOICE, system_instruction="sings fast"),
+        fingerprint(CHOICE, apply_chat_template=True),
+        fingerprint(CHOICE, shares=THIRDS),
+        fingerprint(TASKS["t_shots"]),
+    ]
+    assert len({same, *changed}) == 1 + len(changed)
+    e = evaluator(folder, ["t_choice"], apply_chat_template=True)
+    before = e.fingerprint()
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}now "
+    e.bind(make_model(), tokenizer, folder="tiny")
+    assert e.fingerprint() == before
+
+
+def test_a_chat_template_gives_lm_evals_scores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} {% endfor %}today "
+    model, tokenizer = make_model(), make_tokenizer()
+    tokenizer.chat_template = template
+    e = evaluator(
+        folder,
+        ["t_shots", "t_generate"],
+        apply_chat_template=True,
+        system_instruction="the red dog",
+        tree_packing=False,
+    )
+    e.bind(model, tokenizer, folder="tiny")
+    monkeypatch.setattr(sys.modules[__name__], "make_tokenizer", lambda: tokenizer)
+    theirs = by_lm_eval(
+        folder, ["t_shots", "t_generate"], model, apply_chat_template=True, system_instruction="the red dog"
+    )
+    assert_equal_digits(e.evaluate(Split.SEARCH), theirs)
+    prompt = e.tasks[0].questions[0].instances[0].args[0]
+    assert prompt.startswith("<s> system the red dog")
+    tokenizer.chat_template = None
+    unbound = evaluator(folder, ["t_shots"], apply_chat_template=True)
+    with pytest.raises(
+        StudyFileError, match=r"'t_shots': its prompts do not fit the model in tiny: ValueError: .*chat"
+    ):
+        unbound.bind(model, tokenizer, folder="tiny")
+
+
+def test_answers_longer_than_the_model_are_refused_and_cut_prompts_are_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(StudyFileError, match="max_gen_toks=4 of its generation_kwargs must be less than max_length=3"):
+        bound(folder, ["t_generate"], max_length=3)
+    with caplog.at_level(logging.WARNING, "evaluators"):
+        bound(folder, ["t_shots"], max_length=20).evaluate(Split.SEARCH)
+    assert "'t_shots': 160 of 160 prompts are longer than the model's max_length=20" in caplog.text
+
+
+@pytest.mark.parametrize("task", ["t_choice", "t_generate", "t_rolling"])
+@pytest.mark.parametrize("tree_packing", [True, False])
+def test_broken_weights_are_a_failure_not_a_score(folder: Path, task: str, tree_packing: bool) -> None:
+    model = make_model()
+    e = bound(folder, [task], model, tree_packing=tree_packing)
+    good = e.evaluate(Split.SEARCH)
+    kept = model.model.layers[0].mlp.down_proj.weight.detach().clone()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match=f"must be finite, got NaN or infinity on {task}"):
+        e.evaluate(Split.SEARCH)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.copy_(kept)
+    again = e.evaluate(Split.SEARCH)
+    assert all(s.values.tolist() == again.scores[name].values.tolist() for name, s in good.scores.items())
+
+
+def out_of_memory_above(rows: int) -> Callable[..., None]:
+    def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids: Any = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        if ids.shape[0] > rows:
+            raise torch.OutOfMemoryError(f"{ids.shape[0]} rows")
+
+    return hook
+
+
+@pytest.mark.parametrize("tree_packing", [True, False])
+def test_out_of_memory_halves_the_batch_twice_and_then_passes_through(folder: Path, tree_packing: bool) -> None:
+    model = make_model()
+    e = bound(folder, ["t_choice", "t_generate"], model, batch_size=16, tree_packing=tree_packing)
+    small = bound(folder, ["t_choice", "t_generate"], model, batch_size=4, tree_packing=tree_packing).evaluate(
+        Split.SEARCH
+    )
+    hook = model.model.register_forward_pre_hook(out_of_memory_above(4), with_kwargs=True)
+    halved = e.evaluate(Split.SEARCH)
+    hook.remove()
+    assert all(s.values.tolist() == small.scores[name].values.tolist() for name, s in halved.scores.items())
+    hook = model.model.register_forward_pre_hook(out_of_memory_above(0), with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError, match="rows"):
+        e.evaluate(Split.SEARCH)
+    hook.remove()
+    e.evaluate(Split.SEARCH)
+
+
+def test_an_error_inside_the_model_names_the_task_and_its_cause(folder: Path) -> None:
+    model = make_model()
+    e = bound(folder, ["t_choice"], model)
+
+    def hook(*_: Any) -> None:
+        raise RuntimeError("the kernel is upset")
+
+    handle = model.model.register_forward_pre_hook(hook)
+    with pytest.raises(EvaluationError, match="scoring t_choice failed: RuntimeError: the kernel is upset") as caught:
+        e.evaluate(Split.SEARCH)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    handle.remove()
+    assert e.evaluate(Split.SEARCH).scores
+    with pytest.raises(EvaluationError, match="validation split has no questions of t_choice"):
+        e.evaluate(Split.VALIDATION)
+    with pytest.raises(EvaluationError, match=r"fidelity must be in \(0, 1\], got fidelity=0"):
+        e.evaluate(Split.SEARCH, 0)
+    with pytest.raises(EvaluationError, match="bind a model"):
+        evaluator(folder, ["t_choice"]).evaluate(Split.SEARCH)
+
+
+def test_a_tasks_own_function_that_fails_is_an_evaluation_error(tmp_path: Path) -> None:
+    write_tasks(tmp_path, {"t_own": {**GENERATE, "process_results": "PLACEHOLDER"}})
+    path = tmp_path / "t_own.yaml"
+    path.write_text(path.read_text().replace("PLACEHOLDER", "!function own.judge"))
+    (tmp_path / "own.py").write_text("def judge(doc, results):\n    raise KeyError('gone')\n")
+    with pytest.raises(EvaluationError, match="task 't_own': the answers cannot be judged: KeyError: 'gone'"):
+        bound(tmp_path, ["t_own"]).evaluate(Split.SEARCH)
+    (tmp_path / "own.py").write_text("def judge(doc, results):\n    return {'other': len(results[0])}\n")
+    os.utime(tmp_path / "own.py", ns=(1, 1))
+    with pytest.raises(StudyFileError, match="task 't_own' reports no metric"):
+        bound(tmp_path, ["t_own"])
+
+
+def test_nothing_is_printed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bound(folder, list(TASKS)).evaluate(Split.SEARCH)
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "")
+
+
+def test_the_tokenizer_handed_in_is_not_changed(folder: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    evaluator(folder, ["t_choice"]).bind(make_model(), tokenizer, folder="tiny")
+    assert tokenizer.pad_token is None
+
+
+@pytest.mark.zoo
+@pytest.mark.slow
+def test_a_real_model_scores_as_lm_evals_command_line_did(zoo: Path, tmp_path: Path) -> None:
+    """The figures of the zoo's MANIFEST: intent 0.760, qtype 0.620, where 0.533 for the base."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    data = zoo / "data" / "lm"
+    subprocess.run([sys.executable, zoo / "make_tasks.py", data, tmp_path, "--root", data.parent], check=True)
+    e = evaluator(tmp_path, ["zoo_intent", "zoo_qtype", "zoo_where"], batch_size=64)
+    with quiet(["transformers"]):
+        model = AutoModelForCausalLM.from_pretrained(zoo / "lm" / "base", dtype=torch.float32)
+        e.bind(model, AutoTokenizer.from_pretrained(zoo / "lm" / "base"), folder=str(zoo / "lm" / "base"))
+    scores = e.evaluate(Split.SEARCH).scores
+    found = {name: s.score for name, s in scores.items()}
+    expected = {"zoo_intent/exact_match": 0.760, "zoo_qtype/acc": 0.620, "zoo_where/exact_match": 0.533}
+    assert found == pytest.approx(expected, abs=6e-4)
