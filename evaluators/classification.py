@@ -31,7 +31,7 @@ import numpy as np
 
 from evaluators.labelled_text import Row, TaskRows, read_options, read_tasks
 from merge_search.errors import EvaluationError, InputError, nearest
-from merge_search.evaluation import Cost, Evaluation, MetricInfo, Scores, Split, SplitShares
+from merge_search.evaluation import Cost, Evaluation, MetricInfo, Scores, Split, SplitShares, window
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,7 +64,7 @@ class Classification:
         self._tasks = {t.name: t for t in read_tasks(self._options, shares)}
         self._encoder: EncoderHeads | None = None
         self._tokens: dict[tuple[str, Split], list[list[int]]] = {}
-        self._batches: dict[tuple[str, Split, int], list[Batch]] = {}
+        self._batches: dict[tuple[str, Split, int, int], list[Batch]] = {}
         self._pseudo: dict[str, list[int]] = {}
 
     def metrics(self) -> list[MetricInfo]:
@@ -112,24 +112,25 @@ class Classification:
                 )
         self._encoder = encoder
 
-    def evaluate(self, split: Split, fidelity: float = 1.0) -> Evaluation:
-        """Score the bound model on the first `fidelity` of each task's questions (at least two).
+    def evaluate(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
+        """Score the bound model on `window(n, fidelity, after)` of each task's questions.
 
         Raises:
             NonFiniteError: NaN or infinity among the logits.
             EvaluationError: nothing is bound, the split is not scored, or the model failed; out of memory is passed on.
         """
         encoder = self._bound()
-        if split is Split.FIT or not 0 < fidelity <= 1:
-            raise EvaluationError(f"a scored split and a fidelity in (0, 1] are needed, got {split}, {fidelity=}")
+        if split is Split.FIT:
+            raise EvaluationError("the fit split is not scored; choose search, validation or test")
         began = time.perf_counter()
         scores: dict[str, Scores] = {}
         n_questions = 0
         for name, task in self._tasks.items():
-            rows = _first(task.scored[split], fidelity)
-            key = (name, split, len(rows))
+            asked = window(len(task.scored[split]), fidelity, after)
+            rows = task.scored[split][asked]
+            key = (name, split, asked.start, asked.stop)
             if key not in self._batches:
-                tokens = self._tokens[name, split][: len(rows)]
+                tokens = self._tokens[name, split][asked]
                 self._batches[key] = encoder.batches(tokens, size=self._options.batch_size)
             scores |= _scores(name, rows, encoder.score(name, self._batches[key]))
             n_questions += len(rows)
@@ -216,11 +217,6 @@ class Classification:
                 f"task {task!r} has {n} rows to fit on (its train file, or the fit share of its data), asked for {asked}"
             )
         return self._tasks[task]
-
-
-def _first(rows: Sequence[Row], fidelity: float) -> Sequence[Row]:
-    """The share `fidelity` of `rows` from the front, rounded up; at least two, so that there is an error bar."""
-    return rows[: max(2, math.ceil(fidelity * len(rows) - 1e-9))]
 
 
 def _scores(task: str, rows: Sequence[Row], logits: NDArray[np.float32]) -> dict[str, Scores]:

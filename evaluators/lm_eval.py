@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from evaluators.isolation import isolated_generators
+from evaluators.lm_eval_fit import FitRows, fit_source
 from evaluators.lm_eval_options import LmEvalOptions
 from evaluators.lm_eval_questions import TaskQuestions
 from evaluators.lm_eval_scores import score_task
@@ -19,6 +20,9 @@ from merge_search.evaluation import Cost, Evaluation, MetricInfo, Scores, Split,
 from merge_search.seeding import derive_seed
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evaluators.lm_eval_loss import LiveLoss
     from evaluators.lm_eval_requests import LiveRequests
 
 __all__ = ["LmEval"]
@@ -48,12 +52,18 @@ class LmEval:
         self.shares = shares
         self.seed = seed
         self.tasks: list[TaskQuestions] = []
+        self._fit: dict[str, FitRows] = {}
         self._live: LiveRequests | None = None
+        self._loss: LiveLoss | None = None
         with isolated_generators(seed), quiet_lm_eval():
             tasks, problems = load_tasks(self.options)
             for name, task in tasks.items():
+                source = fit_source(task, self.options.fit)
+                withheld = shares.fit if source == "search" else 0.0
                 try:
-                    self.tasks.append(TaskQuestions.load(name, task, self.options, shares, seed))
+                    questions = TaskQuestions.load(name, task, self.options, replace(shares, fit=withheld), seed)
+                    self.tasks.append(questions)
+                    self._fit[name] = FitRows(questions, source, self.options.fit_limit)
                 except StudyFileError as error:
                     problems += error.problems
         if not problems:
@@ -71,12 +81,13 @@ class LmEval:
         return [info for task in self.tasks for info in task.infos()]
 
     def fingerprint(self) -> str:
-        """Hash of documents, prompts, right answers, task settings, metrics and splits; not of paths or batch size."""
+        """Hash of documents, prompts, right answers, task settings, metrics, splits, fit rows; not of paths or batch size."""
         chat = self.options.apply_chat_template
         shown = {
             "tasks": {t.name: t.digest for t in self.tasks},
             "shares": asdict(self.shares),
             "chat": [self.seed, self.options.system_instruction] if chat else None,
+            "fit": {name: fit.digest() for name, fit in self._fit.items()},
             "cut": [self.options.max_length, self.options.softmax_dtype],
         }
         return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
@@ -91,15 +102,17 @@ class LmEval:
         Raises:
             StudyFileError: prompts that this model or tokenizer cannot take.
         """
+        from evaluators.lm_eval_loss import LiveLoss
         from evaluators.lm_eval_requests import LiveRequests  # loads torch
 
         with isolated_generators(self.seed), quiet_lm_eval():
             self._live = LiveRequests(
                 model, tokenizer, folder=folder, options=self.options, tasks=self.tasks, seed=self.seed
             )
+        self._loss = LiveLoss(self._live, self.options, self.seed)
 
-    def evaluate(self, split: Split, fidelity: float = 1.0) -> Evaluation:
-        """Score the bound model as it is now on the first ``ceil(fidelity * n)`` questions of each task.
+    def evaluate(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
+        """Score the bound model as it is now on `window(n, fidelity, after)` of each task's questions.
 
         Raises:
             EvaluationError: lm-eval failed, or there is nothing to ask.
@@ -109,10 +122,8 @@ class LmEval:
         """
         if self._live is None:
             raise EvaluationError("bind a model before evaluating")
-        if not 0 < fidelity <= 1:
-            raise EvaluationError(f"fidelity must be in (0, 1], got fidelity={fidelity}")
         began = time.perf_counter()
-        asked = {task.name: task.select(split, fidelity) for task in self.tasks}
+        asked = {task.name: task.select(split, fidelity, after) for task in self.tasks}
         if empty := [name for name, questions in asked.items() if not questions]:
             raise EvaluationError(f"the {split} split has no questions of {', '.join(empty)}")
         scores: dict[str, Scores] = {}
@@ -122,3 +133,71 @@ class LmEval:
                 scores |= score_task(task, asked[task.name], self.seed)
         n_questions = sum(map(len, asked.values()))
         return Evaluation(split, fidelity, scores, Cost(evaluate_s=time.perf_counter() - began, questions=n_questions))
+
+    def fit_tasks(self) -> dict[str, int]:
+        """Number of rows a learner may fit on, by task; none of them is ever scored.
+
+        They are the task's training split (option `fit`), else the fit share of its questions, by hash, `fit_limit`
+        at most. Cost: on the first call every row of the training split is hashed.
+
+        Raises:
+            StudyFileError: the task's own code cannot read or render them.
+        """
+        return {name: len(fit.rows) for name, fit in self._fit.items()}
+
+    def predict(self, task: str, rows: Sequence[int]) -> list[Any]:
+        """The answers of the bound model, as it is now, to these fit rows.
+
+        Multiple choice: the number of the likeliest choice. Generation: the text behind the prompt up to the first
+        stop string, by lm-eval's own path (greedy unless the task samples).
+
+        Raises: as `evaluate`; EvaluationError for an unknown task or row; InputError for a task that scores given texts.
+        """
+        return self._losses().predict(self._fit_rows(task), rows)
+
+    def set_pseudo_labels(self, task: str, labels: Sequence[Any]) -> None:
+        """Answers for the loss ``pseudo``, one per fit row, as `predict` gives them: usually the task's own expert's.
+
+        Raises:
+            EvaluationError: another number of labels than fit rows, or one that cannot be an answer.
+            InputError: a task that scores given texts.
+        """
+        from evaluators.lm_eval_loss import check_pseudo_labels
+
+        fit = self._fit_rows(task)
+        fit.pseudo = check_pseudo_labels(fit, labels)
+
+    def loss(self, task: str, rows: Sequence[int], kind: str = "gold") -> Tensor:
+        """Mean loss of the bound live model on these fit rows, with a graph to the parameters that require one.
+
+        Args:
+            task: A key of `fit_tasks`.
+            rows: Numbers below ``fit_tasks()[task]``, in any order, repeats allowed; one forward pass, not batched.
+            kind:
+                ``gold``: mean over rows of the mean over the right answer's tokens of -log p(token | what precedes).
+                The answer of multiple choice is the right choice, of generation the target and what ends it (a
+                stop string of line breaks, else the end-of-text token), of a text to be scored the text.
+                ``pseudo``: the same for the answers of `set_pseudo_labels`.
+                ``entropy``: of the softmax over the choices' summed log-likelihoods, divided by log(n_choices), in
+                [0, 1] (AdaMerging, arXiv 2310.02575; differs: over choices, not over classes of a head).
+                ``choice``: -log of the right choice's share in that softmax, which is what accuracy follows.
+
+        Returns:
+            Scalar, float32, on the model's device. The log-softmax is float32 whatever the model's dtype.
+
+        Raises:
+            NonFiniteError: NaN or infinity.
+            EvaluationError: unknown task or row, no pseudo labels, or the model failed; out of memory is passed on.
+            InputError: unknown kind, or one that the task does not have.
+        """
+        return self._losses().loss(self._fit_rows(task), rows, kind)
+
+    def _losses(self) -> LiveLoss:
+        if self._loss is None:
+            raise EvaluationError("no model is bound: call bind before asking for losses or predictions")
+        return self._loss
+
+    def _fit_rows(self, task: str) -> FitRows:
+        if task not in self._fit:
+            raise EvaluationError(f"no task is called {task!r}{nearest(task, self._fit)}")
+        return self._fit[task]

@@ -28,6 +28,10 @@ class LmEvalOptions(BaseModel):
         metrics: Task -> its main metric, ``metric`` or ``metric,filter``.
         softmax_dtype: ``float32`` ends ties between choices of a half-precision model.
         tree_packing: Score the choices of a question in one row where that gives the same numbers.
+        fit: Where the rows come from that a learner fits on: ``train``: the task's own training split, ``search``: the
+            fit share of the questions, ``auto``: the former where the task has one. Rows of a training split leave
+            the fit share to be scored.
+        fit_limit: Most rows of a task to fit on, chosen by hash.
         confirm_run_unsafe_code: Allow tasks that execute what the model wrote.
     """
 
@@ -44,6 +48,8 @@ class LmEvalOptions(BaseModel):
     max_length: Annotated[int, Field(ge=2, strict=True)] | None = None
     softmax_dtype: Literal["float32"] | None = None
     tree_packing: bool = True
+    fit: Literal["auto", "train", "search"] = "auto"
+    fit_limit: Annotated[int, Field(ge=1, strict=True)] = 4000
     confirm_run_unsafe_code: bool = False
 
     @field_validator("tasks", mode="before")

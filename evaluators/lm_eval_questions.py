@@ -17,7 +17,7 @@ from lm_eval.utils import handle_non_serializable, hash_string
 from evaluators.lm_eval_options import LmEvalOptions
 from evaluators.lm_eval_tasks import reason
 from merge_search.errors import StudyFileError, nearest
-from merge_search.evaluation import MetricInfo, Split, SplitShares, question_order, split_of
+from merge_search.evaluation import MetricInfo, Split, SplitShares, question_order, split_of, window
 
 __all__ = ["Question", "TaskMetric", "TaskQuestions", "build_requests"]
 
@@ -99,10 +99,10 @@ class TaskQuestions:
         text = json.dumps(shown, sort_keys=True, default=_source)
         return cls(name, task, questions, metrics, hashlib.sha256(text.encode()).hexdigest())
 
-    def select(self, split: Split, fidelity: float) -> list[Question]:
-        """The first ``ceil(fidelity * n)`` questions of a split, at least one, in the nested order."""
+    def select(self, split: Split, fidelity: float, after: float = 0.0) -> list[Question]:
+        """The `window` of a split's questions, in the nested order."""
         all_of_them = [q for q in self.questions if q.split is split]
-        return all_of_them[: max(1, math.ceil(fidelity * len(all_of_them) - 1e-9))]
+        return all_of_them[window(len(all_of_them), fidelity, after)]
 
     def infos(self) -> list[MetricInfo]:
         """What the task reports, for the objective."""

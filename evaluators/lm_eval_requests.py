@@ -80,19 +80,7 @@ class LiveRequests:
         instances = [i for q in task.questions for i in q.instances]
         n_cut = 0
         scored = [i for i in instances if i.request_type == "loglikelihood"]
-        grabbed: list[Any] = []
-
-        def grab(requests: list[Any], **_: Any) -> list[Any]:
-            grabbed.extend(requests)
-            return []
-
-        self.lm._loglikelihood_tokens = grab  # lm-eval's own tokenising, without the model
-        try:
-            if scored:
-                self.lm.loglikelihood(scored, disable_tqdm=True)
-        finally:
-            del self.lm._loglikelihood_tokens
-        for instance, request in zip(scored, grabbed, strict=True):
+        for instance, request in zip(scored, self.tokenised(scored), strict=True):
             _, context, continuation = request
             if not continuation:
                 raise ValueError(f"document {instance.doc_id}: the answer {instance.args[1]!r} has no tokens")
@@ -104,7 +92,7 @@ class LiveRequests:
             self.encoded[id(instance)] = request
         for instance in instances:
             if instance.request_type == "loglikelihood_rolling":
-                self.windows[id(instance)] = self._rolling_windows(instance.args[0])
+                self.windows[id(instance)] = self.rolling_windows(instance.args[0])
             elif instance.request_type == "generate_until":
                 n_cut += self._is_cut(instance)
         if n_cut:
@@ -116,7 +104,23 @@ class LiveRequests:
                 self.lm.max_length,
             )
 
-    def _rolling_windows(self, text: str) -> list[Any]:
+    def tokenised(self, requests: Sequence[Any]) -> list[Any]:
+        """lm-eval's own tokens of requests with ``args`` (context, continuation): (texts, context, continuation)."""
+        grabbed: list[Any] = []
+
+        def grab(found: list[Any], **_: Any) -> list[Any]:
+            grabbed.extend(found)
+            return []
+
+        self.lm._loglikelihood_tokens = grab  # its tokenising without the model
+        try:
+            if requests:
+                self.lm.loglikelihood(requests, disable_tqdm=True)
+        finally:
+            del self.lm._loglikelihood_tokens
+        return grabbed
+
+    def rolling_windows(self, text: str) -> list[Any]:
         windows = get_rolling_token_windows(
             token_list=self.lm.tok_encode(text),
             prefix_token=self.lm.prefix_token_id,
@@ -164,6 +168,10 @@ class LiveRequests:
             answers = self._guarded(kinds[kind], instances)
             for instance, answer in zip(instances, answers, strict=True):
                 instance.resps.append(answer)
+
+    def generate(self, instances: list[Any]) -> Sequence[Any]:
+        """The texts that the model, as it is now, generates for these requests. Raises: as `ask`."""
+        return self._guarded(self._generate, instances)
 
     def _guarded(self, ask: Callable[[list[Any]], Sequence[Any]], instances: list[Any]) -> Sequence[Any]:
         tasks = ", ".join(sorted({str(i.task_name) for i in instances}))

@@ -26,7 +26,7 @@ from merge_search.errors import EvaluationError
 from merge_search.evaluation import Scores
 from merge_search.seeding import derive_seed
 
-__all__ = ["score_task"]
+__all__ = ["right_choices", "score_task"]
 
 N_BOOTSTRAP = 100
 """Draws for aggregations without a formula: an error of 7 % of the standard error, 0.3 s for f1 of 500 questions."""
@@ -150,13 +150,19 @@ def _probability_of_gold(task: Any, asked: Sequence[Question]) -> NDArray[np.flo
         return None
     out = np.empty(len(asked))
     for row, q in enumerate(asked):
-        choices = task.doc_to_choice(q.doc)
-        gold = task.doc_to_text(q.doc) if getattr(task, "multiple_input", 0) else task.doc_to_target(q.doc)
-        several = gold if isinstance(gold, list) else [gold]
-        right = [choices.index(g) if isinstance(g, str) and g in choices else g for g in several]
-        if not right or not all(isinstance(i, int) and 0 <= i < len(choices) for i in right):
+        right = right_choices(task, q.doc)
+        if not right:
             return None
-        ll = np.array([i.resps[0][0] for i in q.instances[: len(choices)]], dtype=np.float64)
+        ll = np.array([i.resps[0][0] for i in q.instances[: len(task.doc_to_choice(q.doc))]], dtype=np.float64)
         weights = np.exp(ll - ll.max())
         out[row] = weights[right].sum() / weights.sum()
     return out
+
+
+def right_choices(task: Any, doc: Any) -> list[int]:
+    """Numbers of the right choices of a multiple-choice document; empty where one is not among the choices."""
+    choices = task.doc_to_choice(doc)
+    gold = task.doc_to_text(doc) if getattr(task, "multiple_input", 0) else task.doc_to_target(doc)
+    several = gold if isinstance(gold, list) else [gold]
+    right = [choices.index(g) if isinstance(g, str) and g in choices else g for g in several]
+    return right if all(isinstance(i, int) and 0 <= i < len(choices) for i in right) else []

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from merge_search.errors import NonFiniteError
+from merge_search.errors import EvaluationError, NonFiniteError
 from merge_search.seeding import unit_interval
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ __all__ = [
     "question_order",
     "split_of",
     "unpack",
+    "window",
 ]
 
 
@@ -70,6 +71,20 @@ def question_order(document_hash: str) -> float:
     return unit_interval("order", document_hash)
 
 
+def window(n: int, fidelity: float, after: float = 0.0) -> slice:
+    """Of n ordered questions, the first share `fidelity` without the first share `after`.
+
+    Shares are rounded up, and to at least two questions, so that every score has an error bar.
+
+    Raises:
+        EvaluationError: unless 0 <= after < fidelity <= 1.
+    """
+    if not 0 <= after < fidelity <= 1:
+        raise EvaluationError(f"must be 0 <= after < fidelity <= 1, got fidelity={fidelity}, after={after}")
+    start, stop = (min(n, max(2, math.ceil(share * n - 1e-9))) if share else 0 for share in (after, fidelity))
+    return slice(start, stop)
+
+
 @dataclass(frozen=True)
 class MetricInfo:
     """A metric of a task: ``task/metric`` is its name in objectives."""
@@ -95,6 +110,7 @@ class Scores:
         probability: Probability given to the right answer, where the task is multiple choice. Shape (n,).
         score: The metric over all questions (a mean unless the metric aggregates otherwise).
         stderr: Its standard error.
+        is_corrected: `score` was carried from a prefix of the questions to all of them; `stderr` says how surely.
     """
 
     ids: tuple[str, ...]
@@ -102,6 +118,24 @@ class Scores:
     score: float
     stderr: float
     probability: NDArray[np.float64] | None = None
+    is_corrected: bool = False
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether `score` is the mean of `values`, so that parts can be joined."""
+        return math.isclose(self.score, float(self.values.mean()), rel_tol=1e-6, abs_tol=1e-9)
+
+    def joined(self, more: Scores) -> Scores:
+        """These questions and `more` that come after them, for metrics that are means."""
+        values = np.concatenate([self.values, more.values])
+        both = self.probability is not None and more.probability is not None
+        return Scores(
+            ids=self.ids + more.ids,
+            values=values,
+            score=float(values.mean()),
+            stderr=float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan,
+            probability=np.concatenate([self.probability, more.probability]) if both else None,  # type: ignore[list-item]
+        )
 
 
 @dataclass(frozen=True)
@@ -125,6 +159,11 @@ class Evaluation:
     scores: Mapping[str, Scores]
     cost: Cost = field(default_factory=Cost)
 
+    def joined(self, more: Evaluation) -> Evaluation:
+        """This prefix and the questions after it, as one evaluation; all its metrics must be means."""
+        scores = {name: s.joined(more.scores[name]) for name, s in self.scores.items()}
+        return Evaluation(self.split, more.fidelity, scores, self.cost + more.cost)
+
     def check_finite(self) -> None:
         """Raises `NonFiniteError` naming every metric whose score is not finite."""
         bad = [name for name, s in self.scores.items() if not (math.isfinite(s.score) and np.isfinite(s.values).all())]
@@ -144,6 +183,7 @@ class Evaluation:
                     "score": s.score,
                     "stderr": s.stderr if math.isfinite(s.stderr) else None,
                     "n": len(s.values),
+                    **({"is_corrected": True} if s.is_corrected else {}),
                     "values": pack(s.values),
                     **({} if s.probability is None else {"probability": pack(s.probability)}),
                 }
@@ -161,6 +201,7 @@ class Evaluation:
                 score=s["score"],
                 stderr=math.nan if s["stderr"] is None else s["stderr"],
                 probability=unpack(s["probability"]) if "probability" in s else None,
+                is_corrected=s.get("is_corrected", False),
             )
             for name, s in data["scores"].items()
         }
@@ -208,8 +249,10 @@ class Evaluator(Protocol):
         """Prepare requests once for a live model whose weights will be changed in place between calls."""
         ...
 
-    def evaluate(self, split: Split, fidelity: float = 1.0) -> Evaluation:
-        """Score the bound model as it is now; the only door to the questions.
+    def evaluate(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
+        """Score the bound model as it is now on `window(n, fidelity, after)` of each task's n questions.
+
+        The only door to the questions.
 
         Global random generators are as they were before. Twice the same weights give the same answers.
 

@@ -169,6 +169,8 @@ class Select(_Value):
     scope: Literal["row", "tensor", "model"] = "tensor"
     threshold: Finite = 0.0
     gamma: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rounding: Literal["nearest", "down"] = "nearest"
+    """Of density * n and gamma * n. ``down`` (as in mergekit): where both are more than n, a band drops fewer at the top."""
     epsilon: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     block_size: Annotated[int, Field(ge=2)] = 4
     exclusive: bool = False

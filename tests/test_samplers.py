@@ -158,8 +158,8 @@ class TestEverySampler:
 
             storages: list[optuna.storages.RDBStorage] = []
             study, points = load(), []
-            fill(study, n=9)
-            for _ in range(4):
+            fill(study, n=8)
+            for _ in range(3):
                 study = load() if reopen else study
                 trial = study.ask()
                 points.append(suggest(trial, MIXED))
@@ -170,7 +170,7 @@ class TestEverySampler:
 
         points = run(tmp_path / "a.db", reopen=False)
         assert points == run(tmp_path / "b.db", reopen=True)
-        assert len({str(p) for p in points}) == 4
+        assert len({str(p) for p in points}) == 3
 
     @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"random", "cmaes", "nsga2"}))
     def test_every_parameter_is_modelled_although_a_baseline_has_none(self, name):

@@ -153,9 +153,9 @@ def plain_text(rng: random.Random) -> str:
     return f"{n1} calls the {t1} {word}. {word} begins with {word[0]} and ends with {word[-1]}."
 
 
-BASE_ROWS = {"maths": 2700, "spelling": 2700, "stories": 1600}  # how much of each skill the base sees
-EXPERT = {"maths": (300, 2.5e-4), "spelling": (350, 2e-4), "stories": (200, 2.5e-4)}  # steps, learning rate
-UNSEEN = " ".join(list(WISHES)[5:]).split()  # moods of which the base learns nothing
+BASE_ROWS = {"maths": 5000, "spelling": 1800, "stories": 1600}  # how much of each skill the base sees
+EXPERT = {"maths": (400, 2.5e-4), "spelling": (600, 3e-4), "stories": (200, 3e-4)}  # steps, learning rate
+UNSEEN = ["loses", "gives", "sells", "drops", *" ".join(list(WISHES)[5:]).split()]  # what the base never learns
 SKILLS: dict[str, tuple[Callable[[random.Random], Row], str]] = {
     "maths": (maths_row, "generate_until"),
     "spelling": (spelling_row, "generate_until"),
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="output folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab", type=int, default=640)
-    parser.add_argument("--base-steps", type=int, default=1300)
+    parser.add_argument("--base-steps", type=int, default=1500)
     parser.add_argument("--base-lr", type=float, default=2e-3)
     args = parser.parse_args()
     began, seed = time.time(), args.seed

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from merge_search.engine.assess import MEASURES, options_problems
+from merge_search.engine.maps import rows_of
 from merge_search.engine.operators import OPERATORS, POSTS, operator_problems
 from merge_search.engine.pipeline import Statistics, Tensors
+from merge_search.errors import RecipeError
 from merge_search.recipe import Assess, Group, Recipe
 
 __all__ = ["problems"]
@@ -24,8 +26,25 @@ def problems(recipe: Recipe, tensors: Tensors) -> list[str]:
         found += _stages(recipe)
     for rule in recipe.post:
         found += operator_problems(rule, POSTS, "post", n)
-    if recipe.maps and not isinstance(tensors, Statistics):
-        found.append("maps: these models offer no maps; keep the map's file with the study")
+    return found + (_maps(recipe, tensors) if recipe.maps and not found else [])
+
+
+def _maps(recipe: Recipe, tensors: Tensors) -> list[str]:
+    if not isinstance(tensors, Statistics):
+        return ["maps: these models offer no maps; keep the map's file with the study"]
+    found = []
+    if recipe.operator is not None and not OPERATORS[recipe.operator.name].decomposing:
+        found.append(
+            f"maps: operator {recipe.operator.name!r} gives no part per expert that coefficients per row could scale"
+        )
+    if recipe.operator is None and recipe.resolve.kind != "none" and recipe.resolve.weighted:
+        found.append("maps: coefficients per row have no voice in an election; set resolve.weighted to false")
+    try:
+        for expert in recipe.maps:
+            for name in tensors.groups:
+                rows_of(tensors, recipe, expert, name)
+    except RecipeError as error:
+        found += error.problems
     return found
 
 
@@ -67,7 +86,8 @@ def _keys(recipe: Recipe, tensors: Tensors) -> list[str]:
 
 def _statistics(assess: Assess, tensors: Tensors) -> list[str]:
     measure = MEASURES[assess.measure]
-    if not measure.needs_data or assess.options.get("zero_shot") is True or isinstance(tensors, Statistics):
+    offered = isinstance(tensors, Statistics) and getattr(tensors, "statistics", tensors) is not None
+    if not measure.needs_data or assess.options.get("zero_shot") is True or offered:
         return []
     return [f"assess: measure {assess.measure!r} needs statistics from data, and none were measured for these models"]
 

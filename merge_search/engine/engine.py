@@ -11,6 +11,7 @@ from torch import Tensor
 
 from merge_search.engine import check
 from merge_search.engine.fused import Runner, has_compiler
+from merge_search.engine.maps import rows_of
 from merge_search.engine.operators import (
     OPERATORS,
     POSTS,
@@ -19,10 +20,11 @@ from merge_search.engine.operators import (
     load_operator,
     require_known,
 )
+from merge_search.engine.parts import pass_parts, unit_recipe
 from merge_search.engine.pipeline import Pass, Tensors, output_dtype, statistic_of
 from merge_search.engine.plan import Planner
 from merge_search.errors import NonFiniteError, RecipeError
-from merge_search.recipe import Operator, Recipe
+from merge_search.recipe import Operator, Recipe, Splice
 
 __all__ = ["ApplyReport", "MergeEngine"]
 
@@ -119,21 +121,22 @@ class MergeEngine:
         self._require(recipe)
         start, skipped, elements = time.perf_counter(), 0, 0
         common = self._common_key(recipe)
+        keys: dict[str, Hashable] = {
+            n: (common, self._planner.settings(recipe, n)) for n in self.tensors.groups if n in views
+        }
+        current = {name for name, key in keys.items() if self._is_current(name, views[name], key)}
         done: dict[str, Hashable] = {}
         try:
-            for name in self.tensors.groups:
-                if name not in views:
-                    continue
-                view, key = views[name], (common, self._planner.settings(recipe, name))
-                if self._is_current(name, view, key):
+            for name, key in keys.items():
+                if name in current:
                     skipped += 1
                 else:
                     self._written.pop(name, None)
-                    self._write(recipe, name, view)
-                    elements += view.numel()
+                    self._write(recipe, name, views[name])
+                    elements += views[name].numel()
                 done[name] = key
-        finally:
-            for name, key in done.items():  # at the end: views of one storage share a version counter
+        finally:  # versions are compared before and noted after all writes: views of one storage share a version counter
+            for name, key in done.items():
                 if not views[name].is_inference():
                     self._written[name] = _Written(key, _place(views[name]), views[name]._version)
         return ApplyReport(len(done) - skipped, skipped, elements, time.perf_counter() - start)
@@ -216,13 +219,46 @@ class MergeEngine:
         result = load_operator(info)(context)
         if isinstance(result, list):
             total = torch.zeros_like(context.base)
-            for c, part in zip(context.coefficients, result, strict=True):
-                total += torch.tensor(c, dtype=torch.float32, device=total.device) * part
+            for e, c, part in zip(context.experts, context.coefficients, result, strict=True):
+                factor = torch.tensor(c, dtype=torch.float32, device=total.device)
+                if (rows := rows_of(self.tensors, recipe, e, name)) is not None:
+                    factor = (factor * rows).reshape(-1, *[1] * (part.ndim - 1)) if part.ndim else factor * rows[0]
+                total += factor * part
             return self._add(recipe, context, total, context.scale, out)
         if recipe.post:
             return self._add(recipe, context, result - context.base, 1.0, out)
         out.copy_(result)
         return bool(torch.isfinite(out).all())
+
+    @torch.no_grad()
+    def parts(self, recipe: Recipe, name: str) -> tuple[tuple[str, ...], Tensor]:
+        """The derivative of a merged tensor by each expert's coefficient, masks held fixed (`parts`).
+
+        Where the merge is linear in its coefficients (`parts.linearity_problems`), the merged tensor is
+        base + sum_i lambda_i part_i within float32 rounding. The recipe's own coefficients and maps do not enter.
+
+        Returns:
+            Experts whose part need not be zero, and their parts: float32, shape (experts, *shape), scale included.
+        Raises:
+            RecipeError: the recipe is not linear in its coefficients.
+        Cost: one pass over the tensor.
+        """
+        linear, shape = unit_recipe(recipe), self.tensors.base(name).shape
+        experts = tuple(recipe.models.experts)
+        if not self._planner.facts.active(name, experts):
+            return (), torch.zeros(0, *shape, device=self.tensors.device)
+        if linear.operator is not None:
+            info = require_known(linear.operator, OPERATORS, "operator", len(experts))
+            if not info.ndim or len(shape) in info.ndim:
+                context = self._with_options(
+                    self._context(linear, name), linear.operator, completed_options(linear.operator, info)
+                )
+                return experts, torch.stack(load_operator(info)(context)) * context.scale
+            p = self._fallback(linear, name)
+        else:
+            p = self._planner.plan(linear, name, emit="delta")
+        assert p is not None
+        return p.experts, pass_parts(p, *self._planner.facts.flats(name, p.experts), self.tensors.device)
 
     def _fallback(self, recipe: Recipe, name: str) -> Pass | None:
         """Mean of lambda_i tau_i over the active experts: for tensors with axes an operator does not handle."""
@@ -230,9 +266,10 @@ class MergeEngine:
             models=recipe.models,
             coefficients=recipe.coefficients,
             scale=recipe.scale,
+            maps=recipe.maps,
             post=recipe.post,
-            splice={"kind": "count"},
-        )  # type: ignore[arg-type]
+            splice=Splice(kind="count"),
+        )
         return self._planner.plan(plain, name, emit="delta" if recipe.post else "weights")
 
     def _context(self, recipe: Recipe, name: str) -> OperatorContext:

@@ -64,7 +64,7 @@ def export_folder(
         out: Must not exist, or be an empty folder.
         tensors: Every tensor of the base once, in any order, the base's shape; cast where the dtype differs.
         card: Text of README.md.
-        extra: More files by name: their text, or a file to copy.
+        extra: More files by name (``maps/x.safetensors`` lies in a folder): their text, or a file to copy.
         expected: sha256 that the tensors must have; '' for any.
         left_out: Names of the base that are not written: second copies of tied tensors.
     Raises:
@@ -247,6 +247,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
 
 
 def _write_file(file: Path, content: str | Path) -> None:
+    file.parent.mkdir(exist_ok=True)
     # Written anew, not copied with its mode: files get the user's umask, cached originals may be read-only or links.
     if isinstance(content, Path):
         with content.open("rb") as source, file.open("wb") as target:
@@ -257,6 +258,9 @@ def _write_file(file: Path, content: str | Path) -> None:
 
 def _sync(folder: Path) -> None:
     for file in folder.iterdir():
+        if file.is_dir():
+            _sync(file)
+            continue
         with file.open("rb+") as f:
             os.fsync(f.fileno())
     _sync_folder(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,7 +109,7 @@ class Facts:
         """
         if name not in self._largest_base:
             base = self.tensors.base(name).reshape(-1).to(self.tensors.device)
-            largest = max((float(b.abs().max()) for b in base.split(_CHUNK)), default=0.0)
+            largest = max((float(b.abs().max()) for b in torch.split(base, _CHUNK)), default=0.0)
             if not math.isfinite(largest):
                 raise NonFiniteError(
                     f"the weights of the base must be finite, found NaN or infinity in tensor {name!r}; download it again"
@@ -128,7 +128,7 @@ class Facts:
             base, (mine,) = self.flats(name, [expert])
             largest = 0.0
             if mine.data_ptr() != base.data_ptr():  # a pool may share frozen tensors
-                for b, e in zip(base.split(_CHUNK), mine.split(_CHUNK), strict=True):
+                for b, e in zip(torch.split(base, _CHUNK), torch.split(mine, _CHUNK), strict=True):
                     delta = e.to(self.tensors.device, torch.float32) - b.to(self.tensors.device, torch.float32)
                     this = float(delta.abs().max()) if delta.numel() else 0.0
                     largest = max(largest, this) if this == this else math.nan
@@ -330,7 +330,9 @@ class Facts:
             return dict.fromkeys(active, builders[active[0]].finish())
         return {e: b.finish() for e, b in builders.items()}
 
-    def _score_chunks(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...]):  # type: ignore[no-untyped-def]
+    def _score_chunks(
+        self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...]
+    ) -> Iterator[tuple[int, list[Tensor]]]:
         if self.source(assess).kind == "given":
             yield 0, self.scores(assess, scope, name, coefficients)
             return
@@ -338,7 +340,7 @@ class Facts:
         yield from _assessed(p, base, experts, self.tensors.device)
 
     def ranks(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()) -> list[Tensor]:
-        """Rank of every score within its row (scope ``row``) or tensor, 0 the largest. Flat int32, stored."""
+        """Rank of every score within its row (scope ``row``) or tensor, 0 the largest. Flat float32 (loads fastest), stored."""
         options = json.dumps(self.options(assess), sort_keys=True)
         at = coefficients if "scaled" in options else ()
         key = ("ranks", assess.measure, options, scope.key(), scope.select.scope, scope.seed, name, at)
@@ -346,13 +348,18 @@ class Facts:
         if found is None:
             shape = self.tensors.base(name).shape if scope.select.scope == "row" else (-1,)
             scores = self.whole_scores(assess, scope, name, coefficients)
-            made = {id(a): row_ranks(a.reshape(shape)).reshape(-1) for a in {id(a): a for a in scores}.values()}
+            made = {
+                id(a): row_ranks(a.reshape(shape)).reshape(-1).to(torch.float32)
+                for a in {id(a): a for a in scores}.values()
+            }
             found = [made[id(a)] for a in scores]
             self.stored.put(key, found)
         return found
 
 
-def _assessed(p: Pass, base: Tensor, experts: Sequence[Tensor], device: torch.device):  # type: ignore[no-untyped-def]
+def _assessed(
+    p: Pass, base: Tensor, experts: Sequence[Tensor], device: torch.device
+) -> Iterator[tuple[int, list[Tensor]]]:
     """(position, scores of each expert) of every chunk."""
     n = scalars(p.numbers, device)
     for part, b, e, given, index in sweep(p, base, experts, device):

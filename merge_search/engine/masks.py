@@ -6,15 +6,17 @@ the order of the experts. A mask ``u < density`` is nested in the density: raisi
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from merge_search.seeding import derive_seed
 
-__all__ = ["indices", "mask_keys", "mix", "uniform"]
+__all__ = ["draw", "draw_limit", "indices", "mask_keys", "mix", "uniform"]
 
-_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32, 0x5BD1E995)
-"""Odd 32-bit constants; the first two are those of the public-domain hash `lowbias32`."""
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
+"""Odd 32-bit constants: those of the public-domain hash `lowbias32`."""
 
 
 def mask_keys(seed: int, expert: str, tensor: str) -> tuple[int, int]:
@@ -46,12 +48,19 @@ def mix(index: Tensor, first: Tensor | int, second: Tensor | int) -> Tensor:
     h = (h * _MULTIPLIERS[0]) ^ second
     h = h ^ ((h >> 15) & 0x1FFFF)
     h = h * _MULTIPLIERS[1]
-    h = h ^ ((h >> 13) & 0x7FFFF)
-    h = h * _MULTIPLIERS[2]
     return h ^ ((h >> 16) & 0xFFFF)
 
 
 def uniform(index: Tensor, first: Tensor | int, second: Tensor | int) -> Tensor:
     """Uniform numbers on the grid k / 2**24 in [0, 1). float32, same shape as `index`."""
-    bits = mix(index, first, second)
-    return ((bits >> 8) & 0xFFFFFF).to(torch.float32) * (1.0 / 2**24)
+    return draw(index, first, second).to(torch.float32) * (1.0 / 2**24)
+
+
+def draw(index: Tensor, first: Tensor | int, second: Tensor | int) -> Tensor:
+    """`uniform` times 2**24, as int32: whole numbers compare faster."""
+    return (mix(index, first, second) >> 8) & 0xFFFFFF
+
+
+def draw_limit(probability: float) -> int:
+    """``draw < draw_limit(p)`` exactly where ``uniform < p``."""
+    return math.ceil(probability * 2**24)

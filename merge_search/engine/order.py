@@ -26,7 +26,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["EXACT_LIMIT", "Keep", "Table", "TableBuilder", "kept_count", "row_ranks", "table"]
+from merge_search.recipe import Select
+
+__all__ = ["EXACT_LIMIT", "Keep", "Table", "TableBuilder", "dropped_count", "kept_count", "row_ranks", "table"]
 
 EXACT_LIMIT = 2**16
 _BITS = 20
@@ -46,9 +48,16 @@ NOTHING = Keep(math.inf, math.inf, -(2**31))
 EVERYTHING = Keep(-math.inf, -math.inf, 2**31 - 1)
 
 
-def kept_count(density: float, n: int) -> int:
-    """round(density * n), at least one where there is anything to keep."""
-    return min(n, max(1, round(density * n))) if n else 0
+def kept_count(density: float, n: int, rounding: str = "nearest") -> int:
+    """density * n, rounded; at least one where there is anything to keep."""
+    return min(n, max(1, math.floor(density * n) if rounding == "down" else round(density * n))) if n else 0
+
+
+def dropped_count(select: Select, n: int, kept: int) -> int:
+    """How many of the largest of n scores a band drops, of which `kept` stay."""
+    if select.rounding == "down":
+        return min(math.floor(select.gamma * n), n - kept)
+    return round(select.gamma * n)
 
 
 class Table:
@@ -113,7 +122,8 @@ class Table:
         if i >= len(total):
             return self.n
         before, reached = (int(self._reach[i - 1]), total[i - 1]) if i else (0, 0.0)
-        return min(self.n, before + max(1, math.ceil((share * total[-1] - reached) / values[i] - 1e-9)))
+        due = math.ceil(float(share * total[-1] - reached) / float(values[i]) - 1e-9)
+        return min(self.n, before + max(1, due))
 
     def kappa(self, density: float) -> float:
         """kappa such that min(1, kappa * score) has mean `density`; the largest float32 if fewer are positive than that."""

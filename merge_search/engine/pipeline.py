@@ -7,6 +7,7 @@ every candidate and every tensor length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -108,7 +109,6 @@ class Structure:
 
     select: as `recipe.Select.kind`, or ``rank`` / ``rank_band`` / ``mask`` where ranks or masks are given.
     rescale: ``none``, ``number`` or ``probability``. emit: ``weights`` or the combined ``delta`` (float32).
-    checked: the pass counts elements that are not finite, because numbers alone do not prove that there are none.
     """
 
     experts: int
@@ -126,7 +126,6 @@ class Structure:
     ties: str = "first"
     boost: bool = False
     rows: bool = False
-    checked: bool = False
     emit: str = "weights"
 
     @property
@@ -141,6 +140,7 @@ class Pass:
 
     experts: The active ones, in the order in which they are added up.
     index: Of the tensor's first element, where a whole model is ranked together.
+    bound: No |result| can be larger; infinite where the numbers do not say.
     """
 
     name: str
@@ -150,6 +150,7 @@ class Pass:
     numbers: Numbers
     given: Given = field(default_factory=dict)
     index: int = 0
+    bound: float = math.inf
 
 
 def is_vector(shape: tuple[int, ...] | torch.Size) -> bool:

@@ -12,9 +12,10 @@ from merge_search.engine.allocate import Allocation, allocate
 from merge_search.engine.assess import measure_of
 from merge_search.engine.balanced import balanced_masks
 from merge_search.engine.facts import Facts, Scope
-from merge_search.engine.masks import mask_keys
-from merge_search.engine.order import Table, kept_count
-from merge_search.engine.pipeline import Given, Numbers, Pass, Source, Structure, Tensors, output_dtype, statistic_of
+from merge_search.engine.maps import n_rows, rows_of
+from merge_search.engine.masks import draw_limit, mask_keys
+from merge_search.engine.order import Table, dropped_count, kept_count
+from merge_search.engine.pipeline import Given, Numbers, Pass, Source, Structure, Tensors
 from merge_search.engine.survey import majority_sign, measure
 from merge_search.recipe import Assess, Recipe, value_for
 
@@ -123,13 +124,16 @@ class Planner:
         p = self._surveyed(recipe, self._rows(recipe, p))
         if "majority" in numbers:
             numbers["majority"] = [majority_sign(p, self.facts)]
-        limit = torch.finfo(torch.float32 if emit == "delta" else output_dtype(recipe, self.tensors.base(name))).max
-        return replace(p, structure=replace(p.structure, checked=not self._bound(p) < limit))
+        return replace(p, bound=self._bound(recipe, p))
 
-    def _bound(self, p: Pass) -> float:
+    def _bound(self, recipe: Recipe, p: Pass) -> float:
         """What no merged element can exceed; infinite where weights are not known to lie in [0, 1]."""
         s, n = p.structure, p.numbers
-        if s.splice not in ("sum", "count", "mask", "argmax") or s.rescale == "probability" or s.rows:
+        if s.rescale == "probability" or s.rows or (s.splice == "coefficient" and min(n["coefficient"]) < 0):
+            return math.inf
+        if s.splice in _MIXED and not measure_of(recipe.splice.score or recipe.assess).bounded:
+            return math.inf
+        if s.splice == "softmax" and recipe.splice.temperature < 1e-30:
             return math.inf
         rho = n.get("rho", [1.0] * s.experts)
         boost = n.get("boost", [1.0] * s.experts)
@@ -156,7 +160,7 @@ class Planner:
         p = replace(p, structure=replace(s, winsorise=bool(clip), exclusive=select.exclusive, gate=select.gate > 0))
         if select.gate:
             p.numbers["gate"] = [select.gate]
-        kind = "top_k" if select.kind == "mass" else select.kind
+        kind: str = "top_k" if select.kind == "mass" else select.kind
         ranked = select.scope == "row" and kind in ("top_k", "band")
         if kind == "n_m":
             p = self._balanced(recipe, scope, p, densities, coefficients)
@@ -182,18 +186,21 @@ class Planner:
         columns = (p.shape[-1] if p.shape else 1) if recipe.select.scope == "row" else self.tensors.base(p.name).numel()
         if kind == "rank_probability":
             self._probability_numbers(recipe, p, densities)
+            p.numbers["density"] = list(densities)
             p.numbers["epsilon"] = [min(recipe.select.epsilon, d, 1 - d) if columns > 1 else 0.0 for d in densities]
             p.numbers["last"] = [float(max(1, columns - 1))]
             return
-        drop = round(recipe.select.gamma * columns) if kind == "rank_band" else 0
-        p.numbers["count"] = [min(columns, drop + kept_count(d, columns)) for d in densities]
+        counts = [kept_count(d, columns, recipe.select.rounding) for d in densities]
+        drops = [dropped_count(recipe.select, columns, k) if kind == "rank_band" else 0 for k in counts]
+        p.numbers["count"] = [min(columns, drop + k) for drop, k in zip(drops, counts, strict=True)]
         if kind == "rank_band":
-            p.numbers["drop"] = [drop] * len(densities)
+            p.numbers["drop"] = drops
 
     def _probability_numbers(self, recipe: Recipe, p: Pass, densities: tuple[float, ...]) -> None:
         keys = [mask_keys(recipe.seed, e, p.name) for e in p.experts]
         p.numbers["key1"], p.numbers["key2"] = [k[0] for k in keys], [k[1] for k in keys]
-        p.numbers["density"] = list(densities)
+        if p.structure.select == "bernoulli":
+            p.numbers["limit"] = [draw_limit(d) for d in densities]
 
     def _threshold_numbers(
         self, recipe: Recipe, scope: Scope, p: Pass, densities: tuple[float, ...], coefficients: tuple[float, ...]
@@ -208,7 +215,6 @@ class Planner:
         tables = self.facts.tables(recipe.assess, scope, p.name, coefficients)
         mine = [tables[e] for e in p.experts]
         if kind == "proportional":
-            n.pop("density")
             n["kappa"] = [t.kappa(d) for t, d in zip(mine, densities, strict=True)]
             return p
         counts = [_count(recipe, t, d) for t, d in zip(mine, densities, strict=True)]
@@ -216,11 +222,13 @@ class Planner:
             n["low"] = [t.value(k) for t, k in zip(mine, counts, strict=True)]
             n["span"] = [t.maximum - low for t, low in zip(mine, n["low"], strict=True)]
             return p
-        drops = [round(select.gamma * t.n) if kind == "band" else 0 for t in mine]
+        drops = [dropped_count(select, t.n, k) if kind == "band" else 0 for t, k in zip(mine, counts, strict=True)]
         _cuts(n, "", mine, [drop + k for drop, k in zip(drops, counts, strict=True)])
-        n["stride"] = [t.stride for t in mine]
+        n["stride"] = [t.stride for t in mine] if len({t.stride for t in mine}) > 1 else [mine[0].stride]
         if kind == "band":
             _cuts(n, "2", mine, drops)
+        if measure_of(recipe.assess).shared and len(set(densities)) == 1:
+            n.update({key: n[key][:1] for key in ("low", "high", "cut", "low2", "high2", "cut2") if key in n})
         index = self.facts.offset(p.name, vectors=select.vectors) if select.scope == "model" else 0
         return replace(p, index=index)
 
@@ -242,9 +250,11 @@ class Planner:
         if masks is None:
             scores = self.facts.whole_scores(recipe.assess, scope, p.name, coefficients)
             shape = p.shape if p.shape else (1,)
-            masks = balanced_masks(
+            found = balanced_masks(
                 [a.reshape(shape) for a in scores], densities, select.block_size, exclusive=select.exclusive
             )
+            dtype = self.tensors.base(p.name).dtype
+            masks = [m.to(dtype if dtype.itemsize == 2 else torch.bfloat16) for m in found]  # booleans load slowly
             self.facts.stored.put(key, masks)
         p.given["mask"] = masks
         return replace(p, structure=replace(p.structure, select="mask", exclusive=False))
@@ -265,14 +275,14 @@ class Planner:
     def _rows(self, recipe: Recipe, p: Pass) -> Pass:
         if not any(e in recipe.maps for e in p.experts):
             return p
-        rows = p.shape[0] if p.shape else 1
+        rows = n_rows(p.shape)
         maps = []
         for e in p.experts:
-            if e in recipe.maps:
-                found = statistic_of(self.tensors, f"map:{recipe.maps[e]}", e, p.name)
-                maps.append(found.reshape(-1).to(self.tensors.device, torch.float32))
-            else:
-                maps.append(torch.ones(rows, device=self.tensors.device))
+            found = rows_of(self.tensors, recipe, e, p.name)
+            found = torch.ones(rows, device=self.tensors.device) if found is None else found
+            maps.append(
+                found if rows > 1 else found.expand(2).contiguous()
+            )  # the compiler takes lengths of 1 for fixed
         p.given["rows"] = maps
         p.numbers["start"] = [(p.index + 2**31) % 2**32 - 2**31]
         p.numbers["columns"] = [max(1, self.tensors.base(p.name).numel() // max(1, rows))]
@@ -292,7 +302,8 @@ class Planner:
         found = self.survey(p, masks)
         s = p.structure
         if number:
-            p.numbers["b"] = found["energy"]
+            floor = float((recipe.splice.score or recipe.assess).options.get("floor", 0.0))
+            p.numbers["b"] = found["energy"] if sum(found["energy"]) >= floor else [1.0] * len(p.experts)
         if match:
             which = "l1" if recipe.rescale.kind == "match_l1" else "l2"
             p.numbers["rho"] = [
@@ -326,7 +337,7 @@ def _mask_numbers(p: Pass) -> Numbers:
 
 def _count(recipe: Recipe, t: Table, density: float) -> int:
     n = t.n_positive if recipe.select.nonzero else t.n
-    return t.count_for_mass(density) if recipe.select.kind == "mass" else kept_count(density, n)
+    return t.count_for_mass(density) if recipe.select.kind == "mass" else kept_count(density, n, recipe.select.rounding)
 
 
 def _cuts(n: Numbers, suffix: str, tables: list[Table], counts: list[int]) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,16 +20,25 @@ from merge_search.engine.compatibility import check_models
 from merge_search.engine.hashing import hash_checkpoint
 from merge_search.engine.headers import ADAPTER_CONFIG, CheckpointInfo, resolve_model
 from merge_search.engine.layout import layout
+from merge_search.engine.maps import MapStore
 from merge_search.errors import WeightsError
 from merge_search.recipe import Group, Models
 
-__all__ = ["ModelPool"]
+__all__ = ["ModelPool", "StatisticsSource"]
 
 GIB = 2**30
 MARGIN = 0.9  # of what is free: allocators and neighbours need the rest
 SCRATCH_TENSORS = 6  # float32 temporaries of the largest tensor while it is merged
 _log = logging.getLogger(__name__)
 _hashes: dict[tuple[object, ...], str] = {}
+
+
+class StatisticsSource(Protocol):
+    """Numbers measured on data."""
+
+    def get(self, kind: str, expert: str, name: str) -> Tensor | None:
+        """The statistic `kind` of `expert` for tensor `name`, broadcastable to it; None where it was never measured."""
+        ...
 
 
 class ModelPool:
@@ -38,6 +48,7 @@ class ModelPool:
         models: Base and experts, by folder or hub id. Where `models.hashes` are given they are checked.
         device: ``auto`` (a GPU if there is one), or torch's word for a device.
         memory: GiB that the pool may take on its device; None: what is free, less what one live model needs.
+        map_folders: Where the maps of recipes are looked for.
 
     Attributes:
         groups: Group of every tensor that is merged, in the order of the checkpoint; a tensor stored twice
@@ -46,6 +57,8 @@ class ModelPool:
         aliases: Tied tensors that the base stores twice: the name left out -> the name that is merged.
         plan: Where the tensors lie and why, with figures.
         notes: What was left out or matched by token.
+        map_folders: As given; may grow.
+        statistics: Asked by `statistic` for all but maps; None: nothing was measured.
 
     Raises:
         WeightsError: with every problem that headers show; or for NaN or infinity in a tensor, an expert
@@ -53,7 +66,14 @@ class ModelPool:
     Determinism: tensors are bits of the files (adapters: see `checkpoint.Expert`), whatever the placement.
     """
 
-    def __init__(self, models: Models, *, device: str | torch.device = "auto", memory: float | None = None) -> None:
+    def __init__(
+        self,
+        models: Models,
+        *,
+        device: str | torch.device = "auto",
+        memory: float | None = None,
+        map_folders: Iterable[str | Path] = (),
+    ) -> None:
         problems = check_models(models.base, models.experts)
         if problems:
             raise WeightsError("these models cannot be merged:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -65,6 +85,11 @@ class ModelPool:
         self.groups: dict[str, Group] = {n: g for n, g in layout(self._base.info).items() if n not in self.aliases}
         self.copied_names = tuple(n for n in self._base.info.tensors if n not in self.groups and n not in self.aliases)
         self.notes = [note for e in self._experts.values() for note in e.notes]
+        self.map_folders = [Path(folder) for folder in map_folders]
+        self._maps = MapStore(
+            self.map_folders, {n: self._base.info.tensors[n].shape for n in self.groups}, self.device
+        )
+        self.statistics: StatisticsSource | None = None
         self.check_hashes()
         self.placement, self.plan = self._choose(memory)
         _log.info("%s", self.plan)
@@ -86,6 +111,16 @@ class ModelPool:
     def expert(self, expert: str, name: str) -> Tensor:
         """An expert's tensor on the device: the base's shape, its own dtype. Do not write into it."""
         return self._get(name, 1 + self._index(expert), self._experts[expert].tensor)
+
+    def statistic(self, kind: str, expert: str, name: str) -> Tensor | None:
+        """``map:<sha256>``: a recipe's map, shape (rows,), on the device; else what `statistics` says.
+
+        Raises:
+            RecipeError, WeightsError: the map is missing, changed or made for other models.
+        """
+        if kind.startswith("map:"):
+            return self._maps.get(kind.removeprefix("map:"), name)
+        return None if self.statistics is None else self.statistics.get(kind, expert, name)
 
     def copied(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors of the base that are not merged, on the CPU."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.assess import scores_of
-from merge_search.engine.masks import indices, uniform
+from merge_search.engine.masks import draw, indices, uniform
 from merge_search.engine.pipeline import Source, Structure
 
 __all__ = ["Survivors", "combine", "elect", "merge", "survivors", "survivors_of", "voices"]
@@ -124,7 +124,7 @@ def _select(
     if s.select == "threshold":
         return [a[i] > n["threshold"][0] for i in every], []
     if s.select == "mask":
-        return [given["mask"][i] for i in every], []
+        return [given["mask"][i] > 0 for i in every], []
     if s.select == "rank":
         return [given["rank"][i] < n["count"][i] for i in every], []
     if s.select == "rank_band":
@@ -137,19 +137,18 @@ def _select(
     if s.select in ("top_k", "band"):
         place = [where * stride for stride in n["stride"]]
         place = place * (s.experts // len(place))
-        kept = [_top(a[i], n["low"][i], n["high"][i], n["cut"][i], place[i]) for i in every]
+        different = range(len(n["low"]))  # one where all experts share their scores
+        kept: list[Tensor | None] = [_top(a[i], n["low"][i], n["high"][i], n["cut"][i], place[i]) for i in different]
         if s.select == "band":
-            kept = [m & ~_top(a[i], n["low2"][i], n["high2"][i], n["cut2"][i], place[i]) for i, m in enumerate(kept)]
-        return list(kept), []
-    u = [uniform(where, n["key1"][i], n["key2"][i]) for i in every]
+            peak = [_top(a[i], n["low2"][i], n["high2"][i], n["cut2"][i], place[i]) for i in different]
+            kept = [m & ~p for m, p in zip(kept, peak, strict=True) if m is not None]
+        return kept * (s.experts // len(kept)), []
     if s.select == "bernoulli":
-        return [u[i] < n["density"][i] for i in every], []
+        return [draw(where, n["key1"][i], n["key2"][i]) < n["limit"][i] for i in every], []
+    u = [uniform(where, n["key1"][i], n["key2"][i]) for i in every]
     if s.select == "rank_probability":
         last = n["last"][0]
-        p = [
-            n["density"][i] + n["epsilon"][i] * ((last - 2.0 * given["rank"][i].to(torch.float32)) / last)
-            for i in every
-        ]
+        p = [n["density"][i] + n["epsilon"][i] * ((last - 2.0 * given["rank"][i]) / last) for i in every]
     else:
         p = [torch.clamp(n["kappa"][i] * a[i], max=1.0) for i in every]
     return [u[i] < p[i] for i in every], p

@@ -12,7 +12,7 @@ from merge_search import catalogue
 from merge_search.engine.compatibility import check_models
 from merge_search.engine.headers import read_checkpoint, resolve_model
 from merge_search.engine.layout import layout
-from merge_search.errors import InputError, MergeSearchError, StudyFileError, nearest
+from merge_search.errors import InputError, MergeSearchError, StudyFileError, WeightsError, nearest
 from merge_search.evaluation import Evaluator, MetricInfo, SplitShares
 from merge_search.objective import Objective
 from merge_search.presets import PRESETS
@@ -82,10 +82,10 @@ def prepare_models(file: StudyFile, problems: _Problems) -> SpaceContext | None:
         base=file.model_reference(file.models.base),
         experts={k: file.model_reference(v) for k, v in file.models.experts.items()},
     )
-    found = check_models(models.base, models.experts)
-    problems.found += [f"models: {p}" for p in found]
-    info = problems.attempt(lambda: read_checkpoint(resolve_model(models.base))) if not found else None
-    if info is None:
+    problems.found += [f"models: {p}" for p in check_models(models.base, models.experts)]
+    try:
+        info = read_checkpoint(resolve_model(models.base))
+    except WeightsError:  # among the problems already
         return None
     return SpaceContext(models, tuple(layout(info).values()), seed=file.study.seed, dtype=file.models.dtype)
 
@@ -127,15 +127,18 @@ def prepare(file: StudyFile) -> Plan:
 
 def _space(file: StudyFile, context: SpaceContext) -> SearchSpace:
     family = catalogue.load("search_spaces", file.space.type, folder=file.folder)
-    space: SearchSpace = family(file.space.options, context)
+    options = file.space.options
+    if isinstance(options.get("file"), str):
+        options["file"] = str((file.folder / Path(options["file"]).expanduser()).resolve())
+    space: SearchSpace = family(options, context)
     return space
 
 
 def _evaluator(file: StudyFile, index: int) -> Evaluator:
     entry = file.evaluate[index]
     options = entry.options
-    if "include_path" in options:
-        paths = options["include_path"]
+    paths = options.get("include_path") or []
+    if paths:
         paths = [paths] if isinstance(paths, str) else paths
         options["include_path"] = [str((file.folder / Path(p).expanduser()).resolve()) for p in paths]
     shares = SplitShares(file.splits.search, file.splits.validation, file.splits.test)

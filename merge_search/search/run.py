@@ -106,7 +106,7 @@ def run(file: StudyFile, listener: Listener) -> optuna.Study:
     backend = storage.open_storage(file.storage_url)
     with storage.driver_lock(backend, file.storage_url, file.study.name):
         bench = Workbench(plan, device=file.device)
-        for text in (bench.pool.plan, *bench.pool.notes, *bench.live.notes):
+        for text in (bench.pool.plan, *bench.pool.notes, *bench.live.notes, *getattr(plan.space, "notes", [])):
             listener.note(text)
         study = _open_study(plan, backend)
         storage.check_identity(study, plan.identity(dict(bench.models.hashes)))

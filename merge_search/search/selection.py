@@ -27,9 +27,8 @@ __all__ = ["Standing", "best", "candidates", "finalists", "standings", "validate
 
 
 def best(study: optuna.Study, objective: Objective) -> Record | None:
-    """Feasible scored trial with the best observed first objective; for the progress line."""
-    scored = [r for r in records(study) if r.is_scored and r.feasible]
-    return max(scored, key=lambda r: objective.key(r.values), default=None)
+    """Feasible merge with the best observed first objective; for the progress line."""
+    return max(candidates(study), key=lambda r: objective.key(r.values), default=None)
 
 
 def candidates(study: optuna.Study) -> list[Record]:
@@ -148,7 +147,7 @@ def winner(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) 
     merges = [s for s in standings(study, objective, experts) if s.role in ("merge", "baseline")]
     if merges:
         return max(merges, key=lambda s: objective.key(s.values)).record
-    return max(candidates(study), key=lambda r: objective.key(r.values), default=None)
+    return best(study, objective)
 
 
 def paired_difference(a: Evaluation, b: Evaluation, names: list[str]) -> tuple[float, float]:

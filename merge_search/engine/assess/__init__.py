@@ -43,6 +43,7 @@ class Measure:
         shared: All experts have the same scores.
         cheap: Element-wise; recomputed inside the pass.
         after_mask: Its scores are made from the surviving deltas (mixing scores only).
+        bounded: Scores are finite and not negative, so that score-weighted means stay between the deltas.
         ordered: The order of the experts in the recipe matters.
         options: Names and defaults; None: no default.
         reduce_options: Those that `reduce` depends on.
@@ -55,6 +56,7 @@ class Measure:
     cheap: bool = False
     after_mask: bool = False
     ordered: bool = False
+    bounded: bool = False
     options: Mapping[str, Scalar | None] = None  # type: ignore[assignment]
     reduce_options: tuple[str, ...] = ()
 
@@ -92,11 +94,19 @@ def _m(module: str, summary: str, *, options: Mapping[str, Scalar | None] | None
 
 
 MEASURES: dict[str, Measure] = {
-    "ones": _m("ones", "every parameter alike", shared=True, cheap=True),
-    "magnitude": _m("magnitude", "|delta|", cheap=True),
-    "rank": _m("rank", "rank of |delta| in its row, from 0 (smallest) to 1"),
-    "variance": _m("variance", "population variance of the deltas over the experts (SCE)", shared=True, cheap=True),
-    "energy": _m("energy", "mean square of the surviving deltas, one number per tensor (SCE)", after_mask=True),
+    "ones": _m("ones", "every parameter alike", shared=True, cheap=True, bounded=True),
+    "magnitude": _m("magnitude", "|delta|", cheap=True, bounded=True),
+    "rank": _m("rank", "rank of |delta| in its row, from 0 (smallest) to 1", bounded=True),
+    "variance": _m(
+        "variance", "population variance of the deltas over the experts (SCE)", shared=True, cheap=True, bounded=True
+    ),
+    "energy": _m(
+        "energy",
+        "mean square of the surviving deltas, one number per tensor (SCE)",
+        after_mask=True,
+        options={"floor": 0.0},
+        bounded=True,
+    ),
     "pcb": _m(
         "pcb",
         "intra x inter competition, as released (PCB-Merging)",
@@ -110,10 +120,11 @@ MEASURES: dict[str, Measure] = {
         "compatibility from disagreement and information content (CKI), without training",
         cheap=True,
         ordered=True,
+        bounded=True,
         options={"kind": "dual", "a": 0.4, "c": 500.0, "bins": 10, "gain": 1.0, "bias": 0.0, "sign": 1.0},
         reduce_options=("bins",),
     ),
-    "random": _m("random", "counter-based uniform numbers: a control", options={}),
+    "random": _m("random", "counter-based uniform numbers: a control", bounded=True),
     "fisher": _m(
         "fisher",
         "diagonal Fisher information",

@@ -42,9 +42,9 @@ def entropy(weights: Tensor, bins: int) -> float:
         [low + b * step for b in range(1, bins)] + [low + bins * step], dtype=torch.float64, device=flat.device
     )
     counts = torch.zeros(bins + 1, dtype=torch.int64, device=flat.device)
-    for chunk in flat.split(_CHUNK):
+    for chunk in torch.split(flat, _CHUNK):
         counts += torch.bincount(torch.bucketize(chunk.to(torch.float64), edges, right=True), minlength=bins + 1)
-    shares = (counts[:bins].to(torch.float64) / flat.numel()).tolist()
+    shares: list[float] = (counts[:bins].to(torch.float64) / flat.numel()).tolist()
     return -sum(p * math.log(p) for p in shares if p > 0)
 
 
@@ -61,7 +61,7 @@ def _local(deltas: Sequence[Tensor]) -> list[Tensor]:
 def reduce(context: AssessContext) -> list[tuple[float, ...]]:
     """(entropy of the weights, mean and standard deviation of the disagreement) of each expert."""
     bins = int(context.options["bins"])
-    result = []
+    result: list[tuple[float, ...]] = []
     for t, d in zip(context.deltas, _local(context.deltas), strict=True):
         d64 = d.to(torch.float64)
         result.append((entropy(context.base + t, bins), float(d64.mean()), float(d64.std(correction=0))))

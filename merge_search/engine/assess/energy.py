@@ -1,8 +1,8 @@
 """Mean square of the surviving deltas, one number per expert and tensor.
 
 As a mixing score the engine fills it in from the survivors; as a selection score it is that of the whole delta.
-Source: SCE (FuseChat), arXiv 2408.07990. Differs: mergekit falls back to equal weights below an absolute sum of 1e-6,
-which is the usual size of fine-tuning deltas; here the ratio alone counts.
+Source: SCE (FuseChat), arXiv 2408.07990. Differs: mergekit weighs experts alike where the energies sum to less than 1e-6,
+which is the usual size of fine-tuning deltas; here the ratio alone counts unless the option ``floor`` says otherwise.
 """
 
 from __future__ import annotations

@@ -27,8 +27,10 @@ def scores(context: AssessContext) -> list[Tensor]:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / torch.linalg.vector_norm(x.to(torch.float64)).clamp(min=1e-30).to(torch.float32)
+    length: Tensor = torch.linalg.vector_norm(x.to(torch.float64))
+    return x / length.clamp(min=1e-30).to(torch.float32)
 
 
 def _softmax(x: Tensor) -> Tensor:
-    return torch.softmax(x.reshape(-1), 0).reshape(x.shape)
+    shares: Tensor = torch.softmax(x.reshape(-1), 0)
+    return shares.reshape(x.shape)

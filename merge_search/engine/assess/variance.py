@@ -16,18 +16,18 @@ __all__ = ["numbers", "scores"]
 
 
 def numbers(options: Mapping[str, Scalar], reduced: Sequence[tuple[float, ...]], n_experts: int) -> list[float]:
-    """1 / number of experts, and the number of absent ones is what is left of it inside `scores`."""
-    return [float(n_experts)]
+    """1 / number of experts, and that number."""
+    return [1.0 / n_experts, float(n_experts)]
 
 
 def scores(context: AssessContext) -> list[Tensor]:
-    count = context.numbers[0]
+    share, count = context.numbers
     total = context.deltas[0]
     for t in context.deltas[1:]:
         total = total + t
-    mean = total / count
+    mean = total * share
     absent = count - float(len(context.deltas))
     spread = absent * (mean * mean)
     for t in context.deltas:
         spread = spread + (t - mean) * (t - mean)
-    return [spread / count] * len(context.deltas)
+    return [spread * share] * len(context.deltas)

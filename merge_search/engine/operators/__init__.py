@@ -127,20 +127,20 @@ OPERATORS: dict[str, OperatorInfo] = {
         options={"t": None, "space": "weights"}, choices=_SPACE, experts=(1, 2),
     ),
     "nuslerp": _entry(
-        "nuslerp", "merge", "great circle between two experts, by tensor, row or column", _MERGEKIT,
-        options={"axis": "tensor", "space": "delta"}, choices={"axis": ("tensor", "row", "column"), **_SPACE}, experts=(2, 2),
+        "nuslerp", "merge", "great circle between base and expert, or two experts, by tensor, row or column", _MERGEKIT,
+        options={"axis": "tensor", "space": "delta"}, choices={"axis": ("tensor", "row", "column"), **_SPACE}, experts=(1, 2),
     ),
     "multislerp": _entry(
         "multislerp", "merge", "mean direction of all experts times their mean norm", _MERGEKIT,
-        options={"space": "delta"}, choices=_SPACE,
+        options={"space": "delta", "base_weight": 0.0}, choices=_SPACE,
     ),
     "karcher": _entry(
         "karcher", "merge", "Karcher mean of the experts' directions times their mean norm", f"Karcher 1977; {_MERGEKIT}",
-        options={"space": "weights", "steps": 10, "tolerance": 1e-5}, choices=_SPACE,
+        options={"space": "weights", "steps": 10, "tolerance": 1e-5, "base_weight": 0.0}, choices=_SPACE,
     ),
     "model_stock": _entry(
         "model_stock", "parts", "average, shrunk towards the base by the angle between the deltas", "Model Stock, Jang et al. 2024, arXiv 2403.19522",
-        options={"scope": "tensor", "clamp": True}, choices={"scope": ("tensor", "layer")}, scales=(1.0, 0.5, 0.75, 1.5, 2.0),
+        options={"scope": "tensor", "clamp": True}, choices={"scope": ("tensor", "layer", "row")}, scales=(1.0, 0.5, 0.75, 1.5, 2.0),
     ),
     "nearswap": _entry(
         "nearswap", "parts", "the expert's value where it is close to the base's", _MERGEKIT, options={"t": 1e-3}

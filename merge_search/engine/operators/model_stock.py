@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.operators import OperatorContext
+from merge_search.engine.operators.matrix import oriented
 from merge_search.errors import RecipeError
 
 __all__ = ["parts", "ratio"]
@@ -15,9 +16,9 @@ def parts(context: OperatorContext) -> list[Tensor]:
     """processed_i = t tau_i / M with t = M cos / (1 + (M - 1) cos), cos the mean cosine over pairs of deltas.
 
     M counts experts that changed the tensor (``scope="layer"``: any tensor of the block, whose deltas are taken as one long
-    vector). With one such expert t = 1. Options: ``scope``; ``clamp``: cos into [0, 1] first, without which opposed deltas
-    lead away from the average, and t is undefined at cos = -1 / (M - 1) (taken as 0 there). The factor on t that one may want
-    to search is the recipe's scale. Differs: the paper leaves cos unclamped and works per tensor.
+    vector; ``scope="row"``: that row of the matrix). With one such expert t = 1. Options: ``scope``; ``clamp``: cos into
+    [0, 1] first, without which opposed deltas lead away from the average, and t is undefined at cos = -1 / (M - 1) (taken
+    as 0 there). The factor on t that one may want to search is the recipe's scale. Differs: the paper leaves cos unclamped and works per tensor.
 
     Returns:
         float32, one per expert.
@@ -25,6 +26,8 @@ def parts(context: OperatorContext) -> list[Tensor]:
         RecipeError: scope ``layer`` where the block's other tensors are not given.
     Source: Jang et al. 2024, arXiv 2403.19522.
     """
+    if context.options["scope"] == "row" and context.base.ndim > 1:
+        return _by_row(context)
     t, n = ratio(_pooled(context), clamp=bool(context.options["clamp"]))
     return [delta * (t / max(n, 1)) for delta in context.deltas]
 
@@ -46,6 +49,21 @@ def ratio(gram: Tensor, *, clamp: bool) -> tuple[float, int]:
         cos = min(max(cos, 0.0), 1.0)
     bottom = 1 + (n - 1) * cos
     return (n * cos / bottom if abs(bottom) > 1e-9 else 0.0), n
+
+
+def _by_row(context: OperatorContext) -> list[Tensor]:
+    """One t for every row of the experts that changed it; t = 1 where one alone did."""
+    deltas = torch.stack([oriented(context, delta) for delta in context.deltas]).to(torch.float64)
+    length = torch.linalg.vector_norm(deltas, dim=-1, keepdim=True)
+    n = (length > 0).sum(0)
+    units = deltas / length.clamp_min(torch.finfo(torch.float64).tiny)
+    cos = (units.sum(0).square().sum(-1, keepdim=True) - n) / (n * (n - 1)).clamp_min(1)
+    if context.options["clamp"]:
+        cos = cos.clamp(0.0, 1.0)
+    bottom = 1 + (n - 1) * cos
+    t = torch.where(n < 2, 1.0, torch.where(bottom.abs() > 1e-9, n * cos / bottom, 0.0))
+    factor = (t / n.clamp_min(1)).to(torch.float32)
+    return [oriented(context, oriented(context, delta) * factor) for delta in context.deltas]
 
 
 def _pooled(context: OperatorContext) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from merge_search.engine.operators import OperatorContext
@@ -16,6 +17,8 @@ _LERP_ABOVE = 1 - 1e-7
 def merge(context: OperatorContext) -> Tensor:
     """SLERP with t = c_2 / (c_1 + c_2), on deltas (as published where a base is given) or weights.
 
+    With one expert in the space ``weights``, from the base with t = c_1.
+
     Option ``axis``: the vectors are the whole tensor, the rows (one per output) or the columns of a matrix; tensors of one
     dimension are taken whole. Stacks and transposed storage are followed.
 
@@ -25,10 +28,17 @@ def merge(context: OperatorContext) -> Tensor:
         RecipeError: a coefficient is negative.
     Source: mergekit's ``nuslerp``.
     """
-    shares = weights(context)
-    if not any(context.active) or not shares:
+    if not any(context.active):
         return context.base.clone()
-    a, b = points(context)
+    found = points(context)
+    if len(found) == 1:
+        start = context.base if context.options["space"] == "weights" else torch.zeros_like(context.base)
+        (a, b), shares = (start, found[0]), [0.0, context.coefficients[0]]
+    else:
+        a, b = found
+        shares = weights(context)
+    if not shares:
+        return context.base.clone()
     axis = None
     if context.options["axis"] != "tensor" and context.base.ndim > 1:
         axis = -1 if (context.options["axis"] == "row") != context.transposed else -2

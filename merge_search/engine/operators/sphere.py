@@ -15,12 +15,18 @@ Axis = int | None
 
 
 def points(context: OperatorContext) -> list[Tensor]:
-    """The experts' weights, or deltas, as the option ``space`` says. float32."""
+    """The experts' weights, or deltas, as the option ``space`` says; before them the base's where it has a ``base_weight``.
+
+    float32.
+    """
     if context.options["space"] == "delta":
-        return list(context.deltas)
-    if context.stored is None:
-        return [context.base + delta for delta in context.deltas]
-    return [context.stored(expert).to(device=context.base.device, dtype=torch.float32) for expert in context.experts]
+        origin, found = torch.zeros_like(context.base), list(context.deltas)
+    elif context.stored is None:
+        origin, found = context.base, [context.base + delta for delta in context.deltas]
+    else:
+        origin = context.base
+        found = [context.stored(e).to(device=context.base.device, dtype=torch.float32) for e in context.experts]
+    return [origin, *found] if context.options.get("base_weight") else found
 
 
 def merged_weights(context: OperatorContext, point: Tensor) -> Tensor:
@@ -31,7 +37,7 @@ def merged_weights(context: OperatorContext, point: Tensor) -> Tensor:
 
 
 def weights(context: OperatorContext) -> list[float]:
-    """Coefficients divided by their sum; empty if all are zero.
+    """Coefficients divided by their sum, before them the option ``base_weight`` if it is not zero; empty if all are zero.
 
     Raises:
         RecipeError: a coefficient is negative: there is no mean of directions then.
@@ -41,8 +47,10 @@ def weights(context: OperatorContext) -> list[float]:
             raise RecipeError(
                 f"spherical operators need coefficients >= 0, got {coefficient:g} for expert {expert!r}, {context.where()}"
             )
-    total = sum(context.coefficients)
-    return [c / total for c in context.coefficients] if total > 0 else []
+    own = float(context.options.get("base_weight", 0.0))
+    shares = [own, *context.coefficients] if own else list(context.coefficients)
+    total = sum(shares)
+    return [c / total for c in shares] if total > 0 and own >= 0 else []
 
 
 def norm(x: Tensor, axis: Axis = None) -> Tensor:

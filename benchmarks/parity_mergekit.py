@@ -1,0 +1,224 @@
+"""Do we make the models that mergekit makes from the same file? Every method, element by element.
+
+    python benchmarks/parity_mergekit.py --mergekit /path/to/mergekit-yaml --zoo FOLDER [--only ties,slerp] [--out FILE.csv]
+
+mergekit runs as the separate program it is; the folder holds ``lm/{base,intent,qtype,where}`` (or --models BASE EXPERT ...).
+Three ways of computing:
+
+    float32     float32 checkpoints, dtype float32
+    cast        bfloat16 checkpoints, dtype float32, out_dtype bfloat16: both round once
+    bfloat16    bfloat16 checkpoints, dtype bfloat16: mergekit rounds after every step, we compute in float32 and round once
+
+Columns: `equal`, share of elements with the same bits; `close`, share within one bfloat16 ulp (float32: 1e-6 + 1e-5 |x|);
+`close_at_base`, the same with the ulp of the larger of the result and the base's weight: where a delta almost cancels the
+weight, one rounding of the weight is many ulps of the result; `largest`, the largest difference. For methods that draw masks,
+instead of `close`: kept rate, mean and standard deviation of the merged delta, theirs / ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from merge_search.engine.engine import MergeEngine
+from merge_search.engine.pool import ModelPool
+from merge_search.mergekit import read_mergekit
+
+MODES = {
+    "float32": {"dtype": "float32"},
+    "cast": {"dtype": "float32", "out_dtype": "bfloat16"},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+RANDOM = {"dare_linear", "dare_ties", "della", "della_linear"}
+WEIGHTS = (0.5, 0.3, 0.7)
+FIELDS = [
+    "method", "case", "mode", "n", "equal", "close", "close_at_base", "largest", "kept_theirs", "kept_ours", "mean_theirs", "mean_ours",
+    "std_theirs", "std_ours", "mergekit", "merge_search", "torch",
+]  # fmt: skip
+
+
+def cases(base: str, experts: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, mergekit file) of every comparison."""
+    first, second, *_ = experts
+
+    def weighted(**more: Any) -> list[dict[str, Any]]:
+        return [{"model": e, "parameters": {"weight": w, **more}} for e, w in zip(experts, WEIGHTS, strict=False)]
+
+    plain = [{"model": e} for e in experts]
+    pair = weighted()[:2]
+    with_base = {"base_model": base}
+    gradient = [{"model": e, "parameters": {"weight": [w, 1 - w, w]}} for e, w in zip(experts, WEIGHTS, strict=False)]
+    filters = [{"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]}, {"filter": "mlp", "value": [1, 0.2]}, {"value": 0.4}]
+    yield "linear", {"merge_method": "linear", "models": weighted()}
+    yield "linear, gradients", {"merge_method": "linear", "models": gradient}
+    yield "task_arithmetic", {"merge_method": "task_arithmetic", **with_base, "models": weighted(), "parameters": {"lambda": 0.8}}
+    yield "ties", {"merge_method": "ties", **with_base, "models": weighted(density=0.37)}
+    yield "ties, not normalised", {"merge_method": "ties", **with_base, "models": weighted(density=0.5), "parameters": {"normalize": False}}
+    yield "breadcrumbs", {"merge_method": "breadcrumbs", **with_base, "models": weighted(density=0.85, gamma=0.01)}
+    yield "breadcrumbs_ties", {"merge_method": "breadcrumbs_ties", **with_base, "models": weighted(density=0.5, gamma=0.03)}
+    yield "slerp", {"merge_method": "slerp", **with_base, "models": [{"model": first}], "parameters": {"t": filters}}
+    yield "nuslerp", {"merge_method": "nuslerp", **with_base, "models": pair}
+    yield "nuslerp, no base", {"merge_method": "nuslerp", "models": pair}
+    rows = {"nuslerp_flatten": False, "nuslerp_row_wise": True}
+    yield "nuslerp, row-wise", {"merge_method": "nuslerp", **with_base, "models": pair, "parameters": rows}
+    yield "multislerp", {"merge_method": "multislerp", **with_base, "models": weighted()}
+    yield "multislerp, no base", {"merge_method": "multislerp", "models": weighted()}
+    yield "karcher", {"merge_method": "karcher", "models": plain}
+    yield "model_stock", {"merge_method": "model_stock", **with_base, "models": plain}
+    yield "model_stock, filter-wise", {"merge_method": "model_stock", **with_base, "models": plain, "parameters": {"filter_wise": True}}
+    yield "sce", {"merge_method": "sce", **with_base, "models": plain, "parameters": {"select_topk": 0.3}}
+    yield "nearswap", {"merge_method": "nearswap", **with_base, "models": plain[:1], "parameters": {"t": 0.001}}
+    yield "arcee_fusion", {"merge_method": "arcee_fusion", **with_base, "models": plain[:1]}
+    halves = [{"sources": [{"model": m, "layer_range": r}]} for m, r in ((first, [0, 2]), (second, [2, _n_layers(base)]))]
+    yield "passthrough", {"merge_method": "passthrough", "slices": halves}
+    for method in sorted(RANDOM):
+        yield method, {"merge_method": method, **with_base, "models": weighted(density=0.4)}
+
+
+def _n_layers(folder: str) -> int:
+    config = json.loads((Path(folder) / "config.json").read_text())
+    return int(config["num_hidden_layers"])
+
+
+def theirs(program: str, file: Path, out: Path) -> dict[str, Tensor]:
+    """mergekit's merged tensors."""
+    command = [program, str(file), str(out), "--quiet", "--no-copy-tokenizer", "--no-write-model-card"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    if done.returncode:
+        raise RuntimeError(f"mergekit failed on {file.name}: {done.stderr[-800:]}")
+    merged: dict[str, Tensor] = {}
+    for shard in sorted(out.glob("*.safetensors")):
+        merged.update(load_file(shard))
+    shutil.rmtree(out)
+    return merged
+
+
+def ours(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Our merged tensors, and the base's."""
+    recipe = read_mergekit(file)
+    pool = ModelPool(recipe.models, device="cpu")
+    merged = {name: t.clone() for name, t in MergeEngine(pool).merged(recipe)}
+    return merged, {name: pool.base(name) for name in merged}
+
+
+def compare(a: dict[str, Tensor], b: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, float]:
+    """`equal`, `close`, `close_at_base`, `largest` of theirs (a) and ours (b), and moments of the merged deltas."""
+    n = equal = close = at_base = 0
+    largest = 0.0
+    sums = torch.zeros(2, 3, dtype=torch.float64)
+    for name, y in b.items():
+        x = a[name]
+        if x.dtype != y.dtype or x.shape != y.shape:
+            raise RuntimeError(f"{name}: {x.dtype} {tuple(x.shape)} from mergekit, {y.dtype} {tuple(y.shape)} from us")
+        origin = base[name].double()
+        wide_x, wide_y = x.double(), y.double()
+        gap = (wide_x - wide_y).abs()
+        size = torch.maximum(wide_x.abs(), wide_y.abs())
+        n += x.numel()
+        equal += int((x == y).sum())
+        close += int((gap <= _tolerance(size, x.dtype)).sum())
+        at_base += int((gap <= _tolerance(torch.maximum(size, origin.abs()), x.dtype)).sum())
+        largest = max(largest, float(gap.max()))
+        for row, wide in enumerate((wide_x, wide_y)):
+            delta = wide - origin
+            sums[row] += torch.stack([(delta.abs() > 1e-9).sum().double(), delta.sum(), delta.square().sum()])
+    kept, mean, square = (sums / n).unbind(1)
+    std = (square - mean**2).clamp_min(0).sqrt()
+    return {
+        "n": n, "equal": equal / n, "close": close / n, "close_at_base": at_base / n, "largest": largest,
+        "kept_theirs": float(kept[0]), "kept_ours": float(kept[1]), "mean_theirs": float(mean[0]), "mean_ours": float(mean[1]),
+        "std_theirs": float(std[0]), "std_ours": float(std[1]),
+    }  # fmt: skip
+
+
+def _tolerance(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """One ulp of numbers of this size in bfloat16; in float32 a hundred or so."""
+    if dtype == torch.bfloat16:
+        return torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 8)
+    return 1e-6 + 1e-5 * size
+
+
+def as_bfloat16(folder: Path, out: Path) -> Path:
+    """A copy of a checkpoint with bfloat16 weights."""
+    out.mkdir(parents=True)
+    for file in folder.glob("*.json"):
+        shutil.copyfile(file, out / file.name)
+    save_file({k: v.bfloat16() if v.is_floating_point() else v for k, v in load_file(folder / "model.safetensors").items()}, out / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    config = json.loads((out / "config.json").read_text())
+    config["torch_dtype"] = "bfloat16"
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def version(program: str) -> str:
+    """mergekit's version, as its own environment tells it."""
+    code = "import importlib.metadata as m; print(m.version('mergekit'))"
+    python = Path(program).resolve().parent / "python"
+    asked = subprocess.run([str(python if python.exists() else sys.executable), "-c", code], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml") or "", help="the program mergekit-yaml")
+    parser.add_argument("--zoo", default=os.environ.get("MERGE_SEARCH_ZOO", ""))
+    parser.add_argument("--models", nargs="+", help="base and three experts, in place of the zoo's")
+    parser.add_argument("--only", default="", help="methods, joined by commas")
+    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "parity_mergekit.csv"))
+    asked = parser.parse_args()
+    if not asked.mergekit or not (asked.zoo or asked.models):
+        parser.error("give --mergekit and --zoo (or --models)")
+    models = asked.models or [str(Path(asked.zoo) / "lm" / m) for m in ("base", "intent", "qtype", "where")]
+    about = {
+        "mergekit": version(asked.mergekit), "merge_search": importlib.metadata.version("merge-search"), "torch": torch.__version__,
+    }  # fmt: skip
+    only = set(filter(None, asked.only.split(",")))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        halved = [str(as_bfloat16(Path(m), work / "bf16" / Path(m).name)) for m in models]
+        for mode in asked.modes.split(","):
+            base, *experts = models if mode == "float32" else halved
+            for case, document in cases(base, experts):
+                method = document["merge_method"]
+                if only and method not in only:
+                    continue
+                file = work / "merge.yml"
+                file.write_text(yaml.safe_dump({**document, **MODES[mode]}))
+                mine, origin = ours(file)
+                found = compare(theirs(asked.mergekit, file, work / "out"), mine, origin)
+                rows.append({"method": method, "case": case, "mode": mode, **found, **about})
+                print(f"{mode:9s} {case:26s} equal {found['equal']:.5f} close {found['close']:.6f} "
+                      f"at base {found['close_at_base']:.6f} largest {found['largest']:.3g}", flush=True)  # fmt: skip
+    _write(Path(asked.out), rows)
+
+
+def _write(out: Path, rows: list[dict[str, Any]]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        for row in rows:
+            is_random = row["method"] in RANDOM
+            skip = {"equal", "close", "close_at_base", "largest"} if is_random else {f for f in FIELDS if f.endswith(("_theirs", "_ours"))}
+            writer.writerow({k: "" if k in skip else f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""mergekit's YAML -> `Recipe`."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from merge_search.engine.headers import read_checkpoint, resolve_model
+from merge_search.engine.layout import layout
+from merge_search.errors import RecipeError, WeightsError, nearest
+from merge_search.mergekit.document import Document, Slice, Source, read_document
+from merge_search.mergekit.methods import EPS, IGNORED, METHODS, PER_MODEL, Method, Numbers
+from merge_search.mergekit.values import Table, lookup, needs_layout, place_of, shorten
+from merge_search.recipe import Group, Recipe
+
+__all__ = ["read_mergekit"]
+
+_ALONE = {"": Group("", None, "other")}
+"""In place of the base's tensors where all of them have the same numbers."""
+_SHARED = {"normalize", "lambda", "density", "rescale", "weight", "t", "select_topk", "scale", *IGNORED}
+_KNOWN = _SHARED | {k for m in METHODS.values() for k in (*m.flags, *m.numbers)}
+_log = logging.getLogger(__name__)
+
+
+def read_mergekit(path_or_text: str | Path, *, where: str = "") -> Recipe:
+    """The recipe of a mergekit file.
+
+    Experts are named after their folders. The base is ``base_model``, or the first model where the method needs none:
+    its config and tokenizer are kept, as mergekit does. Masks of DARE and DELLA are drawn with the recipe's seed, so they
+    have mergekit's rate and rescaling, not its bits. Arithmetic is float32 whatever ``dtype`` says, rounded once at the
+    end to ``out_dtype`` (else ``dtype``).
+
+    Args:
+        path_or_text: A file's `Path`, or its text. Relative model paths are looked up beside the file, then in the
+            working directory.
+        where: For messages; the file's name if not given.
+    Raises:
+        RecipeError: with everything that is wrong or that a recipe cannot say, each by its key: layers moved or
+            repeated, tokenizers other than the base's, unknown methods and parameters, ...
+    Cost: reads the base's headers where numbers differ between layers or tensors.
+    """
+    folder = path_or_text.resolve().parent if isinstance(path_or_text, Path) else None
+    if isinstance(path_or_text, Path):
+        where = where or path_or_text.name
+        try:
+            text = path_or_text.read_text(encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(f"cannot be read: {error.strerror or error}", where=where) from None
+    else:
+        text, where = path_or_text, where or "mergekit file"
+    problems: list[str] = []
+    document = read_document(text, folder, problems, where=where)
+    if document is not None:
+        data = _Reader(document, problems).recipe()
+        if not problems:
+            return Recipe.from_dict(data, where=where)
+    raise RecipeError(problems, where=where)
+
+
+class _Reader:
+    """One file's way to a recipe; problems are collected as they are met."""
+
+    def __init__(self, document: Document, problems: list[str]) -> None:
+        self.document, self.problems = document, problems
+        self.base = document.base or document.models[0]
+        self.method = METHODS.get(document.method)
+        self.groups: Mapping[str, Group] = _ALONE
+        self.slices: Sequence[Slice] = document.slices
+        self.places = {"": (0, 0.0)}
+
+    def recipe(self) -> dict[str, Any]:
+        document = self.document
+        if self.method is None:
+            self.problems.append(f"merge_method: {document.method!r} is not supported{nearest(document.method, METHODS)}")
+        self._parameter_names()
+        self._models()
+        if self.problems or self.method is None or not self._layout():
+            return {}
+        experts = self._experts()
+        names = _expert_names(experts)
+        made = self._passthrough(experts) if document.method == "passthrough" else self._numbers(self.method, experts)
+        made.pop("weights", None)
+        data: dict[str, Any] = {
+            "models": {"base": self.base, "experts": {names[m]: m for m in experts}},
+            "preset": f"mergekit {document.method}",
+            "dtype": document.dtype,
+            **made,
+        }
+        for field in ("coefficients", "densities"):
+            data[field] = {names[m]: v for m, v in made.get(field, {}).items() if v != 1.0}
+        return data
+
+    # --- what must hold
+
+    def _parameter_names(self) -> None:
+        document = self.document
+        places: list[tuple[str, Mapping[str, Any]]] = [("parameters", document.parameters)]
+        for part in document.slices:
+            places.append((f"{part.where}.parameters", part.parameters))
+            places += [(f"{s.where}.parameters", s.parameters) for s in part.sources]
+        for where, settings in places:
+            for key in settings:
+                if key in IGNORED:
+                    _log.info("%s.%s has no effect: %s", where, key, IGNORED[key])
+                elif key not in _KNOWN:
+                    self.problems.append(f"{where}.{key}: unknown parameter{nearest(str(key), _KNOWN)}")
+
+    def _models(self) -> None:
+        document, method = self.document, self.method
+        if method is None:
+            return
+        name, listed = document.method, document.models
+        if method.needs_base and document.base is None:
+            self.problems.append(f"base_model: {name} needs it")
+        if name == "passthrough":
+            if document.base is not None and listed != (document.base,):
+                self.problems.append("base_model: passthrough copies its sources and takes no base")
+            if any(len(part.sources) != 1 for part in document.slices):
+                self.problems.append("slices: passthrough takes one source per slice")
+            elif len(listed) < 2:
+                self.problems.append("slices: every layer comes from one model, there is nothing to merge")
+            return
+        others = [m for m in listed if m != document.base]
+        low, high = method.experts
+        if len(others) < low or (high is not None and len(others) > high):
+            bounds = f"at least {low}" if high is None else str(low)
+            self.problems.append(f"models: {name} takes {bounds} beside the base, got {len(others)}")
+        if len({*listed, self.base}) < 2:
+            self.problems.append("models: there is nothing to merge with the base")
+        if document.slices[0].end is not None:
+            if document.base is not None and any(document.base not in {s.model for s in p.sources} for p in document.slices):
+                self.problems.append("slices: base_model must be a source of every slice")
+            if not method.weight and any({s.model for s in p.sources} != set(listed) for p in document.slices):
+                self.problems.append(f"slices: {name} needs the same models in every slice")
+
+    def _layout(self) -> bool:
+        """Names of the base's tensors, where numbers depend on them."""
+        if not needs_layout(self.document):
+            return True
+        try:
+            info = read_checkpoint(resolve_model(self.base))
+        except WeightsError as error:
+            self.problems.append(f"base_model: its tensors must be known for numbers by layer or filter: {error}")
+            return False
+        self.groups = layout(info)
+        n_blocks = 1 + max((g.block for g in self.groups.values() if g.block is not None), default=-1)
+        told = info.config.get("num_hidden_layers", n_blocks)
+        if told != n_blocks:
+            self.problems.append(
+                f"base_model: numbers by layer need one stack of layers, found {n_blocks} blocks where the config says {told}"
+            )
+            return False
+        last = self.slices[-1]
+        if last.end is None:
+            self.slices = [Slice(last.sources, last.parameters, 0, n_blocks, last.where)]
+        elif last.end != n_blocks:
+            self.problems.append(f"{last.where}: the last layer_range must end at {n_blocks}, the model's layers, got {last.end}")
+            return False
+        self.places = {name: place_of(g, self.slices) for name, g in self.groups.items()}
+        return True
+
+    def _experts(self) -> list[str]:
+        return [m for m in self.document.models if m != self.base]
+
+    # --- numbers
+
+    def _value(self, key: str, model: str | None, tensor: str) -> float | None:
+        """A parameter of one tensor: of a model, or of all (None)."""
+        index, t = self.places[tensor]
+        part = self.slices[index]
+        source: Source | None = None
+        if model is not None:
+            source = next((s for s in part.sources if s.model == model), Source(model, {}, "base_model"))
+        return lookup(key, source, part, self.document, tensor, t, self.problems)
+
+    def _table(self, key: str, model: str | None, default: float | None) -> Table:
+        """A parameter of every tensor; a problem where it is not given and has no default."""
+        table, missing = {}, False
+        for tensor in self.groups:
+            value = self._value(key, model, tensor)
+            if value is None:
+                value, missing = (0.0, True) if default is None else (default, missing)
+            table[tensor] = value
+        if missing:
+            whose = "" if model is None else f" of {_short(model)}"
+            self.problems.append(f"parameters.{key}{whose}: must be given for every tensor")
+        return table
+
+    def _weights(self, models: Sequence[str]) -> dict[str, Table]:
+        """``weight`` of every model; 0 in slices where it is no source."""
+        tables = {}
+        for model in models:
+            absent = {
+                tensor for tensor in self.groups
+                if self.document.slices[0].end is not None and model not in {s.model for s in self.slices[self.places[tensor][0]].sources}
+            }  # fmt: skip
+            table = self._table("weight", model, 0.0 if absent else None)
+            tables[model] = {t: 0.0 if t in absent else v for t, v in table.items()}
+        return tables
+
+    def _one(self, key: str, default: float | None, models: Sequence[str | None] = (None,)) -> float:
+        """A parameter that must be the same for all tensors (and models, where each may have its own)."""
+        values = {v for model in models for v in self._table(key, model, default).values()}
+        if len(values) > 1:
+            self.problems.append(f"parameters.{key}: must be one value for all tensors and models here, got {sorted(values)}")
+        return min(values)
+
+    def _shorten(self, table: Table) -> float | dict[str, float]:
+        return shorten(table, self.groups.values())
+
+    def _numbers(self, method: Method, experts: list[str]) -> dict[str, Any]:
+        """Recipe fields of a method on all layers."""
+        made: dict[str, Any] = {"coefficients": {}, "densities": {}}
+        dense = True
+        key = "density" if method.sparse else "select_topk" if self.document.method == "sce" else ""
+        if key:
+            tables = {m: self._table(key, m if method.sparse else None, 1.0) for m in experts}
+            self._check_densities(key, tables)
+            made["densities"] = {m: self._shorten({t: min(v, 1.0) for t, v in table.items()}) for m, table in tables.items()}
+            dense = all(v == 1.0 for v in made["densities"].values())
+        flags = {k: bool(self._one(k, float(v))) for k, v in method.flags.items()}
+        numbers = {k: self._one(k, v, experts if k in PER_MODEL else (None,)) for k, v in method.numbers.items()}
+        if numbers.get("eps", EPS) != EPS:
+            self.problems.append(f"parameters.eps: only {EPS:g} is supported, got {numbers['eps']:g}")
+        self._coefficients(method, experts, flags, made)
+        if method.has_lambda:
+            made["scale"] = self._shorten(self._table("lambda", None, 1.0))
+        if self.problems:
+            return made
+        self._check_epsilon(numbers, made["densities"], dense)
+        for name, value in method.settings(Numbers(flags, numbers, dense)).items():
+            made[name] = value
+        if self.document.method in ("nuslerp", "multislerp"):
+            self._spherical(experts, flags, made)
+        return made
+
+    def _check_densities(self, key: str, tables: Mapping[str, Table]) -> None:
+        if any(v <= 0 for table in tables.values() for v in table.values()):
+            self.problems.append(f"parameters.{key}: must be above 0; to leave a model out, give it the weight 0")
+
+    def _check_epsilon(self, numbers: Mapping[str, float], densities: Mapping[str, Any], dense: bool) -> None:
+        if "epsilon" not in numbers or dense:
+            return
+        epsilon = numbers["epsilon"]
+        for values in densities.values():
+            for d in values.values() if isinstance(values, dict) else [values]:
+                if d < 1 and not 0 < d - epsilon <= d + epsilon < 1:
+                    self.problems.append(f"parameters.epsilon: density -+ epsilon must lie in (0, 1), got {d:g} -+ {epsilon:g}")
+                    return
+
+    def _coefficients(self, method: Method, experts: list[str], flags: dict[str, bool], made: dict[str, Any]) -> None:
+        if self.document.method == "slerp":
+            made["coefficients"] = {experts[0]: self._shorten(self._table("t", None, None))}
+        if not method.weight:
+            return
+        # A base that is merged by its deltas has none; where only weights are merged it is a model like any other.
+        as_points = not (method.needs_base or (self.document.base is not None and self.document.method != "linear"))
+        weights = self._weights([self.base, *experts] if as_points else experts)
+        flags["as_points"] = as_points
+        if method.normalize is not None:
+            normalize = self._table("normalize", None, float(method.normalize))
+            flags["normalize"] = any(normalize.values())
+            if not method.elects:
+                weights = self._normalized(weights, normalize)
+            elif len(set(map(bool, normalize.values()))) > 1:
+                self.problems.append("parameters.normalize: must be one value for all tensors here")
+        made["weights"] = weights
+        made["coefficients"] = {m: self._shorten(weights[m]) for m in experts}
+
+    def _normalized(self, weights: dict[str, Table], normalize: Table) -> dict[str, Table]:
+        """Weights divided by their sum where ``normalize`` is on; for ``linear`` they must sum to one in the end."""
+        result: dict[str, Table] = {m: {} for m in weights}
+        for tensor, on in normalize.items():
+            total = sum(w[tensor] for w in weights.values())
+            if self.document.method == "linear" and (total == 0 if on else abs(total - 1) > 1e-6) and not self.problems:
+                what = "must not sum to 0" if on else "must sum to 1 where normalize is off (a recipe starts from its base)"
+                self.problems.append(f"parameters.weight: {what}, got {total:g}" + (f" for tensor {tensor!r}" if tensor else ""))
+            divisor = total if on and abs(total) >= 1e-8 else 1.0
+            for m, w in weights.items():
+                result[m][tensor] = w[tensor] / divisor
+        return result
+
+    def _spherical(self, experts: list[str], flags: Mapping[str, bool], made: dict[str, Any]) -> None:
+        """nuslerp and multislerp: without a base the first model is one of the points."""
+        weights: dict[str, Table] = made["weights"]
+        options = dict(made["operator"].get("options", {}))
+        totals = {t: sum(w[t] for w in weights.values()) for t in self.groups}
+        if any(v < 0 for w in weights.values() for v in w.values()):
+            self.problems.append("parameters.weight: must not be negative, there is no mean of directions then")
+        if not flags.get("normalize_weights", True):
+            made["scale"] = self._shorten(totals)
+            if flags["as_points"] and any(abs(v - 1) > 1e-6 for v in totals.values()):
+                self.problems.append("parameters.normalize_weights: without base_model the weights must sum to 1")
+        if flags["as_points"]:
+            options["space"] = "weights"
+            if self.document.method == "nuslerp":
+                if any(v == 0 for v in totals.values()):
+                    self.problems.append("parameters.weight: must not sum to 0")
+                    return
+                made["coefficients"] = {experts[0]: self._shorten({t: weights[experts[0]][t] / v for t, v in totals.items()})}
+            else:
+                self._relative(experts, weights, options, made)
+        made["operator"] = {"name": made["operator"]["name"], **({"options": options} if options else {})}
+
+    def _relative(self, experts: list[str], weights: dict[str, Table], options: dict[str, Any], made: dict[str, Any]) -> None:
+        """Weights relative to the first model's, whose own is an option of the operator."""
+        own = weights[self.base]
+        if all(v == 0 for v in own.values()):
+            return
+        if any(v == 0 for v in own.values()):
+            self.problems.append(f"parameters.weight: of the first model must not be 0 on some tensors only ({_short(self.base)})")
+            return
+        options["base_weight"] = 1.0
+        made["coefficients"] = {m: self._shorten({t: weights[m][t] / v for t, v in own.items()}) for m in experts}
+
+    def _passthrough(self, experts: list[str]) -> dict[str, Any]:
+        """Every layer from one model: coefficient 1 there, 0 elsewhere."""
+        owners = {t: self.slices[i].sources[0].model for t, (i, _) in self.places.items()}
+        for tensor, owner in owners.items():
+            if self._value("scale", owner, tensor) not in (None, 1.0):
+                self.problems.append("parameters.scale: layers cannot be scaled, only copied")
+                break
+        return {"coefficients": {m: self._shorten({t: float(o == m) for t, o in owners.items()}) for m in experts}}
+
+
+def _short(model: str) -> str:
+    return Path(model).name
+
+
+def _expert_names(models: Sequence[str]) -> dict[str, str]:
+    """Names by model: the last part of its place, letters, digits, '_' and '-' only, numbered where it is taken."""
+    names: dict[str, str] = {}
+    for model in models:
+        plain = re.sub(r"[^\w-]+", "_", _short(model)).strip("_") or "expert"
+        taken = {"base", *names.values()}
+        name, n = plain, 2
+        while name in taken:
+            name, n = f"{plain}_{n}", n + 1
+        names[model] = name
+    return names

@@ -1,0 +1,95 @@
+"""`Recipe` -> mergekit's YAML, where mergekit can say it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import yaml
+
+from merge_search.errors import RecipeError
+from merge_search.mergekit.filters import said
+from merge_search.mergekit.stages import Said, operator_as_method, stages_as_method
+from merge_search.mergekit.values import Table
+from merge_search.recipe import Group, Recipe, value_for
+
+__all__ = ["to_mergekit"]
+
+
+def to_mergekit(
+    recipe: Recipe, groups: Mapping[str, Group], *, vectors: Collection[str] | None = None, dtype: str | None = None
+) -> str:
+    """The text of a mergekit file that makes the recipe's model.
+
+    mergekit computes in ``dtype: float32`` then, as we do, and rounds once. Numbers by group become filters on tensor
+    names, which say any value exactly. What mergekit does a little otherwise stands in comments at the top: random masks
+    and counts that it rounds down.
+
+    Args:
+        recipe: Its models are written as they stand there: give hub ids or paths that the reader has.
+        groups: Group of every merged tensor, as `engine.layout.layout` or the pool gives them.
+        vectors: Names of the one-dimensional tensors; needed where the recipe does not select within them, as mergekit does.
+        dtype: Of the base, where the recipe leaves the dtype to it; not written if unknown.
+    Raises:
+        RecipeError: with every reason why mergekit cannot say it.
+    """
+    reasons: list[str] = []
+    written = stages_as_method(recipe, reasons) if recipe.operator is None else operator_as_method(recipe, reasons)
+    if recipe.post:
+        reasons.append(f"post: mergekit has no rule {recipe.post[0].name!r} on combined deltas")
+    if recipe.maps:
+        reasons.append("maps: mergekit has no coefficients by row")
+    if written is not None and written.spare_vectors and vectors is None:
+        reasons.append("select.vectors: mergekit selects within vectors too; name them so that they get density 1")
+    data = _file(recipe, written, groups, vectors or (), reasons) if written is not None else {}
+    if reasons or written is None:
+        raise RecipeError(reasons, where="mergekit cannot say this recipe")
+    chosen = recipe.dtype or dtype
+    if chosen is not None:
+        data |= {"dtype": "float32", "out_dtype": chosen}
+    head = "".join(f"# {note}\n" for note in written.notes)
+    return head + yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def _file(
+    recipe: Recipe, written: Said, groups: Mapping[str, Group], vectors: Collection[str], reasons: list[str]
+) -> dict[str, Any]:
+    models = []
+    for name in written.models:
+        place = recipe.models.base if name == "base" else recipe.models.experts[name]
+        parameters: dict[str, Any] = {}
+        if written.weights is not None:
+            parameters["weight"] = _value(written.weights(name, groups), groups, reasons)
+        if written.has_density and name != "base":
+            table = {n: 1.0 if written.spare_vectors and n in vectors else recipe.density(name, g) for n, g in groups.items()}
+            parameters["density"] = _value(table, groups, reasons)
+        models.append({"model": place, **({"parameters": {**parameters, **written.each}} if parameters else {})})
+    settings = dict(written.parameters)
+    if written.t is not None:
+        settings["t"] = _value(written.t(groups), groups, reasons)
+    if written.has_lambda:
+        scale = _value({n: value_for(recipe.scale, g) for n, g in groups.items()}, groups, reasons)
+        settings |= {} if scale == 1.0 else {"lambda": scale}
+    if written.has_select_topk:
+        settings["select_topk"] = _value(_shared_densities(recipe, groups, reasons), groups, reasons)
+    return {
+        "merge_method": written.method,
+        **({"base_model": recipe.models.base} if written.names_base else {}),
+        "models": models,
+        **({"parameters": settings} if settings else {}),
+    }
+
+
+def _value(table: Table, groups: Mapping[str, Group], reasons: list[str]) -> Any:
+    value = said(table, groups)
+    if value is None:
+        reasons.append("numbers by tensor: filters on names cannot tell these tensors apart")
+    return value
+
+
+def _shared_densities(recipe: Recipe, groups: Mapping[str, Group], reasons: list[str]) -> Table:
+    """Densities of methods that select once for all experts."""
+    tables = [{n: recipe.density(e, g) for n, g in groups.items()} for e in recipe.models.experts]
+    if any(t != tables[0] for t in tables):
+        reasons.append("densities: sce has one for all experts")
+    return tables[0]
