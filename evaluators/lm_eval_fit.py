@@ -30,7 +30,7 @@ Source = Literal["train", "search", "none"]
 N_HASHED = 50_000
 """Of a larger training split every k-th row is taken, so that hashing it stays a matter of seconds."""
 
-N_DIGEST = 10_000
+N_DIGEST = 100_000
 """Rows of a training split that its digest reads at most, evenly spaced."""
 
 

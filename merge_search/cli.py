@@ -140,7 +140,9 @@ def _print_result(study: optuna.Study, path: Path) -> None:
 
 
 def _rich(table: Table) -> RichTable:
-    shown = RichTable(*table.header, title="validation questions (± one standard error)", title_justify="left", box=SIMPLE)
+    shown = RichTable(
+        *table.header, title="validation questions (± one standard error)", title_justify="left", box=SIMPLE
+    )
     for i, row in enumerate(table.rows):
         shown.add_row(*row, style="bold" if i == table.emphasised else "")
     return shown

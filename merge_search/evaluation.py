@@ -134,7 +134,7 @@ class Scores:
             values=values,
             score=float(values.mean()),
             stderr=float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan,
-            probability=np.concatenate([self.probability, more.probability]) if both else None,  # type: ignore[list-item]
+            probability=np.concatenate([self.probability, more.probability]) if both else None,
         )
 
 

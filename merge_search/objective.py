@@ -120,6 +120,8 @@ def _pairing(evaluations: Sequence[Evaluation]) -> float:
 def variance_of(scores: Scores) -> float:
     """Variance of a mean of per-question values (see the module's notes)."""
     n = len(scores.values)
+    if scores.is_corrected:
+        return scores.stderr**2
     if np.isin(scores.values, (0.0, 1.0)).all():
         p = (scores.values.sum() + 0.5) / (n + 1)
         return float(p * (1 - p) / n)
@@ -207,7 +209,8 @@ class Objective:
         """Value and variance of one named quantity, in the user's direction."""
         if name in self.metrics or name in self.main:
             scores = evaluation.scores[name if name in self.metrics else self.main[name].name]
-            return Estimate(scores.score, variance_of(scores) * references.pairing)
+            pairing = 1.0 if scores.is_corrected else references.pairing
+            return Estimate(scores.score, variance_of(scores) * pairing)
         if name.startswith("retention/"):
             return self._retention(self.main[name.removeprefix("retention/")], evaluation, references)
         if name in ("mean", "worst"):
@@ -231,6 +234,30 @@ class Objective:
     def values(self, evaluation: Evaluation, references: References) -> list[Estimate]:
         """One estimate per objective, in the order of `names`, in the user's direction."""
         return [self.estimate(n, evaluation, references) for n in self.names]
+
+    def weights(self, references: References) -> dict[str, float] | None:
+        """Weights w_m with first objective = constant + sum_m w_m score_m, larger better; None if it is not linear."""
+        name = self.names[0]
+        if name in self.metrics or name in self.main:
+            metrics = {name if name in self.metrics else self.main[name].name: 1.0}
+        elif name.startswith("retention/"):
+            m = self.main[name.removeprefix("retention/")]
+            metrics = {m.name: self._slope(m, references)}
+        elif name == "mean":
+            signed = {m.name: 1.0 if m.higher_is_better else -1.0 for m in self.main.values()}
+            metrics = {k: v / len(signed) for k, v in signed.items()}
+        elif name == "mean_retention":
+            tasks = self._tasks(references)
+            metrics = {m.name: self._slope(m, references) / len(tasks) for m in tasks}
+        else:
+            return None
+        sign = 1.0 if self.directions[0] == "maximize" else -1.0
+        return {k: sign * v for k, v in metrics.items()}
+
+    @staticmethod
+    def _slope(m: MetricInfo, references: References) -> float:
+        gap = references.expert[m.name] - references.base[m.name]
+        return 1 / gap if gap else 0.0
 
     def violations(self, evaluation: Evaluation, references: References) -> dict[str, Estimate]:
         """Constraint text -> amount by which it is violated (<= 0: it holds)."""

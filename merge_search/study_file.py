@@ -100,10 +100,29 @@ class ObjectiveSection(_Section):
         return [value] if isinstance(value, str) else value
 
 
+class Racing(_Section):
+    """Candidates are compared with the incumbent at these shares of the questions, and stopped when clearly worse."""
+
+    looks: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = [0.25, 0.5]
+    error: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    """Probability of stopping a candidate that is no worse than the incumbent."""
+
+    @field_validator("looks")
+    @classmethod
+    def _ascending(cls, value: list[float]) -> list[float]:
+        if sorted(set(value)) != value:
+            raise ValueError(f"looks must ascend, got {value}")
+        return value
+
+
 class Search(_Section):
     sampler: str = "botorch"
+    sampler_options: dict[str, Any] = {}
     n_trials: Annotated[int, Field(ge=1)] = 40
-    """The total over all runs of this study."""
+    """The total over all runs of this study, as are `hours` and `questions`; whichever is reached first ends it."""
+    hours: Annotated[float, Field(gt=0)] | None = None
+    questions: Annotated[int, Field(ge=1)] | None = None
+    racing: Racing | None = None
     fidelity: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the search questions that every trial is asked."""
     finalists: Annotated[int, Field(ge=1)] = 3

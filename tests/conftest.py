@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,3 +26,41 @@ def zoo() -> Path:
     if not folder:
         pytest.skip("MERGE_SEARCH_ZOO is not set")
     return Path(folder)
+
+
+@pytest.fixture
+def make_models(tmp_path: Path) -> Any:
+    """``make_models("llama", dtype="bfloat16", **config)`` -> (pool, live model) of a tiny base and experts a, b.
+
+    Random weights; expert b leaves the first block's query projection as the base has it.
+    """
+
+    def make(kind: str = "llama", *, dtype: str = "float32", **config: Any) -> Any:
+        import torch
+        import transformers as tf
+
+        from merge_search.engine.live import LiveModel
+        from merge_search.engine.pool import ModelPool
+        from merge_search.recipe import Models
+
+        size = {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        size |= {"intermediate_size": 24, "num_key_value_heads": 1, "max_position_embeddings": 16}
+        size |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        if kind == "mixtral":
+            model = tf.MixtralForCausalLM(tf.MixtralConfig(**size, num_local_experts=3, **config))
+        else:
+            model = tf.LlamaForCausalLM(tf.LlamaConfig(**size, **config))
+        model = model.to(getattr(torch, dtype))
+        model.config.dtype = getattr(torch, dtype)
+        draw = torch.Generator().manual_seed(0)
+        base = {n: torch.randn(p.shape, generator=draw) * 0.3 for n, p in model.named_parameters()}
+        for name in ("base", "a", "b"):
+            with torch.no_grad():
+                for n, p in model.named_parameters():
+                    same = name == "base" or (name == "b" and "layers.0.self_attn.q_proj" in n)
+                    p.copy_(base[n] + (0.0 if same else 0.1 * torch.randn(p.shape, generator=draw)))
+            model.save_pretrained(tmp_path / name)
+        models = Models(base=str(tmp_path / "base"), experts={e: str(tmp_path / e) for e in ("a", "b")})
+        return ModelPool(models, device="cpu"), LiveModel.load(tmp_path / "base")
+
+    return make

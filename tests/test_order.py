@@ -16,7 +16,9 @@ def kept(scores: torch.Tensor, t, k: int) -> torch.Tensor:
     return (scores >= high) | ((scores >= low) & (place <= cut))
 
 
-@pytest.mark.parametrize(("density", "n", "expected"), [(0.5, 8, 4), (0.2, 8, 2), (0.01, 8, 1), (1.0, 8, 8), (0.5, 0, 0)])
+@pytest.mark.parametrize(
+    ("density", "n", "expected"), [(0.5, 8, 4), (0.2, 8, 2), (0.01, 8, 1), (1.0, 8, 8), (0.5, 0, 0)]
+)
 def test_kept_count_rounds_and_keeps_at_least_one(density, n, expected):
     assert kept_count(density, n) == expected
 

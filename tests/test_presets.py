@@ -37,8 +37,12 @@ GOLDEN = [
     ("task_arithmetic", {"coefficients": {"a": 0.6, "b": 0.3}}, [0.27, -0.03, 0.03, 0.06, 0, -0.42, 0.03, 0]),
     ("ties", TIES, [0.4, 0.3, 0, 0.2, -0.6, -0.45, 0, 0]),
     ("ties_sum", TIES, [0.4, 0.3, 0, 0.2, -0.6, -0.9, 0, 0]),
-    ("ties_mergekit", {"coefficients": {"a": 2, "b": 1}}, [0.4, 0.3, 0, 0.2, 0, -7 / 15, 0, 0]),
-    ("breadcrumbs", {"coefficients": 1.0, "densities": 0.25, "select": {"kind": "band", "gamma": 0.25}}, [0.1, 0.1, 0, 0.2, 0.3, 0, 0, 0]),
+    ("ties_mergekit", {"coefficients": {"a": 2, "b": 1}}, [0.4, -0.2, 0, 0.2, 0.3, -7 / 15, 0, 0]),
+    (
+        "breadcrumbs",
+        {"coefficients": 1.0, "densities": 0.25, "select": {"kind": "band", "gamma": 0.25}},
+        [0, 0.1, 0, 0.2, 0.3, 0, 0, 0],
+    ),
     ("magmax", {"scale": 1.0}, [0.4, 0.3, -0.1, 0.2, -0.6, -0.5, 0.05, 0.2]),
     ("magnitude_hard", {}, [0.4, 0.3, 0.1, 0.2, -0.6, -0.5, 0.05, 0.2]),
     ("magnitude_soft", {}, [0.34, 0.1, 0, 0.2, -0.3, -41 / 90, 0.05, 0.1]),
@@ -48,7 +52,7 @@ GOLDEN = [
     ("ram", {}, [0.25, 0.05, 0, 0.2, -0.15, -0.45, 0.05, 0.05]),
     ("ram_plus", {}, [0.25, 0.05, 0, 0.204, -0.15, -0.45, 0.051, 0.05]),
     ("cabs", {}, [0.4, 0.3, 0, 0, -0.6, -0.5, 0, 0]),
-    ("external", {"densities": 0.5, "coefficients": 1.0}, [0.5, -0.2, 0, 0.2, 0.3, -0.5, 0, 0]),
+    ("external", {"densities": 0.5, "coefficients": 1.0}, [0.5, 0.1, 0, 0.2, 0.3, 0, 0, 0]),
     ("df_merge", {"coefficients": {"a": 0.6, "b": 0.3}}, [0.27, -0.1, 0.03, 0.09, 0.216, -0.42, 0.02, 0.12]),
     ("base", {}, [0.0] * 8),
     ("expert", {"expert": "b"}, TWO.flatten().tolist()),
@@ -169,7 +173,9 @@ def test_apl_gives_important_tensors_more_density_and_weight():
     strong, weak = planner.settings(recipe, "strong"), planner.settings(recipe, "weak")
     assert (strong.densities[0], weak.densities[0]) == pytest.approx((0.7, 0.3), abs=1e-6)
     ratio = 0.01**0.5
-    assert (strong.coefficients[0], weak.coefficients[0]) == pytest.approx((2 / (1 + ratio), 2 * ratio / (1 + ratio)), rel=1e-5)
+    assert (strong.coefficients[0], weak.coefficients[0]) == pytest.approx(
+        (2 / (1 + ratio), 2 * ratio / (1 + ratio)), rel=1e-5
+    )
 
 
 def test_every_preset_makes_a_recipe_that_survives_json_and_merges(toy):
@@ -184,7 +190,9 @@ def test_every_grid_point_of_every_preset_is_a_valid_recipe(toy):
         for point in p.grid:
             values = dict(point)
             settings = values.pop("settings", {})
-            arguments = {{"coefficient": "coefficients", "density": "densities"}.get(k, k): v for k, v in values.items()}
+            arguments = {
+                {"coefficient": "coefficients", "density": "densities"}.get(k, k): v for k, v in values.items()
+            }
             assert preset(name, toy.models, **arguments, **settings).preset == name
 
 

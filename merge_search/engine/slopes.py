@@ -139,7 +139,8 @@ class Slopes:
         try:
             for parameter, places in self._places:
                 parameter.requires_grad_(True).grad = None
-                handles.append(parameter.register_post_accumulate_grad_hook(partial(self._arrive, places)))
+                hook = partial(self._arrive, places)
+                handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
             with torch.enable_grad():
                 yield
         finally:
@@ -181,7 +182,7 @@ def _places(model: Any, views: Mapping[str, Tensor]) -> list[tuple[Tensor, list[
     found: dict[int, tuple[Tensor, list[_Place]]] = {}
     for name, view in views.items():
         for p in by_storage.get(view.untyped_storage().data_ptr(), ()):
-            offset = view.storage_offset() - p.storage_offset()
+            offset = int(view.storage_offset()) - int(p.storage_offset())
             last = offset + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
             if p.device == view.device and offset >= 0 and last < p.numel():
                 if not p.is_contiguous():

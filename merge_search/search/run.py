@@ -30,7 +30,7 @@ from merge_search.evaluation import Cost, Evaluation, Evaluator, Split
 from merge_search.objective import Estimate, Objective, References
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
-from merge_search.search import samplers, selection, storage
+from merge_search.search import racing, samplers, selection, storage
 from merge_search.search.baselines import baselines, reference_recipes
 from merge_search.search.prepare import Plan, prepare
 from merge_search.search.records import Record, finished_records, store_metrics
@@ -54,6 +54,8 @@ class Scored:
 
     evaluation: Evaluation
     weights_sha256: str
+    merge_s: float = 0.0
+    outcome: Outcome = Outcome.OK
 
 
 class Workbench:
@@ -69,22 +71,34 @@ class Workbench:
         for evaluator in self.evaluators:
             evaluator.bind(self.live.model, self.live.tokenizer, folder=str(self.pool.base_folder))
 
-    def score(self, recipe: Recipe, split: Split, fidelity: float = 1.0) -> Scored:
-        """Splice `recipe` into the live model and score it.
+    def splice(self, recipe: Recipe) -> tuple[str, float]:
+        """Write `recipe` into the live model; the hash of its weights, and seconds.
 
         Raises:
-            RecipeError, NonFiniteError, EvaluationError, torch.OutOfMemoryError, MemoryError.
+            RecipeError, NonFiniteError, torch.OutOfMemoryError, MemoryError.
         """
         began = time.perf_counter()
         self.engine.apply(recipe, self.views)
-        digest = self.live.hash()
-        merged = time.perf_counter()
-        parts = [e.evaluate(split, fidelity) for e in self.evaluators]
+        return self.live.hash(), time.perf_counter() - began
+
+    def ask(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
+        """Put questions to the live model as it is now.
+
+        Raises:
+            NonFiniteError, EvaluationError, torch.OutOfMemoryError, MemoryError.
+        """
+        began = time.perf_counter()
+        parts = [e.evaluate(split, fidelity, after=after) for e in self.evaluators]
         scores = {name: s for part in parts for name, s in part.scores.items()}
-        cost = Cost(merged - began, time.perf_counter() - merged, sum(p.cost.questions for p in parts))
+        cost = Cost(0.0, time.perf_counter() - began, sum(p.cost.questions for p in parts))
         evaluation = Evaluation(split, fidelity, scores, cost)
         evaluation.check_finite()
-        return Scored(evaluation, digest)
+        return evaluation
+
+    def score(self, recipe: Recipe, split: Split, fidelity: float = 1.0) -> Scored:
+        """Splice and ask."""
+        digest, seconds = self.splice(recipe)
+        return Scored(self.ask(split, fidelity), digest, merge_s=seconds)
 
     def recover(self) -> None:
         """Free what a failed trial left behind."""
@@ -151,7 +165,9 @@ class _Driver:
             parameters=plan.space.parameters,
             seed=plan.file.study.seed,
             n_objectives=len(plan.objective.names),
+            **plan.file.search.sampler_options,
         )
+        self.racing = plan.file.search.racing
 
     def run(self) -> None:
         lost = storage.reclaim_lost_trials(self.study)
@@ -164,7 +180,7 @@ class _Driver:
         done = len(finished_records(self.study))
         self.listener.begin(total=total, finished=done)
         try:
-            while done < total:
+            while done < total and not self._spent():
                 record = self._one_trial()
                 done += record.outcome is not Outcome.LOST
                 self.listener.trial(
@@ -173,6 +189,21 @@ class _Driver:
         finally:
             self.listener.end()
         selection.validate(self.study, self.plan, self._score_for_validation, note=self.listener.note)
+
+    def _spent(self) -> bool:
+        """Whether the budget in hours or questions is used up, over all runs."""
+        budget, trials = self.plan.file.search, self.study.get_trials(deepcopy=False)
+        if budget.questions is not None:
+            asked = sum(t.user_attrs.get("cost", (0, 0, 0))[2] for t in trials)
+            if asked >= budget.questions:
+                self.listener.note(f"{asked} of {budget.questions} questions are asked: the search ends here")
+                return True
+        if budget.hours is not None:
+            seconds = sum(t.duration.total_seconds() for t in trials if t.duration is not None)
+            if seconds >= 3600 * budget.hours:
+                self.listener.note(f"{seconds / 3600:.2f} of {budget.hours:g} hours are used: the search ends here")
+                return True
+        return False
 
     # -- references ----------------------------------------------------------------------------------------------
 
@@ -228,8 +259,7 @@ class _Driver:
         trial.set_user_attr("recipe", recipe.to_json())
         trial.set_user_attr("fingerprint", recipe.fingerprint)
         with self._recorded(trial):
-            scored = self._known(trial, recipe) or self.bench.score(recipe, Split.SEARCH, self.fidelity)
-            self._tell(trial, scored)
+            self._tell(trial, self._known(trial, recipe) or self._race(trial, recipe))
         return Record.of(self.study._storage.get_trial(trial._trial_id))
 
     def _recipe(self, trial: Trial) -> Recipe:
@@ -246,7 +276,7 @@ class _Driver:
         stored = self.study.user_attrs.get(f"reference.{trial.user_attrs.get('label')}")
         if stored is None:
             for t in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-                if t.user_attrs.get("fingerprint") == recipe.fingerprint:
+                if t.user_attrs.get("fingerprint") == recipe.fingerprint and t.user_attrs["outcome"] == Outcome.OK:
                     stored = t.user_attrs
                     trial.set_user_attr("same_as", t.number)
                     break
@@ -254,20 +284,41 @@ class _Driver:
             return None
         return Scored(Evaluation.from_attribute(stored["evaluation"]), stored["weights_sha256"])
 
+    def _race(self, trial: Trial, recipe: Recipe) -> Scored:
+        """Score on the search questions; a candidate that is clearly worse than the incumbent is stopped at a look."""
+        digest, seconds = self.bench.splice(recipe)
+        weights = self.objective.weights(self.references) if self.racing else None
+        incumbent = selection.best(self.study, self.objective)
+        if self.racing is None or weights is None or incumbent is None or "label" in trial.user_attrs:
+            return Scored(self.bench.ask(Split.SEARCH, self.fidelity), digest, seconds)
+        looks, evaluation, after = [*self.racing.looks, 1.0], None, 0.0
+        for look in looks:
+            part = self.bench.ask(Split.SEARCH, look * self.fidelity, after=after * self.fidelity)
+            evaluation, after = part if evaluation is None else evaluation.joined(part), look
+            if look < 1 and racing.is_hopeless(
+                evaluation, incumbent.evaluation, weights, error=self.racing.error, looks=len(self.racing.looks)
+            ):
+                full = [r.evaluation for r in finished_records(self.study) if r.outcome is Outcome.OK]
+                carried = racing.carried_to_all(evaluation, racing.panel_of(full))
+                return Scored(carried, digest, seconds, Outcome.RACED)
+        assert evaluation is not None
+        return Scored(evaluation, digest, seconds)
+
     def _tell(self, trial: Trial, scored: Scored) -> None:
         values = self.objective.values(scored.evaluation, self.references)
         violations = self.objective.violations(scored.evaluation, self.references)
         self._store(trial, scored, values, violations)
         for text, amount in violations.items():
             trial.set_constraint(text, amount.value)
-        trial.set_user_attr("outcome", str(Outcome.OK))
+        trial.set_user_attr("outcome", str(scored.outcome))
         self.study.tell(trial, [v.value for v in values])
 
     def _store(self, trial: Trial, scored: Scored, values: list[Estimate], violations: dict[str, Estimate]) -> None:
-        cost = scored.evaluation.cost
+        cost = Cost() if "same_as" in trial.user_attrs else scored.evaluation.cost
         trial.set_user_attr("evaluation", scored.evaluation.to_attribute())
         trial.set_user_attr("weights_sha256", scored.weights_sha256)
-        trial.set_user_attr("cost", [cost.merge_s, cost.evaluate_s, cost.questions])
+        trial.set_user_attr("cost", [scored.merge_s, cost.evaluate_s, cost.questions])
+        trial.set_user_attr("fidelity", scored.evaluation.fidelity / self.fidelity)
         noise: dict[str, Any] = {f"constraint:{text}": amount.variance for text, amount in violations.items()}
         variances = [v.variance for v in values]
         noise |= {"value": variances[0]} if len(variances) == 1 else {"values": variances}

@@ -18,6 +18,7 @@ import optuna
 from merge_search.errors import EvaluationError, NonFiniteError
 from merge_search.evaluation import Evaluation
 from merge_search.objective import Objective, References
+from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
 from merge_search.search.prepare import Plan
 from merge_search.search.records import Record, records
@@ -27,8 +28,9 @@ __all__ = ["Standing", "best", "candidates", "finalists", "standings", "validate
 
 
 def best(study: optuna.Study, objective: Objective) -> Record | None:
-    """Feasible merge with the best observed first objective; for the progress line."""
-    return max(candidates(study), key=lambda r: objective.key(r.values), default=None)
+    """Feasible merge with the best observed first objective among those that were asked all questions."""
+    full = [r for r in candidates(study) if r.outcome is Outcome.OK]
+    return max(full, key=lambda r: objective.key(r.values), default=None)
 
 
 def candidates(study: optuna.Study) -> list[Record]:

@@ -218,7 +218,7 @@ class _State:
                     raise NonFiniteError(
                         f"a loss must be finite, got {value} for task {task!r} at step {step}; take smaller steps"
                     )
-                (loss / (self._scale(task, value) * len(losses))).backward()
+                torch.autograd.backward(loss / (self._scale(task, value) * len(losses)))
         self._move(step)
         self._write()
         return found

@@ -78,17 +78,14 @@ class PerGroup:
         self._index: dict[str, Tensor] = {}
         values: list[list[tuple[float, int]]] = []
         for name, group in tensors.groups.items():
-            places = set(parts.get(name)[0])
-            if not places:
-                continue
-            index = []
-            for i, expert in enumerate(parts.experts):
-                at = self._keys.setdefault((expert, _key(per, group)), len(self._keys))
-                values += [[]] * 0 if at < len(values) else [[]]
-                if i in places:
-                    values[at].append((recipe.coefficient(expert, group), tensors.base(name).numel()))
-                index.append(at)
-            self._index[name] = torch.tensor(index, device=parts.device)
+            places = parts.get(name)[0]
+            index = [self._keys.setdefault((e, _key(per, group)), len(self._keys)) for e in parts.experts]
+            values += [[] for _ in range(len(self._keys) - len(values))]
+            for i, (expert, at) in enumerate(zip(parts.experts, index, strict=True)):
+                size = tensors.base(name).numel() if i in places else 0
+                values[at].append((recipe.coefficient(expert, group), size))
+            if places:
+                self._index[name] = torch.tensor(index, device=parts.device)
         self.start = torch.tensor([_mean(v) for v in values], dtype=torch.float64, device=parts.device)
         self._maps = {name: maps for name in self._index if (maps := _maps(parts, recipe, name)) is not None}
         self.needs_rows = bool(self._maps)
@@ -180,12 +177,11 @@ def _key(per: Per, group: Group) -> str:
 
 
 def _mean(values: list[tuple[float, int]]) -> float:
-    """Mean of (value, size); a value that all share comes back as it is."""
-    if not values:
-        return 0.0  # of a group that its expert left as it is: no slope ever moves it
-    if len({v for v, _ in values}) == 1:
-        return values[0][0]
-    return math.fsum(v * n for v, n in values) / sum(n for _, n in values)
+    """Mean of (value, size); a value that all share, or that nothing depends on, comes back as it is."""
+    total = sum(n for _, n in values)
+    if not total or len({v for v, n in values if n}) == 1:
+        return next((v for v, n in values if n), values[0][0])
+    return math.fsum(v * n for v, n in values) / total
 
 
 def _maps(parts: Parts, recipe: Recipe, name: str) -> Tensor | None:
