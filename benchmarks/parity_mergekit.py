@@ -63,14 +63,27 @@ def cases(base: str, experts: list[str]) -> Iterator[tuple[str, dict[str, Any]]]
     pair = weighted()[:2]
     with_base = {"base_model": base}
     gradient = [{"model": e, "parameters": {"weight": [w, 1 - w, w]}} for e, w in zip(experts, WEIGHTS, strict=False)]
-    filters = [{"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]}, {"filter": "mlp", "value": [1, 0.2]}, {"value": 0.4}]
+    filters = [
+        {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
+        {"filter": "mlp", "value": [1, 0.2]},
+        {"value": 0.4},
+    ]
     yield "linear", {"merge_method": "linear", "models": weighted()}
     yield "linear, gradients", {"merge_method": "linear", "models": gradient}
-    yield "task_arithmetic", {"merge_method": "task_arithmetic", **with_base, "models": weighted(), "parameters": {"lambda": 0.8}}
+    yield (
+        "task_arithmetic",
+        {"merge_method": "task_arithmetic", **with_base, "models": weighted(), "parameters": {"lambda": 0.8}},
+    )
     yield "ties", {"merge_method": "ties", **with_base, "models": weighted(density=0.37)}
-    yield "ties, not normalised", {"merge_method": "ties", **with_base, "models": weighted(density=0.5), "parameters": {"normalize": False}}
+    yield (
+        "ties, not normalised",
+        {"merge_method": "ties", **with_base, "models": weighted(density=0.5), "parameters": {"normalize": False}},
+    )
     yield "breadcrumbs", {"merge_method": "breadcrumbs", **with_base, "models": weighted(density=0.85, gamma=0.01)}
-    yield "breadcrumbs_ties", {"merge_method": "breadcrumbs_ties", **with_base, "models": weighted(density=0.5, gamma=0.03)}
+    yield (
+        "breadcrumbs_ties",
+        {"merge_method": "breadcrumbs_ties", **with_base, "models": weighted(density=0.5, gamma=0.03)},
+    )
     yield "slerp", {"merge_method": "slerp", **with_base, "models": [{"model": first}], "parameters": {"t": filters}}
     yield "nuslerp", {"merge_method": "nuslerp", **with_base, "models": pair}
     yield "nuslerp, no base", {"merge_method": "nuslerp", "models": pair}
@@ -80,11 +93,16 @@ def cases(base: str, experts: list[str]) -> Iterator[tuple[str, dict[str, Any]]]
     yield "multislerp, no base", {"merge_method": "multislerp", "models": weighted()}
     yield "karcher", {"merge_method": "karcher", "models": plain}
     yield "model_stock", {"merge_method": "model_stock", **with_base, "models": plain}
-    yield "model_stock, filter-wise", {"merge_method": "model_stock", **with_base, "models": plain, "parameters": {"filter_wise": True}}
+    yield (
+        "model_stock, filter-wise",
+        {"merge_method": "model_stock", **with_base, "models": plain, "parameters": {"filter_wise": True}},
+    )
     yield "sce", {"merge_method": "sce", **with_base, "models": plain, "parameters": {"select_topk": 0.3}}
     yield "nearswap", {"merge_method": "nearswap", **with_base, "models": plain[:1], "parameters": {"t": 0.001}}
     yield "arcee_fusion", {"merge_method": "arcee_fusion", **with_base, "models": plain[:1]}
-    halves = [{"sources": [{"model": m, "layer_range": r}]} for m, r in ((first, [0, 2]), (second, [2, _n_layers(base)]))]
+    halves = [
+        {"sources": [{"model": m, "layer_range": r}]} for m, r in ((first, [0, 2]), (second, [2, _n_layers(base)]))
+    ]
     yield "passthrough", {"merge_method": "passthrough", "slices": halves}
     for method in sorted(RANDOM):
         yield method, {"merge_method": method, **with_base, "models": weighted(density=0.4)}
@@ -98,7 +116,9 @@ def _n_layers(folder: str) -> int:
 def theirs(program: str, file: Path, out: Path) -> dict[str, Tensor]:
     """mergekit's merged tensors."""
     command = [program, str(file), str(out), "--quiet", "--no-copy-tokenizer", "--no-write-model-card"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"mergekit failed on {file.name}: {done.stderr[-800:]}")
     merged: dict[str, Tensor] = {}
@@ -169,7 +189,9 @@ def version(program: str) -> str:
     """mergekit's version, as its own environment tells it."""
     code = "import importlib.metadata as m; print(m.version('mergekit'))"
     python = Path(program).resolve().parent / "python"
-    asked = subprocess.run([str(python if python.exists() else sys.executable), "-c", code], capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        [str(python if python.exists() else sys.executable), "-c", code], capture_output=True, text=True, check=False
+    )
     return asked.stdout.strip() or "unknown"
 
 
@@ -216,7 +238,11 @@ def _write(out: Path, rows: list[dict[str, Any]]) -> None:
         writer.writeheader()
         for row in rows:
             is_random = row["method"] in RANDOM
-            skip = {"equal", "close", "close_at_base", "largest"} if is_random else {f for f in FIELDS if f.endswith(("_theirs", "_ours"))}
+            skip = (
+                {"equal", "close", "close_at_base", "largest"}
+                if is_random
+                else {f for f in FIELDS if f.endswith(("_theirs", "_ours"))}
+            )
             writer.writerow({k: "" if k in skip else f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.export import check_destination, export_folder
+from merge_search.engine.maps import FOLDER as MAPS
 from merge_search.engine.pool import ModelPool
 from merge_search.errors import RecipeError, StudyFileError
 from merge_search.recipe import Models, Recipe
@@ -15,6 +16,7 @@ from merge_search.search.prepare import Plan
 from merge_search.search.records import Record, records
 from merge_search.search.run import load_study
 from merge_search.search.selection import winner
+from merge_search.search.workbench import maps_of
 
 __all__ = ["export_trial", "merge_recipe"]
 
@@ -34,7 +36,7 @@ def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
         raise StudyFileError(f"study {study.study_name!r} has no scored merge yet; run it first")
     recipe = record.recipe.model_copy(update={"models": _local(record.recipe.models, plan.context.models)})
     text = card(study, plan.objective, record, experts)
-    _write(recipe, out, text, device=plan.file.device, expected=record.weights_sha256)
+    _write(recipe, out, text, maps_of(plan.file), device=plan.file.device, expected=record.weights_sha256)
     return record
 
 
@@ -76,11 +78,13 @@ def merge_recipe(path: Path, out: Path, *, device: str = "auto") -> str:
         update={"base": place(models.base), "experts": {k: place(v) for k, v in models.experts.items()}}
     )
     check_destination(out)
-    return _write(recipe.model_copy(update={"models": models}), out, recipe_card(recipe), device=device)
+    return _write(
+        recipe.model_copy(update={"models": models}), out, recipe_card(recipe), path.parent / MAPS, device=device
+    )
 
 
-def _write(recipe: Recipe, out: Path, text: str, *, device: str, expected: str = "") -> str:
-    pool = ModelPool(recipe.models, device=device)
+def _write(recipe: Recipe, out: Path, text: str, maps: Path, *, device: str, expected: str = "") -> str:
+    pool = ModelPool(recipe.models, device=device, map_folders=[maps])
     recipe = recipe.model_copy(update={"models": recipe.models.model_copy(update={"hashes": pool.hashes()})})
     tensors = itertools.chain(MergeEngine(pool).merged(recipe), pool.copied())
     return export_folder(

@@ -81,11 +81,17 @@ class Splits(_Section):
     search: Annotated[float, Field(gt=0, lt=1)] = 0.6
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
     test: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    fit: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of the search share that a learner fits on, where a task has no training split of its own."""
 
     @model_validator(mode="after")
     def _sum(self) -> Splits:
         if abs(self.search + self.validation + self.test - 1) > 1e-9:
             raise ValueError(f"shares must sum to 1, got {self.search + self.validation + self.test:g}")
+        if self.fit >= self.search:
+            raise ValueError(
+                f"fit is a part of search and must be smaller, got fit={self.fit:g}, search={self.search:g}"
+            )
         return self
 
 
@@ -115,6 +121,43 @@ class Racing(_Section):
         return value
 
 
+Fineness = Literal["expert", "block", "block_kind", "tensor", "row"]
+Loss = Literal["gold", "pseudo", "entropy"]
+
+
+class Learner(_Section):
+    """How a trial may fit its coefficients by gradient; lists are choices of the search."""
+
+    steps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 100]
+    """Adam steps; 0: the trial fits nothing."""
+    per: Annotated[list[Fineness], Field(min_length=1)] = ["block", "tensor", "row"]
+    step_size: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.005, 0.1)
+    """Bounds, searched on a logarithmic scale; one number: fixed."""
+    batch_rows: Annotated[int, Field(ge=1)] = 32
+    loss: Annotated[list[Loss], Field(min_length=1)] = ["gold"]
+    normalise: bool = True
+    pull: Annotated[float, Field(ge=0)] = 0.0
+    warm_start: bool = True
+
+    @field_validator("steps", "per", "loss", mode="before")
+    @classmethod
+    def _as_list(cls, value: object) -> object:
+        return [value] if isinstance(value, str | int) else value
+
+    @field_validator("step_size", mode="before")
+    @classmethod
+    def _as_bounds(cls, value: object) -> object:
+        return (value, value) if isinstance(value, int | float) else value
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Learner:
+        if max(self.steps) == 0:
+            raise ValueError("steps must allow more than 0, or leave the learner out")
+        if self.step_size[0] > self.step_size[1]:
+            raise ValueError(f"step_size must be [low, high] with low <= high, got {list(self.step_size)}")
+        return self
+
+
 class Search(_Section):
     sampler: str = "botorch"
     sampler_options: dict[str, Any] = {}
@@ -123,6 +166,7 @@ class Search(_Section):
     hours: Annotated[float, Field(gt=0)] | None = None
     questions: Annotated[int, Field(ge=1)] | None = None
     racing: Racing | None = None
+    learner: Learner | None = None
     fidelity: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the search questions that every trial is asked."""
     finalists: Annotated[int, Field(ge=1)] = 3

@@ -165,7 +165,7 @@ def docs(e: LmEval, task: str) -> list[Any]:
 def token_log_p(model: Any, context: str, answer: str) -> torch.Tensor:
     """log p of the answer's tokens by one plain forward pass. Shape (tokens,)."""
     tokenizer = make_tokenizer()
-    before, after = tokenizer.encode(context) or [tokenizer.eos_token_id], tokenizer.encode(answer)
+    before, after = tokenizer.encode(context) or [tokenizer.bos_token_id], tokenizer.encode(answer)
     logits = model(input_ids=torch.tensor([before + after]), use_cache=False).logits[0].float()
     log_p = torch.log_softmax(logits, -1)
     return torch.stack([log_p[len(before) + i - 1, t] for i, t in enumerate(after)])
@@ -301,7 +301,8 @@ def test_pseudo_labels_are_what_the_model_answers(folder: Path) -> None:
         labels = e.predict(task, range(N_TRAIN))
         e.set_pseudo_labels(task, labels)
         own = e.loss(task, range(N_TRAIN), "pseudo").item()
-        e.set_pseudo_labels(task, labels[1:] + labels[:1])
+        other = [f"{x} sings sings" if isinstance(x, str) else 1 - min(x, 1) for x in labels]
+        e.set_pseudo_labels(task, other)
         assert e.loss(task, range(N_TRAIN), "pseudo").item() > own
     e.set_pseudo_labels("t_choice", [d["gold"] for d in docs(e, "t_choice")])
     assert e.loss("t_choice", range(9), "pseudo").item() == e.loss("t_choice", range(9)).item()
@@ -320,7 +321,7 @@ def test_generated_answers_are_greedy_and_cut_at_stop_strings(tmp_path: Path) ->
         with torch.no_grad():
             while len(new) < 6 and tokenizer.decode(new[-1:]) not in ("red", "</s>"):
                 new.append(int(model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax()))
-        expected = tokenizer.decode([t for t in new if t != 2]).split("red")[0]
+        expected = tokenizer.decode([t for t in new if t > 3]).split("red")[0]
         assert text.split() == expected.split()
 
 
@@ -499,29 +500,25 @@ def test_an_expert_knows_its_own_training_rows_far_better_than_the_base(demo: Pa
 
 @pytest.mark.zoo
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["intent", "qtype", "where"])
-def test_gradient_steps_on_training_rows_lower_the_loss_of_a_real_base(zoo: Path, tmp_path: Path, name: str) -> None:
+def test_a_real_expert_knows_training_rows_beside_the_tasks_far_better_than_the_base(zoo: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    data = zoo / "data" / "lm"
+    data, names = zoo / "data" / "lm", ["intent", "qtype", "where"]
     subprocess.run([sys.executable, zoo / "make_tasks.py", data, tmp_path, "--root", data.parent], check=True)
-    path = tmp_path / f"zoo_{name}.yaml"
-    task = yaml.safe_load(path.read_text())
-    task["training_split"] = "train"
-    task["dataset_kwargs"]["data_files"]["train"] = str(data / name / "train.jsonl")
-    path.write_text(yaml.safe_dump(task))
-    e = evaluator(tmp_path, [f"zoo_{name}"], fit_limit=400)
-    assert e.fit_tasks() == {f"zoo_{name}": 400}
-    with quiet(["transformers"]):
-        model = AutoModelForCausalLM.from_pretrained(zoo / "lm" / "base", dtype=torch.float32)
-        e.bind(model, AutoTokenizer.from_pretrained(zoo / "lm" / "base"), folder="base")
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
-    losses = []
-    for step in range(8):
-        optimiser.zero_grad()
-        loss = e.loss(f"zoo_{name}", [i for i in range(400) if i % 8 == step])
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    with torch.no_grad():
-        assert e.loss(f"zoo_{name}", range(50)).item() < 0.9 * losses[0]
+    for name in names:
+        path = tmp_path / f"zoo_{name}.yaml"
+        task = yaml.safe_load(path.read_text())
+        task["training_split"] = "train"
+        task["dataset_kwargs"]["data_files"]["train"] = str(data / name / "train.jsonl")
+        path.write_text(yaml.safe_dump(task))
+    e = evaluator(tmp_path, [f"zoo_{name}" for name in names], fit_limit=300)
+    assert set(e.fit_tasks().values()) == {300}
+    losses: dict[str, dict[str, float]] = {}
+    for model_name in ("base", *names):
+        with quiet(["transformers"]), torch.no_grad():
+            model = AutoModelForCausalLM.from_pretrained(zoo / "lm" / model_name, dtype=torch.float32)
+            e.bind(model, AutoTokenizer.from_pretrained(zoo / "lm" / model_name), folder=model_name)
+            losses[model_name] = {name: e.loss(f"zoo_{name}", range(300)).item() for name in names}
+    for name in names:
+        assert losses[name][name] < 0.6 * losses["base"][name]
+        assert losses[name][name] == min(found[name] for found in losses.values())

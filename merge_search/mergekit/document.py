@@ -5,6 +5,7 @@ Every problem is collected in a list, so that a file's author sees all of them a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,9 @@ class _Places:
         if found is not None:
             return found
         if "+" in reference:
-            problems.append(f"{where}: 'model+adapter' is not supported, got {reference!r}; give the adapter's own folder")
+            problems.append(
+                f"{where}: 'model+adapter' is not supported, got {reference!r}; give the adapter's own folder"
+            )
             return None
         if "@" in reference:
             problems.append(f"{where}: revisions are not supported, got {reference!r}; download it and give the folder")
@@ -173,25 +176,33 @@ def _slices(data: Mapping[str, Any], place: _Places, problems: list[str]) -> tup
         if not isinstance(entry, Mapping):
             problems.append(f"{where}: must be a mapping with sources")
             continue
-        problems += [f"{where}.{k}: unknown key{nearest(str(k), {'sources', 'parameters'})}" for k in entry if k not in ("sources", "parameters")]
-        sources = _sources(entry.get("sources"), f"{where}.sources", {"model", "layer_range", "parameters"}, place, problems)
+        problems += [
+            f"{where}.{k}: unknown key{nearest(str(k), {'sources', 'parameters'})}"
+            for k in entry
+            if k not in ("sources", "parameters")
+        ]
+        sources = _sources(
+            entry.get("sources"), f"{where}.sources", {"model", "layer_range", "parameters"}, place, problems
+        )
         ranges = [_range(r, s.where, problems) for s, r in sources]
         if not sources or None in ranges:
             continue
         if len(set(ranges)) > 1:
-            problems.append(f"{where}.sources: layer_range must be the same for all sources, got {', '.join(str(list(r)) for r in ranges if r)}; layers of different depth cannot be merged here")
+            problems.append(
+                f"{where}.sources: layer_range must be the same for all sources, got {', '.join(str(list(r)) for r in ranges if r)}; layers of different depth cannot be merged here"
+            )
             continue
         assert ranges[0] is not None
         found.append(Slice(tuple(s for s, _ in sources), _parameters(entry.get("parameters"), f"{where}.parameters", problems), *ranges[0], where=where))  # fmt: skip
-    if any(b.start != a.end for a, b in zip(found, found[1:], strict=False)) or (found and found[0].start != 0):
+    if any(b.start != a.end for a, b in itertools.pairwise(found)) or (found and found[0].start != 0):
         got = ", ".join(f"[{s.start}, {s.end}]" for s in found)
-        problems.append(f"slices: layer_range must run through the layers once and in order (no layer repeated, left out or moved), got {got}")
+        problems.append(
+            f"slices: layer_range must run through the layers once and in order (no layer repeated, left out or moved), got {got}"
+        )
     return tuple(found)
 
 
-def _sources(
-    value: Any, where: str, keys: set[str], place: _Places, problems: list[str]
-) -> list[tuple[Source, Any]]:
+def _sources(value: Any, where: str, keys: set[str], place: _Places, problems: list[str]) -> list[tuple[Source, Any]]:
     if not isinstance(value, list) or not value:
         problems.append(f"{where}: must be a list of models")
         return []
@@ -239,7 +250,9 @@ def _tokenizer(data: Mapping[str, Any], document: Document, place: _Places, prob
     tokenizer = data.get("tokenizer")
     if isinstance(tokenizer, Mapping):
         asked["tokenizer.source"] = tokenizer.get("source")
-        problems += [f"tokenizer.{k}: not supported; the base's tokenizer is kept as it is" for k in tokenizer if k != "source"]
+        problems += [
+            f"tokenizer.{k}: not supported; the base's tokenizer is kept as it is" for k in tokenizer if k != "source"
+        ]
     elif tokenizer is not None:
         problems.append(f"tokenizer: must be a mapping with the key source, got {tokenizer!r}")
     kept = document.base or document.models[0]

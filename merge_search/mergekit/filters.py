@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,11 +49,12 @@ def _common(names: list[str], groups: Mapping[str, Group]) -> str | None:
     """A part that all of `names` have: their common beginning up to a dot, or a component that no other tensor has."""
     if len(names) == 1:
         return names[0]
-    start = os.path.commonprefix(names)
-    start = start[: start.rfind(".") + 1]
+    split = [n.split(".") for n in names]
+    same = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False)))
+    start = "".join(f"{parts[0]}." for parts in same)
     if start and not any(start in other for other in groups if other not in names):
         return start
-    shared = set.intersection(*(set(n.split(".")) for n in names))
+    shared = set.intersection(*map(set, split))
     free = sorted(part for part in shared if not any(part in other for other in groups if other not in names))
     return max(free, key=len) if free else start or None
 

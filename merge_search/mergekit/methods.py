@@ -83,7 +83,9 @@ def _delta_method(select: Mapping[str, Any], *, elect: bool) -> Callable[[Number
     return settings
 
 
-def _deltas(select: Mapping[str, Any], *, elect: bool, normalize: bool, rescale: bool = False, **numbers: float) -> Method:
+def _deltas(
+    select: Mapping[str, Any], *, elect: bool, normalize: bool, rescale: bool = False, **numbers: float
+) -> Method:
     return Method(
         True, weight=True, normalize=normalize, elects=elect, sparse=bool(select), has_lambda=True, flags={"rescale": rescale},
         numbers=numbers, settings=_delta_method(select, elect=elect),

@@ -74,7 +74,9 @@ class _Reader:
     def recipe(self) -> dict[str, Any]:
         document = self.document
         if self.method is None:
-            self.problems.append(f"merge_method: {document.method!r} is not supported{nearest(document.method, METHODS)}")
+            self.problems.append(
+                f"merge_method: {document.method!r} is not supported{nearest(document.method, METHODS)}"
+            )
         self._parameter_names()
         self._models()
         if self.problems or self.method is None or not self._layout():
@@ -131,7 +133,9 @@ class _Reader:
         if len({*listed, self.base}) < 2:
             self.problems.append("models: there is nothing to merge with the base")
         if document.slices[0].end is not None:
-            if document.base is not None and any(document.base not in {s.model for s in p.sources} for p in document.slices):
+            if document.base is not None and any(
+                document.base not in {s.model for s in p.sources} for p in document.slices
+            ):
                 self.problems.append("slices: base_model must be a source of every slice")
             if not method.weight and any({s.model for s in p.sources} != set(listed) for p in document.slices):
                 self.problems.append(f"slices: {name} needs the same models in every slice")
@@ -157,7 +161,9 @@ class _Reader:
         if last.end is None:
             self.slices = [Slice(last.sources, last.parameters, 0, n_blocks, last.where)]
         elif last.end != n_blocks:
-            self.problems.append(f"{last.where}: the last layer_range must end at {n_blocks}, the model's layers, got {last.end}")
+            self.problems.append(
+                f"{last.where}: the last layer_range must end at {n_blocks}, the model's layers, got {last.end}"
+            )
             return False
         self.places = {name: place_of(g, self.slices) for name, g in self.groups.items()}
         return True
@@ -205,7 +211,9 @@ class _Reader:
         """A parameter that must be the same for all tensors (and models, where each may have its own)."""
         values = {v for model in models for v in self._table(key, model, default).values()}
         if len(values) > 1:
-            self.problems.append(f"parameters.{key}: must be one value for all tensors and models here, got {sorted(values)}")
+            self.problems.append(
+                f"parameters.{key}: must be one value for all tensors and models here, got {sorted(values)}"
+            )
         return min(values)
 
     def _shorten(self, table: Table) -> float | dict[str, float]:
@@ -219,7 +227,9 @@ class _Reader:
         if key:
             tables = {m: self._table(key, m if method.sparse else None, 1.0) for m in experts}
             self._check_densities(key, tables)
-            made["densities"] = {m: self._shorten({t: min(v, 1.0) for t, v in table.items()}) for m, table in tables.items()}
+            made["densities"] = {
+                m: self._shorten({t: min(v, 1.0) for t, v in table.items()}) for m, table in tables.items()
+            }
             dense = all(v == 1.0 for v in made["densities"].values())
         flags = {k: bool(self._one(k, float(v))) for k, v in method.flags.items()}
         numbers = {k: self._one(k, v, experts if k in PER_MODEL else (None,)) for k, v in method.numbers.items()}
@@ -248,7 +258,9 @@ class _Reader:
         for values in densities.values():
             for d in values.values() if isinstance(values, dict) else [values]:
                 if d < 1 and not 0 < d - epsilon <= d + epsilon < 1:
-                    self.problems.append(f"parameters.epsilon: density -+ epsilon must lie in (0, 1), got {d:g} -+ {epsilon:g}")
+                    self.problems.append(
+                        f"parameters.epsilon: density -+ epsilon must lie in (0, 1), got {d:g} -+ {epsilon:g}"
+                    )
                     return
 
     def _coefficients(self, method: Method, experts: list[str], flags: dict[str, bool], made: dict[str, Any]) -> None:
@@ -276,8 +288,14 @@ class _Reader:
         for tensor, on in normalize.items():
             total = sum(w[tensor] for w in weights.values())
             if self.document.method == "linear" and (total == 0 if on else abs(total - 1) > 1e-6) and not self.problems:
-                what = "must not sum to 0" if on else "must sum to 1 where normalize is off (a recipe starts from its base)"
-                self.problems.append(f"parameters.weight: {what}, got {total:g}" + (f" for tensor {tensor!r}" if tensor else ""))
+                what = (
+                    "must not sum to 0"
+                    if on
+                    else "must sum to 1 where normalize is off (a recipe starts from its base)"
+                )
+                self.problems.append(
+                    f"parameters.weight: {what}, got {total:g}" + (f" for tensor {tensor!r}" if tensor else "")
+                )
             divisor = total if on and abs(total) >= 1e-8 else 1.0
             for m, w in weights.items():
                 result[m][tensor] = w[tensor] / divisor
@@ -300,18 +318,24 @@ class _Reader:
                 if any(v == 0 for v in totals.values()):
                     self.problems.append("parameters.weight: must not sum to 0")
                     return
-                made["coefficients"] = {experts[0]: self._shorten({t: weights[experts[0]][t] / v for t, v in totals.items()})}
+                made["coefficients"] = {
+                    experts[0]: self._shorten({t: weights[experts[0]][t] / v for t, v in totals.items()})
+                }
             else:
                 self._relative(experts, weights, options, made)
         made["operator"] = {"name": made["operator"]["name"], **({"options": options} if options else {})}
 
-    def _relative(self, experts: list[str], weights: dict[str, Table], options: dict[str, Any], made: dict[str, Any]) -> None:
+    def _relative(
+        self, experts: list[str], weights: dict[str, Table], options: dict[str, Any], made: dict[str, Any]
+    ) -> None:
         """Weights relative to the first model's, whose own is an option of the operator."""
         own = weights[self.base]
         if all(v == 0 for v in own.values()):
             return
         if any(v == 0 for v in own.values()):
-            self.problems.append(f"parameters.weight: of the first model must not be 0 on some tensors only ({_short(self.base)})")
+            self.problems.append(
+                f"parameters.weight: of the first model must not be 0 on some tensors only ({_short(self.base)})"
+            )
             return
         options["base_weight"] = 1.0
         made["coefficients"] = {m: self._shorten({t: weights[m][t] / v for t, v in own.items()}) for m in experts}

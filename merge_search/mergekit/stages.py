@@ -64,7 +64,9 @@ def stages_as_method(recipe: Recipe, reasons: list[str]) -> Said | None:
     ):
         if is_used:
             reasons.append(reason)
-    is_sce = recipe.splice.kind == "score" and recipe.splice.score is not None and recipe.splice.score.measure == "energy"
+    is_sce = (
+        recipe.splice.kind == "score" and recipe.splice.score is not None and recipe.splice.score.measure == "energy"
+    )
     said = _sce(recipe, reasons) if is_sce else _by_selection(recipe, reasons)
     return said if len(reasons) == found else None
 
@@ -74,7 +76,9 @@ def _elects(recipe: Recipe, reasons: list[str]) -> bool:
     if resolve.kind == "none":
         return False
     if resolve.kind != "sum" or not resolve.weighted or resolve.tie != "plus":
-        reasons.append("resolve: mergekit elects the sign of the weighted sum, plus where it is zero (kind sum, weighted, tie plus)")
+        reasons.append(
+            "resolve: mergekit elects the sign of the weighted sum, plus where it is zero (kind sum, weighted, tie plus)"
+        )
     return True
 
 
@@ -84,21 +88,27 @@ def _by_selection(recipe: Recipe, reasons: list[str]) -> Said:
     if recipe.splice.kind not in ("sum", "coefficient"):
         reasons.append(f"splice: mergekit has no {recipe.splice.kind!r} mixing, only sum and coefficient")
     if select.kind != "all" and (select.scope == "row") != (select.kind == "rank_probability"):
-        reasons.append(f"select.scope: mergekit ranks {'rows' if select.kind == 'rank_probability' else 'tensors'}, not by {select.scope}")
+        reasons.append(
+            f"select.scope: mergekit ranks {'rows' if select.kind == 'rank_probability' else 'tensors'}, not by {select.scope}"
+        )
     if select.kind in ("top_k", "band", "rank_probability") and recipe.assess.measure != "magnitude":
         reasons.append(f"assess: mergekit selects by magnitude, not by {recipe.assess.measure!r}")
     method, each, notes = _method(recipe, elects, reasons)
     selects = select.kind != "all"
     rescaled = recipe.rescale.kind == "match_l1"
     if selects and recipe.rescale.kind not in ("none", "match_l1"):
-        reasons.append(f"rescale: mergekit rescales to the old L1 norm (match_l1) or not at all, not by {recipe.rescale.kind!r}")
+        reasons.append(
+            f"rescale: mergekit rescales to the old L1 norm (match_l1) or not at all, not by {recipe.rescale.kind!r}"
+        )
     parameters: dict[str, Any] = {"normalize": recipe.splice.kind == "coefficient"}
     if selects:
         parameters["rescale"] = rescaled
     if recipe.splice.kind == "coefficient" and not elects:
         notes = (*notes, "an expert that left a tensor as it is counts in mergekit's denominator, in ours it does not")
         if selects:
-            reasons.append("splice: without a sign election mergekit divides by all weights, not by those of the survivors")
+            reasons.append(
+                "splice: without a sign election mergekit divides by all weights, not by those of the survivors"
+            )
     return Said(
         method, tuple(recipe.models.experts), weights=_coefficients(recipe), parameters=parameters, each=each,
         has_density=selects, has_lambda=True, spare_vectors=selects and not select.vectors, notes=notes,
@@ -128,13 +138,20 @@ def _sce(recipe: Recipe, reasons: list[str]) -> Said:
     assert score is not None
     if recipe.resolve.kind != "sum" or recipe.resolve.weighted or recipe.resolve.tie != "plus":
         reasons.append("resolve: sce elects the sign of the sum, plus where it is zero")
-    if select.kind not in ("all", "top_k") or (select.kind == "top_k" and (recipe.assess.measure != "variance" or not select.nonzero)):
+    if select.kind not in ("all", "top_k") or (
+        select.kind == "top_k" and (recipe.assess.measure != "variance" or not select.nonzero)
+    ):
         reasons.append("select: sce keeps the top share of the non-zero variances")
     if select.kind == "top_k" and (not select.vectors or select.scope != "tensor"):
         reasons.append("select: sce selects within every tensor, vectors too")
     if float(score.options.get("floor", 0.0)) != 1e-6:
-        reasons.append("splice.score: mergekit weighs experts alike where energies sum to less than 1e-6; give energy the option floor: 1e-6")
-    if any(recipe.coefficient(e, Group("", None, "other")) != 1 or isinstance(recipe.coefficients.get(e), dict) for e in recipe.models.experts):
+        reasons.append(
+            "splice.score: mergekit weighs experts alike where energies sum to less than 1e-6; give energy the option floor: 1e-6"
+        )
+    if any(
+        recipe.coefficient(e, Group("", None, "other")) != 1 or isinstance(recipe.coefficients.get(e), dict)
+        for e in recipe.models.experts
+    ):
         reasons.append("coefficients: sce has none")
     if recipe.rescale.kind != "none" or recipe.scale != 1.0:
         reasons.append("rescale, scale: sce has none")

@@ -127,7 +127,9 @@ def shorten(table: Table, groups: Iterable[Group]) -> float | dict[str, float]:
         if value is not None:
             result[key] = value
         else:
-            _descend([g for g in inside if f"block.{g.block}" == key], table, lambda g: f"block.{g.block}.{g.kind}", result)
+            _descend(
+                [g for g in inside if f"block.{g.block}" == key], table, lambda g: f"block.{g.block}.{g.kind}", result
+            )
     kinds = {g.kind for g in inside}  # a kind's number would reach tensors inside the blocks too
     outside = [g for g in members if g.block is None]
     _descend(outside, table, lambda g: g.tensor if g.kind in kinds else g.kind, result)

@@ -61,7 +61,9 @@ def _file(
         if written.weights is not None:
             parameters["weight"] = _value(written.weights(name, groups), groups, reasons)
         if written.has_density and name != "base":
-            table = {n: 1.0 if written.spare_vectors and n in vectors else recipe.density(name, g) for n, g in groups.items()}
+            table = {
+                n: 1.0 if written.spare_vectors and n in vectors else recipe.density(name, g) for n, g in groups.items()
+            }
             parameters["density"] = _value(table, groups, reasons)
         models.append({"model": place, **({"parameters": {**parameters, **written.each}} if parameters else {})})
     settings = dict(written.parameters)

@@ -13,13 +13,14 @@ from merge_search.engine.compatibility import check_models
 from merge_search.engine.headers import read_checkpoint, resolve_model
 from merge_search.engine.layout import layout
 from merge_search.errors import InputError, MergeSearchError, StudyFileError, WeightsError, nearest
-from merge_search.evaluation import Evaluator, MetricInfo, SplitShares
+from merge_search.evaluation import Differentiable, Evaluator, MetricInfo, SplitShares
 from merge_search.objective import Objective
 from merge_search.presets import PRESETS
 from merge_search.recipe import Models
+from merge_search.search.learning import LearnedSpace
 from merge_search.search.samplers import SAMPLERS
 from merge_search.space import SearchSpace, SpaceContext
-from merge_search.study_file import StudyFile
+from merge_search.study_file import Learner, StudyFile
 
 __all__ = ["Plan", "prepare", "prepare_models"]
 
@@ -59,6 +60,7 @@ class Plan:
             "splits": file.splits.model_dump(mode="json"),
             "fidelity": file.search.fidelity,
             "objective": file.objective.model_dump(mode="json"),
+            "learner": file.search.learner.model_dump(mode="json") if file.search.learner else None,
         }
 
 
@@ -112,6 +114,8 @@ def prepare(file: StudyFile) -> Plan:
         objective = problems.attempt(
             lambda: Objective(section.maximise, section.minimise, section.constraints, metrics)
         )
+    if file.search.learner is not None and all(e is not None for e in evaluators):
+        problems.found += _learner_problems(file.search.learner, [e for e in evaluators if e is not None])
     if file.search.sampler not in SAMPLERS:
         problems.found.append(
             f"search.sampler: no sampler is called {file.search.sampler!r}{nearest(file.search.sampler, SAMPLERS)}"
@@ -131,7 +135,7 @@ def _space(file: StudyFile, context: SpaceContext) -> SearchSpace:
     if isinstance(options.get("file"), str):
         options["file"] = str((file.folder / Path(options["file"]).expanduser()).resolve())
     space: SearchSpace = family(options, context)
-    return space
+    return space if file.search.learner is None else LearnedSpace(space, file.search.learner)
 
 
 def _evaluator(file: StudyFile, index: int) -> Evaluator:
@@ -141,13 +145,27 @@ def _evaluator(file: StudyFile, index: int) -> Evaluator:
     if paths:
         paths = [paths] if isinstance(paths, str) else paths
         options["include_path"] = [str((file.folder / Path(p).expanduser()).resolve()) for p in paths]
-    shares = SplitShares(file.splits.search, file.splits.validation, file.splits.test)
+    shares = SplitShares(file.splits.search, file.splits.validation, file.splits.test, file.splits.fit)
     kind = catalogue.load("evaluators", entry.evaluator, folder=file.folder)
     try:
         evaluator: Evaluator = kind(options, shares=shares, seed=file.study.seed)
     except InputError as error:
         raise StudyFileError([f"evaluate.{index}: {p}" for p in error.problems]) from None
     return evaluator
+
+
+def _learner_problems(learner: Learner, evaluators: list[Evaluator]) -> list[str]:
+    """A learner needs a loss, and rows to fit on."""
+    able = [e for e in evaluators if isinstance(e, Differentiable)]
+    if not able:
+        return ["search.learner: no evaluator of this study has a differentiable loss; leave the learner out"]
+    rows = {task: n for e in able for task, n in e.fit_tasks().items()}
+    few = {task: n for task, n in rows.items() if n < learner.batch_rows}
+    return [
+        f"search.learner: task {task!r} must have at least one batch of {learner.batch_rows} rows to fit on, found {n}; "
+        "give it a training split, raise splits.fit or lower batch_rows"
+        for task, n in few.items()
+    ]
 
 
 def _baseline_names(file: StudyFile, problems: _Problems) -> list[str]:

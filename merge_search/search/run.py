@@ -11,32 +11,31 @@ scores, per-question answers, outcome and cost. Kill the process at any time and
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Protocol
 
 import optuna
 import torch
 from optuna.trial import Trial, TrialState
 
-from merge_search.engine.engine import MergeEngine
-from merge_search.engine.live import LiveModel
-from merge_search.engine.pool import ModelPool
+from merge_search.engine.learners.coefficients import FitSettings, Fitted
 from merge_search.errors import EvaluationError, NonFiniteError, StudyFileError, WeightsError
-from merge_search.evaluation import Cost, Evaluation, Evaluator, Split
+from merge_search.evaluation import Cost, Evaluation, Split
 from merge_search.objective import Estimate, Objective, References
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
 from merge_search.search import racing, samplers, selection, storage
 from merge_search.search.baselines import baselines, reference_recipes
+from merge_search.search.learning import LearnedSpace, warm_start
 from merge_search.search.prepare import Plan, prepare
 from merge_search.search.records import Record, finished_records, store_metrics
+from merge_search.search.workbench import Scored, Workbench
 from merge_search.study_file import StudyFile
 
-__all__ = ["Listener", "Workbench", "load_study", "run"]
+__all__ = ["Listener", "load_study", "run"]
 
 
 class Listener(Protocol):
@@ -46,66 +45,6 @@ class Listener(Protocol):
     def begin(self, *, total: int, finished: int) -> None: ...
     def trial(self, record: Record, *, best: Record | None, best_expert: float | None) -> None: ...
     def end(self) -> None: ...
-
-
-@dataclass
-class Scored:
-    """A recipe's scores, and the hash of the weights that gave them."""
-
-    evaluation: Evaluation
-    weights_sha256: str
-    merge_s: float = 0.0
-    outcome: Outcome = Outcome.OK
-
-
-class Workbench:
-    """One live model, one engine, the evaluators: a recipe in, scores out."""
-
-    def __init__(self, plan: Plan, *, device: str) -> None:
-        self.pool = ModelPool(plan.context.models, device=device)
-        self.models = plan.context.models.model_copy(update={"hashes": self.pool.hashes()})
-        self.live = LiveModel.load(self.pool.base_folder, device=self.pool.device, dtype=plan.file.models.dtype)
-        self.engine = MergeEngine(self.pool)
-        self.views = {name: view for name, view in self.live.views.items() if name in self.pool.groups}
-        self.evaluators: list[Evaluator] = plan.evaluators
-        for evaluator in self.evaluators:
-            evaluator.bind(self.live.model, self.live.tokenizer, folder=str(self.pool.base_folder))
-
-    def splice(self, recipe: Recipe) -> tuple[str, float]:
-        """Write `recipe` into the live model; the hash of its weights, and seconds.
-
-        Raises:
-            RecipeError, NonFiniteError, torch.OutOfMemoryError, MemoryError.
-        """
-        began = time.perf_counter()
-        self.engine.apply(recipe, self.views)
-        return self.live.hash(), time.perf_counter() - began
-
-    def ask(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
-        """Put questions to the live model as it is now.
-
-        Raises:
-            NonFiniteError, EvaluationError, torch.OutOfMemoryError, MemoryError.
-        """
-        began = time.perf_counter()
-        parts = [e.evaluate(split, fidelity, after=after) for e in self.evaluators]
-        scores = {name: s for part in parts for name, s in part.scores.items()}
-        cost = Cost(0.0, time.perf_counter() - began, sum(p.cost.questions for p in parts))
-        evaluation = Evaluation(split, fidelity, scores, cost)
-        evaluation.check_finite()
-        return evaluation
-
-    def score(self, recipe: Recipe, split: Split, fidelity: float = 1.0) -> Scored:
-        """Splice and ask."""
-        digest, seconds = self.splice(recipe)
-        return Scored(self.ask(split, fidelity), digest, merge_s=seconds)
-
-    def recover(self) -> None:
-        """Free what a failed trial left behind."""
-        self.engine.forget()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def run(file: StudyFile, listener: Listener) -> optuna.Study:
@@ -255,21 +194,50 @@ class _Driver:
 
     def _one_trial(self) -> Record:
         trial = self.study.ask()
-        recipe = self._recipe(trial)
-        trial.set_user_attr("recipe", recipe.to_json())
-        trial.set_user_attr("fingerprint", recipe.fingerprint)
+        recipe, settings = self._point(trial)
+        self._keep_recipe(trial, recipe)
         with self._recorded(trial):
-            self._tell(trial, self._known(trial, recipe) or self._race(trial, recipe))
+            if settings is None:
+                scored = self._known(trial, recipe) or self._race(trial, recipe)
+            else:
+                fitted = self._fit(trial, recipe, settings)
+                scored = self._race(trial, fitted.recipe)
+                scored = replace(scored, extra=Cost(fitted.seconds, 0.0, fitted.questions))
+            self._tell(trial, scored)
         return Record.of(self.study._storage.get_trial(trial._trial_id))
 
-    def _recipe(self, trial: Trial) -> Recipe:
-        """Of a baseline outside the space as it was queued; else of the point that the sampler or the queue gives."""
-        given = trial.user_attrs.get("given_recipe")
+    def _point(self, trial: Trial) -> tuple[Recipe, dict[str, Any] | None]:
+        """Recipe and learner's settings: of a baseline outside the space as queued, else of the trial's point."""
+        given, settings, space = trial.user_attrs.get("given_recipe"), None, self.plan.space
         if given is not None:
             recipe = Recipe.from_json(given)
         else:
-            recipe = self.plan.space.decode(samplers.suggest(trial, self.plan.space.parameters))
-        return recipe.model_copy(update={"models": self.bench.models})
+            point = samplers.suggest(trial, space.parameters)
+            recipe = space.decode(point)
+            if isinstance(space, LearnedSpace):
+                settings = space.settings(point, seed=self.plan.file.study.seed)
+        return recipe.model_copy(update={"models": self.bench.models}), settings
+
+    @staticmethod
+    def _keep_recipe(trial: Trial, recipe: Recipe) -> None:
+        trial.set_user_attr("recipe", recipe.to_json())
+        trial.set_user_attr("fingerprint", recipe.fingerprint)
+
+    def _fit(self, trial: Trial, recipe: Recipe, settings: dict[str, Any]) -> Fitted:
+        """The trial's inner level; what it found replaces the trial's recipe, and is stored at once."""
+        learner = self.plan.file.search.learner
+        start = None
+        if learner is not None and learner.warm_start:
+            recipe, start = warm_start(recipe, self.study, self.objective)
+        owners = {m.task: self.references.best_expert[m.name] for m in self.objective.main.values()}
+        fitted = self.bench.fit(recipe, FitSettings(**settings), owners)
+        self._keep_recipe(trial, fitted.recipe)
+        losses = {
+            t: [float(a), float(b)] for t, a, b in zip(fitted.tasks, fitted.losses[0], fitted.losses[-1], strict=True)
+        }
+        began_at = None if start is None else start.number
+        trial.set_user_attr("learner", {**settings, "losses": losses, "began_at": began_at, "n": fitted.n_coefficients})
+        return fitted
 
     def _known(self, trial: Trial, recipe: Recipe) -> Scored | None:
         """Scores of the same recipe from the references or an earlier trial: never asked twice."""
@@ -314,10 +282,10 @@ class _Driver:
         self.study.tell(trial, [v.value for v in values])
 
     def _store(self, trial: Trial, scored: Scored, values: list[Estimate], violations: dict[str, Estimate]) -> None:
-        cost = Cost() if "same_as" in trial.user_attrs else scored.evaluation.cost
+        cost = Cost() if "same_as" in trial.user_attrs else scored.evaluation.cost + scored.extra
         trial.set_user_attr("evaluation", scored.evaluation.to_attribute())
         trial.set_user_attr("weights_sha256", scored.weights_sha256)
-        trial.set_user_attr("cost", [scored.merge_s, cost.evaluate_s, cost.questions])
+        trial.set_user_attr("cost", [scored.merge_s + cost.merge_s, cost.evaluate_s, cost.questions])
         trial.set_user_attr("fidelity", scored.evaluation.fidelity / self.fidelity)
         noise: dict[str, Any] = {f"constraint:{text}": amount.variance for text, amount in violations.items()}
         variances = [v.variance for v in values]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
@@ -20,9 +20,11 @@ from merge_search.evaluation import Evaluation
 from merge_search.objective import Objective, References
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
-from merge_search.search.prepare import Plan
 from merge_search.search.records import Record, records
 from merge_search.space import Parameter
+
+if TYPE_CHECKING:
+    from merge_search.search.prepare import Plan
 
 __all__ = ["Standing", "best", "candidates", "finalists", "standings", "validate", "winner"]
 

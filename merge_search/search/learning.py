@@ -1,0 +1,120 @@
+"""The search's second level: a trial may fit its coefficients by gradient before it is scored.
+
+The outer loop chooses the structure (assessment, selection, splicing, density) and how the learner is run; the inner
+step fits the coefficients through the merge and writes plain numbers into the recipe. With ``warm_start`` it begins at
+the coefficients of the best finished trial of the same structure, where that is better than what the point says.
+
+    search:
+      learner: {per: [block, tensor, row], steps: [0, 100], step_size: [0.005, 0.1], loss: gold}
+
+Fit rows come from a task's own training split where it has one, else from ``splits.fit``: never from scored questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+
+from merge_search.objective import Objective
+from merge_search.recipe import Recipe
+from merge_search.search.records import Record
+from merge_search.search.selection import candidates
+from merge_search.space import Categorical, Float, Parameter, Point, SearchSpace
+from merge_search.study_file import Learner
+
+__all__ = ["LearnedSpace", "structure_of", "warm_start"]
+
+PREFIX = "learner."
+
+
+class LearnedSpace:
+    """A space and, beside it, how the learner is run: ``learner.steps``, ``.per``, ``.step_size``, ``.loss``.
+
+    `decode` gives the start of the fit; `settings` the learner's, or None where the point fits nothing. Choices of one
+    value are constants, not parameters.
+    """
+
+    def __init__(self, space: SearchSpace, learner: Learner) -> None:
+        self.space, self.learner = space, learner
+        self.notes: list[str] = list(getattr(space, "notes", []))
+        self.parameters: Mapping[str, Parameter] = {**space.parameters, **self._own()}
+
+    def _own(self) -> dict[str, Parameter]:
+        own: dict[str, Parameter] = {}
+        for name in ("steps", "per", "loss"):
+            choices = tuple(getattr(self.learner, name))
+            if len(choices) > 1:
+                own[PREFIX + name] = Categorical(choices)
+        low, high = self.learner.step_size
+        if low < high:
+            own[PREFIX + "step_size"] = Float(low, high, log=True)
+        return own
+
+    def settings(self, point: Point, *, seed: int) -> dict[str, Any] | None:
+        """`FitSettings` fields of a point; None for zero steps."""
+        low, _ = self.learner.step_size
+        chosen: dict[str, Any] = {
+            name: point.get(PREFIX + name, getattr(self.learner, name)[0]) for name in ("steps", "per", "loss")
+        }
+        if not chosen["steps"]:
+            return None
+        step_size = float(point.get(PREFIX + "step_size", low))
+        fixed = {"batch_rows": self.learner.batch_rows, "normalise": self.learner.normalise, "pull": self.learner.pull}
+        return {**chosen, "step_size": step_size, "seed": seed, **fixed}
+
+    def _inner(self, point: Point) -> dict[str, Any]:
+        return {k: v for k, v in point.items() if not k.startswith(PREFIX)}
+
+    def decode(self, point: Point) -> Recipe:
+        return self.space.decode(self._inner(point))
+
+    def encode(self, recipe: Recipe) -> dict[str, str | int | float | bool] | None:
+        """The point that fits nothing and decodes to `recipe`; None where every point fits."""
+        inner = self.space.encode(recipe)
+        if inner is None or 0 not in self.learner.steps:
+            return None
+        return {**inner, **self._usual(steps=0)}
+
+    def initial_points(self) -> list[dict[str, str | int | float | bool]]:
+        """A learned point of every fineness from the space's first uniform recipes, then the recipes as they are."""
+        inner = self.space.initial_points()
+        steps = max(self.learner.steps)
+        learned: list[dict[str, str | int | float | bool]] = []
+        if steps and inner:
+            for i, per in enumerate(self.learner.per):
+                learned.append({**inner[i % len(inner)], **self._usual(steps=steps, per=per)})
+        plain = [{**p, **self._usual(steps=0)} for p in inner] if 0 in self.learner.steps else []
+        return [*learned, *plain]
+
+    def _usual(self, **chosen: str | int) -> dict[str, str | int | float | bool]:
+        low, high = self.learner.step_size
+        values: dict[str, str | int | float | bool] = {
+            "steps": self.learner.steps[0], "per": self.learner.per[0], "loss": self.learner.loss[0],
+            "step_size": (low * high) ** 0.5, **chosen,
+        }  # fmt: skip
+        return {PREFIX + k: v for k, v in values.items() if PREFIX + k in self.parameters}
+
+
+def structure_of(recipe: Recipe) -> str:
+    """Text that is equal for recipes that differ in coefficients and densities only."""
+    blank: dict[str, Any] = {"coefficients": {}, "scale": 1.0, "maps": {}, "densities": {}, "preset": ""}
+    return recipe.model_copy(update=blank).to_json()
+
+
+def warm_start(recipe: Recipe, study: optuna.Study, objective: Objective) -> tuple[Recipe, Record | None]:
+    """`recipe` with the coefficients of the best finished trial of its structure, and that trial.
+
+    The recipe as it is, and None, where no such trial is better than the average of the experts.
+    """
+    done = candidates(study)
+    average = next((r.values for r in done if r.label == "average"), None)
+    same = structure_of(recipe)
+    alike = [r for r in done if structure_of(r.recipe) == same]
+    best = max(alike, key=lambda r: objective.key(r.values), default=None)
+    if best is None or (average is not None and objective.key(best.values) <= objective.key(average)):
+        return recipe, None
+    theirs = best.recipe
+    changes = {"coefficients": theirs.coefficients, "scale": theirs.scale, "maps": theirs.maps}
+    return recipe.model_copy(update=changes), best

@@ -1,0 +1,106 @@
+"""One live model, one engine, the evaluators: where a recipe becomes scores."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from merge_search.engine.engine import MergeEngine
+from merge_search.engine.learners.coefficients import FitSettings, Fitted, fit, label_by_experts, task_losses
+from merge_search.engine.live import LiveModel
+from merge_search.engine.maps import FOLDER as MAPS
+from merge_search.engine.pool import ModelPool
+from merge_search.evaluation import Cost, Evaluation, Evaluator, Split
+from merge_search.outcome import Outcome
+from merge_search.recipe import Recipe
+from merge_search.search.prepare import Plan
+from merge_search.study_file import StudyFile
+
+__all__ = ["Scored", "Workbench", "maps_of"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A recipe's scores, and the hash of the weights that gave them."""
+
+    evaluation: Evaluation
+    weights_sha256: str
+    merge_s: float = 0.0
+    outcome: Outcome = Outcome.OK
+    extra: Cost = field(default_factory=Cost)
+    """Of the learner."""
+
+
+def maps_of(file: StudyFile) -> Path:
+    """Where a study keeps its maps: beside the study file, by the study's name."""
+    return file.folder / f"{file.study.name}.{MAPS}"
+
+
+class Workbench:
+    """One live model, one engine, the evaluators: a recipe in, scores out."""
+
+    def __init__(self, plan: Plan, *, device: str) -> None:
+        self.map_folder = maps_of(plan.file)
+        self._labelled = False
+        self.pool = ModelPool(plan.context.models, device=device, map_folders=[self.map_folder])
+        self.models = plan.context.models.model_copy(update={"hashes": self.pool.hashes()})
+        self.live = LiveModel.load(self.pool.base_folder, device=self.pool.device, dtype=plan.file.models.dtype)
+        self.engine = MergeEngine(self.pool)
+        self.views = {name: view for name, view in self.live.views.items() if name in self.pool.groups}
+        self.evaluators: list[Evaluator] = plan.evaluators
+        for evaluator in self.evaluators:
+            evaluator.bind(self.live.model, self.live.tokenizer, folder=str(self.pool.base_folder))
+
+    def splice(self, recipe: Recipe) -> tuple[str, float]:
+        """Write `recipe` into the live model; the hash of its weights, and seconds.
+
+        Raises:
+            RecipeError, NonFiniteError, torch.OutOfMemoryError, MemoryError.
+        """
+        began = time.perf_counter()
+        self.engine.apply(recipe, self.views)
+        return self.live.hash(), time.perf_counter() - began
+
+    def ask(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
+        """Put questions to the live model as it is now.
+
+        Raises:
+            NonFiniteError, EvaluationError, torch.OutOfMemoryError, MemoryError.
+        """
+        began = time.perf_counter()
+        parts = [e.evaluate(split, fidelity, after=after) for e in self.evaluators]
+        scores = {name: s for part in parts for name, s in part.scores.items()}
+        cost = Cost(0.0, time.perf_counter() - began, sum(p.cost.questions for p in parts))
+        evaluation = Evaluation(split, fidelity, scores, cost)
+        evaluation.check_finite()
+        return evaluation
+
+    def score(self, recipe: Recipe, split: Split, fidelity: float = 1.0) -> Scored:
+        """Splice and ask."""
+        digest, seconds = self.splice(recipe)
+        return Scored(self.ask(split, fidelity), digest, merge_s=seconds)
+
+    def fit(self, recipe: Recipe, settings: FitSettings, owners: Mapping[str, str]) -> Fitted:
+        """Fit the coefficients of `recipe`; the live model holds the result.
+
+        Args:
+            owners: Task -> the expert whose answers are its labels, for the loss ``pseudo``.
+        """
+        asked = 0
+        if settings.loss == "pseudo" and not self._labelled:
+            asked, self._labelled = label_by_experts(self.engine, self.views, recipe, self.evaluators, owners), True
+        losses = task_losses(self.evaluators, settings.loss)
+        fitted = fit(self.engine, self.live.model, self.views, recipe, losses, settings, map_folder=self.map_folder)
+        return replace(fitted, questions=fitted.questions + asked)
+
+    def recover(self) -> None:
+        """Free what a failed trial left behind."""
+        self.engine.forget()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
