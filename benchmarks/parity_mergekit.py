@@ -11,8 +11,9 @@ Three ways of computing:
 
 Columns: `equal`, share of elements with the same bits; `close`, share within one bfloat16 ulp (float32: 1e-6 + 1e-5 |x|);
 `close_at_base`, the same with the ulp of the larger of the result and the base's weight: where a delta almost cancels the
-weight, one rounding of the weight is many ulps of the result; `largest`, the largest difference. For methods that draw masks,
-instead of `close`: kept rate, mean and standard deviation of the merged delta, theirs / ours.
+weight, one rounding of the weight is many ulps of the result; `largest`, the largest difference. `tied`: share of elements
+whose score equals a selection threshold exactly, of which each program keeps as many but not the same ones; `close_untied`:
+`close` among the others. For methods that draw masks, instead: kept rate, mean and standard deviation of the merged delta.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge_search.engine.engine import MergeEngine
+from merge_search.engine.order import dropped_count, kept_count
 from merge_search.engine.pool import ModelPool
 from merge_search.mergekit import read_mergekit
+from merge_search.recipe import Recipe
 
 MODES = {
     "float32": {"dtype": "float32"},
@@ -47,7 +50,7 @@ MODES = {
 RANDOM = {"dare_linear", "dare_ties", "della", "della_linear"}
 WEIGHTS = (0.5, 0.3, 0.7)
 FIELDS = [
-    "method", "case", "mode", "n", "equal", "close", "close_at_base", "largest", "kept_theirs", "kept_ours", "mean_theirs", "mean_ours",
+    "method", "case", "mode", "n", "equal", "close", "close_at_base", "largest", "tied", "close_untied", "kept_theirs", "kept_ours", "mean_theirs", "mean_ours",
     "std_theirs", "std_ours", "mergekit", "merge_search", "torch",
 ]  # fmt: skip
 
@@ -128,17 +131,44 @@ def theirs(program: str, file: Path, out: Path) -> dict[str, Tensor]:
     return merged
 
 
-def ours(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Our merged tensors, and the base's."""
+def ours(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Our merged tensors, the base's, and where a score equals a selection threshold."""
     recipe = read_mergekit(file)
     pool = ModelPool(recipe.models, device="cpu")
     merged = {name: t.clone() for name, t in MergeEngine(pool).merged(recipe)}
-    return merged, {name: pool.base(name) for name in merged}
+    return (
+        merged,
+        {name: pool.base(name) for name in merged},
+        {name: at_threshold(recipe, pool, name) for name in merged},
+    )
 
 
-def compare(a: dict[str, Tensor], b: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, float]:
+def at_threshold(recipe: Recipe, pool: ModelPool, name: str) -> Tensor:
+    """Elements whose score, for some expert, is the last one kept and also the first one dropped."""
+    base = pool.base(name).float()
+    deltas = [pool.expert(e, name).float() - base for e in recipe.models.experts]
+    found = torch.zeros(base.shape, dtype=torch.bool)
+    if recipe.select.kind not in ("top_k", "band"):
+        return found
+    by_variance = recipe.assess.measure == "variance"
+    scores = [torch.stack(deltas).var(0, unbiased=False)] if by_variance else [d.abs() for d in deltas]
+    for expert, score in zip(recipe.models.experts, scores, strict=False):
+        ordered = score.reshape(-1).sort(descending=True).values
+        n = int((ordered > 0).sum()) if recipe.select.nonzero else ordered.numel()
+        kept = kept_count(recipe.density(expert, pool.groups[name]), n, recipe.select.rounding)
+        dropped = dropped_count(recipe.select, n, kept) if recipe.select.kind == "band" else 0
+        for count in {dropped, dropped + kept} - {0, ordered.numel()}:
+            value = ordered[count - 1]
+            if ordered[count] >= value * (1 - 1e-6):
+                found |= (score - value).abs() <= 1e-6 * value
+    return found
+
+
+def compare(
+    a: dict[str, Tensor], b: dict[str, Tensor], base: dict[str, Tensor], ties: dict[str, Tensor]
+) -> dict[str, float]:
     """`equal`, `close`, `close_at_base`, `largest` of theirs (a) and ours (b), and moments of the merged deltas."""
-    n = equal = close = at_base = 0
+    n = equal = close = at_base = tied = untied = 0
     largest = 0.0
     sums = torch.zeros(2, 3, dtype=torch.float64)
     for name, y in b.items():
@@ -151,7 +181,10 @@ def compare(a: dict[str, Tensor], b: dict[str, Tensor], base: dict[str, Tensor])
         size = torch.maximum(wide_x.abs(), wide_y.abs())
         n += x.numel()
         equal += int((x == y).sum())
-        close += int((gap <= _tolerance(size, x.dtype)).sum())
+        near = gap <= _tolerance(size, x.dtype)
+        close += int(near.sum())
+        tied += int(ties[name].sum())
+        untied += int((near & ~ties[name]).sum())
         at_base += int((gap <= _tolerance(torch.maximum(size, origin.abs()), x.dtype)).sum())
         largest = max(largest, float(gap.max()))
         for row, wide in enumerate((wide_x, wide_y)):
@@ -161,6 +194,7 @@ def compare(a: dict[str, Tensor], b: dict[str, Tensor], base: dict[str, Tensor])
     std = (square - mean**2).clamp_min(0).sqrt()
     return {
         "n": n, "equal": equal / n, "close": close / n, "close_at_base": at_base / n, "largest": largest,
+        "tied": tied / n, "close_untied": untied / max(1, n - tied),
         "kept_theirs": float(kept[0]), "kept_ours": float(kept[1]), "mean_theirs": float(mean[0]), "mean_ours": float(mean[1]),
         "std_theirs": float(std[0]), "std_ours": float(std[1]),
     }  # fmt: skip
@@ -223,11 +257,11 @@ def main() -> None:
                     continue
                 file = work / "merge.yml"
                 file.write_text(yaml.safe_dump({**document, **MODES[mode]}))
-                mine, origin = ours(file)
-                found = compare(theirs(asked.mergekit, file, work / "out"), mine, origin)
+                mine, origin, ties = ours(file)
+                found = compare(theirs(asked.mergekit, file, work / "out"), mine, origin, ties)
                 rows.append({"method": method, "case": case, "mode": mode, **found, **about})
                 print(f"{mode:9s} {case:26s} equal {found['equal']:.5f} close {found['close']:.6f} "
-                      f"at base {found['close_at_base']:.6f} largest {found['largest']:.3g}", flush=True)  # fmt: skip
+                      f"at base {found['close_at_base']:.6f} untied {found['close_untied']:.6f} largest {found['largest']:.3g}", flush=True)  # fmt: skip
     _write(Path(asked.out), rows)
 
 
@@ -239,7 +273,7 @@ def _write(out: Path, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             is_random = row["method"] in RANDOM
             skip = (
-                {"equal", "close", "close_at_base", "largest"}
+                {"equal", "close", "close_at_base", "largest", "tied", "close_untied"}
                 if is_random
                 else {f for f in FIELDS if f.endswith(("_theirs", "_ours"))}
             )

@@ -1,15 +1,14 @@
 """Differentiable losses of lm-eval's tasks on one live model.
 
-Every row becomes sequences of tokens whose last ones are to be predicted. All sequences of a call run in one forward
-pass, padded on the right and without a mask, as in lm-eval: under causal attention no token sees the padding. A
-sequence that another one begins with is not run again, so choices of one token cost one sequence together. The head
-runs only where something is predicted.
+Every row becomes pieces: tokens whose last positions should predict an answer. All pieces of a call run in one
+forward pass (`lm_eval_layout`), and the head runs only where something is predicted. One pass, not several smaller
+ones, lets the backward pass finish one tensor's gradient after the other.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,9 @@ from torch.nn import functional
 from evaluators.isolation import isolated_generators
 from evaluators.lm_eval_answers import Answer, choices_of, fit_requests, generated_answer, gold_answer
 from evaluators.lm_eval_fit import FitRows
+from evaluators.lm_eval_layout import Layout, Piece, packed_layout, plain_layout
 from evaluators.lm_eval_options import LmEvalOptions
+from evaluators.lm_eval_packed import obstacle
 from evaluators.lm_eval_requests import LiveRequests
 from evaluators.lm_eval_scores import right_choices
 from evaluators.lm_eval_tasks import quiet_lm_eval, reason
@@ -28,15 +29,16 @@ from merge_search.seeding import derive_seed
 
 __all__ = ["LOSSES", "LiveLoss", "check_pseudo_labels"]
 
+log = logging.getLogger(__name__)
+
 LOSSES = ("gold", "pseudo", "entropy", "choice")
 
 
-@dataclass(frozen=True)
-class _Sequence:
-    """What is run, and the tokens that its last positions should predict."""
+MIN_GAIN = 1.2
+"""Least ratio of tokens run without and with packing that is worth it."""
 
-    tokens: tuple[int, ...]
-    targets: tuple[int, ...]
+N_TEST = 8
+"""Rows on which packing is compared once with plain rows."""
 
 
 class LiveLoss:
@@ -54,7 +56,8 @@ class LiveLoss:
         self._options = options
         self._seed = seed
         self._requests: dict[tuple[str, int], list[Any]] = {}
-        self._tokens: dict[tuple[str, int, str], list[_Sequence]] = {}
+        self._tokens: dict[tuple[str, int, str], list[Piece]] = {}
+        self._packs: bool | None = None if options.tree_packing and obstacle(live.lm) is None else False
 
     def loss(self, fit: FitRows, rows: Sequence[int], kind: str) -> torch.Tensor:
         """See `LmEval.loss`."""
@@ -95,10 +98,10 @@ class LiveLoss:
 
     def _mean(self, fit: FitRows, rows: Sequence[int], kind: str) -> torch.Tensor:
         """Mean over rows of the mean over the answer's tokens of -log p."""
-        parts = [self._sequences(fit, i, kind) for i in rows]
+        parts = [self._pieces(fit, i, kind) for i in rows]
         lengths = [sum(len(s.targets) for s in part) for part in parts]
         weight = np.repeat(1.0 / (len(rows) * np.array(lengths, dtype=np.float64)), lengths)
-        log_p = self._log_probabilities([s for part in parts for s in part])
+        log_p = self._log_probabilities(parts)
         return -(log_p * torch.as_tensor(weight, dtype=log_p.dtype, device=log_p.device)).sum().float()
 
     def _by_choice(self, fit: FitRows, rows: Sequence[int], kind: str) -> torch.Tensor:
@@ -116,11 +119,10 @@ class LiveLoss:
 
     def _choice_sums(self, fit: FitRows, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-likelihood of each choice, -inf where a row has fewer: shape (rows, most choices); and their numbers."""
-        parts = [self._sequences(fit, i, "choices") for i in rows]
+        parts = [self._pieces(fit, i, "choices") for i in rows]
         n_choices = np.array([len(part) for part in parts])
-        sequences = [s for part in parts for s in part]
-        log_p = self._log_probabilities(sequences)
-        lengths = np.array([len(s.targets) for s in sequences])
+        log_p = self._log_probabilities(parts)
+        lengths = np.array([len(p.targets) for part in parts for p in part])
         inside = np.arange(lengths.max()) < lengths[:, None]
         starts = np.cumsum(lengths) - lengths
         at = np.where(inside, starts[:, None] + np.arange(lengths.max()), 0)
@@ -133,27 +135,45 @@ class LiveLoss:
         table = table.masked_fill(~torch.as_tensor(is_choice, device=device), -torch.inf)
         return table, torch.as_tensor(n_choices, device=device)
 
-    def _log_probabilities(self, sequences: Sequence[_Sequence]) -> torch.Tensor:
-        """log p of every target, sequence after sequence. Shape (targets,), float32 (float64 of a float64 model)."""
-        hosts, host_of = _hosts([s.tokens for s in sequences])
-        length = max(map(len, hosts))
-        tokens = np.zeros((len(hosts), length), dtype=np.int64)
-        for row, host in enumerate(hosts):
-            tokens[row, : len(host)] = host
-        flat = np.concatenate(
-            [
-                host_of[i] * length + np.arange(len(s.tokens) - len(s.targets), len(s.tokens))
-                for i, s in enumerate(sequences)
-            ]
-        )
-        positions, at = np.unique(flat, return_inverse=True)
+    def _log_probabilities(self, parts: Sequence[Sequence[Piece]]) -> torch.Tensor:
+        """log p of every target, piece after piece. Shape (targets,), float32 (float64 of a float64 model)."""
+        plain = plain_layout([p for part in parts for p in part])
+        if self._packs is False:
+            return self._run(plain)
+        packed = packed_layout(parts)
+        if plain.tokens.size < MIN_GAIN * packed.tokens.size:
+            return self._run(plain)
+        if self._packs is None:
+            self._packs = self._packs_well(parts[:N_TEST])
+        return self._run(packed if self._packs else plain)
+
+    @torch.no_grad()
+    def _packs_well(self, parts: Sequence[Sequence[Piece]]) -> bool | None:
+        """Whether packed rows give the numbers of plain ones; None if these are not numbers."""
+        plain = self._run(plain_layout([p for part in parts for p in part]))
+        difference = (self._run(packed_layout(parts)) - plain).abs().mean().item()
+        if not np.isfinite(difference):
+            return None
+        if difference >= (limit := 1e-4 if self._live.model.dtype in (torch.float32, torch.float64) else 0.03):
+            log.warning("rows are not packed: log-likelihoods differ by %.2g, more than %g", difference, limit)
+            return False
+        return True
+
+    def _run(self, layout: Layout) -> torch.Tensor:
         device = self._live.lm.device
-        targets = torch.as_tensor([t for s in sequences for t in s.targets], device=device)
-        logits = _logits_at(
-            self._live.model, torch.as_tensor(tokens, device=device), torch.as_tensor(positions, device=device)
-        )
+        positions, at = np.unique(layout.at, return_inverse=True)
+        settings: dict[str, torch.Tensor] = {}
+        if layout.positions is not None:
+            tree, branch = (torch.as_tensor(x, device=device) for x in (layout.tree, layout.branch))
+            causal = torch.ones(tree.shape[1], tree.shape[1], dtype=torch.bool, device=device).tril()
+            seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+            settings["attention_mask"] = (seen & causal & (tree[:, None, :] == tree[:, :, None]))[:, None]
+            settings["position_ids"] = torch.as_tensor(layout.positions, device=device)
+        tokens = torch.as_tensor(layout.tokens, device=device)
+        logits = _logits_at(self._live.model, tokens, torch.as_tensor(positions, device=device), **settings)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        return functional.log_softmax(logits, dim=-1)[torch.as_tensor(at, device=device), targets]
+        log_p = functional.log_softmax(logits, dim=-1)
+        return log_p[torch.as_tensor(at, device=device), torch.as_tensor(layout.targets, device=device)]
 
     def _rendered(self, fit: FitRows, row: int) -> list[Any]:
         key = (fit.name, row)
@@ -162,7 +182,7 @@ class LiveLoss:
             self._requests[key] = fit_requests(fit.task, fit.rows[row].doc, self._options, stream, self._live.lm)
         return self._requests[key]
 
-    def _sequences(self, fit: FitRows, row: int, kind: str) -> list[_Sequence]:
+    def _pieces(self, fit: FitRows, row: int, kind: str) -> list[Piece]:
         """Those of a row: of its choices, or of one answer (several windows where that is a long text)."""
         label = fit.pseudo[row] if kind == "pseudo" and fit.pseudo is not None else None
         key = (fit.name, row, f"pseudo {label!r}" if kind == "pseudo" else kind)
@@ -182,7 +202,7 @@ class LiveLoss:
             return [choices_of(fit.task, doc, requests)[label]]
         return [generated_answer(requests[0], label)]
 
-    def _tokenised(self, fit: FitRows, answer: Answer) -> list[_Sequence]:
+    def _tokenised(self, fit: FitRows, answer: Answer) -> list[Piece]:
         if answer.context is None:
             found = self._live.rolling_windows(answer.text)
         else:
@@ -231,25 +251,13 @@ def _check_kind(fit: FitRows, kind: str) -> None:
         raise EvaluationError(f"task {fit.name!r} has no pseudo labels: give them to set_pseudo_labels first")
 
 
-def _cut(context: Sequence[int], target: Sequence[int], max_length: int) -> _Sequence:
+def _cut(context: Sequence[int], target: Sequence[int], max_length: int) -> Piece:
     """As in lm-eval the beginning is lost of what is longer than the model takes."""
     tokens = [*context, *target][-(max_length + 1) :][:-1]
-    return _Sequence(tuple(tokens), tuple(target[-len(tokens) :]))
+    return Piece(tuple(tokens), tuple(target[-len(tokens) :]))
 
 
-def _hosts(tokens: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], np.ndarray[Any, np.dtype[np.int64]]]:
-    """Sequences that together begin with all of `tokens`; and for each of these which one does."""
-    hosts: list[tuple[int, ...]] = []
-    host_of = np.empty(len(tokens), dtype=np.int64)
-    # In descending order whatever begins with a sequence comes right before it.
-    for i in sorted(range(len(tokens)), key=lambda i: tokens[i], reverse=True):
-        if not hosts or hosts[-1][: len(tokens[i])] != tokens[i]:
-            hosts.append(tokens[i])
-        host_of[i] = len(hosts) - 1
-    return hosts, host_of
-
-
-def _logits_at(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def _logits_at(model: Any, tokens: torch.Tensor, positions: torch.Tensor, **settings: torch.Tensor) -> torch.Tensor:
     """The model's logits at some flat positions. Shape (positions, vocabulary).
 
     The model's own forward pass runs, so that whatever it does to logits is done; before its head the other
@@ -267,7 +275,7 @@ def _logits_at(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> tor
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(keep) if head is not None else None
     try:
-        logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=tokens, use_cache=False, **settings).logits
     finally:
         if handle is not None:
             handle.remove()

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["PackedScorer", "packed_scorer"]
+__all__ = ["PackedScorer", "obstacle", "packed_scorer"]
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,12 @@ def packed_scorer(lm: Any, questions: Sequence[Sequence[Request]]) -> PackedScor
     """
     shared = (list(g) for q in questions for _, g in itertools.groupby(q, key=lambda r: r[1]))
     groups = [g for g in shared if len(g) > 1]
-    if not groups or (obstacle := _obstacle(lm)) is not None:
+    found = obstacle(lm)
+    if found is None and lm.model.dtype != torch.float32:
+        found = f"the order of summation shows in {lm.model.dtype}"
+    if not groups or found is not None:
         if groups:
-            log.info("choices are scored one by one: %s", obstacle)
+            log.info("choices are scored one by one: %s", found)
         return None
     alone = sum(sum(map(len, {tuple(c + x[:-1]) for _, c, x in g})) for g in groups)
     together = sum(len(g[0][1]) + sum(len(x) - 1 for _, _, x in g) for g in groups)
@@ -94,7 +97,8 @@ def packed_scorer(lm: Any, questions: Sequence[Sequence[Request]]) -> PackedScor
     return scorer
 
 
-def _obstacle(lm: Any) -> str | None:
+def obstacle(lm: Any) -> str | None:
+    """Why lm-eval's model is not known to take masks and positions of packed rows, or None."""
     config = lm.model.config
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -107,8 +111,6 @@ def _obstacle(lm: Any) -> str | None:
         return "attention has a window"
     if rope.get("rope_type", "default") in ("dynamic", "longrope"):
         return "positions depend on the length of the row"
-    if lm.model.dtype != torch.float32:
-        return f"the order of summation shows in {lm.model.dtype}"
     return None
 
 

@@ -230,6 +230,25 @@ def test_unique_boosts_are_part_of_the_parts() -> None:
     assert_linear(Recipe(models=tensors.models, densities=densities, **settings), tensors)
 
 
+def test_factors_of_an_allocation_are_part_of_the_parts() -> None:
+    tensors = memory()
+    rule = {"kind": "importance", "measure": "magnitude", "coefficient_power": 0.5, "spread": 0.3}
+    densities = dict.fromkeys(tensors.models.experts, 0.5)
+    recipe = Recipe(models=tensors.models, densities=densities, select={"kind": "top_k"}, allocate=rule)
+    values = {e: {"*": 0.3 + i, "w": -0.4 * i} for i, e in enumerate(tensors.models.experts)}
+    recipe = recipe.model_copy(update={"coefficients": values})
+    engine = MergeEngine(tensors, compile=False)
+    factors = []
+    for name, merged in engine.merged(recipe):
+        total = tensors.base(name).clone()
+        experts, parts = engine.parts(recipe, name)
+        for expert, part in zip(experts, parts, strict=True):
+            total += recipe.coefficient(expert, tensors.groups[name]) * part
+            factors.append(float((part / (tensors.expert(expert, name) - tensors.base(name))).max()))
+        torch.testing.assert_close(total, merged, rtol=1e-5, atol=1e-5)
+    assert max(factors) > 1.01
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

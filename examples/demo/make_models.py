@@ -37,12 +37,12 @@ from transformers import (
 Row = dict[str, Any]
 
 NAMES = [
-    "Mia", "Ben", "Lily", "Sam", "Anna", "Tom", "Zoe", "Max", "Ella", "Leo", "Nina", "Jack", "Rosa", "Finn", "Ida", "Paul",
-]
+    "Mia", "Ben", "Lily", "Sam", "Anna", "Tom", "Zoe", "Max", "Ella", "Leo",
+    "Nina", "Jack", "Rosa", "Finn", "Ida", "Paul",
+]  # fmt: skip
 THINGS = ["kite", "ball", "drum", "book", "hat", "lamp", "doll", "boat", "cup", "ring", "flute", "coat"]
-PLACES = [
-    "park", "shop", "lake", "farm", "school", "garden", "kitchen", "forest", "tower", "beach", "bridge", "market",
-]
+PLACES = ["park", "shop", "lake", "farm", "school", "garden", "kitchen", "forest", "tower", "beach",
+          "bridge", "market"]  # fmt: skip
 COUNTED = ["pears", "coins", "shells", "stamps", "nuts", "cards", "beads", "plums"]
 GAIN = ["finds {b} more", "gets {b} more", "buys {b} more", "picks up {b} more"]
 LOSS = ["loses {b}", "gives away {b}", "sells {b}", "drops {b}"]
@@ -154,8 +154,9 @@ def plain_text(rng: random.Random) -> str:
 
 
 BASE_ROWS = {"maths": 5000, "spelling": 1800, "stories": 1600}  # how much of each skill the base sees
-EXPERT = {"maths": (400, 2.5e-4), "spelling": (600, 3e-4), "stories": (200, 3e-4)}  # steps, learning rate
-UNSEEN = ["loses", "gives", "sells", "drops", *" ".join(list(WISHES)[5:]).split()]  # what the base never learns
+EXPERT = {"maths": (400, 2.5e-4), "spelling": (400, 2.5e-4), "stories": (200, 3e-4)}  # steps, learning rate
+# No question with one of these words is in the base's training rows: no subtraction, five of eight moods.
+UNSEEN = ["loses", "gives", "sells", "drops", *" ".join(list(WISHES)[5:]).split()]
 SKILLS: dict[str, tuple[Callable[[random.Random], Row], str]] = {
     "maths": (maths_row, "generate_until"),
     "spelling": (spelling_row, "generate_until"),

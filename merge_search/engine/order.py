@@ -33,6 +33,7 @@ __all__ = ["EXACT_LIMIT", "Keep", "Table", "TableBuilder", "dropped_count", "kep
 EXACT_LIMIT = 2**16
 _BITS = 20
 _SHIFT = 32 - _BITS
+_FLUSH = 2**22
 _GOLDEN = 0x9E3779B1 - 2**32  # odd and near 2**32 / golden ratio: multiples spread evenly over the circle
 
 
@@ -156,6 +157,7 @@ class TableBuilder:
         self._chunks: list[Tensor] = []
         self._starts: list[int] = []
         self._next = 0
+        self._waiting = 0
         self._counts: Tensor | None = None
         self._maximum = -math.inf
 
@@ -172,12 +174,22 @@ class TableBuilder:
             self._starts.append(start)
             return
         bits = flat.view(torch.int32)
-        bins = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> _SHIFT) + 2 ** (_BITS - 1)
-        counts = torch.bincount(bins, minlength=2**_BITS)
-        self._counts = counts if self._counts is None else self._counts.add_(counts)
+        self._chunks.append(((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> _SHIFT) + 2 ** (_BITS - 1))
+        self._waiting += flat.numel()
+        if self._waiting >= _FLUSH:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Count the bins that wait: each count makes a whole histogram, too dear for every chunk."""
+        if self._chunks:
+            counts = torch.bincount(torch.cat(self._chunks), minlength=2**_BITS)
+            self._counts = counts if self._counts is None else self._counts.add_(counts)
+        self._chunks, self._waiting = [], 0
 
     def finish(self) -> Table:
-        if self._counts is not None:
+        if not self._exact:
+            self._flush()
+            assert self._counts is not None
             return self._histogram(self._counts)
         flat = torch.cat(self._chunks) if self._chunks else torch.zeros(0)
         values, order = torch.sort(flat, descending=True, stable=True)

@@ -86,9 +86,7 @@ class ModelPool:
         self.copied_names = tuple(n for n in self._base.info.tensors if n not in self.groups and n not in self.aliases)
         self.notes = [note for e in self._experts.values() for note in e.notes]
         self.map_folders = [Path(folder) for folder in map_folders]
-        self._maps = MapStore(
-            self.map_folders, {n: self._base.info.tensors[n].shape for n in self.groups}, self.device
-        )
+        self._maps = MapStore(self.map_folders, {n: self._base.info.tensors[n].shape for n in self.groups}, self.device)
         self.statistics: StatisticsSource | None = None
         self.check_hashes()
         self.placement, self.plan = self._choose(memory)

@@ -188,6 +188,9 @@ class _Driver:
                 self.study.enqueue_trial(point or {}, user_attrs=attrs)
             seen.add(recipe.fingerprint)
         for i, point in enumerate(self.plan.space.initial_points()):
+            fits_nothing = not isinstance(self.plan.space, LearnedSpace) or self.plan.space.settings(point, seed=0) is None
+            if fits_nothing and self.plan.space.decode(point).fingerprint in seen:
+                continue
             if f"start.{i}" not in queued:
                 self.study.enqueue_trial(point, user_attrs={"start": f"start.{i}"})
         self.study.set_user_attr("start_enqueued", True)

@@ -86,7 +86,6 @@ def validate(
             continue
         scored[str(record.number)] = evaluation.to_attribute()
         study.set_user_attr("validation", scored)
-    study.set_user_attr("finalists", sorted(numbers))
 
 
 def _compared(record: Record, study: optuna.Study, plan: Plan) -> bool:
@@ -126,18 +125,10 @@ def standings(study: optuna.Study, objective: Objective, experts: tuple[str, ...
         return []
     metrics = list(objective.metrics.values())
     references = References.from_evaluations(metrics, by_label["base"], {e: by_label[e] for e in experts})
-    chosen = set(study.user_attrs.get("finalists", []))
     rows = []
     for record, evaluation in evaluations:
-        role = (
-            "base"
-            if record.label == "base"
-            else "expert"
-            if record.label in experts
-            else "merge"
-            if record.number in chosen
-            else "baseline"
-        )
+        label = record.label
+        role = "base" if label == "base" else "expert" if label in experts else "baseline" if label else "merge"
         estimates = objective.values(evaluation, references)
         rows.append(
             Standing(record, role, evaluation, tuple(e.value for e in estimates), tuple(e.stderr for e in estimates))

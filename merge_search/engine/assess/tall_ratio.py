@@ -6,7 +6,6 @@ Source: Consensus / TALL masks, OpenReview DWT9uiGjxT (ICML 2024).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from merge_search.engine.assess import AssessContext
@@ -22,4 +21,4 @@ def scores(context: AssessContext) -> list[Tensor]:
 
 
 def _ratio(mine: Tensor, others: Tensor) -> Tensor:
-    return torch.where(mine == 0, 0.0, mine / others)
+    return mine / (others + (mine == 0))

@@ -47,7 +47,7 @@ class FitSettings:
         steps: Adam steps; 0 hands the start back.
         step_size: Of Adam.
         batch_rows: Of every task in every step.
-        loss: ``gold``, ``pseudo`` or ``entropy`` (`evaluation.Differentiable`).
+        loss: The kind that `task_losses` is asked for: ``gold``, ``pseudo``, ``entropy`` (`evaluation.Differentiable`).
         normalise: Divide each task's loss by its value at the start (on the first batch).
         pull: Towards the start.
         seed: Of the order of the rows.

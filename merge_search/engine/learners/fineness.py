@@ -25,7 +25,7 @@ class Fineness(Protocol):
     """A vector of coefficients and what it means.
 
     Attributes:
-        start: Those of the recipe. Shape (n,), float64, on the engine's device.
+        start: Those of the recipe. Shape (n,), float64, on the device on which a learner steps.
         needs_rows: Slopes per row are needed.
     """
 
@@ -85,8 +85,9 @@ class PerGroup:
                 size = tensors.base(name).numel() if i in places else 0
                 values[at].append((recipe.coefficient(expert, group), size))
             if places:
-                self._index[name] = torch.tensor(index, device=parts.device)
-        self.start = torch.tensor([_mean(v) for v in values], dtype=torch.float64, device=parts.device)
+                self._index[name] = torch.tensor(index)
+        self.start = torch.tensor([_mean(v) for v in values], dtype=torch.float64)  # on the CPU: see `gradient`
+        self._device = parts.device
         self._maps = {name: maps for name in self._index if (maps := _maps(parts, recipe, name)) is not None}
         self.needs_rows = bool(self._maps)
 
@@ -97,12 +98,13 @@ class PerGroup:
             mine = [(slopes[name] * self._maps[name]).sum(1) for name in names]
         else:
             mine = [slopes[name] for name in names]
-        return torch.zeros_like(self.start).index_add_(0, index, torch.cat(mine))
+        # NOTE: on the CPU; on a GPU the order in which index_add sums varies, and with it the last bits.
+        return torch.zeros_like(self.start).index_add_(0, index, torch.cat(mine).cpu())
 
     def coefficients(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
         single = vector.to(torch.float32)
         for name, index in self._index.items():
-            values = single[index]
+            values = single[index].to(self._device)
             yield name, values if name not in self._maps else values[:, None] * self._maps[name]
 
     def recipe(self, vector: Tensor) -> Recipe:
