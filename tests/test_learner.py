@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.func import functional_call
 
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.export import export_folder
@@ -103,6 +104,44 @@ def test_the_live_weights_of_every_step_are_those_of_the_recipe_so_far(make_mode
     assert long.losses[2] == pytest.approx(found, rel=1e-5)
 
 
+@pytest.mark.parametrize("per", ["expert", "row"])
+def test_a_fit_takes_the_steps_of_adam_through_a_merge_by_autograd(make_models, tmp_path: Path, per: str) -> None:
+    """Against AdaMerging written out: base + sum lambda delta by `functional_call`, torch's Adam, a pull to the start."""
+    pool, live = make_models()
+    recipe = Recipe(models=pool.models, coefficients={"a": 0.1, "b": 0.3})
+    options = {"per": per, "steps": 5, "batch_rows": N_ROWS, "pull": 0.2, "normalise": False}
+    fitted = learn(pool, live, recipe, tmp_path, **options)
+    base = {name: pool.base(name) for name in pool.groups}
+    start = {n: torch.tensor([[0.1], [0.3]]).repeat(1, n_rows(t.shape)) for n, t in base.items()}
+    if per == "expert":
+        start = dict.fromkeys(base, torch.tensor([[0.1], [0.3]]))
+    leaves = {id(t): t.clone().requires_grad_(True) for t in start.values()}
+    adam = torch.optim.Adam(leaves.values(), lr=0.03)
+    teachers = [LiveModel.load(folder).model for folder in pool.models.experts.values()]
+    rows = torch.randint(0, 24, (N_ROWS, 6), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        wanted = torch.stack([t(input_ids=rows).logits.softmax(-1) for t in teachers])
+    for _ in range(5):
+        weights = {}
+        for name, t in base.items():
+            delta = torch.stack([pool.expert(e, name) - t for e in "ab"])
+            weights[name] = t + (leaves[id(start[name])].reshape(2, -1, *[1] * (t.ndim - 1)) * delta).sum(0)
+        logits = functional_call(live.model, weights, (), {"input_ids": rows, "use_cache": False}).logits
+        loss = -(wanted * logits.log_softmax(-1)).sum(-1).mean()
+        pulls = sum(0.1 * (leaves[id(t)] - t).square().sum() for t in {id(t): t for t in start.values()}.values())
+        adam.zero_grad()
+        (loss + pulls).backward()
+        adam.step()
+    for i, expert in enumerate("ab"):
+        rows_of_map = read_map(tmp_path, fitted.recipe.maps[expert]) if per == "row" else {}
+        for name in base:
+            expected = leaves[id(start[name])][i].detach()
+            found = rows_of_map.get(name, torch.tensor([fitted.recipe.coefficients[expert]]))
+            settled = (expected - start[name][i]).abs() > 0.02  # where a slope is near zero, Adam's steps have no sign
+            torch.testing.assert_close(found[settled], expected[settled], rtol=0, atol=3e-3)
+            assert per == "row" or bool(settled.all())
+
+
 def test_a_fit_begins_at_the_recipes_own_coefficients_and_maps(make_models, tmp_path: Path) -> None:
     pool, live = make_models()
     recipe = Recipe(models=pool.models, coefficients={"a": {"*": 0.5, "block.0": 0.2}, "b": 0.4})
@@ -137,7 +176,7 @@ def test_normalised_losses_do_not_depend_on_a_tasks_scale(make_models, tmp_path:
     recipe = Recipe(models=pool.models, coefficients={"a": 0.1, "b": 0.1})
     tasks = distillation(pool, live)
     louder = {**tasks, "b": TaskLoss(N_ROWS, lambda rows: 64.0 * tasks["b"].loss(rows))}
-    settings = FitSettings(per="expert", steps=4, batch_rows=10)
+    settings = FitSettings(per="expert", steps=4, batch_rows=10, normalise=True)
     plain = fit(MergeEngine(pool), live.model, live.views, recipe, tasks, settings).recipe
     loud = fit(MergeEngine(pool), live.model, live.views, recipe, louder, settings).recipe
     assert loud.coefficients["a"] == pytest.approx(plain.coefficients["a"], abs=1e-6)

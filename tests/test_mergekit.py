@@ -189,6 +189,12 @@ class TestMethods:
         assert weights(recipe, "a") == [1, 1, 0, 0, 0]
         assert weights(recipe, "b") == [1, 1, 2, 2, 2]
 
+    def test_a_weight_that_is_missing_in_one_slice_is_refused(self, folders: Path) -> None:
+        base = model("base")
+        parts = slices(([0, 2], [base, model("b", weight=1)]), ([2, 5], [base, model("a"), model("b", weight=2)]))
+        with pytest.raises(RecipeError, match=r"parameters\.weight of a: must be given"):
+            read(folders, {"merge_method": "task_arithmetic", "base_model": "base", "slices": parts})
+
     def test_passthrough_takes_every_layer_from_one_model(self, folders: Path) -> None:
         parts = slices(([0, 2], [model("a")]), ([2, 5], [model("b")]))
         recipe = read(folders, {"merge_method": "passthrough", "slices": parts, "dtype": "float32"})
@@ -308,6 +314,7 @@ REFUSED = {
     r"models\[0\].model: revisions": task_arithmetic(model("org/a@v2", weight=1)),
     "listed twice": task_arithmetic(model("a", weight=1), model("./a", weight=1)),
     "must be above 0": {**task_arithmetic(model("a", weight=1, density=0)), "merge_method": "ties"},
+    "must not be negative where signs": {**task_arithmetic(model("a", weight=1), model("b", weight=-1)), "merge_method": "ties"},
     "density -\\+ epsilon must lie in": {**task_arithmetic(model("a", weight=1, density=0.1)), "merge_method": "della"},
     "must sum to 1 where normalize is off": {
         "merge_method": "linear", "models": [model("a", weight=1), model("b", weight=1)], "parameters": {"normalize": False},

@@ -188,12 +188,15 @@ def _slices(data: Mapping[str, Any], place: _Places, problems: list[str]) -> tup
         if not sources or None in ranges:
             continue
         if len(set(ranges)) > 1:
+            got = ", ".join(str(list(r)) for r in ranges if r)
             problems.append(
-                f"{where}.sources: layer_range must be the same for all sources, got {', '.join(str(list(r)) for r in ranges if r)}; layers of different depth cannot be merged here"
+                f"{where}.sources: layer_range must be the same for all sources, got {got}; layers of different depth "
+                "cannot be merged"
             )
             continue
         assert ranges[0] is not None
-        found.append(Slice(tuple(s for s, _ in sources), _parameters(entry.get("parameters"), f"{where}.parameters", problems), *ranges[0], where=where))  # fmt: skip
+        settings = _parameters(entry.get("parameters"), f"{where}.parameters", problems)
+        found.append(Slice(tuple(s for s, _ in sources), settings, *ranges[0], where=where))
     if any(b.start != a.end for a, b in itertools.pairwise(found)) or (found and found[0].start != 0):
         got = ", ".join(f"[{s.start}, {s.end}]" for s in found)
         problems.append(

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["EPS", "IGNORED", "METHODS", "PER_MODEL", "Method", "Numbers"]
+__all__ = ["EPS", "IGNORED", "METHODS", "NEGATIVE", "PER_MODEL", "Method", "Numbers"]
 
 EPS = 1e-8
 """mergekit's floor of norms in multislerp."""
+NEGATIVE = "must not be negative where signs are elected: mergekit asks the weighted delta for agreement, we the delta"
 PER_MODEL = {"gamma", "epsilon"}
 """Numbers that mergekit reads at each model."""
 
@@ -71,7 +72,7 @@ def _delta_method(select: Mapping[str, Any], *, elect: bool) -> Callable[[Number
     def settings(given: Numbers) -> dict[str, Any]:
         made: dict[str, Any] = {}
         if select and not given.is_dense:
-            made["select"] = {**select, "vectors": True, **{k: given.numbers[k] for k in ("gamma", "epsilon") if k in given.numbers}}  # fmt: skip
+            made["select"] = {**select, **given.numbers, "vectors": True}
             if given.flags.get("rescale"):
                 made["rescale"] = {"kind": "match_l1"}
         if elect:
@@ -128,7 +129,7 @@ def _karcher(given: Numbers) -> dict[str, Any]:
 
 def _model_stock(given: Numbers) -> dict[str, Any]:
     scope = {"scope": "row"} if given.flags["filter_wise"] else {}
-    return _operator("model_stock", clamp=False, **scope)
+    return _operator("model_stock", clamp=False, count="all", **scope)
 
 
 METHODS: Mapping[str, Method] = {
@@ -142,12 +143,19 @@ METHODS: Mapping[str, Method] = {
     "breadcrumbs": _deltas(_BAND, elect=False, normalize=False, gamma=0.01),
     "breadcrumbs_ties": _deltas(_BAND, elect=True, normalize=False, gamma=0.01),
     "slerp": Method(True, (1, 1), settings=lambda _: _operator("slerp")),
-    "nuslerp": Method(None, (2, 2), weight=True, flags={"nuslerp_flatten": True, "nuslerp_row_wise": False}, settings=_nuslerp),
-    "multislerp": Method(None, (2, None), weight=True, flags={"normalize_weights": True}, numbers={"eps": EPS}, settings=lambda _: _operator("multislerp")),
+    "nuslerp": Method(
+        None, (2, 2), weight=True, flags={"nuslerp_flatten": True, "nuslerp_row_wise": False}, settings=_nuslerp,
+    ),
+    "multislerp": Method(
+        None, (2, None), weight=True, flags={"normalize_weights": True}, numbers={"eps": EPS},
+        settings=lambda _: _operator("multislerp"),
+    ),
     "karcher": Method(None, (0, None), numbers={"max_iter": 10.0, "tol": 1e-5}, settings=_karcher),
     "model_stock": Method(True, (2, None), flags={"filter_wise": False}, settings=_model_stock),
     "sce": Method(True, (1, None), settings=_sce),
-    "nearswap": Method(True, (1, 1), numbers={"t": None}, settings=lambda given: _operator("nearswap", t=given.numbers["t"])),
+    "nearswap": Method(
+        True, (1, 1), numbers={"t": None}, settings=lambda given: _operator("nearswap", t=given.numbers["t"]),
+    ),
     "arcee_fusion": Method(True, (1, 1), settings=lambda _: _operator("arcee_fusion")),
     "passthrough": Method(None, (1, 1)),
 }  # fmt: skip

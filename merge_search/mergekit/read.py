@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from merge_search.engine.headers import read_checkpoint, resolve_model
 from merge_search.engine.layout import layout
 from merge_search.errors import RecipeError, WeightsError, nearest
 from merge_search.mergekit.document import Document, Slice, Source, read_document
-from merge_search.mergekit.methods import EPS, IGNORED, METHODS, PER_MODEL, Method, Numbers
+from merge_search.mergekit.methods import EPS, IGNORED, METHODS, NEGATIVE, PER_MODEL, Method, Numbers
 from merge_search.mergekit.values import Table, lookup, needs_layout, place_of, shorten
 from merge_search.recipe import Group, Recipe
 
@@ -182,11 +182,13 @@ class _Reader:
             source = next((s for s in part.sources if s.model == model), Source(model, {}, "base_model"))
         return lookup(key, source, part, self.document, tensor, t, self.problems)
 
-    def _table(self, key: str, model: str | None, default: float | None) -> Table:
-        """A parameter of every tensor; a problem where it is not given and has no default."""
+    def _table(
+        self, key: str, model: str | None, default: float | None, absent: Collection[str] = frozenset()
+    ) -> Table:
+        """A parameter of every tensor, 0 of `absent` ones; a problem where it is not given and has no default."""
         table, missing = {}, False
         for tensor in self.groups:
-            value = self._value(key, model, tensor)
+            value = 0.0 if tensor in absent else self._value(key, model, tensor)
             if value is None:
                 value, missing = (0.0, True) if default is None else (default, missing)
             table[tensor] = value
@@ -199,13 +201,13 @@ class _Reader:
         """``weight`` of every model; 0 in slices where it is no source."""
         tables = {}
         for model in models:
-            absent = {
-                tensor for tensor in self.groups
-                if self.document.slices[0].end is not None and model not in {s.model for s in self.slices[self.places[tensor][0]].sources}
-            }  # fmt: skip
-            table = self._table("weight", model, 0.0 if absent else None)
-            tables[model] = {t: 0.0 if t in absent else v for t, v in table.items()}
+            absent = {t for t, (i, _) in self.places.items() if not self._takes(self.slices[i], model)}
+            tables[model] = self._table("weight", model, None, absent)
         return tables
+
+    def _takes(self, part: Slice, model: str) -> bool:
+        """Whether a slice merges a model; a file with ``models:`` adds its base by itself."""
+        return self.document.slices[0].end is None or any(s.model == model for s in part.sources)
 
     def _one(self, key: str, default: float | None, models: Sequence[str | None] = (None,)) -> float:
         """A parameter that must be the same for all tensors (and models, where each may have its own)."""
@@ -279,6 +281,8 @@ class _Reader:
                 weights = self._normalized(weights, normalize)
             elif len(set(map(bool, normalize.values()))) > 1:
                 self.problems.append("parameters.normalize: must be one value for all tensors here")
+            if method.elects and any(v < 0 for w in weights.values() for v in w.values()):
+                self.problems.append(f"parameters.weight: {NEGATIVE}")
         made["weights"] = weights
         made["coefficients"] = {m: self._shorten(weights[m]) for m in experts}
 
@@ -288,11 +292,7 @@ class _Reader:
         for tensor, on in normalize.items():
             total = sum(w[tensor] for w in weights.values())
             if self.document.method == "linear" and (total == 0 if on else abs(total - 1) > 1e-6) and not self.problems:
-                what = (
-                    "must not sum to 0"
-                    if on
-                    else "must sum to 1 where normalize is off (a recipe starts from its base)"
-                )
+                what = "must not sum to 0" if on else "must sum to 1 where normalize is off"
                 self.problems.append(
                     f"parameters.weight: {what}, got {total:g}" + (f" for tensor {tensor!r}" if tensor else "")
                 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from merge_search.mergekit.methods import NEGATIVE
 from merge_search.mergekit.values import Table
 from merge_search.recipe import Group, Operator, Recipe, value_for
 
@@ -42,6 +43,10 @@ class Said:
     has_select_topk: bool = False
     spare_vectors: bool = False
     notes: tuple[str, ...] = ()
+
+
+def _all(values: float | Mapping[str, float]) -> Iterable[float]:
+    return values.values() if isinstance(values, Mapping) else (values,)
 
 
 def _coefficients(recipe: Recipe) -> Callable[[str, Groups], Table]:
@@ -93,6 +98,8 @@ def _by_selection(recipe: Recipe, reasons: list[str]) -> Said:
         )
     if select.kind in ("top_k", "band", "rank_probability") and recipe.assess.measure != "magnitude":
         reasons.append(f"assess: mergekit selects by magnitude, not by {recipe.assess.measure!r}")
+    if elects and any(v < 0 for table in recipe.coefficients.values() for v in _all(table)):
+        reasons.append(f"coefficients: {NEGATIVE}")
     method, each, notes = _method(recipe, elects, reasons)
     selects = select.kind != "all"
     rescaled = recipe.rescale.kind == "match_l1"
@@ -262,6 +269,10 @@ def _model_stock(recipe: Recipe, operator: Operator, reasons: list[str]) -> Said
     scope = operator.options.get("scope", "tensor")
     if operator.options.get("clamp", True):
         reasons.append("operator: mergekit's model_stock does not clamp the cosine (clamp: false)")
+    if operator.options.get("count", "changed") != "all":
+        reasons.append(
+            "operator: mergekit's model_stock counts all experts, also where they left a tensor (count: all)"
+        )
     if scope == "layer":
         reasons.append("operator: mergekit's model_stock works by tensor or row, not by layer")
     if len(recipe.models.experts) < 2:

@@ -1,6 +1,6 @@
 """Fit coefficients by Adam through the merge: the search's inner level. The result is a recipe of plain numbers.
 
-    min over lambda   mean over tasks of loss_task(merge(lambda)) / loss_task(merge(start))  +  pull / 2 |lambda - start|^2
+    min over lambda   mean over tasks of loss_task(merge(lambda)) / scale_task  +  pull / 2 |lambda - start|^2
 
 Masks, elections and mixing scores stay those of the recipe. AdaMerging (Yang et al. 2024, arXiv 2310.02575) is the loss
 ``entropy`` per tensor; differs: any loss, any fineness from expert to output row, no clamp.
@@ -48,17 +48,18 @@ class FitSettings:
         step_size: Of Adam.
         batch_rows: Of every task in every step.
         loss: The kind that `task_losses` is asked for: ``gold``, ``pseudo``, ``entropy`` (`evaluation.Differentiable`).
-        normalise: Divide each task's loss by its value at the start (on the first batch).
+        normalise: Divide each task's loss by its value at the start (on the first batch). For losses of different units;
+            it gives most weight to tasks that are nearly solved.
         pull: Towards the start.
         seed: Of the order of the rows.
     """
 
     per: Per = "tensor"
     steps: int = 100
-    step_size: float = 0.02
+    step_size: float = 0.05
     batch_rows: int = 32
     loss: str = "gold"
-    normalise: bool = True
+    normalise: bool = False
     pull: float = 0.0
     seed: int = 0
 

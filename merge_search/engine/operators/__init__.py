@@ -140,7 +140,8 @@ OPERATORS: dict[str, OperatorInfo] = {
     ),
     "model_stock": _entry(
         "model_stock", "parts", "average, shrunk towards the base by the angle between the deltas", "Model Stock, Jang et al. 2024, arXiv 2403.19522",
-        options={"scope": "tensor", "clamp": True}, choices={"scope": ("tensor", "layer", "row")}, scales=(1.0, 0.5, 0.75, 1.5, 2.0),
+        options={"scope": "tensor", "clamp": True, "count": "changed"}, scales=(1.0, 0.5, 0.75, 1.5, 2.0),
+        choices={"scope": ("tensor", "layer", "row"), "count": ("changed", "all")},
     ),
     "nearswap": _entry(
         "nearswap", "parts", "the expert's value where it is close to the base's", _MERGEKIT, options={"t": 1e-3}

@@ -18,7 +18,8 @@ def parts(context: OperatorContext) -> list[Tensor]:
     M counts experts that changed the tensor (``scope="layer"``: any tensor of the block, whose deltas are taken as one long
     vector; ``scope="row"``: that row of the matrix). With one such expert t = 1. Options: ``scope``; ``clamp``: cos into
     [0, 1] first, without which opposed deltas lead away from the average, and t is undefined at cos = -1 / (M - 1) (taken
-    as 0 there). The factor on t that one may want to search is the recipe's scale. Differs: the paper leaves cos unclamped and works per tensor.
+    as 0 there); ``count="all"``: M counts all experts, a zero delta has cosine 0 to the others (mergekit). The factor on t
+    that one may want to search is the recipe's scale. Differs: the paper leaves cos unclamped and works per tensor.
 
     Returns:
         float32, one per expert.
@@ -28,18 +29,19 @@ def parts(context: OperatorContext) -> list[Tensor]:
     """
     if context.options["scope"] == "row" and context.base.ndim > 1:
         return _by_row(context)
-    t, n = ratio(_pooled(context), clamp=bool(context.options["clamp"]))
+    everyone = context.options["count"] == "all"
+    t, n = ratio(_pooled(context), clamp=bool(context.options["clamp"]), everyone=everyone)
     return [delta * (t / max(n, 1)) for delta in context.deltas]
 
 
-def ratio(gram: Tensor, *, clamp: bool) -> tuple[float, int]:
-    """t, and the number of experts with a delta.
+def ratio(gram: Tensor, *, clamp: bool, everyone: bool = False) -> tuple[float, int]:
+    """t, and the number of experts that count: those with a delta, or all.
 
     Args:
         gram: Inner products of the deltas. Shape (M, M), float64.
     """
     alive = torch.nonzero(gram.diagonal() > 0).reshape(-1)
-    n = len(alive)
+    n = len(gram) if everyone else len(alive)
     if n < 2:
         return 1.0, n
     length = gram.diagonal()[alive].sqrt()
@@ -52,12 +54,13 @@ def ratio(gram: Tensor, *, clamp: bool) -> tuple[float, int]:
 
 
 def _by_row(context: OperatorContext) -> list[Tensor]:
-    """One t for every row of the experts that changed it; t = 1 where one alone did."""
+    """`ratio` for every row."""
     deltas = torch.stack([oriented(context, delta) for delta in context.deltas]).to(torch.float64)
     length = torch.linalg.vector_norm(deltas, dim=-1, keepdim=True)
-    n = (length > 0).sum(0)
+    alive = (length > 0).sum(0)
+    n = torch.full_like(alive, len(deltas)) if context.options["count"] == "all" else alive
     units = deltas / length.clamp_min(torch.finfo(torch.float64).tiny)
-    cos = (units.sum(0).square().sum(-1, keepdim=True) - n) / (n * (n - 1)).clamp_min(1)
+    cos = (units.sum(0).square().sum(-1, keepdim=True) - alive) / (n * (n - 1)).clamp_min(1)
     if context.options["clamp"]:
         cos = cos.clamp(0.0, 1.0)
     bottom = 1 + (n - 1) * cos
