@@ -19,12 +19,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	mkdir -p demo
 	cp examples/demo/study.yaml demo/study.yaml
-	$(BIN)/merge-search run demo/study.yaml
+	OMP_NUM_THREADS=1 $(BIN)/merge-search run demo/study.yaml
 	rm -rf demo/best
 	$(BIN)/merge-search export demo/study.yaml demo/best
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -122,7 +122,7 @@ class Racing(_Section):
 
 
 Fineness = Literal["expert", "block", "block_kind", "tensor", "row"]
-Loss = Literal["gold", "pseudo", "entropy"]
+Loss = Literal["gold", "choice", "pseudo", "entropy"]
 
 
 class Learner(_Section):
@@ -131,11 +131,11 @@ class Learner(_Section):
     steps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 100]
     """Adam steps; 0: the trial fits nothing."""
     per: Annotated[list[Fineness], Field(min_length=1)] = ["block", "tensor", "row"]
-    step_size: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.005, 0.1)
+    step_size: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.02, 0.2)
     """Bounds, searched on a logarithmic scale; one number: fixed."""
     batch_rows: Annotated[int, Field(ge=1)] = 32
     loss: Annotated[list[Loss], Field(min_length=1)] = ["gold"]
-    normalise: bool = True
+    normalise: bool = False
     pull: Annotated[float, Field(ge=0)] = 0.0
     warm_start: bool = True
 

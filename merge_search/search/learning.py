@@ -5,7 +5,7 @@ step fits the coefficients through the merge and writes plain numbers into the r
 the coefficients of the best finished trial of the same structure, where that is better than what the point says.
 
     search:
-      learner: {per: [block, tensor, row], steps: [0, 100], step_size: [0.005, 0.1], loss: gold}
+      learner: {per: [block, tensor, row], steps: [0, 100], step_size: [0.02, 0.2], loss: gold}
 
 Fit rows come from a task's own training split where it has one, else from ``splits.fit``: never from scored questions.
 """
