@@ -63,29 +63,45 @@ def validate(study: StudyArgument) -> None:
 
 
 @app.command()
+def test(study: StudyArgument) -> None:
+    """Open the sealed test questions, once: the best merge against base, experts, average and best preset."""
+    from merge_search.report.table import sealed_table
+    from merge_search.search.run import open_test
+
+    plan = _plan(study)
+    table = sealed_table(open_test(plan), plan.objective, plan.context.experts)
+    out.print(_rich(table, "test questions (± one standard error)"))
+    out.print(table.verdict, highlight=False)
+
+
+@app.command()
 def export(
     study: StudyArgument,
-    out_folder: OutArgument,
+    out_path: Annotated[Path, typer.Argument(metavar="OUT", help="Folder (or file) to write.", show_default=False)],
     trial: Annotated[int | None, typer.Option(help="A trial's number; the best one if not given.")] = None,
+    mergekit: Annotated[
+        bool, typer.Option("--mergekit", help="Write a mergekit YAML file in place of a model.")
+    ] = False,
 ) -> None:
     """Write the best model, or a trial's, as a Hugging Face folder."""
-    from merge_search.deliver import export_trial
+    from merge_search.deliver import export_mergekit, export_trial
 
-    record = export_trial(_plan(study), out_folder, number=trial)
-    out.print(
-        f"{record.name} written to {out_folder} (sha256 of the weights {record.weights_sha256})",
-        highlight=False,
-        soft_wrap=True,
-    )
+    if mergekit:
+        record = export_mergekit(_plan(study), out_path, number=trial)
+        out.print(f"{record.name} written to {out_path}, for mergekit-yaml", highlight=False, soft_wrap=True)
+        return
+    record = export_trial(_plan(study), out_path, number=trial)
+    digest = record.weights_sha256
+    out.print(f"{record.name} written to {out_path} (sha256 of the weights {digest})", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def merge(
-    recipe: Annotated[Path, typer.Argument(help="recipe.json.", show_default=False)],
+    recipe: Annotated[Path, typer.Argument(help="recipe.json, or a mergekit YAML file.", show_default=False)],
     out_folder: OutArgument,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "auto",
 ) -> None:
-    """Make the model of a recipe, without a study."""
+    """Make the model of a recipe or of a mergekit file, without a study."""
     from merge_search.deliver import merge_recipe
 
     digest = merge_recipe(recipe, out_folder, device=device)
@@ -134,15 +150,13 @@ def _print_result(study: optuna.Study, path: Path) -> None:
     from merge_search.search.records import objective_of
 
     table = summary_table(study, *objective_of(study))
-    out.print(_rich(table))
+    out.print(_rich(table, "validation questions (± one standard error)"))
     out.print(table.verdict, highlight=False)
     out.print(f"Write it: merge-search export {path} OUT", highlight=False)
 
 
-def _rich(table: Table) -> RichTable:
-    shown = RichTable(
-        *table.header, title="validation questions (± one standard error)", title_justify="left", box=SIMPLE
-    )
+def _rich(table: Table, title: str) -> RichTable:
+    shown = RichTable(*table.header, title=title, title_justify="left", box=SIMPLE)
     for i, row in enumerate(table.rows):
         shown.add_row(*row, style="bold" if i == table.emphasised else "")
     return shown

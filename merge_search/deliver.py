@@ -7,9 +7,12 @@ from pathlib import Path
 
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.export import check_destination, export_folder
+from merge_search.engine.headers import read_checkpoint, resolve_model
+from merge_search.engine.layout import layout
 from merge_search.engine.maps import FOLDER as MAPS
 from merge_search.engine.pool import ModelPool
-from merge_search.errors import RecipeError, StudyFileError
+from merge_search.errors import InputError, RecipeError, StudyFileError
+from merge_search.mergekit import read_mergekit, to_mergekit
 from merge_search.recipe import Models, Recipe
 from merge_search.report.table import card, recipe_card
 from merge_search.search.prepare import Plan
@@ -18,7 +21,7 @@ from merge_search.search.run import load_study
 from merge_search.search.selection import winner
 from merge_search.search.workbench import maps_of
 
-__all__ = ["export_trial", "merge_recipe"]
+__all__ = ["export_mergekit", "export_trial", "merge_recipe"]
 
 
 def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
@@ -29,14 +32,20 @@ def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
         WeightsError: `out` is in use; or the weights differ from the scored ones, and nothing is written.
     """
     check_destination(out)
+    record = _wanted(plan, number)
+    recipe = record.recipe.model_copy(update={"models": _local(record.recipe.models, plan.context.models)})
+    text = card(load_study(plan.file), plan.objective, record, plan.context.experts)
+    _write(recipe, out, text, maps_of(plan.file), device=plan.file.device, expected=record.weights_sha256)
+    return record
+
+
+def _wanted(plan: Plan, number: int | None) -> Record:
     study = load_study(plan.file)
-    experts = plan.context.experts
-    record = _choose(records(study), number) if number is not None else winner(study, plan.objective, experts)
+    if number is not None:
+        return _choose(records(study), number)
+    record = winner(study, plan.objective, plan.context.experts)
     if record is None:
         raise StudyFileError(f"study {study.study_name!r} has no scored merge yet; run it first")
-    recipe = record.recipe.model_copy(update={"models": _local(record.recipe.models, plan.context.models)})
-    text = card(study, plan.objective, record, experts)
-    _write(recipe, out, text, maps_of(plan.file), device=plan.file.device, expected=record.weights_sha256)
     return record
 
 
@@ -56,31 +65,57 @@ def _local(stored: Models, here: Models) -> Models:
     return here.model_copy(update={"hashes": stored.hashes})
 
 
-def merge_recipe(path: Path, out: Path, *, device: str = "auto") -> str:
-    """Make the folder `out` from a recipe file; returns the sha256 of the weights.
-
-    Relative model paths are relative to the recipe file.
+def export_mergekit(plan: Plan, out: Path, *, number: int | None = None) -> Record:
+    """Write trial `number`, or the study's best merge, as a mergekit YAML file; models as the study file names them.
 
     Raises:
-        RecipeError: the file is no recipe.
-        WeightsError: models missing, different from those of the recipe, or `out` in use.
+        RecipeError: mergekit cannot say this recipe, with every reason.
+        InputError: `out` exists.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists; nothing was written, give another name")
+    record = _wanted(plan, number)
+    file = plan.file
+    named = Models(base=file.models.base, experts=file.models.experts)
+    info = read_checkpoint(resolve_model(plan.context.models.base))
+    vectors = [name for name, t in info.tensors.items() if len(t.shape) < 2]
+    recipe = record.recipe.model_copy(update={"models": named})
+    text = to_mergekit(recipe, layout(info), vectors=vectors)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    return record
+
+
+def merge_recipe(path: Path, out: Path, *, device: str = "auto") -> str:
+    """Make the folder `out` from a ``recipe.json`` or a mergekit YAML file; returns the sha256 of the weights.
+
+    Relative model paths are relative to the file.
+
+    Raises:
+        RecipeError: the file is no recipe, or says what cannot be expressed.
+        WeightsError: models missing or different from those of the recipe.
+        InputError: `out` is in use.
     """
     if not path.is_file():
         raise RecipeError(f"no such file: {path}")
-    recipe = Recipe.from_json(path.read_text(encoding="utf-8"), where=path.name)
+    check_destination(out)
+    if path.suffix in (".yaml", ".yml"):
+        recipe = read_mergekit(path)
+    else:
+        recipe = Recipe.from_json(path.read_text(encoding="utf-8"), where=path.name)
+        recipe = recipe.model_copy(update={"models": _beside(path, recipe.models)})
+    return _write(recipe, out, recipe_card(recipe), path.parent / MAPS, device=device)
+
+
+def _beside(path: Path, models: Models) -> Models:
+    """Models whose relative places are relative to a file."""
 
     def place(text: str) -> str:
         folder = (path.parent / Path(text).expanduser()).resolve()
         return str(folder) if folder.exists() else text
 
-    models = recipe.models
-    models = models.model_copy(
-        update={"base": place(models.base), "experts": {k: place(v) for k, v in models.experts.items()}}
-    )
-    check_destination(out)
-    return _write(
-        recipe.model_copy(update={"models": models}), out, recipe_card(recipe), path.parent / MAPS, device=device
-    )
+    experts = {name: place(text) for name, text in models.experts.items()}
+    return models.model_copy(update={"base": place(models.base), "experts": experts})
 
 
 def _write(recipe: Recipe, out: Path, text: str, maps: Path, *, device: str, expected: str = "") -> str:

@@ -12,7 +12,7 @@ from merge_search.recipe import Recipe
 from merge_search.search.records import Record, finished_records
 from merge_search.search.selection import Standing, paired_difference, standings, winner
 
-__all__ = ["Table", "card", "recipe_card", "summary_table"]
+__all__ = ["Table", "card", "recipe_card", "sealed_table", "summary_table"]
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,28 @@ class Table:
 
 
 def summary_table(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Table:
-    """Rows in the order base, experts, best baseline, finalists; scores with standard errors."""
-    rows = standings(study, objective, experts)
+    """Validation: rows in the order base, experts, best baseline, finalists; scores with standard errors."""
     best = winner(study, objective, experts)
-    metrics = [m.name for m in objective.main.values()]
+    number = None if best is None else best.number
+    return _table(standings(study, objective, experts), objective, number, "validation")
+
+
+def sealed_table(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Table:
+    """Test: the same for what the sealed test was opened for."""
+    rows = standings(study, objective, experts, split="test")
+    return _table(rows, objective, study.user_attrs.get("test_winner"), "test")
+
+
+def _table(rows: list[Standing], objective: Objective, best: int | None, split: str) -> Table:
     header = ["model", *objective.names, *objective.main]
     cells, emphasised = [], None
     for i, row in enumerate(rows):
-        if best is not None and row.record.number == best.number:
+        if row.record.number == best:
             emphasised = i
         values = [_with_error(v, e) for v, e in zip(row.values, row.stderrs, strict=True)]
-        scores = [row.evaluation.scores[m] for m in metrics]
+        scores = [row.evaluation.scores[m.name] for m in objective.main.values()]
         cells.append([_title(row), *values, *(_with_error(s.score, s.stderr) for s in scores)])
-    return Table(header, cells, emphasised, _verdict(rows, objective))
+    return Table(header, cells, emphasised, _verdict(rows, objective, split))
 
 
 def _title(row: Standing) -> str:
@@ -64,12 +73,12 @@ def _with_error(value: float, stderr: float) -> str:
     return f"{value:.3f}" + (f" ±{stderr:.3f}" if math.isfinite(stderr) and stderr > 0 else "")
 
 
-def _verdict(rows: list[Standing], objective: Objective) -> str:
+def _verdict(rows: list[Standing], objective: Objective, split: str) -> str:
     """One sentence: the best searched merge against the best of the others, paired, with a 95 % interval."""
     merges = [r for r in rows if r.role == "merge"]
     rivals = [r for r in rows if r.role in ("expert", "baseline")]
     if not merges or not rivals:
-        return "No merge has validation scores yet."
+        return f"No searched merge has {split} scores."
     merge = max(merges, key=lambda r: objective.key(r.values))
     rival = max(rivals, key=lambda r: objective.key(r.values))
     metrics = list(objective.main.values())
@@ -80,7 +89,7 @@ def _verdict(rows: list[Standing], objective: Objective) -> str:
     word = "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
     n = sum(len(merge.evaluation.scores[m.name].values) for m in metrics)
     return (
-        f"On {n} validation questions the best searched merge is {word} {_title(rival)}: mean score {mean:+.3f}, "
+        f"On {n} {split} questions the best searched merge is {word} {_title(rival)}: mean score {mean:+.3f}, "
         f"95 % interval [{low:+.3f}, {high:+.3f}] (same questions, paired)."
     )
 
@@ -110,13 +119,20 @@ A merge of one base model and {len(experts)} experts, made by `{recipe.preset or
 
 {table.to_markdown()}
 {note}
-Search: {len(done)} trials, {failed} of them failed, {questions} questions asked. The test questions were not opened.
+Search: {len(done)} trials, {failed} of them failed, {questions} questions asked. {_sealed(study, objective, experts)}
 
 ## Reproduce
 
 `recipe.json` holds the whole recipe: `merge-search merge recipe.json OUT` gives these weights, bit for bit.
 sha256 of the weights: `{record.weights_sha256}`
 """
+
+
+def _sealed(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> str:
+    if "test" not in study.user_attrs:
+        return "The test questions were not opened."
+    table = sealed_table(study, objective, experts)
+    return f"The test questions were opened once:\n\n{table.to_markdown()}"
 
 
 def recipe_card(recipe: Recipe) -> str:

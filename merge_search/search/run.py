@@ -35,7 +35,7 @@ from merge_search.search.records import Record, finished_records, store_metrics
 from merge_search.search.workbench import Scored, Workbench
 from merge_search.study_file import StudyFile
 
-__all__ = ["Listener", "load_study", "run"]
+__all__ = ["Listener", "load_study", "open_test", "run"]
 
 
 class Listener(Protocol):
@@ -65,6 +65,38 @@ def run(file: StudyFile, listener: Listener) -> optuna.Study:
         storage.check_identity(study, plan.identity(dict(bench.models.hashes)))
         store_metrics(study, plan.metrics)
         _Driver(plan, bench, study, listener).run()
+    return study
+
+
+def open_test(plan: Plan) -> optuna.Study:
+    """Score the winner and what it is compared with on the sealed test questions: once per study.
+
+    Opened again, it shows what was found the first time.
+
+    Raises:
+        StudyFileError: nothing to test yet; or the study went on and has another winner than the tested one.
+    """
+    study = load_study(plan.file)
+    champion = selection.winner(study, plan.objective, plan.context.experts)
+    if champion is None:
+        raise StudyFileError(f"study {study.study_name!r} has no scored merge yet; run it first")
+    opened = study.user_attrs.get("test_winner")
+    if opened is not None and opened != champion.number:
+        raise StudyFileError(
+            f"the test questions were opened for trial {opened}; the study went on and its best is now trial "
+            f"{champion.number}, but a test is sealed only once. Begin a new study with another seed to test again"
+        )
+    backend = storage.open_storage(plan.file.storage_url)
+    with storage.driver_lock(backend, plan.file.storage_url, plan.file.study.name):
+        study.set_user_attr("test_winner", champion.number)
+        scored: dict[str, Any] = dict(study.user_attrs.get("test", {}))
+        wanted = [r for r in selection.compared(study, plan.objective) if str(r.number) not in scored]
+        bench = Workbench(plan, device=plan.file.device) if wanted else None
+        for record in wanted:
+            assert bench is not None
+            recipe = record.recipe.model_copy(update={"models": bench.models})
+            scored[str(record.number)] = bench.score(recipe, Split.TEST).evaluation.to_attribute()
+            study.set_user_attr("test", scored)
     return study
 
 
@@ -188,7 +220,9 @@ class _Driver:
                 self.study.enqueue_trial(point or {}, user_attrs=attrs)
             seen.add(recipe.fingerprint)
         for i, point in enumerate(self.plan.space.initial_points()):
-            fits_nothing = not isinstance(self.plan.space, LearnedSpace) or self.plan.space.settings(point, seed=0) is None
+            fits_nothing = (
+                not isinstance(self.plan.space, LearnedSpace) or self.plan.space.settings(point, seed=0) is None
+            )
             if fits_nothing and self.plan.space.decode(point).fingerprint in seen:
                 continue
             if f"start.{i}" not in queued:

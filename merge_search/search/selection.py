@@ -26,7 +26,7 @@ from merge_search.space import Parameter
 if TYPE_CHECKING:
     from merge_search.search.prepare import Plan
 
-__all__ = ["Standing", "best", "candidates", "finalists", "standings", "validate", "winner"]
+__all__ = ["Standing", "best", "candidates", "compared", "finalists", "standings", "validate", "winner"]
 
 
 def best(study: optuna.Study, objective: Objective) -> Record | None:
@@ -92,9 +92,20 @@ def _compared(record: Record, study: optuna.Study, plan: Plan) -> bool:
     """References, and the baseline with the best search score."""
     if f"reference.{record.label}" in study.user_attrs:
         return True
-    merges = [r for r in candidates(study) if r.label]
-    top = max(merges, key=lambda r: plan.objective.key(r.values), default=None)
+    top = _best_preset(study, plan.objective)
     return top is not None and top.number == record.number
+
+
+def _best_preset(study: optuna.Study, objective: Objective) -> Record | None:
+    return max((r for r in candidates(study) if r.label), key=lambda r: objective.key(r.values), default=None)
+
+
+def compared(study: optuna.Study, objective: Objective) -> list[Record]:
+    """What the sealed test is opened for: base, experts, average, best preset, and the winner."""
+    chosen = {"average"} | {k.removeprefix("reference.") for k in study.user_attrs if k.startswith("reference.")}
+    top = _best_preset(study, objective)
+    numbers = {study.user_attrs.get("test_winner"), top.number if top else None}
+    return [r for r in records(study) if r.is_scored and (r.label in chosen or r.number in numbers)]
 
 
 @dataclass(frozen=True)
@@ -115,9 +126,11 @@ class Standing:
     stderrs: tuple[float, ...]
 
 
-def standings(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> list[Standing]:
-    """All rows that have validation scores: base, experts, best baseline, merges by rank."""
-    stored: Mapping[str, Any] = study.user_attrs.get("validation", {})
+def standings(
+    study: optuna.Study, objective: Objective, experts: tuple[str, ...], *, split: str = "validation"
+) -> list[Standing]:
+    """All rows that have scores on `split` (``validation`` or ``test``): base, experts, baselines, merges by rank."""
+    stored: Mapping[str, Any] = study.user_attrs.get(split, {})
     by_number = {r.number: r for r in records(study)}
     evaluations = [(by_number[int(k)], Evaluation.from_attribute(v)) for k, v in stored.items()]
     by_label = {r.label: e for r, e in evaluations if r.label}
