@@ -128,6 +128,7 @@ def _write(recipe: Recipe, out: Path, text: str, maps: Path, *, device: str, exp
         tensors=tensors,
         recipe=recipe,
         card=text,
+        extra=map_files([maps], recipe),
         left_out=pool.aliases,
         expected=expected,
     )

@@ -250,6 +250,58 @@ _ALL: tuple[Preset, ...] = (
         "magnitude_hard", "at every entry the delta of largest magnitude, ties to the first", "hard splicing (CKI) with |delta| as compatibility",
         {"assess": _MAGNITUDE, "splice": {"kind": "argmax"}}, grid=_each("scale", 0.5, 0.8, 1.0),
     ),
+    Preset(
+        "tsv_m", "low-rank deltas with directions made orthogonal between experts", "TSV-Merge, Gargiulo et al. 2024, arXiv 2412.00081",
+        {"operator": {"name": "tsv_m"}}, grid=_each("scale", 0.6, 0.8, 1.0, 1.2, 1.5),
+    ),
+    Preset(
+        "iso_c", "summed delta with a flat spectrum", "Iso-C, Marczak et al. 2025, arXiv 2502.04959",
+        {"operator": {"name": "iso_c"}}, grid=_each("scale", 0.6, 1.0, 1.5, 2.0),
+    ),
+    Preset(
+        "iso_cts", "flat spectrum over common and task-specific directions", "Iso-CTS, Marczak et al. 2025, arXiv 2502.04959",
+        {"operator": {"name": "iso_cts"}}, experts=(2, None), grid=_each("scale", 0.6, 1.0, 1.5, 2.0),
+    ),
+    Preset(
+        "wudi", "least interference with every expert's delta, taken as its own data", "WUDI-Merging, Cheng et al. 2025, arXiv 2503.08099",
+        {"operator": {"name": "wudi"}}, grid=_each("scale", 1.0),
+    ),
+    Preset(
+        "model_stock", "average, shrunk towards the base by the angle between the deltas", "Model Stock, Jang et al. 2024, arXiv 2403.19522",
+        {"operator": {"name": "model_stock"}}, experts=(2, None), grid=_each("scale", 1.0),
+    ),
+    Preset(
+        "karcher", "Karcher mean of the experts' directions times their mean norm", "Karcher 1977; mergekit, arXiv 2403.13257",
+        {"operator": {"name": "karcher"}}, experts=(2, None), grid=_each("scale", 1.0),
+    ),
+    Preset(
+        "multislerp", "mean direction of all experts times their mean norm", "mergekit, Goddard et al. 2024, arXiv 2403.13257",
+        {"operator": {"name": "multislerp"}}, experts=(2, None), grid=_each("scale", 1.0),
+    ),
+    Preset(
+        "slerp", "along the great circle between two experts, or from the base to one", "Shoemake 1985; mergekit, arXiv 2403.13257",
+        {"operator": {"name": "slerp"}}, experts=(1, 2), grid=_each("coefficient", 0.3, 0.5, 0.7), coefficient=0.5,
+    ),
+    Preset(
+        "nuslerp", "great circle by tensor, row or column, of deltas or weights", "mergekit, Goddard et al. 2024, arXiv 2403.13257",
+        {"operator": {"name": "nuslerp"}}, experts=(1, 2), grid=_each("coefficient", 0.3, 0.5, 0.7), coefficient=0.5,
+    ),
+    Preset(
+        "nearswap", "the expert's value where it is close to the base's", "mergekit, Goddard et al. 2024, arXiv 2403.13257",
+        {"operator": {"name": "nearswap"}}, experts=(1, 1),
+    ),
+    Preset(
+        "arcee_fusion", "only changes with outstanding |delta| x KL of their row", "mergekit, Goddard et al. 2024, arXiv 2403.13257",
+        {"operator": {"name": "arcee_fusion"}}, experts=(1, 1),
+    ),
+    Preset(
+        "regmean", "least-squares match of every linear layer's outputs", "RegMean, Jin et al. 2022, arXiv 2212.09849",
+        {"operator": {"name": "regmean"}}, needs_data=True, grid=_each("scale", 1.0),
+    ),
+    Preset(
+        "svc", "task arithmetic whose shared singular directions are shrunk", "SVC, arXiv 2602.05536",
+        {"post": [{"name": "svc"}]}, grid=_each("scale", 1.0),
+    ),
 )  # fmt: skip
 
 PRESETS: Mapping[str, Preset] = {p.name: p for p in _ALL}
@@ -291,7 +343,7 @@ def preset(
             "name": "passthrough",
             "options": {"expert": _one_expert(models, overrides.pop("expert", None))},
         }
-    if "operator" not in settings:
+    if name not in ("base", "expert"):
         settings["coefficients"] = _by_expert(models, p.coefficient if coefficients is None else coefficients)
         chosen = p.density if densities is None else densities
         settings["densities"] = {} if chosen is None else _by_expert(models, chosen)

@@ -15,7 +15,7 @@ from merge_search.errors import NonFiniteError, RecipeError
 from merge_search.presets import PRESETS, preset
 from merge_search.recipe import Group, Recipe
 
-NO_DATA = [name for name, p in PRESETS.items() if not p.needs_data and "operator" not in p.settings]
+NO_DATA = [name for name, p in PRESETS.items() if not p.needs_data and not {"operator", "post"} & set(p.settings)]
 
 
 def models(shapes, dtype=torch.float32, experts=("a", "b", "c"), seed=0, scale=1.0):

@@ -70,7 +70,7 @@ class MergeEngine:
             size = sum(tensors.base(name).numel() for name in tensors.groups)
             compile = size > _COMPILE_FROM_PARAMETERS or tensors.device.type == "cuda"
         self._runner = Runner(tensors.device, compile=bool(compile) and has_compiler(tensors.device))
-        self._planner = Planner(tensors, cache_bytes=cache_bytes)
+        self._planner = Planner(tensors, cache_bytes=cache_bytes, runner=self._runner)
         self._written: dict[str, _Written] = {}
         self._memory: dict[Hashable, object] = {}
 

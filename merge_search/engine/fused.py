@@ -21,6 +21,7 @@ from torch import Tensor
 from merge_search.engine import stages
 from merge_search.engine.assess import load
 from merge_search.engine.pipeline import Given, Numbers, Pass, Structure
+from merge_search.engine.sums import survivor_sums
 
 __all__ = ["CHUNK", "WHOLE", "Runner", "has_compiler", "is_finite", "scalars", "sweep"]
 
@@ -31,7 +32,7 @@ WHOLE = frozenset({"rows"})  # given tensors that are not one value per element
 
 log = logging.getLogger(__name__)
 Layout = tuple[tuple[str, int], ...]
-Graph = Callable[..., None]
+Graph = Callable[..., Tensor]
 
 
 def has_compiler(device: torch.device) -> bool:
@@ -130,42 +131,55 @@ class Runner:
             out[part] = stages.merge(p.structure, b, e, given, n, index)
 
     def _run_compiled(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> None:
+        self._call(p, [out, *(t.to(self.device) for t in (base, *experts))], ())
+
+    def sums(self, p: Pass, base: Tensor, experts: Sequence[Tensor], wanted: tuple[str, ...]) -> Tensor:
+        """`sums.survivor_sums` of a whole tensor: shape (len(wanted), experts), float64, on the CPU."""
+        if self.compile and base.numel() >= _COMPILE_FROM:
+            return self._call(p, [t.to(self.device) for t in (base, *experts)], wanted).cpu()
+        n = scalars(p.numbers, self.device)
+        total = torch.zeros(len(wanted), len(p.experts), dtype=torch.float64, device=self.device)
+        for _, b, e, given, index in sweep(p, base, experts, self.device):
+            total += survivor_sums(p.structure, b, e, given, n, index, wanted)
+        return total.cpu()
+
+    def _call(self, p: Pass, tensors: list[Tensor], wanted: tuple[str, ...]) -> Tensor:
+        """Run the graph of a pass: sums if any are `wanted`, else a merge into the first tensor."""
         layout, floats, integers = _pack(p.numbers, self.device)
-        tensors = [t.to(self.device) for t in (base, *experts)]
         names = tuple((name, len(values)) for name, values in sorted(p.given.items()))
         given = [t.to(self.device) for name, _ in names for t in p.given[name]]
-        key = (p.structure, layout, names, out.dtype, tuple(t.dtype for t in tensors + given))
+        key = (p.structure, layout, names, wanted, tuple(t.dtype for t in tensors + given))
         if key not in self._graphs:
-            self._graphs[key] = _graph(p.structure, layout, names)
+            self._graphs[key] = _graph(p.structure, layout, names, wanted)
         index = torch.tensor((p.index + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=self.device)
-        flats = [out, *tensors, *given]
-        for t in flats:
-            torch._dynamo.mark_dynamic(t, 0)
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="bf16 and fp16 are mixed"
-            )  # the compiler's; the result is the same
-            self._graphs[key](flats, floats, integers, index)
+        for t in tensors + given:
+            if t.numel() > 1:
+                torch._dynamo.mark_dynamic(t, 0)
+        with warnings.catch_warnings():  # the compiler's; the result is the same
+            warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
+            return self._graphs[key](tensors, given, floats, integers, index)
 
 
-def _graph(s: Structure, layout: Layout, names: Layout) -> Graph:
+def _graph(s: Structure, layout: Layout, names: Layout, wanted: tuple[str, ...]) -> Graph:
     for source in (s.assess, s.mixing):
         if source.kind == "cheap":
             load(source.measure)
 
-    def run(flats: list[Tensor], floats: Tensor, integers: Tensor, index: Tensor) -> None:
-        out, base, experts, rest = flats[0], flats[1], flats[2 : 2 + s.experts], flats[2 + s.experts :]
-        given: Given = {}
-        start = 0
+    def unpacked(given: list[Tensor], floats: Tensor, integers: Tensor) -> tuple[Given, dict[str, list[Tensor]]]:
+        named, start = {}, 0
         for name, count in names:
-            given[name] = rest[start : start + count]
-            start += count
-        result = stages.merge(s, base, experts, given, _unpack(layout, floats, integers), index)
-        out.copy_(result)
+            named[name], start = given[start : start + count], start + count
+        return named, _unpack(layout, floats, integers)
+
+    def run(tensors: list[Tensor], given: list[Tensor], floats: Tensor, integers: Tensor, index: Tensor) -> Tensor:
+        named, n = unpacked(given, floats, integers)
+        if wanted:
+            return survivor_sums(s, tensors[0], tensors[1:], named, n, index, wanted)
+        tensors[0].copy_(stages.merge(s, tensors[1], tensors[2:], named, n, index))
+        return index
 
     # The compiler keeps its graphs, eight at most, by code object: each structure gets its own.
-    own = types.FunctionType(
-        run.__code__.replace(co_name=f"merge_{abs(hash((s, layout))):x}"), run.__globals__, "run", None, run.__closure__
-    )
+    label = f"merge_{abs(hash((s, layout, names, wanted))):x}"
+    own = types.FunctionType(run.__code__.replace(co_name=label), run.__globals__, label, None, run.__closure__)
     graph: Graph = torch.compile(own, fullgraph=True)
     return graph

@@ -12,6 +12,7 @@ from merge_search.engine.allocate import Allocation, allocate
 from merge_search.engine.assess import measure_of
 from merge_search.engine.balanced import balanced_masks
 from merge_search.engine.facts import Facts, Scope
+from merge_search.engine.fused import Runner
 from merge_search.engine.maps import n_rows, rows_of
 from merge_search.engine.masks import draw_limit, mask_keys
 from merge_search.engine.order import Table, dropped_count, kept_count
@@ -38,8 +39,9 @@ class TensorSettings:
 class Planner:
     """Makes passes. Keeps what a candidate's passes share with earlier ones (`Facts`, surveys)."""
 
-    def __init__(self, tensors: Tensors, *, cache_bytes: int = 2**32) -> None:
+    def __init__(self, tensors: Tensors, *, cache_bytes: int = 2**32, runner: Runner | None = None) -> None:
         self.tensors = tensors
+        self._runner = runner or Runner(tensors.device, compile=False)
         self.facts = Facts(tensors, cache_bytes=cache_bytes)
         self._allocations: dict[str, Allocation] = {}
         self._surveys: dict[Hashable, dict[str, list[float]]] = {}
@@ -299,16 +301,18 @@ class Planner:
         masks = (
             recipe.model_copy(update={"coefficients": {}, "scale": 1.0, "preset": ""}).fingerprint if p.given else ""
         )
-        found = self.survey(p, masks)
+        which = "l1" if recipe.rescale.kind == "match_l1" else "l2"
+        wanted = [f"{which}_before", f"{which}_after"] * match + ["l2_after"] * number + ["alone", "shared"] * boost
+        found = self.survey(p, masks, tuple(sorted(set(wanted))))
         s = p.structure
         if number:
+            energy = [v / max(1, self.tensors.base(p.name).numel()) for v in found["l2_after"]]
             floor = float((recipe.splice.score or recipe.assess).options.get("floor", 0.0))
-            p.numbers["b"] = found["energy"] if sum(found["energy"]) >= floor else [1.0] * len(p.experts)
+            p.numbers["b"] = energy if sum(energy) >= floor else [1.0] * len(p.experts)
         if match:
-            which = "l1" if recipe.rescale.kind == "match_l1" else "l2"
-            p.numbers["rho"] = [
-                b / a if a > 0 else 1.0 for b, a in zip(found[f"{which}_before"], found[f"{which}_after"], strict=True)
-            ]
+            power = 1.0 if which == "l1" else 0.5
+            pairs = zip(found[f"{which}_before"], found[f"{which}_after"], strict=True)
+            p.numbers["rho"] = [(b / a) ** power if a > 0 else 1.0 for b, a in pairs]
             s = replace(s, rescale="number")
         if boost:
             r, cap = recipe.splice.unique_boost, recipe.splice.boost_cap
@@ -319,14 +323,14 @@ class Planner:
             s = replace(s, boost=True)
         return replace(p, structure=s)
 
-    def survey(self, p: Pass, given_key: str) -> dict[str, list[float]]:
+    def survey(self, p: Pass, given_key: str, wanted: tuple[str, ...]) -> dict[str, list[float]]:
         """`survey.measure`, remembered for the same masks."""
         structure = replace(p.structure, emit="", mixing=Source())
-        key = (p.name, structure, repr(sorted(_mask_numbers(p).items())), given_key)
+        key = (p.name, structure, repr(sorted(_mask_numbers(p).items())), given_key, wanted)
         if key not in self._surveys:
             if len(self._surveys) > 4096:
                 self._surveys.clear()
-            self._surveys[key] = measure(p, self.facts)
+            self._surveys[key] = measure(p, self.facts, self._runner, wanted)
         return self._surveys[key]
 
 

@@ -5,63 +5,27 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from merge_search.engine.facts import Facts
-from merge_search.engine.fused import WHOLE, scalars, sweep
-from merge_search.engine.pipeline import Pass
-from merge_search.engine.stages import elect, survivors, voices
+from merge_search.engine.fused import WHOLE, Runner, scalars
+from merge_search.engine.pipeline import Pass, Source
+from merge_search.engine.stages import survivors, voices
 
 __all__ = ["MAJORITY_SAMPLE", "majority_sign", "measure"]
 
 MAJORITY_SAMPLE = 2**13
 
 
-def measure(p: Pass, facts: Facts) -> dict[str, list[float]]:
-    """Norms and counts of the survivors of each expert.
+def measure(p: Pass, facts: Facts, runner: Runner, wanted: tuple[str, ...]) -> dict[str, list[float]]:
+    """Sums over the survivors of each expert (`sums.KINDS`), before any rescaling.
 
-    l1_before, l2_before, l1_after, l2_after of the delta; energy: mean square after; alone, shared: entries kept by this
-    expert only, or also by another.
-
-    Cost: one pass in chunks. Determinism: sums are float64, chunk by chunk.
+    Cost: one read of the inputs. Determinism: float64 sums, rounded to float32 where they are used, so that chunks and
+    the compiled pass agree.
     """
-    device = facts.tensors.device
     base, experts = facts.flats(p.name, p.experts)
-    n = scalars(p.numbers, device)
-    sums = torch.zeros(6, len(p.experts), dtype=torch.float64, device=device)
-    plain = replace(p.structure, rescale="none")
-    for _, b, e, given, index in sweep(p, base, experts, device):
-        left = survivors(plain, b.to(torch.float32), e, given, n, index)
-        sums += _sums(left.deltas, left.x, left.kept, elect(plain, left.x, n))
-    rows = sums.tolist()
-    size = max(1, base.numel())
-    return {
-        "l1_before": rows[0],
-        "l2_before": [v**0.5 for v in rows[1]],
-        "l1_after": rows[2],
-        "l2_after": [v**0.5 for v in rows[3]],
-        "energy": [v / size for v in rows[3]],
-        "alone": rows[4],
-        "shared": rows[5],
-    }
-
-
-def _sums(deltas: list[Tensor], x: list[Tensor], kept: list[Tensor | None], agreed: list[Tensor | None]) -> Tensor:
-    alive = []
-    for t, m, c in zip(x, kept, agreed, strict=True):
-        mine = torch.ones_like(t, dtype=torch.bool) if m is None else m > 0
-        alive.append(mine if c is None else mine & c)
-    crowd = torch.stack(alive).sum(0)
-    wide, left = [t.to(torch.float64) for t in deltas], [t.to(torch.float64) for t in x]
-    rows = [
-        torch.stack([t.abs().sum() for t in wide]),
-        torch.stack([(t * t).sum() for t in wide]),
-        torch.stack([t.abs().sum() for t in left]),
-        torch.stack([(t * t).sum() for t in left]),
-        torch.stack([(m & (crowd == 1)).sum() for m in alive]).to(torch.float64),
-        torch.stack([(m & (crowd > 1)).sum() for m in alive]).to(torch.float64),
-    ]
-    return torch.stack(rows)
+    plain = replace(p, structure=replace(p.structure, rescale="none", boost=False, mixing=Source()))
+    rows: list[list[float]] = runner.sums(plain, base, experts, wanted).tolist()
+    return dict(zip(wanted, rows, strict=True))
 
 
 def majority_sign(p: Pass, facts: Facts) -> float:

@@ -48,11 +48,11 @@ def candidates(study: optuna.Study) -> list[Record]:
 def finalists(
     study: optuna.Study, objective: Objective, parameters: Mapping[str, Parameter], *, seed: int, n: int
 ) -> list[Record]:
-    """The `n` most promising candidates, the most promising first.
+    """The `n` most promising searched candidates, the most promising first; baselines stand beside them anyway.
 
     One objective: by posterior mean over all trials. Several: the Pareto front, by the first objective.
     """
-    merges = {r.number: r for r in candidates(study)}
+    merges = {r.number: r for r in candidates(study) if not r.label}
     if not merges:
         return []
     if len(objective.names) > 1:

@@ -1,0 +1,52 @@
+"""Sums over the survivors of a pass, in float64, for rules that need norms or counts of what was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from merge_search.engine.pipeline import Structure
+from merge_search.engine.stages import Scalars, Survivors, Tensors, elect, survivors
+
+__all__ = ["KINDS", "survivor_sums"]
+
+KINDS = ("l1_before", "l2_before", "l1_after", "l2_after", "alone", "shared")
+"""Sum of |delta| and of its square before and after selection; entries kept by one expert alone, or by others too."""
+
+
+def survivor_sums(
+    s: Structure,
+    base: Tensor,
+    experts: Sequence[Tensor],
+    given: Tensors,
+    n: Scalars,
+    index: Tensor,
+    wanted: Sequence[str],
+) -> Tensor:
+    """One row per kind of `wanted`, one column per expert; other arguments as in `stages.merge`. float64."""
+    left = survivors(s, base.to(torch.float32), experts, given, n, index)
+    alive = _alive(left, elect(s, left.x, n)) if "alone" in wanted or "shared" in wanted else []
+    return torch.stack([torch.stack(_row(kind, left, alive)) for kind in wanted])
+
+
+def _row(kind: str, left: Survivors, alive: Sequence[Tensor]) -> list[Tensor]:
+    if kind in ("alone", "shared"):
+        crowd = torch.zeros_like(left.x[0])
+        for m in alive:
+            crowd = crowd + m
+        # counts are whole numbers: float32 is exact within a chunk, float64 beyond
+        return [(m * ((crowd == 1) if kind == "alone" else (crowd > 1))).sum(dtype=torch.float64) for m in alive]
+    values = left.x if kind.endswith("after") else left.deltas
+    if kind.startswith("l1"):
+        return [t.abs().sum(dtype=torch.float64) for t in values]
+    return [(t * t).sum(dtype=torch.float64) for t in values]
+
+
+def _alive(left: Survivors, agreed: Sequence[Tensor | None]) -> list[Tensor]:
+    alive = []
+    for t, m, c in zip(left.x, left.kept, agreed, strict=True):
+        mine = torch.ones_like(t) if m is None else (m > 0).to(torch.float32)
+        alive.append(mine if c is None else c.to(torch.float32))
+    return alive

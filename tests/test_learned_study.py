@@ -1,0 +1,155 @@
+"""The second level from the outside: learned trials are ordinary trials, kept by their recipes and maps alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+
+from merge_search.recipe import Models, Recipe
+from merge_search.search.learning import LearnedSpace, structure_of
+from merge_search.search.records import Record, finished_records
+from merge_search.space import Categorical, Float
+from merge_search.study_file import Learner
+
+EXPERTS = ["maths", "stories", "spelling"]
+
+
+def command(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    result = subprocess.run([sys.executable, "-m", "merge_search", *map(str, arguments)], capture_output=True, text=True, env=env)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def write_study(folder: Path, demo: Path, **search: Any) -> Path:
+    data = {
+        "study": {"name": "learned", "seed": 1},
+        "models": {
+            "base": str(demo / "models" / "base"),
+            "experts": {e: str(demo / "models" / e) for e in EXPERTS},
+            "dtype": "float32",
+        },
+        "space": {"type": "uniform", "presets": ["task_arithmetic"]},
+        "evaluate": [
+            {"evaluator": "lm_eval", "tasks": [f"demo_{e}" for e in EXPERTS], "include_path": str(demo / "tasks"),
+             "batch_size": 64, "limit": 60, "fit_limit": 64}
+        ],
+        "search": {"baselines": [], "finalists": 2, "sampler": "random", **search},
+        "device": "cpu",
+    }  # fmt: skip
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return path
+
+
+def learned(path: Path) -> list[Record]:
+    study = optuna.load_study(study_name="learned", storage=f"sqlite:///{path.parent / 'learned.db'}")
+    return [r for r in finished_records(study) if "learner" in r.attributes]
+
+
+@pytest.fixture(scope="module")
+def finished(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    learner = {"per": ["block", "row"], "steps": [0, 6], "step_size": 0.1, "batch_rows": 8}
+    path = write_study(tmp_path_factory.mktemp("learned"), demo, n_trials=9, learner=learner)
+    command("run", path)
+    return path
+
+
+def test_a_learned_trial_stores_numbers_or_a_map_and_what_it_cost(finished: Path) -> None:
+    block, row = learned(finished)[:2]
+    assert block.attributes["learner"]["per"] == "block"
+    assert not block.recipe.maps
+    assert all(isinstance(c, dict) for c in block.recipe.coefficients.values())
+    assert row.attributes["learner"]["per"] == "row"
+    assert set(row.recipe.maps) == set(EXPERTS)
+    for record in (block, row):
+        asked = 3 * 8 * len(EXPERTS) * 6  # forward, and a backward that counts as two; rows, tasks, steps
+        assert record.cost.questions == asked + sum(len(s.values) for s in record.evaluation.scores.values())
+        losses = record.attributes["learner"]["losses"]
+        assert sum(b for _, b in losses.values()) < sum(a for a, _ in losses.values())
+
+
+def test_an_exported_map_travels_with_its_recipe(finished: Path, tmp_path: Path) -> None:
+    row = learned(finished)[1]
+    command("export", finished, tmp_path / "a", "--trial", str(row.number))
+    assert len(list((tmp_path / "a" / "maps").iterdir())) == len(set(row.recipe.maps.values()))
+    (tmp_path / "a").rename(tmp_path / "elsewhere")
+    command("merge", tmp_path / "elsewhere" / "recipe.json", tmp_path / "b")
+    name = "model.safetensors"
+    assert (tmp_path / "elsewhere" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_map_cannot_be_said_in_mergekits_language(finished: Path, tmp_path: Path) -> None:
+    row = learned(finished)[1]
+    result = command("export", finished, tmp_path / "merge.yml", "--mergekit", "--trial", str(row.number), check=False)
+    assert result.returncode == 2
+    assert "mergekit has no coefficients by row" in result.stderr
+    assert not (tmp_path / "merge.yml").exists()
+
+
+def test_a_budget_in_questions_ends_the_search(demo: Path, tmp_path: Path) -> None:
+    path = write_study(tmp_path, demo, n_trials=100, questions=700, racing={"looks": [0.3, 0.6], "error": 0.2})
+    result = command("run", path)
+    study = optuna.load_study(study_name="learned", storage=f"sqlite:///{tmp_path / 'learned.db'}")
+    done = finished_records(study)
+    asked = [r.cost.questions for r in done]
+    assert sum(asked[:-1]) < 700 <= sum(asked)
+    assert "700 questions are asked" in result.stderr
+    raced = [r for r in done if r.outcome == "raced"]
+    assert raced, "bad candidates of a wide space must be stopped early"
+    assert all(r.attributes["fidelity"] < 1 and r.cost.questions < asked[0] for r in raced)
+
+
+def test_a_learner_without_rows_is_refused_with_the_number_that_would_do(demo: Path, tmp_path: Path) -> None:
+    learner = {"steps": 5, "batch_rows": 100}
+    result = command("run", write_study(tmp_path, demo, learner=learner), check=False)
+    assert result.returncode == 2
+    assert "at least one batch of 100 rows to fit on, found 64" in result.stderr
+
+
+class Line:
+    """A space of one coefficient."""
+
+    parameters = {"c": Float(0.0, 1.0)}  # noqa: RUF012
+    models = Models(base="b", experts={"x": "x"})
+
+    def decode(self, point: Any) -> Recipe:
+        return Recipe(models=self.models, coefficients={"x": point["c"]})
+
+    def encode(self, recipe: Recipe) -> dict[str, Any]:
+        return {"c": recipe.coefficients["x"]}
+
+    def initial_points(self) -> list[dict[str, Any]]:
+        return [{"c": 0.5}]
+
+
+def test_a_learned_space_adds_only_what_varies() -> None:
+    space = LearnedSpace(Line(), Learner(steps=[0, 30], per=["block"], step_size=(0.01, 0.1)))
+    assert space.parameters == {
+        "c": Float(0.0, 1.0), "learner.steps": Categorical((0, 30)), "learner.step_size": Float(0.01, 0.1, log=True)
+    }  # fmt: skip
+    point = {"c": 0.25, "learner.steps": 30, "learner.step_size": 0.05}
+    settings = space.settings(point, seed=3)
+    assert settings is not None
+    assert (settings["steps"], settings["per"], settings["step_size"], settings["seed"]) == (30, "block", 0.05, 3)
+    assert space.settings({**point, "learner.steps": 0}, seed=3) is None
+    assert space.encode(space.decode(point)) == {"c": 0.25, "learner.steps": 0, "learner.step_size": pytest.approx(0.0316, rel=1e-3)}
+
+
+def test_where_every_trial_learns_a_plain_recipe_has_no_point() -> None:
+    space = LearnedSpace(Line(), Learner(steps=30))  # type: ignore[arg-type]
+    assert space.encode(space.decode({"c": 0.5})) is None
+
+
+def test_structure_ignores_numbers_and_sees_rules() -> None:
+    one = Recipe(models=Line.models, coefficients={"x": 0.1}, densities={"x": 0.5}, select={"kind": "top_k"})  # type: ignore[arg-type]
+    two = one.model_copy(update={"coefficients": {"x": 0.9}, "densities": {"x": 0.2}, "scale": 2.0})
+    assert structure_of(one) == structure_of(two)
+    assert structure_of(one) != structure_of(two.model_copy(update={"seed": 5}))
