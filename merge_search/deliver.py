@@ -10,6 +10,7 @@ from merge_search.engine.export import check_destination, export_folder
 from merge_search.engine.headers import read_checkpoint, resolve_model
 from merge_search.engine.layout import layout
 from merge_search.engine.maps import FOLDER as MAPS
+from merge_search.engine.maps import map_files
 from merge_search.engine.pool import ModelPool
 from merge_search.errors import InputError, RecipeError, StudyFileError
 from merge_search.mergekit import read_mergekit, to_mergekit
