@@ -88,7 +88,9 @@ def make_models(work: Path, layers: int) -> None:
                 sys.exit(f"{folder}: holds another model; give an empty --work folder")
             continue
         if shutil.disk_usage(work).free < 3 * size:
-            sys.exit(f"{work}: needs about {6 * size / 2**30:.1f} GiB for models and results; free some or give another")
+            sys.exit(
+                f"{work}: needs about {6 * size / 2**30:.1f} GiB for models and results; free some or give another"
+            )
         folder.mkdir(exist_ok=True)
         save_file(_weights(layers, number), folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config(layers), indent=2))
@@ -156,7 +158,11 @@ def commands(options: argparse.Namespace, file: Path, out: Path) -> dict[str, li
 
 def describe(options: argparse.Namespace) -> dict[str, object]:
     model = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     here = Path(__file__).parent

@@ -23,7 +23,9 @@ EXPERTS = ["maths", "stories", "spelling"]
 
 def command(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    result = subprocess.run([sys.executable, "-m", "merge_search", *map(str, arguments)], capture_output=True, text=True, env=env)
+    result = subprocess.run(
+        [sys.executable, "-m", "merge_search", *map(str, arguments)], capture_output=True, text=True, env=env
+    )
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
 
@@ -140,7 +142,11 @@ def test_a_learned_space_adds_only_what_varies() -> None:
     assert settings is not None
     assert (settings["steps"], settings["per"], settings["step_size"], settings["seed"]) == (30, "block", 0.05, 3)
     assert space.settings({**point, "learner.steps": 0}, seed=3) is None
-    assert space.encode(space.decode(point)) == {"c": 0.25, "learner.steps": 0, "learner.step_size": pytest.approx(0.0316, rel=1e-3)}
+    assert space.encode(space.decode(point)) == {
+        "c": 0.25,
+        "learner.steps": 0,
+        "learner.step_size": pytest.approx(0.0316, rel=1e-3),
+    }
 
 
 def test_where_every_trial_learns_a_plain_recipe_has_no_point() -> None:

@@ -35,7 +35,9 @@ def answers(rng: np.random.Generator, n: int, p: float, shared: np.ndarray, agre
 
 @pytest.mark.parametrize("error", [0.05, 0.2])
 @pytest.mark.parametrize(("n", "p", "agreement"), [(100, 0.5, 0.0), (400, 0.7, 0.5), (400, 0.95, 0.8), (60, 0.9, 0.5)])
-def test_an_equal_candidate_is_stopped_no_more_often_than_stated(n: int, p: float, agreement: float, error: float) -> None:
+def test_an_equal_candidate_is_stopped_no_more_often_than_stated(
+    n: int, p: float, agreement: float, error: float
+) -> None:
     """2 000 simulated races against an incumbent of the same true score; three standard errors of slack."""
     rng = np.random.default_rng(0)
     stops = 0

@@ -20,9 +20,11 @@ def problems(recipe: Recipe, tensors: Tensors) -> list[str]:
     n = len(recipe.models.experts)
     if recipe.operator is not None:
         found += operator_problems(recipe.operator, OPERATORS, "operator", n)
+        kinds = OPERATORS[recipe.operator.name].statistics if recipe.operator.name in OPERATORS else ()
+        found += [p for kind in kinds for p in _missing(f"operator: {recipe.operator.name!r}", kind, recipe, tensors)]
     else:
         for assess in _measures(recipe):
-            found += options_problems(assess) or _statistics(assess, tensors)
+            found += options_problems(assess) or _statistics(assess, recipe, tensors)
         found += _stages(recipe)
     for rule in recipe.post:
         found += operator_problems(rule, POSTS, "post", n)
@@ -84,12 +86,34 @@ def _keys(recipe: Recipe, tensors: Tensors) -> list[str]:
     return found
 
 
-def _statistics(assess: Assess, tensors: Tensors) -> list[str]:
+_KINDS = {
+    "apl": "gradient",
+    "gradient_product": "gradient",
+    "trust_region": "absolute_gradient",
+}
+"""Statistics that measures ask for, where they have another name."""
+
+
+def _statistics(assess: Assess, recipe: Recipe, tensors: Tensors) -> list[str]:
     measure = MEASURES[assess.measure]
-    offered = isinstance(tensors, Statistics) and getattr(tensors, "statistics", tensors) is not None
-    if not measure.needs_data or assess.options.get("zero_shot") is True or offered:
+    if not measure.needs_data or assess.options.get("zero_shot") is True:
         return []
-    return [f"assess: measure {assess.measure!r} needs statistics from data, and none were measured for these models"]
+    kind = _KINDS.get(assess.measure, assess.measure)
+    if assess.measure == "external":
+        kind = str(assess.options.get("name", kind))
+    return _missing(f"assess: measure {assess.measure!r}", kind, recipe, tensors)
+
+
+def _missing(who: str, kind: str, recipe: Recipe, tensors: Tensors) -> list[str]:
+    """Why statistics that `who` needs cannot be had, a sentence for each reason."""
+    source = getattr(tensors, "statistics", tensors if isinstance(tensors, Statistics) else None)
+    if source is None:
+        return [f"{who} needs statistics from data, and none were measured for these models"]
+    ask = getattr(source, "problem", None)  # only a pool's source knows beforehand
+    if ask is None:
+        return []
+    reasons = dict.fromkeys(ask(kind, e) for e in recipe.models.experts if e in tensors.models.experts)
+    return [f"{who} needs the statistic {kind!r}: {reason}" for reason in reasons if reason]
 
 
 def _stages(recipe: Recipe) -> list[str]:

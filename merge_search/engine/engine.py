@@ -56,7 +56,9 @@ class MergeEngine:
     copied bit for bit. A coefficient of zero is not that: the expert still votes (unless ``resolve.weighted``) and still
     counts in the denominators of ``count``, ``mask``, ``score`` and ``softmax``. One-dimensional tensors are never
     sparsified unless ``select.vectors``. The order of the experts in the recipe changes no bit, except where it has a
-    meaning: exclusive selection, ties of ``argmax``, CKI.
+    meaning: exclusive selection, ties of ``argmax``, CKI. The majority sign that settles exact ties of an election is that of
+    at most 2048 evenly spaced entries of the tensor. The compiled pass gives the bits of the chunked one on CPUs, except
+    where a rule takes exponentials (PCB, CKI, ``softmax``): there last bits of the float32 result may differ.
 
     Args:
         tensors: Base and experts.

@@ -293,7 +293,6 @@ class Facts:
     def tables(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()) -> dict[str, Table]:
         """Tables of the active experts of a tensor, or of the whole model if that is what is ranked together."""
         model = scope.select.scope == "model"
-        names = [n for n in self.tensors.groups if scope.covers(self.tensors.base(n).shape)] if model else [name]
         options = json.dumps(self.options(assess), sort_keys=True)
         at = coefficients if "scaled" in options else ()
         key = (
@@ -305,6 +304,7 @@ class Facts:
             at,
         )
         if key not in self._tables:
+            names = [n for n in self.tensors.groups if scope.covers(self.tensors.base(n).shape)] if model else [name]
             self._tables[key] = self._make_tables(assess, scope, names, coefficients)
         return self._tables[key]
 

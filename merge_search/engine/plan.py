@@ -246,7 +246,8 @@ class Planner:
             select.exclusive,
             p.name,
             densities,
-            coefficients,
+            scope.seed,
+            coefficients if recipe.assess.options.get("at") == "scaled" else (),
         )
         masks = self.facts.stored.get(key)
         if masks is None:

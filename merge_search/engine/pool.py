@@ -29,6 +29,7 @@ __all__ = ["ModelPool", "StatisticsSource"]
 GIB = 2**30
 MARGIN = 0.9  # of what is free: allocators and neighbours need the rest
 SCRATCH_TENSORS = 6  # float32 temporaries of the largest tensor while it is merged
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _log = logging.getLogger(__name__)
 _hashes: dict[tuple[object, ...], str] = {}
 
@@ -38,6 +39,10 @@ class StatisticsSource(Protocol):
 
     def get(self, kind: str, expert: str, name: str) -> Tensor | None:
         """The statistic `kind` of `expert` for tensor `name`, broadcastable to it; None where it was never measured."""
+        ...
+
+    def problem(self, kind: str, expert: str) -> str:
+        """Why the statistic cannot be had, '' if it can. Reads no weights."""
         ...
 
 
@@ -119,6 +124,12 @@ class ModelPool:
         if kind.startswith("map:"):
             return self._maps.get(kind.removeprefix("map:"), name)
         return None if self.statistics is None else self.statistics.get(kind, expert, name)
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a matrix is stored (in, out), as transformers' Conv1D keeps it."""
+        if self._base.info.config.get("model_type") not in _CONV1D_MODELS:
+            return False
+        return self.groups[name].kind in ("attention", "mlp") and len(self._base.info.tensors[name].shape) == 2
 
     def copied(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors of the base that are not merged, on the CPU."""

@@ -23,7 +23,7 @@ from merge_search.engine.parts import unit_recipe
 from merge_search.errors import RecipeError, WeightsError
 from merge_search.recipe import Recipe
 
-__all__ = ["Parts", "Slopes"]
+__all__ = ["Parts", "Place", "Slopes", "parameter_places"]
 
 _CHUNK = 2**18  # elements of the parts that are multiplied at once
 _CPU_BYTES = 2**32
@@ -81,7 +81,7 @@ def _default_bytes(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a tensor on disk lies among the elements of a parameter."""
 
     name: str
@@ -113,7 +113,7 @@ class Slopes:
         self.parts, self.rows = parts, rows
         tensors = parts.engine.tensors
         mine = {name: view for name, view in views.items() if name in tensors.groups and parts.get(name)[0]}
-        self._places = _places(model, mine)
+        self._places = parameter_places(model, mine)
         if not self._places:
             raise RecipeError(
                 "no expert of the recipe changes a parameter of the live model: there is nothing to learn"
@@ -151,7 +151,7 @@ class Slopes:
                 parameter.requires_grad_(needed)
 
     @torch.no_grad()
-    def _arrive(self, places: Sequence[_Place], parameter: Tensor) -> None:
+    def _arrive(self, places: Sequence[Place], parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         flat = gradient.contiguous()
@@ -174,12 +174,16 @@ class Slopes:
             self.values[name][place] += mine if self.rows else mine.sum()
 
 
-def _places(model: Any, views: Mapping[str, Tensor]) -> list[tuple[Tensor, list[_Place]]]:
-    """Parameters of a module and the tensors on disk that lie in each."""
+def parameter_places(model: Any, views: Mapping[str, Tensor]) -> list[tuple[Tensor, list[Place]]]:
+    """Parameters of a module and the tensors on disk that lie in each; a tied parameter comes once.
+
+    Raises:
+        WeightsError: a parameter is not contiguous.
+    """
     by_storage: dict[int, list[Tensor]] = {}
     for parameter in model.parameters():  # a tied one comes once
         by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append(parameter)
-    found: dict[int, tuple[Tensor, list[_Place]]] = {}
+    found: dict[int, tuple[Tensor, list[Place]]] = {}
     for name, view in views.items():
         for p in by_storage.get(view.untyped_storage().data_ptr(), ()):
             offset = int(view.storage_offset()) - int(p.storage_offset())
@@ -187,7 +191,7 @@ def _places(model: Any, views: Mapping[str, Tensor]) -> list[tuple[Tensor, list[
             if p.device == view.device and offset >= 0 and last < p.numel():
                 if not p.is_contiguous():
                     raise WeightsError(f"the parameter of tensor {name!r} must be contiguous, got strides {p.stride()}")
-                place = _Place(name, tuple(view.shape), view.stride(), offset)
+                place = Place(name, tuple(view.shape), view.stride(), offset)
                 found.setdefault(id(p), (p, []))[1].append(place)
                 break
     return list(found.values())

@@ -13,7 +13,7 @@ from merge_search.engine.stages import survivors, voices
 
 __all__ = ["MAJORITY_SAMPLE", "majority_sign", "measure"]
 
-MAJORITY_SAMPLE = 2**13
+MAJORITY_SAMPLE = 2**11
 
 
 def measure(p: Pass, facts: Facts, runner: Runner, wanted: tuple[str, ...]) -> dict[str, list[float]]:

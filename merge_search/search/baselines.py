@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from merge_search.presets import PRESETS, preset
@@ -17,17 +18,25 @@ def reference_recipes(context: SpaceContext) -> dict[str, Recipe]:
     return out | {expert: _preset("expert", context, expert=expert) for expert in context.experts}
 
 
-def baselines(context: SpaceContext, names: list[str]) -> dict[str, Recipe]:
-    """References, the average, task arithmetic, then the presets `names` at their published settings."""
+def baselines(
+    context: SpaceContext, names: list[str], *, can_measure: Callable[[], bool] = lambda: False
+) -> dict[str, Recipe]:
+    """References, the average, task arithmetic, then the presets `names` at their published settings.
+
+    Args:
+        can_measure: Whether presets that need statistics from data can have them; asked only if one is named.
+    """
     chosen = dict.fromkeys(["average", "task_arithmetic", *names])
-    return reference_recipes(context) | {name: _preset(name, context) for name in chosen if fits(name, context)}
+    has_data = any(PRESETS[name].needs_data for name in chosen) and can_measure()
+    kept = [name for name in chosen if fits(name, context, has_data=has_data)]
+    return reference_recipes(context) | {name: _preset(name, context) for name in kept}
 
 
-def fits(name: str, context: SpaceContext) -> bool:
-    """Whether a preset takes this many experts and needs no data."""
+def fits(name: str, context: SpaceContext, *, has_data: bool = False) -> bool:
+    """Whether a preset takes this many experts, and data if it needs any."""
     low, high = PRESETS[name].experts
     n = len(context.experts)
-    return low <= n and (high is None or n <= high) and not PRESETS[name].needs_data
+    return low <= n and (high is None or n <= high) and (has_data or not PRESETS[name].needs_data)
 
 
 def _preset(name: str, context: SpaceContext, **settings: Any) -> Recipe:

@@ -15,13 +15,14 @@ from merge_search.engine.learners.coefficients import FitSettings, Fitted, fit, 
 from merge_search.engine.live import LiveModel
 from merge_search.engine.maps import FOLDER as MAPS
 from merge_search.engine.pool import ModelPool
+from merge_search.engine.statistics.provider import DataStatistics
 from merge_search.evaluation import Cost, Evaluation, Evaluator, Split
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
 from merge_search.search.prepare import Plan
 from merge_search.study_file import StudyFile
 
-__all__ = ["Scored", "Workbench", "maps_of"]
+__all__ = ["Scored", "Workbench", "maps_of", "statistics_of"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,27 @@ def maps_of(file: StudyFile) -> Path:
     return file.folder / f"{file.study.name}.{MAPS}"
 
 
+def statistics_of(plan: Plan, pool: ModelPool, owners: Mapping[str, str], live: LiveModel | None) -> DataStatistics:
+    """A study's statistics, kept beside the study file by its name.
+
+    Args:
+        owners: Task -> its best expert.
+        live: Bound to the plan's evaluators; None: only what the study measured can be had (an export).
+    """
+    file = plan.file
+    folder = file.folder / f"{file.study.name}.statistics"
+    return DataStatistics(
+        pool, live, plan.evaluators, owners, folder=folder, seed=file.study.seed, dtype=file.models.dtype
+    )
+
+
 class Workbench:
     """One live model, one engine, the evaluators: a recipe in, scores out."""
 
     def __init__(self, plan: Plan, *, device: str) -> None:
+        self._plan = plan
+        self._statistics: DataStatistics | None = None
+        self._charged = 0
         self.map_folder = maps_of(plan.file)
         self._labelled = False
         self.pool = ModelPool(plan.context.models, device=device, map_folders=[self.map_folder])
@@ -55,6 +73,19 @@ class Workbench:
         self.evaluators: list[Evaluator] = plan.evaluators
         for evaluator in self.evaluators:
             evaluator.bind(self.live.model, self.live.tokenizer, folder=str(self.pool.base_folder))
+
+    def offer_statistics(self, owners: Mapping[str, str]) -> None:
+        """Let recipes use measures and operators that need data; each statistic is measured when first asked for.
+
+        Args:
+            owners: Task -> its best expert. Nothing is read or measured here.
+        """
+        self._statistics = self.pool.statistics = statistics_of(self._plan, self.pool, owners, self.live)
+
+    def can_measure(self) -> bool:
+        """Whether statistics were offered and every expert has rows to measure them on."""
+        found = self._statistics
+        return found is not None and not any(found.problem("fisher", e) for e in self.models.experts)
 
     def splice(self, recipe: Recipe) -> tuple[str, float]:
         """Write `recipe` into the live model; the hash of its weights, and seconds.
@@ -67,7 +98,7 @@ class Workbench:
         return self.live.hash(), time.perf_counter() - began
 
     def ask(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
-        """Put questions to the live model as it is now.
+        """Put questions to the live model as it is now. The cost includes statistics that splicing it measured.
 
         Raises:
             NonFiniteError, EvaluationError, torch.OutOfMemoryError, MemoryError.
@@ -75,10 +106,16 @@ class Workbench:
         began = time.perf_counter()
         parts = [e.evaluate(split, fidelity, after=after) for e in self.evaluators]
         scores = {name: s for part in parts for name, s in part.scores.items()}
-        cost = Cost(0.0, time.perf_counter() - began, sum(p.cost.questions for p in parts))
+        cost = Cost(0.0, time.perf_counter() - began, self._measured() + sum(p.cost.questions for p in parts))
         evaluation = Evaluation(split, fidelity, scores, cost)
         evaluation.check_finite()
         return evaluation
+
+    def _measured(self) -> int:
+        """Questions that statistics asked since the last call: charged to the evaluation that follows."""
+        asked = 0 if self._statistics is None else self._statistics.questions
+        new, self._charged = asked - self._charged, asked
+        return new
 
     def score(self, recipe: Recipe, split: Split, fidelity: float = 1.0) -> Scored:
         """Splice and ask."""

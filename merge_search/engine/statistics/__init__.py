@@ -1,0 +1,78 @@
+"""Statistics: numbers measured on data, once per study. One statistic a file; this file lists them without importing torch.
+
+A statistic is a module with
+
+    measure(work: Work) -> dict[str, Tensor]     tensor name on disk -> float32, broadcastable to the tensor
+
+run while the live model holds what its `Point` says, on rows that a learner may fit on: never on scored questions.
+
+    provider.py   DataStatistics: which rows, which weights, the live model borrowed and given back, the cache
+    store.py      files: named by the hash of all that matters, written whole or not at all, checked when read
+    rows.py       what a statistic may read; which rows
+    backward.py, forward.py   one pass per row: gradients, inputs of matrices
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from merge_search.engine.statistics.rows import Work
+
+__all__ = ["KINDS", "Kind", "load", "parse"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One entry of `KINDS`.
+
+    Attributes:
+        module: Below this package.
+        summary: One line.
+        point: The weights at which it is measured: ``base``, ``expert``, or ``either``: the expert, or
+            base + c delta where the kind is asked for as ``<kind>@<c>``.
+        questions: Counted per row: one forward, and two more for a backward.
+    """
+
+    module: str
+    summary: str
+    point: Literal["base", "expert", "either"]
+    questions: int
+
+
+KINDS: dict[str, Kind] = {
+    "fisher": Kind("fisher", "mean of squared gradients, row by row", "either", 3),
+    "gradient": Kind("gradient", "mean gradient of the loss at the base", "base", 3),
+    "absolute_gradient": Kind("absolute_gradient", "mean of absolute gradients at the base, row by row", "base", 3),
+    "activation_norm": Kind("activation_norm", "root mean square of every input feature", "expert", 1),
+    "gram": Kind("gram", "X^T X / n of the inputs of every matrix", "expert", 1),
+}
+"""Statistics by the name that measures and operators ask for."""
+
+
+def parse(kind: str) -> tuple[Kind, float | None] | None:
+    """The entry of a kind and its c (None: at the model itself); None where no such statistic is measured."""
+    name, at, c = kind.partition("@")
+    entry = KINDS.get(name)
+    if entry is None or (at and entry.point != "either"):
+        return None
+    if not at:
+        return entry, None
+    try:
+        value = float(c)
+    except ValueError:
+        return None
+    return (entry, value) if math.isfinite(value) else None
+
+
+def load(kind: Kind) -> Callable[[Work], dict[str, Tensor]]:
+    """The function that measures."""
+    module = importlib.import_module(f"{__name__}.{kind.module}")
+    measure: Callable[[Work], dict[str, Tensor]] = module.measure
+    return measure

@@ -1,0 +1,18 @@
+"""Mean gradient of the expert's loss at the base: what APL's partition product and |gradient x delta| are made of.
+
+Source: APL, arXiv 2408.09485 (gradient of the pretrained model on a few rows of the task).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from merge_search.engine.statistics.backward import mean_of_gradients
+from merge_search.engine.statistics.rows import Work
+
+__all__ = ["measure"]
+
+
+def measure(work: Work) -> dict[str, Tensor]:
+    """Shape of each tensor, signed; zero where the loss does not reach."""
+    return mean_of_gradients(work, lambda gradient: gradient)

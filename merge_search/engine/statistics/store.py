@@ -1,0 +1,119 @@
+"""Files of statistics: safetensors with a checksum, written whole or not at all, never trusted unread."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from merge_search.engine.checkpoint import dtype_name, raw_bytes
+from merge_search.engine.hashing import WeightsHash
+from merge_search.errors import WeightsError
+
+__all__ = ["FOLDER", "FolderStatistics", "StatisticFile", "write"]
+
+FOLDER = "statistics"
+"""Beside an exported ``recipe.json``: ``statistics/<kind>/<expert>.safetensors``."""
+_CHECKSUM = "sha256"
+_log = logging.getLogger(__name__)
+
+
+class StatisticFile:
+    """Tensors of one file, mapped; checked once, when opened.
+
+    Args:
+        needs_checksum: A file without one is refused (files that users make have none).
+    Raises:
+        WeightsError: not a safetensors file, cut off, changed, or NaN or infinity in it.
+    """
+
+    def __init__(self, path: Path, *, needs_checksum: bool) -> None:
+        self.path = path
+        try:
+            opened: Any = safe_open(path, framework="pt", device="cpu")
+            self._file = opened
+            self.names = frozenset(opened.keys())
+            wanted = (opened.metadata() or {}).get(_CHECKSUM)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path}: not a safetensors file: {error}") from None
+        tensors = {name: opened.get_tensor(name) for name in self.names}
+        if wanted is None and needs_checksum:
+            raise WeightsError(f"{path}: has no checksum")
+        if wanted is not None and _checksum(tensors) != wanted:
+            raise WeightsError(f"{path}: its tensors are not those that its checksum was made of")
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                raise WeightsError(f"{path}: tensor {name!r} must be floating and finite, found {tensor.dtype}")
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor, on the CPU; None if the file has none of that name."""
+        return self._file.get_tensor(name) if name in self.names else None
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write `path`: to a temporary name, flushed to disk, renamed. Raises `OSError`, leaving nothing behind."""
+    kept = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        save_file(kept, temporary, metadata={**about, _CHECKSUM: _checksum(kept)})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except SafetensorError as error:  # its words for a full disk
+        raise OSError(str(error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    result = WeightsHash()
+    for name in sorted(tensors):
+        result.add(name, dtype_name(tensors[name].dtype), tensors[name].shape, [raw_bytes(tensors[name])])
+    return result.hexdigest()
+
+
+class FolderStatistics:
+    """A `pool.StatisticsSource` over ``<folder>/<kind>/<expert>.safetensors``: tensor name on disk -> scores.
+
+    What an export keeps beside its recipe, and the door for scores made elsewhere (relevance propagation, any attribution).
+
+    Raises (by `get`):
+        WeightsError: a file that cannot be read, or has NaN or infinity.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._open: dict[tuple[str, str], StatisticFile | None] = {}
+
+    def path(self, kind: str, expert: str) -> Path | None:
+        """The file, if it is there."""
+        if not re.fullmatch(r"[\w+-][\w.@+-]*", kind):  # a recipe must not name a place outside
+            return None
+        path = self.folder / kind / f"{expert}.safetensors"
+        return path if path.is_file() else None
+
+    def get(self, kind: str, expert: str, name: str) -> Tensor | None:
+        if (kind, expert) not in self._open:
+            path = self.path(kind, expert)
+            self._open[kind, expert] = None if path is None else StatisticFile(path, needs_checksum=False)
+        file = self._open[kind, expert]
+        return None if file is None else file.get(name)
+
+    def asked(self) -> list[tuple[str, str]]:
+        """(kind, expert) of every file read so far."""
+        return [at for at, file in self._open.items() if file is not None]
+
+    def problem(self, kind: str, expert: str) -> str:
+        """Why a statistic cannot be had, '' if it can."""
+        if self.path(kind, expert) is not None:
+            return ""
+        return f"there is no file {self.folder / kind / (expert + '.safetensors')}"
