@@ -62,7 +62,7 @@ def test_retention_by_hand() -> None:
 def test_tasks_on_which_no_expert_beats_the_base_are_left_out_and_all_of_them_refused() -> None:
     worse = {"x": evaluation(half(4), half(4), 4.0)}
     references = References.from_evaluations(METRICS, BASE, worse)
-    with pytest.raises(StudyFileError, match="an expert beats the base; found a/acc: base 0.4, best expert 0.4"):
+    with pytest.raises(StudyFileError, match=r"an expert beats the base; found a/acc: base 0\.4, best expert 0\.4"):
         objective(["mean_retention"]).check_references(references)
 
 
