@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from merge_search.report.table import Table
     from merge_search.search.prepare import Plan
+    from merge_search.study_file import StudyFile
 
 __all__ = ["main"]
 
@@ -31,17 +32,18 @@ out = Console()
 err = Console(stderr=True)
 
 StudyArgument = Annotated[Path, typer.Argument(help="The study file (YAML).", show_default=False)]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...: in place of the study file's.")]
 OutArgument = Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.", show_default=False)]
 
 
 @app.command()
-def run(study: StudyArgument) -> None:
+def run(study: StudyArgument, device: DeviceOption = None) -> None:
     """Search, or resume: the same command goes on after a crash, a Ctrl-C or on another day."""
     from merge_search.search.progress import Progress
     from merge_search.search.run import run as run_study
     from merge_search.study_file import read_study_file
 
-    file = read_study_file(study)
+    file = _on(read_study_file(study), device)
     with Progress(err) as progress:
         result = run_study(file, progress)
     _print_result(result, study)
@@ -62,13 +64,13 @@ def validate(study: StudyArgument) -> None:
         out.print(f"  {m.name}: {counts} questions", highlight=False)
 
 
-@app.command()
-def test(study: StudyArgument) -> None:
+@app.command(name="test")
+def sealed_test(study: StudyArgument, device: DeviceOption = None) -> None:
     """Open the sealed test questions, once: the best merge against base, experts, average and best preset."""
     from merge_search.report.table import sealed_table
     from merge_search.search.run import open_test
 
-    plan = _plan(study)
+    plan = _plan(study, device)
     table = sealed_table(open_test(plan), plan.objective, plan.context.experts)
     out.print(_rich(table, "test questions (± one standard error)"))
     out.print(table.verdict, highlight=False)
@@ -82,6 +84,7 @@ def export(
     mergekit: Annotated[
         bool, typer.Option("--mergekit", help="Write a mergekit YAML file in place of a model.")
     ] = False,
+    device: DeviceOption = None,
 ) -> None:
     """Write the best model, or a trial's, as a Hugging Face folder."""
     from merge_search.deliver import export_mergekit, export_trial
@@ -90,7 +93,7 @@ def export(
         record = export_mergekit(_plan(study), out_path, number=trial)
         out.print(f"{record.name} written to {out_path}, for mergekit-yaml", highlight=False, soft_wrap=True)
         return
-    record = export_trial(_plan(study), out_path, number=trial)
+    record = export_trial(_plan(study, device), out_path, number=trial)
     digest = record.weights_sha256
     out.print(f"{record.name} written to {out_path} (sha256 of the weights {digest})", highlight=False, soft_wrap=True)
 
@@ -138,11 +141,15 @@ def _version(
         raise typer.Exit
 
 
-def _plan(study: Path) -> Plan:
+def _plan(study: Path, device: str | None = None) -> Plan:
     from merge_search.search.prepare import prepare
     from merge_search.study_file import read_study_file
 
-    return prepare(read_study_file(study))
+    return prepare(_on(read_study_file(study), device))
+
+
+def _on(file: StudyFile, device: str | None) -> StudyFile:
+    return file if device is None else file.model_copy(update={"device": device})
 
 
 def _print_result(study: optuna.Study, path: Path) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from merge_search.engine.engine import MergeEngine
 from merge_search.engine.export import check_destination, export_folder
 from merge_search.engine.headers import read_checkpoint, resolve_model
 from merge_search.engine.layout import layout
 from merge_search.engine.maps import FOLDER as MAPS
 from merge_search.engine.maps import map_files
+from merge_search.engine.one_off import OneOffEngine
 from merge_search.engine.pool import ModelPool
 from merge_search.errors import InputError, RecipeError, StudyFileError
 from merge_search.mergekit import read_mergekit, to_mergekit
@@ -120,9 +120,9 @@ def _beside(path: Path, models: Models) -> Models:
 
 
 def _write(recipe: Recipe, out: Path, text: str, maps: Path, *, device: str, expected: str = "") -> str:
-    pool = ModelPool(recipe.models, device=device, map_folders=[maps])
+    pool = ModelPool(recipe.models, device=device, map_folders=[maps], once=True)
     recipe = recipe.model_copy(update={"models": recipe.models.model_copy(update={"hashes": pool.hashes()})})
-    tensors = itertools.chain(MergeEngine(pool).merged(recipe), pool.copied())
+    tensors = itertools.chain(OneOffEngine(pool).merged(recipe), pool.copied())
     return export_folder(
         out,
         base_folder=pool.base_folder,

@@ -50,6 +50,15 @@ class Preset:
     needs_data: bool = False
     experts: tuple[int, int | None] = (1, None)
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether it makes one processed delta per expert, so that any coefficients make sense (in a search, a learner)."""
+        operator = self.settings.get("operator")
+        return operator is None or operator["name"] not in _WHOLE
+
+
+_WHOLE = ("passthrough", "slerp", "nuslerp", "multislerp", "karcher")
+"""Operators that make weights directly."""
 
 _TASK_ARITHMETIC = "Ilharco et al. 2023, Editing Models with Task Arithmetic, arXiv 2212.04089"
 _TIES = "Yadav et al. 2023, TIES-Merging, arXiv 2306.01708"

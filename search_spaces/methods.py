@@ -119,15 +119,13 @@ def preset_problems(names: Iterable[str], context: SpaceContext, *, at: str) -> 
     n = len(context.experts)
     for name in names:
         if name not in PRESETS:
-            usable = [p.name for p in PRESETS.values() if "operator" not in p.settings]
+            usable = [p.name for p in PRESETS.values() if p.is_linear]
             problems.append(f"{at}: no preset is called {name!r}{nearest(name, usable)}")
             continue
         p = PRESETS[name]
         low, high = p.experts
-        if "operator" in p.settings:
-            problems.append(
-                f"{at}: {name!r} acts on whole matrices and has no place on these axes; list it under search.baselines"
-            )
+        if not p.is_linear:
+            problems.append(f"{at}: {name!r} has no coefficients to search; list it under search.baselines")
         elif n < low or (high is not None and n > high):
             wanted = f"at least {low}" if high is None else f"{low} to {high}"
             problems.append(f"{at}: {name!r} needs {wanted} experts, and the study has {n}; leave it out")
@@ -137,7 +135,7 @@ def preset_problems(names: Iterable[str], context: SpaceContext, *, at: str) -> 
 def of_preset(name: str, context: SpaceContext, *, search_density: bool = True) -> Method:
     """The choice of a published method; densities are the published ones unless searched."""
     template = preset(name, context.models, seed=context.seed, dtype=context.dtype)
-    uses = template.select.kind not in DENSITYLESS
+    uses = template.select.kind not in DENSITYLESS and template.operator is None
     return Method(name, template, uses, fixed_densities=not search_density, scaling=_scaling(template))
 
 
@@ -145,7 +143,7 @@ def _scaling(template: Recipe) -> Literal["fold", "mean", "fixed"]:
     # NOTE: Fisher information measured at the scaled experts depends on the coefficients themselves, so a factor must
     # not move between them and the scale.
     score = template.splice.score or template.assess
-    if score.options.get("at") == "scaled":
+    if score.options.get("at") == "scaled" or template.post:  # a rule on the combined delta need not be linear
         return "fixed"
     return "mean" if template.splice.kind == "coefficient" else "fold"
 

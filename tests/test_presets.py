@@ -7,6 +7,7 @@ import torch
 
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.memory import MemoryTensors
+from merge_search.engine.operators import OPERATORS
 from merge_search.engine.plan import Planner
 from merge_search.errors import RecipeError
 from merge_search.presets import PRESETS, preset
@@ -225,3 +226,11 @@ def test_overrides_replace_fields_and_errors_name_the_preset(toy):
     assert preset("ties", toy.models, seed=3).seed == 3
     with pytest.raises(RecipeError, match="preset 'ties'"):
         preset("ties", toy.models, densities=1.5)
+
+
+def test_presets_know_which_operators_make_one_delta_per_expert() -> None:
+    for p in PRESETS.values():
+        if "operator" in p.settings:
+            assert p.is_linear == OPERATORS[p.settings["operator"]["name"]].decomposing, p.name
+        else:
+            assert p.is_linear

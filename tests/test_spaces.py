@@ -489,7 +489,7 @@ def test_a_mergekit_file_needs_to_be_there_and_to_have_a_genome(tmp_path: Path) 
         ("compatibility", {"coefficients": {"bounds": [1, 0]}}, "low < high"),
         ("compatibility", {"density": {"bounds": [0, 1]}}, r"densities must lie in \(0, 1\]"),
         ("compatibility", {"presets": ["tie"]}, "no preset is called 'tie'; did you mean 'ties'"),
-        ("compatibility", {"presets": ["expert"]}, "acts on whole matrices"),
+        ("compatibility", {"presets": ["expert"]}, "has no coefficients to search"),
         ("compatibility", {"presets": ["ties"], "assess": ["magnitude"]}, "not both"),
         ("compatibility", {"assess": ["magnitud"]}, "no assessment is called 'magnitud'; did you mean 'magnitude'"),
         (

@@ -21,7 +21,8 @@ def problems(recipe: Recipe, tensors: Tensors) -> list[str]:
     if recipe.operator is not None:
         found += operator_problems(recipe.operator, OPERATORS, "operator", n)
         kinds = OPERATORS[recipe.operator.name].statistics if recipe.operator.name in OPERATORS else ()
-        found += [p for kind in kinds for p in _missing(f"operator: {recipe.operator.name!r}", kind, recipe, tensors)]
+        asked = {(kind, expert) for kind in kinds for expert in recipe.models.experts}
+        found += _missing(f"operator: {recipe.operator.name!r}", asked, tensors)
     else:
         for assess in _measures(recipe):
             found += options_problems(assess) or _statistics(assess, recipe, tensors)
@@ -98,13 +99,22 @@ def _statistics(assess: Assess, recipe: Recipe, tensors: Tensors) -> list[str]:
     measure = MEASURES[assess.measure]
     if not measure.needs_data or assess.options.get("zero_shot") is True:
         return []
-    kind = _KINDS.get(assess.measure, assess.measure)
+    return _missing(f"assess: measure {assess.measure!r}", _asked(assess, recipe, tensors), tensors)
+
+
+def _asked(assess: Assess, recipe: Recipe, tensors: Tensors) -> set[tuple[str, str]]:
+    """(kind, expert) of the statistics that a measure will ask for; none where that is not known beforehand."""
+    kind, experts = _KINDS.get(assess.measure, assess.measure), recipe.models.experts
     if assess.measure == "external":
         kind = str(assess.options.get("name", kind))
-    return _missing(f"assess: measure {assess.measure!r}", kind, recipe, tensors)
+    if assess.options.get("at") != "scaled":
+        return {(kind, e) for e in experts}
+    if recipe.allocate.kind != "constant":
+        return set()
+    return {(f"{kind}@{recipe.coefficient(e, group)!r}", e) for e in experts for group in tensors.groups.values()}
 
 
-def _missing(who: str, kind: str, recipe: Recipe, tensors: Tensors) -> list[str]:
+def _missing(who: str, asked: set[tuple[str, str]], tensors: Tensors) -> list[str]:
     """Why statistics that `who` needs cannot be had, a sentence for each reason."""
     source = getattr(tensors, "statistics", tensors if isinstance(tensors, Statistics) else None)
     if source is None:
@@ -112,8 +122,9 @@ def _missing(who: str, kind: str, recipe: Recipe, tensors: Tensors) -> list[str]
     ask = getattr(source, "problem", None)  # only a pool's source knows beforehand
     if ask is None:
         return []
-    reasons = dict.fromkeys(ask(kind, e) for e in recipe.models.experts if e in tensors.models.experts)
-    return [f"{who} needs the statistic {kind!r}: {reason}" for reason in reasons if reason]
+    known = sorted((kind, e) for kind, e in asked if e in tensors.models.experts)
+    reasons = dict.fromkeys(f"{who} needs the statistic {kind!r}: {why}" for kind, e in known if (why := ask(kind, e)))
+    return list(reasons)
 
 
 def _stages(recipe: Recipe) -> list[str]:

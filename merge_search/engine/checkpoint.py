@@ -6,6 +6,7 @@ processes. Whoever needs a copy of their own must make it: mapped files must not
 
 from __future__ import annotations
 
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+_READ_BYTES = 2**26  # a system call reads less than 2 GiB
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -68,6 +70,31 @@ class Checkpoint:
             ) from None
         return tensor
 
+    def read(self, name: str) -> Tensor:
+        """One tensor, read into memory of its own: its pages are freed with it, and it may be written into."""
+        t = self.info.tensors.get(name)
+        if t is None:
+            raise WeightsError(f"{self.info.folder}: has no tensor {name!r}")
+        data = torch.empty(t.n_bytes, dtype=torch.uint8)
+        try:
+            with t.file.open("rb", buffering=0) as f:
+                f.seek(t.start)
+                _fill(f, memoryview(data.numpy()))
+        except (EOFError, OSError) as error:
+            raise WeightsError(
+                f"{t.file}: tensor {name!r} cannot be read ({error}); do not change files in use, or copy the file again"
+            ) from None
+        return data.view(DTYPES[t.dtype]).reshape(t.shape)
+
+
+def _fill(file: RawIOBase, buffer: memoryview) -> None:
+    done = 0
+    while done < len(buffer):
+        n = file.readinto(buffer[done : done + _READ_BYTES])
+        if not n:
+            raise EOFError(f"the file ends after {done} of its {len(buffer)} bytes")
+        done += n
+
 
 class Expert:
     """An expert as it stands against a base: `tensor(name)` has the base's name and shape for every mergeable tensor.
@@ -104,6 +131,12 @@ class Expert:
             return self.base.tensor(name) if entry is None else self._adapted(name, entry)
         rows = self._rows.get(name)
         return self.checkpoint.tensor(name) if rows is None else self._with_rows(name, rows)
+
+    def read(self, name: str) -> Tensor:
+        """As `tensor`, in memory of its own wherever the files hold it as it is."""
+        if self.info.is_adapter or name in self._rows:
+            return self.tensor(name)
+        return self.checkpoint.read(name)
 
     def _match_rows(self) -> None:
         ours, theirs = read_vocabulary(self.base.info.folder), read_vocabulary(self.info.folder)

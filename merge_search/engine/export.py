@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from merge_search.engine.checkpoint import DTYPES, dtype_name, raw_bytes
+from merge_search.engine.fused import is_finite
 from merge_search.engine.hashing import hash_folder
 from merge_search.engine.headers import DTYPE_BITS, CheckpointInfo, natural_key, read_checkpoint, read_json
 from merge_search.engine.layout import is_mergeable
@@ -199,7 +200,7 @@ def _fill(places: dict[str, tuple[BinaryIO, int, _Entry]], tensors: Iterable[tup
             )
         if dtype_name(tensor.dtype) != entry.dtype:
             tensor = tensor.to(DTYPES[entry.dtype])
-        if entry.is_merged and not bool(tensor.isfinite().all()):
+        if entry.is_merged and not is_finite(tensor):
             raise NonFiniteError(
                 f"export: {name!r} must be finite, found NaN or infinity as {entry.dtype}; nothing was written"
             )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +31,7 @@ GIB = 2**30
 MARGIN = 0.9  # of what is free: allocators and neighbours need the rest
 SCRATCH_TENSORS = 6  # float32 temporaries of the largest tensor while it is merged
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+ONCE = "streamed from files: each tensor is used once, and read when its turn comes"
 _log = logging.getLogger(__name__)
 _hashes: dict[tuple[object, ...], str] = {}
 
@@ -54,6 +56,8 @@ class ModelPool:
         device: ``auto`` (a GPU if there is one), or torch's word for a device.
         memory: GiB that the pool may take on its device; None: what is free, less what one live model needs.
         map_folders: Where the maps of recipes are looked for.
+        once: Each tensor will be used once: nothing is held but what `holding` names, and finiteness is left to whoever
+            reads the tensors. For one merge from files to files.
 
     Attributes:
         groups: Group of every tensor that is merged, in the order of the checkpoint; a tensor stored twice
@@ -78,6 +82,7 @@ class ModelPool:
         device: str | torch.device = "auto",
         memory: float | None = None,
         map_folders: Iterable[str | Path] = (),
+        once: bool = False,
     ) -> None:
         problems = check_models(models.base, models.experts)
         if problems:
@@ -94,10 +99,13 @@ class ModelPool:
         self._maps = MapStore(self.map_folders, {n: self._base.info.tensors[n].shape for n in self.groups}, self.device)
         self.statistics: StatisticsSource | None = None
         self.check_hashes()
-        self.placement, self.plan = self._choose(memory)
+        self.placement, self.plan = ("mapped", ONCE) if once else self._choose(memory)
         _log.info("%s", self.plan)
         self._held: dict[str, list[Tensor]] = {}
-        self._load()
+        if once:
+            self._require_differences()
+        else:
+            self._load()
 
     @property
     def base_folder(self) -> Path:
@@ -114,6 +122,34 @@ class ModelPool:
     def expert(self, expert: str, name: str) -> Tensor:
         """An expert's tensor on the device: the base's shape, its own dtype. Do not write into it."""
         return self._get(name, 1 + self._index(expert), self._experts[expert].tensor)
+
+    @contextmanager
+    def holding(self, name: str) -> Iterator[None]:
+        """Read one tensor of base and experts into memory, once, for as long as the context lasts."""
+        if name in self._held:
+            yield
+            return
+        self._held[name] = self.read(name, tuple(self._experts))
+        try:
+            yield
+        finally:
+            del self._held[name]
+
+    def read(self, name: str, experts: Sequence[str]) -> list[Tensor]:
+        """The base's tensor and those of `experts`, on the device; read anew unless they are held."""
+        held = self._held.get(name)
+        if held is not None:
+            return [held[i].to(self.device, non_blocking=True) for i in (0, *(1 + self._index(e) for e in experts))]
+        base = self._base.read(name).to(self.device)
+        sources = [self._experts[e] for e in experts]
+        return [base, *(s.read(name).to(self.device) if s.changes(name) else base for s in sources)]
+
+    def require_finite(self, name: str) -> None:
+        """Raises `WeightsError` naming the file if a tensor of the base or of an expert is not finite."""
+        base, *own = self.read(name, tuple(self._experts))
+        _check_finite(base, name, "base", self._base.info)
+        for (expert, source), tensor in zip(self._experts.items(), own, strict=True):
+            _check_finite(tensor, name, f"expert {expert!r}", source.info)
 
     def statistic(self, kind: str, expert: str, name: str) -> Tensor | None:
         """``map:<sha256>``: a recipe's map, shape (rows,), on the device; else what `statistics` says.
@@ -174,8 +210,7 @@ class ModelPool:
                 own = self._place(source.tensor(name)) if source.changes(name) else base
                 if own is not base:
                     _check_finite(own, name, f"expert {expert!r}", source.info)
-                    wide = torch.promote_types(own.dtype, base.dtype)
-                    if not torch.equal(own.to(wide), base.to(wide)):
+                    if _differ(base, own):
                         differs[expert] = True
                     elif own.dtype == base.dtype:
                         own = base  # a frozen tensor: share the base's memory
@@ -184,10 +219,19 @@ class ModelPool:
                 self._held[name] = tensors
         for expert, is_different in differs.items():
             if not is_different:
-                raise WeightsError(
-                    f"expert {expert!r} equals the base in every tensor ({self._experts[expert].info.folder}): "
-                    "there is nothing to merge; give its fine-tuned weights or leave it out"
-                )
+                raise self._nothing_to_merge(expert)
+
+    def _require_differences(self) -> None:
+        """Raises `WeightsError` for an expert that equals the base; reads up to the first difference, without holding it."""
+        for expert, source in self._experts.items():
+            if not any(source.changes(n) and _differ(self._base.read(n), source.read(n)) for n in self.groups):
+                raise self._nothing_to_merge(expert)
+
+    def _nothing_to_merge(self, expert: str) -> WeightsError:
+        return WeightsError(
+            f"expert {expert!r} equals the base in every tensor ({self._experts[expert].info.folder}): "
+            "there is nothing to merge; give its fine-tuned weights or leave it out"
+        )
 
     def _place(self, tensor: Tensor) -> Tensor:
         if self.placement == "mapped":
@@ -224,6 +268,11 @@ def _device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
+
+
+def _differ(base: Tensor, own: Tensor) -> bool:
+    wide = torch.promote_types(own.dtype, base.dtype)
+    return not torch.equal(own.to(wide), base.to(wide))
 
 
 def _check_finite(tensor: Tensor, name: str, who: str, info: CheckpointInfo) -> None:

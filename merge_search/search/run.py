@@ -22,7 +22,7 @@ import torch
 from optuna.trial import Trial, TrialState
 
 from merge_search.engine.learners.coefficients import FitSettings, Fitted
-from merge_search.errors import EvaluationError, NonFiniteError, StudyFileError, WeightsError
+from merge_search.errors import EvaluationError, NonFiniteError, RecipeError, SpaceError, StudyFileError, WeightsError
 from merge_search.evaluation import Cost, Evaluation, Split
 from merge_search.objective import Estimate, Objective, References
 from merge_search.outcome import Outcome
@@ -231,9 +231,9 @@ class _Driver:
 
     def _one_trial(self) -> Record:
         trial = self.study.ask()
-        recipe, settings = self._point(trial)
-        self._keep_recipe(trial, recipe)
         with self._recorded(trial):
+            recipe, settings = self._point(trial)
+            self._keep_recipe(trial, recipe)
             if settings is None:
                 scored = self._known(trial, recipe) or self._race(trial, recipe)
             else:
@@ -341,6 +341,8 @@ class _Driver:
             outcome, reason = Outcome.NON_FINITE, str(error)
         except EvaluationError as error:
             outcome, reason = Outcome.EVALUATOR_ERROR, str(error)
+        except (RecipeError, SpaceError) as error:
+            outcome, reason = Outcome.MERGE_ERROR, str(error)
         else:
             return
         self.bench.recover()

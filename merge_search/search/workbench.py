@@ -16,6 +16,7 @@ from merge_search.engine.live import LiveModel
 from merge_search.engine.maps import FOLDER as MAPS
 from merge_search.engine.pool import ModelPool
 from merge_search.engine.statistics.provider import DataStatistics
+from merge_search.errors import EvaluationError, MergeSearchError
 from merge_search.evaluation import Cost, Evaluation, Evaluator, Split
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
@@ -104,7 +105,7 @@ class Workbench:
             NonFiniteError, EvaluationError, torch.OutOfMemoryError, MemoryError.
         """
         began = time.perf_counter()
-        parts = [e.evaluate(split, fidelity, after=after) for e in self.evaluators]
+        parts = [_evaluate(e, split, fidelity, after) for e in self.evaluators]
         scores = {name: s for part in parts for name, s in part.scores.items()}
         cost = Cost(0.0, time.perf_counter() - began, self._measured() + sum(p.cost.questions for p in parts))
         evaluation = Evaluation(split, fidelity, scores, cost)
@@ -141,3 +142,16 @@ class Workbench:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _evaluate(evaluator: Evaluator, split: Split, fidelity: float, after: float) -> Evaluation:
+    """An evaluator's answer; whatever it throws, a user's own too, ends the trial and not the study."""
+    try:
+        return evaluator.evaluate(split, fidelity, after=after)
+    except (MergeSearchError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):  # how torch says it on a CPU
+            raise MemoryError(str(error)) from error
+        name = type(evaluator).__name__
+        raise EvaluationError(f"evaluator {name} failed: {type(error).__name__}: {error}") from error

@@ -129,7 +129,7 @@ class DataStatistics:
             raise RecipeError(f"the statistic {kind!r} of expert {expert!r} cannot be had: {problem}")
         made = self._measure(kind, expert)
         try:
-            write(path, made, {"about": json.dumps(self._about(kind, expert), sort_keys=True)})
+            write(path, made, self._about(kind, expert))
         except OSError as error:
             _log.warning("%s cannot be written, the statistic is kept in memory: %s", path, error)
             self._unwritten[kind, expert] = made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -22,8 +22,7 @@ __all__ = ["FOLDER", "FolderStatistics", "StatisticFile", "write"]
 
 FOLDER = "statistics"
 """Beside an exported ``recipe.json``: ``statistics/<kind>/<expert>.safetensors``."""
-_CHECKSUM = "sha256"
-_log = logging.getLogger(__name__)
+_METADATA, _CHECKSUM = "merge_search", "sha256"
 
 
 class StatisticFile:
@@ -41,8 +40,8 @@ class StatisticFile:
             opened: Any = safe_open(path, framework="pt", device="cpu")
             self._file = opened
             self.names = frozenset(opened.keys())
-            wanted = (opened.metadata() or {}).get(_CHECKSUM)
-        except (SafetensorError, OSError) as error:
+            wanted = json.loads((opened.metadata() or {}).get(_METADATA, "{}")).get(_CHECKSUM)
+        except (SafetensorError, OSError, ValueError, AttributeError) as error:
             raise WeightsError(f"{path}: not a safetensors file: {error}") from None
         tensors = {name: opened.get_tensor(name) for name in self.names}
         if wanted is None and needs_checksum:
@@ -58,13 +57,18 @@ class StatisticFile:
         return self._file.get_tensor(name) if name in self.names else None
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write `path`: to a temporary name, flushed to disk, renamed. Raises `OSError`, leaving nothing behind."""
+def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write `path`: to a temporary name, flushed to disk, renamed. Raises `OSError`, leaving nothing behind.
+
+    Equal content, equal bytes. `about`: JSON for people who wonder what the file is.
+    """
     kept = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        save_file(kept, temporary, metadata={**about, _CHECKSUM: _checksum(kept)})
+        # NOTE: one entry only: safetensors writes several in random order.
+        text = json.dumps({_CHECKSUM: _checksum(kept), "about": about}, sort_keys=True)
+        save_file(kept, temporary, metadata={_METADATA: text})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
