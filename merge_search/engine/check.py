@@ -116,6 +116,8 @@ def _asked(assess: Assess, recipe: Recipe, tensors: Tensors) -> set[tuple[str, s
 
 def _missing(who: str, asked: set[tuple[str, str]], tensors: Tensors) -> list[str]:
     """Why statistics that `who` needs cannot be had, a sentence for each reason."""
+    if not asked:
+        return []
     source = getattr(tensors, "statistics", tensors if isinstance(tensors, Statistics) else None)
     if source is None:
         return [f"{who} needs statistics from data, and none were measured for these models"]

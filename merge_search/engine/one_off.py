@@ -21,6 +21,7 @@ from torch import Tensor
 from merge_search.engine.assess import load, measure_of
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.facts import ByteCache, Facts, Scope
+from merge_search.engine.order import _GOLDEN as GOLDEN
 from merge_search.engine.order import EVERYTHING, EXACT_LIMIT, NOTHING, Keep, Table
 from merge_search.engine.pipeline import output_dtype
 from merge_search.engine.pool import ModelPool
@@ -193,6 +194,10 @@ class LateTable(Table):
         if name.startswith("__") or name in ("n", "_find", "_whole"):
             raise AttributeError(name)
         return getattr(self._whole(), name)
+
+    @property
+    def stride(self) -> int:
+        return GOLDEN
 
     def keep(self, k: int) -> Keep:
         if k <= 0:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from merge_search.errors import InputError
+from merge_search.errors import EvaluationError, InputError, MergeSearchError
 from merge_search.evaluation import Differentiable
 from merge_search.recipe import Group
 from merge_search.seeding import derive_seed
@@ -89,7 +90,12 @@ def rows_of_experts(
 
 def _gold(evaluator: Differentiable, task: str) -> Callable[[Sequence[int]], Tensor]:
     def loss(rows: Sequence[int]) -> Tensor:
-        value: Tensor = evaluator.loss(task, rows, kind="gold")
+        try:
+            value: Tensor = evaluator.loss(task, rows, kind="gold")
+        except (MergeSearchError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # a user's own evaluator: the trial fails, the study goes on
+            raise EvaluationError(f"task {task!r}: its loss failed: {type(error).__name__}: {error}") from error
         return value
 
     return loss
