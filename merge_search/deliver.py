@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 from merge_search.engine.export import check_destination, export_folder
@@ -12,15 +13,18 @@ from merge_search.engine.maps import FOLDER as MAPS
 from merge_search.engine.maps import map_files
 from merge_search.engine.one_off import OneOffEngine
 from merge_search.engine.pool import ModelPool
+from merge_search.engine.statistics.provider import DataStatistics
+from merge_search.engine.statistics.store import FOLDER as STATISTICS
+from merge_search.engine.statistics.store import FolderStatistics
 from merge_search.errors import InputError, RecipeError, StudyFileError
 from merge_search.mergekit import read_mergekit, to_mergekit
 from merge_search.recipe import Models, Recipe
 from merge_search.report.table import card, recipe_card
 from merge_search.search.prepare import Plan
-from merge_search.search.records import Record, records
+from merge_search.search.records import Record, owners_of, records, references_of
 from merge_search.search.run import load_study
 from merge_search.search.selection import winner
-from merge_search.search.workbench import maps_of
+from merge_search.search.workbench import maps_of, statistics_of
 
 __all__ = ["export_mergekit", "export_trial", "merge_recipe"]
 
@@ -35,8 +39,15 @@ def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
     check_destination(out)
     record = _wanted(plan, number)
     recipe = record.recipe.model_copy(update={"models": _local(record.recipe.models, plan.context.models)})
-    text = card(load_study(plan.file), plan.objective, record, plan.context.experts)
-    _write(recipe, out, text, maps_of(plan.file), device=plan.file.device, expected=record.weights_sha256)
+    study, experts = load_study(plan.file), plan.context.experts
+    text = card(study, plan.objective, record, experts)
+    owners = owners_of(plan.objective, references_of(study, plan.metrics, experts))
+
+    def statistics(pool: ModelPool) -> DataStatistics:
+        return statistics_of(plan, pool, owners, None)
+
+    device = plan.file.device
+    _write(recipe, out, text, maps_of(plan.file), statistics, device=device, expected=record.weights_sha256)
     return record
 
 
@@ -105,7 +116,8 @@ def merge_recipe(path: Path, out: Path, *, device: str = "auto") -> str:
     else:
         recipe = Recipe.from_json(path.read_text(encoding="utf-8"), where=path.name)
         recipe = recipe.model_copy(update={"models": _beside(path, recipe.models)})
-    return _write(recipe, out, recipe_card(recipe), path.parent / MAPS, device=device)
+    beside = FolderStatistics(path.parent / STATISTICS)
+    return _write(recipe, out, recipe_card(recipe), path.parent / MAPS, lambda _: beside, device=device)
 
 
 def _beside(path: Path, models: Models) -> Models:
@@ -119,8 +131,19 @@ def _beside(path: Path, models: Models) -> Models:
     return models.model_copy(update={"base": place(models.base), "experts": experts})
 
 
-def _write(recipe: Recipe, out: Path, text: str, maps: Path, *, device: str, expected: str = "") -> str:
+def _write(
+    recipe: Recipe,
+    out: Path,
+    text: str,
+    maps: Path,
+    statistics: Callable[[ModelPool], DataStatistics | FolderStatistics],
+    *,
+    device: str,
+    expected: str = "",
+) -> str:
+    """Merge once and export; maps and statistics that the recipe needs travel with it."""
     pool = ModelPool(recipe.models, device=device, map_folders=[maps], once=True)
+    source = pool.statistics = statistics(pool)
     recipe = recipe.model_copy(update={"models": recipe.models.model_copy(update={"hashes": pool.hashes()})})
     tensors = itertools.chain(OneOffEngine(pool).merged(recipe), pool.copied())
     return export_folder(
@@ -129,7 +152,7 @@ def _write(recipe: Recipe, out: Path, text: str, maps: Path, *, device: str, exp
         tensors=tensors,
         recipe=recipe,
         card=text,
-        extra=map_files([maps], recipe),
+        extra=lambda: {**map_files([maps], recipe), **source.files()},
         left_out=pool.aliases,
         expected=expected,
     )

@@ -96,6 +96,19 @@ def test_a_map_cannot_be_said_in_mergekits_language(finished: Path, tmp_path: Pa
     assert not (tmp_path / "merge.yml").exists()
 
 
+def test_a_recipe_that_needs_data_travels_with_its_statistics(demo: Path, tmp_path: Path) -> None:
+    path = write_study(tmp_path, demo, n_trials=7, baselines=["fisher"])
+    command("run", path)
+    study = optuna.load_study(study_name="learned", storage=f"sqlite:///{tmp_path / 'learned.db'}")
+    fisher = next(r for r in finished_records(study) if r.label == "fisher")
+    assert fisher.is_scored
+    command("export", path, tmp_path / "a", "--trial", str(fisher.number))
+    (tmp_path / "learned.statistics").rename(tmp_path / "gone")
+    command("merge", tmp_path / "a" / "recipe.json", tmp_path / "b")
+    name = "model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
 def test_a_budget_in_questions_ends_the_search(demo: Path, tmp_path: Path) -> None:
     path = write_study(tmp_path, demo, n_trials=100, questions=700, racing={"looks": [0.3, 0.6], "error": 0.2})
     result = command("run", path)
@@ -133,7 +146,7 @@ class Line:
 
 
 def test_a_learned_space_adds_only_what_varies() -> None:
-    space = LearnedSpace(Line(), Learner(steps=[0, 30], per=["block"], step_size=(0.01, 0.1)))
+    space = LearnedSpace(Line(), Learner(steps=[0, 30], per=["block"], step_size=(0.01, 0.1)), n_rows=500)
     assert space.parameters == {
         "c": Float(0.0, 1.0), "learner.steps": Categorical((0, 30)), "learner.step_size": Float(0.01, 0.1, log=True)
     }  # fmt: skip
@@ -149,8 +162,17 @@ def test_a_learned_space_adds_only_what_varies() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("n_rows", "order"),
+    [(5000, ["row", "tensor", "block"]), (500, ["tensor", "block", "row"]), (50, ["block", "tensor", "row"])],
+)
+def test_the_first_learned_trials_are_as_fine_as_the_rows_allow(n_rows: int, order: list[str]) -> None:
+    space = LearnedSpace(Line(), Learner(steps=30), n_rows=n_rows)  # type: ignore[arg-type]
+    assert [p["learner.per"] for p in space.initial_points()] == order
+
+
 def test_where_every_trial_learns_a_plain_recipe_has_no_point() -> None:
-    space = LearnedSpace(Line(), Learner(steps=30))  # type: ignore[arg-type]
+    space = LearnedSpace(Line(), Learner(steps=30), n_rows=500)  # type: ignore[arg-type]
     assert space.encode(space.decode({"c": 0.5})) is None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -51,7 +51,7 @@ def export_folder(
     tensors: Iterable[tuple[str, Tensor]],
     recipe: Recipe,
     card: str,
-    extra: Mapping[str, str | Path] | None = None,
+    extra: Callable[[], Mapping[str, str | Path]] | None = None,
     left_out: Collection[str] = (),
     shard_bytes: int = SHARD_BYTES,
     expected: str = "",
@@ -85,7 +85,7 @@ def export_folder(
         temporary.mkdir()
         _write_tensors(temporary, entries, tensors, shard_bytes)
         _write_settings(temporary, base, entries)
-        texts: dict[str, str | Path] = {"README.md": card, "recipe.json": recipe.to_json() + "\n", **(extra or {})}
+        texts: dict[str, str | Path] = {"README.md": card, "recipe.json": recipe.to_json() + "\n", **(extra() if extra else {})}
         for name, content in texts.items():
             _write_file(temporary / name, content)
         digest = hash_folder(temporary)
@@ -248,7 +248,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
 
 
 def _write_file(file: Path, content: str | Path) -> None:
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     # Written anew, not copied with its mode: files get the user's umask, cached originals may be read-only or links.
     if isinstance(content, Path):
         with content.open("rb") as source, file.open("wb") as target:

@@ -27,6 +27,9 @@ from merge_search.study_file import Learner
 __all__ = ["LearnedSpace", "structure_of", "warm_start"]
 
 PREFIX = "learner."
+ROWS_FOR = {"row": 1000, "tensor": 400, "block_kind": 300, "block": 200, "expert": 0}
+"""Rows per task from which a fineness paid on real models; finer with fewer overfits."""
+FINEST_FIRST = tuple(ROWS_FOR)
 
 
 class LearnedSpace:
@@ -34,10 +37,13 @@ class LearnedSpace:
 
     `decode` gives the start of the fit; `settings` the learner's, or None where the point fits nothing. Choices of one
     value are constants, not parameters.
+
+    Args:
+        n_rows: Fewest fit rows of any task: how fine the first learned trials should be.
     """
 
-    def __init__(self, space: SearchSpace, learner: Learner) -> None:
-        self.space, self.learner = space, learner
+    def __init__(self, space: SearchSpace, learner: Learner, *, n_rows: int) -> None:
+        self.space, self.learner, self.n_rows = space, learner, n_rows
         self.notes: list[str] = list(getattr(space, "notes", []))
         self.parameters: Mapping[str, Parameter] = {**space.parameters, **self._own()}
 
@@ -78,12 +84,17 @@ class LearnedSpace:
         return {**inner, **self._usual(steps=0)}
 
     def initial_points(self) -> list[dict[str, str | int | float | bool]]:
-        """A learned point of every fineness from the space's first uniform recipes, then the recipes as they are."""
+        """A learned point of every fineness from the space's first uniform recipes, then the recipes as they are.
+
+        The finest that the rows are enough for comes first: a small budget may hold one learned trial only.
+        """
         inner = self.space.initial_points()
         steps = max(self.learner.steps)
         learned: list[dict[str, str | int | float | bool]] = []
         if steps and inner:
-            for i, per in enumerate(self.learner.per):
+            fed = [per for per in FINEST_FIRST if per in self.learner.per and self.n_rows >= ROWS_FOR[per]]
+            hungry = [per for per in reversed(FINEST_FIRST) if per in self.learner.per and per not in fed]
+            for i, per in enumerate([*fed, *hungry]):
                 learned.append({**inner[i % len(inner)], **self._usual(steps=steps, per=per)})
         plain = [{**p, **self._usual(steps=0)} for p in inner] if 0 in self.learner.steps else []
         return [*learned, *plain]

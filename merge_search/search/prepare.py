@@ -126,7 +126,10 @@ def prepare(file: StudyFile) -> Plan:
     assert context is not None
     assert space is not None
     assert objective is not None
-    return Plan(file, context, space, [e for e in evaluators if e is not None], metrics, objective, names)
+    able = [e for e in evaluators if e is not None]
+    if file.search.learner is not None:
+        space = LearnedSpace(space, file.search.learner, n_rows=min(_fit_rows(able).values()))
+    return Plan(file, context, space, able, metrics, objective, names)
 
 
 def _space(file: StudyFile, context: SpaceContext) -> SearchSpace:
@@ -135,7 +138,7 @@ def _space(file: StudyFile, context: SpaceContext) -> SearchSpace:
     if isinstance(options.get("file"), str):
         options["file"] = str((file.folder / Path(options["file"]).expanduser()).resolve())
     space: SearchSpace = family(options, context)
-    return space if file.search.learner is None else LearnedSpace(space, file.search.learner)
+    return space
 
 
 def _evaluator(file: StudyFile, index: int) -> Evaluator:
@@ -154,12 +157,15 @@ def _evaluator(file: StudyFile, index: int) -> Evaluator:
     return evaluator
 
 
+def _fit_rows(evaluators: list[Evaluator]) -> dict[str, int]:
+    return {task: n for e in evaluators if isinstance(e, Differentiable) for task, n in e.fit_tasks().items()}
+
+
 def _learner_problems(learner: Learner, evaluators: list[Evaluator]) -> list[str]:
     """A learner needs a loss, and rows to fit on."""
-    able = [e for e in evaluators if isinstance(e, Differentiable)]
-    if not able:
+    rows = _fit_rows(evaluators)
+    if not rows:
         return ["search.learner: no evaluator of this study has a differentiable loss; leave the learner out"]
-    rows = {task: n for e in able for task, n in e.fit_tasks().items()}
     few = {task: n for task, n in rows.items() if n < learner.batch_rows}
     return [
         f"search.learner: task {task!r} must have at least one batch of {learner.batch_rows} rows to fit on, found {n}; "

@@ -11,11 +11,11 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from merge_search.evaluation import Cost, Evaluation, MetricInfo, Split
-from merge_search.objective import Objective
+from merge_search.objective import Objective, References
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
 
-__all__ = ["Record", "finished_records", "objective_of", "records", "store_metrics"]
+__all__ = ["Record", "finished_records", "objective_of", "owners_of", "records", "references_of", "store_metrics"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,18 @@ def store_metrics(study: optuna.Study, metrics: Sequence[MetricInfo]) -> None:
     ]
     if study.user_attrs.get("metrics") != rows:
         study.set_user_attr("metrics", rows)
+
+
+def references_of(study: optuna.Study, metrics: Sequence[MetricInfo], experts: Sequence[str]) -> References:
+    """Scores of base and experts as the study stored them."""
+    stored = {name: study.user_attrs[f"reference.{name}"]["evaluation"] for name in ("base", *experts)}
+    found = {name: Evaluation.from_attribute(data) for name, data in stored.items()}
+    return References.from_evaluations(metrics, found.pop("base"), found)
+
+
+def owners_of(objective: Objective, references: References) -> dict[str, str]:
+    """Task -> the expert that is best at it, by the task's main metric."""
+    return {m.task: references.best_expert[m.name] for m in objective.main.values()}
 
 
 def objective_of(study: optuna.Study) -> tuple[Objective, tuple[str, ...]]:

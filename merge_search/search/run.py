@@ -31,7 +31,7 @@ from merge_search.search import racing, samplers, selection, storage
 from merge_search.search.baselines import baselines, reference_recipes
 from merge_search.search.learning import LearnedSpace, warm_start
 from merge_search.search.prepare import Plan, prepare
-from merge_search.search.records import Record, finished_records, store_metrics
+from merge_search.search.records import Record, finished_records, owners_of, references_of, store_metrics
 from merge_search.search.workbench import Scored, Workbench
 from merge_search.study_file import StudyFile
 
@@ -146,6 +146,8 @@ class _Driver:
             self.listener.note(f"{lost} trial(s) of a killed run closed and queued again")
         self.references = self._references()
         self.objective.check_references(self.references)
+        self.owners = owners_of(self.objective, self.references)
+        self.bench.offer_statistics(self.owners)
         self._enqueue_start()
         total = self.plan.file.search.n_trials
         done = len(finished_records(self.study))
@@ -180,22 +182,19 @@ class _Driver:
 
     def _references(self) -> References:
         """Base and experts, each scored once and stored at once."""
-        evaluations = {}
         for name, recipe in reference_recipes(self.plan.context).items():
             key = f"reference.{name}"
-            stored = self.study.user_attrs.get(key)
-            if stored is None:
-                try:
-                    scored = self.bench.score(recipe, Split.SEARCH, self.fidelity)
-                except (NonFiniteError, EvaluationError) as error:
-                    raise WeightsError(
-                        f"{name!r} itself cannot be scored, so nothing can be compared with it: {error}"
-                    ) from error
-                stored = {"evaluation": scored.evaluation.to_attribute(), "weights_sha256": scored.weights_sha256}
-                self.study.set_user_attr(key, stored)
-            evaluations[name] = Evaluation.from_attribute(stored["evaluation"])
-        base = evaluations.pop("base")
-        return References.from_evaluations(self.plan.metrics, base, evaluations)
+            if key in self.study.user_attrs:
+                continue
+            try:
+                scored = self.bench.score(recipe, Split.SEARCH, self.fidelity)
+            except (NonFiniteError, EvaluationError) as error:
+                raise WeightsError(
+                    f"{name!r} itself cannot be scored, so nothing can be compared with it: {error}"
+                ) from error
+            stored = {"evaluation": scored.evaluation.to_attribute(), "weights_sha256": scored.weights_sha256}
+            self.study.set_user_attr(key, stored)
+        return references_of(self.study, self.plan.metrics, self.plan.context.experts)
 
     def _best_expert(self) -> float | None:
         """First objective of the best expert."""
@@ -213,7 +212,8 @@ class _Driver:
             return
         queued = {t.user_attrs.get("start") for t in self.study.get_trials(deepcopy=False)}
         seen: set[str] = set()
-        for label, recipe in baselines(self.plan.context, self.plan.baselines).items():
+        presets = baselines(self.plan.context, self.plan.baselines, can_measure=self.bench.can_measure)
+        for label, recipe in presets.items():
             point = self.plan.space.encode(recipe)
             attrs = {"label": label, "start": label, **({} if point else {"given_recipe": recipe.to_json()})}
             if recipe.fingerprint not in seen and label not in queued:
@@ -266,8 +266,7 @@ class _Driver:
         start = None
         if learner is not None and learner.warm_start:
             recipe, start = warm_start(recipe, self.study, self.objective)
-        owners = {m.task: self.references.best_expert[m.name] for m in self.objective.main.values()}
-        fitted = self.bench.fit(recipe, FitSettings(**settings), owners)
+        fitted = self.bench.fit(recipe, FitSettings(**settings), self.owners)
         self._keep_recipe(trial, fitted.recipe)
         losses = {
             t: [float(a), float(b)] for t, a, b in zip(fitted.tasks, fitted.losses[0], fitted.losses[-1], strict=True)

@@ -149,7 +149,7 @@ def test_settings_and_tokenizer_are_the_bases_files_byte_for_byte(save_model, sa
     (base / "README.md").write_text("the base's own card")
     (base / "modeling_custom.py").write_text("code")
     (base / "pytorch_model.bin").write_bytes(b"pickle")
-    export(tmp_path / "out", base, extra={"merge.yaml": "models: []\n", "copy.txt": base / "README.md"})
+    export(tmp_path / "out", base, extra=lambda: {"merge.yaml": "models: []\n", "copy.txt": base / "README.md"})
     for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     found = {f.name for f in (tmp_path / "out").iterdir()}

@@ -116,6 +116,11 @@ class FolderStatistics:
         """(kind, expert) of every file read so far."""
         return [at for at, file in self._open.items() if file is not None]
 
+    def files(self) -> dict[str, str | Path]:
+        """What was read so far, as `export_folder` takes it in `extra`."""
+        found = {f"{FOLDER}/{kind}/{expert}.safetensors": self.path(kind, expert) for kind, expert in self.asked()}
+        return {name: path for name, path in found.items() if path is not None}
+
     def problem(self, kind: str, expert: str) -> str:
         """Why a statistic cannot be had, '' if it can."""
         if self.path(kind, expert) is not None:
