@@ -72,15 +72,23 @@ def make(shape: Mapping[str, int], device: torch.device) -> MemoryTensors:
     return MemoryTensors(base, experts, statistics=_Squares(experts))
 
 
-class _Squares(dict[tuple[str, str, str], Tensor]):
-    """Stands for statistics measured on data: squared weights, made when asked for."""
+class _Squares(Mapping[tuple[str, str, str], Tensor]):
+    """Stands for statistics measured on data: squared weights of the expert, made when asked for."""
 
     def __init__(self, experts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        super().__init__()
         self.experts = experts
 
-    def get(self, key: tuple[str, str, str], default: Any = None) -> Any:
-        return default if key[0].startswith("map:") else self.experts[key[1]][key[2]].float().square()
+    def __getitem__(self, key: tuple[str, str, str]) -> Tensor:
+        kind, expert, name = key
+        if kind.startswith("map:"):
+            raise KeyError(key)
+        return self.experts[expert][name].float().square()
+
+    def __iter__(self) -> Iterator[tuple[str, str, str]]:
+        return (("any", e, name) for e, tensors in self.experts.items() for name in tensors)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 # ------------------------------------------------------------------------------------------------ one worker
@@ -110,7 +118,6 @@ class Copy:
     """Copies that read and write as many bytes as a merge: (1 + experts) reads and one write of a model."""
 
     def __init__(self, tensors: MemoryTensors, views: Mapping[str, Tensor], clock: Clock) -> None:
-        sources = [dict.fromkeys(views)] * 0
         sources = [{n: tensors.base(n) for n in views}]
         sources += [{n: tensors.expert(e, n) for n in views} for e in EXPERTS]
         total = sum(t.numel() for t in views.values())
@@ -124,9 +131,10 @@ class Copy:
                     self.pairs.append((out.view(-1)[: flat.numel()], flat))
         self.bytes = 2 * sum(a.numel() * a.element_size() for a, _ in self.pairs)
         self.clock = clock
+        unit = 0 if clock.device.type == "cuda" else 1
         parts = [(a, b) for x, y in self.pairs for a, b in zip(x.split(2**18), y.split(2**18), strict=True)]
         forms = [self.pairs, parts]
-        costs = [min(self.clock(lambda form=form: self._run(form))[1 if False else 0] for _ in range(3)) for form in forms]
+        costs = [min(self.clock(lambda form=form: self._run(form))[unit] for _ in range(3)) for form in forms]
         self.pairs = forms[costs.index(min(costs))]
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from merge_search.search.records import Record, owners_of, records, references_o
 from merge_search.search.run import load_study
 from merge_search.search.selection import winner
 from merge_search.search.workbench import maps_of, statistics_of
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Names in safetensors headers -> in recipes and mergekit files."""
 
 __all__ = ["export_mergekit", "export_trial", "merge_recipe"]
 
@@ -92,7 +96,9 @@ def export_mergekit(plan: Plan, out: Path, *, number: int | None = None) -> Reco
     info = read_checkpoint(resolve_model(plan.context.models.base))
     vectors = [name for name, t in info.tensors.items() if len(t.shape) < 2]
     recipe = record.recipe.model_copy(update={"models": named})
-    text = to_mergekit(recipe, layout(info), vectors=vectors)
+    dtypes = Counter(info.tensors[name].dtype for name in layout(info))
+    dtype = DTYPES.get(dtypes.most_common(1)[0][0])
+    text = to_mergekit(recipe, layout(info), vectors=vectors, dtype=dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     return record

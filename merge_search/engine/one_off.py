@@ -60,13 +60,12 @@ class OneOffEngine(MergeEngine):
         """As `MergeEngine.merged`: the same bits in the same order."""
         self._require(recipe)
         names = list(self.tensors.groups)
-        if self._threads < 2 or not is_element_wise(recipe):
-            for name in names:
-                yield name, self._merge(recipe, name)
-                self._facts.stored = ByteCache(_CACHE_BYTES)  # scores of this tensor are not needed again
+        if self._threads > 1 and is_element_wise(recipe):
+            yield from self._several(recipe, names)
             return
-        yield names[0], self._merge(recipe, names[0])  # alone: it finds what all tensors share
-        yield from self._several(recipe, names[1:])
+        for name in names:
+            yield name, self._merge(recipe, name)
+            self._facts.stored = ByteCache(_CACHE_BYTES)  # scores of this tensor are not needed again
 
     @torch.no_grad()
     def _merge(self, recipe: Recipe, name: str) -> Tensor:
@@ -77,11 +76,16 @@ class OneOffEngine(MergeEngine):
             return out
 
     def _several(self, recipe: Recipe, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        """A tensor per thread; torch's own threads rest, so that none waits for another between two operations."""
+        """A tensor per thread. torch's own threads rest meanwhile: they wait for each other after every operation, which
+        on a busy machine costs many times the work."""
         before = torch.get_num_threads()
+        torch.set_num_threads(1)
         waiting: deque[tuple[str, Future[Tensor]]] = deque()
         pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
         try:
+            if recipe.select.scope == "model":  # one thread finds what all tensors share
+                yield names[0], pool.submit(self._merge, recipe, names[0]).result()
+                names = names[1:]
             for name in names:
                 waiting.append((name, pool.submit(self._merge, recipe, name)))
                 if len(waiting) > self._threads:

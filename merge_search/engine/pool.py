@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -175,7 +176,8 @@ class ModelPool:
     def hashes(self) -> dict[str, str]:
         """sha256 of every model's tensors (`hashing`), ``base`` for the base; computed once per process."""
         named = {"base": self._base.info, **{n: e.info for n, e in self._experts.items()}}
-        return {name: _hash_once(info) for name, info in named.items()}
+        with ThreadPoolExecutor(min(len(named), os.cpu_count() or 1)) as threads:
+            return dict(zip(named, threads.map(_hash_once, named.values()), strict=True))
 
     def check_hashes(self) -> None:
         """Raises `WeightsError` if the models are not those whose hashes `models.hashes` gives."""
