@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from merge_search.engine.engine import MergeEngine
 from merge_search.engine.export import check_destination, export_folder
 from merge_search.engine.headers import read_checkpoint, resolve_model
 from merge_search.engine.layout import layout
@@ -148,10 +149,12 @@ def _write(
     expected: str = "",
 ) -> str:
     """Merge once and export; maps and statistics that the recipe needs travel with it."""
-    pool = ModelPool(recipe.models, device=device, map_folders=[maps], once=True)
+    pool = ModelPool(recipe.models, device=device, map_folders=[maps], once=not expected)
     source = pool.statistics = statistics(pool)
     recipe = recipe.model_copy(update={"models": recipe.models.model_copy(update={"hashes": pool.hashes()})})
-    tensors = itertools.chain(OneOffEngine(pool).merged(recipe), pool.copied())
+    # Bits that were scored are made again by the engine that made them, which may have been compiled.
+    engine = MergeEngine(pool) if expected else OneOffEngine(pool)
+    tensors = itertools.chain(engine.merged(recipe), pool.copied())
     return export_folder(
         out,
         base_folder=pool.base_folder,

@@ -79,7 +79,7 @@ class Checkpoint:
         try:
             with t.file.open("rb", buffering=0) as f:
                 f.seek(t.start)
-                _fill(f, memoryview(data.numpy()))
+                _fill(f, data.numpy().data)
         except (EOFError, OSError) as error:
             raise WeightsError(
                 f"{t.file}: tensor {name!r} cannot be read ({error}); do not change files in use, or copy the file again"

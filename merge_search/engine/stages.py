@@ -189,9 +189,14 @@ def elect(s: Structure, x: Sequence[Tensor], n: Scalars) -> list[Tensor | None]:
     if s.resolve == "none":
         return [None for _ in x]
     total = voices(s, x, n)
-    elected = torch.sign(total)
-    if s.tie != "drop":
-        elected = elected + (total == 0) * (n["majority"][0] if s.tie == "majority" else _TIES[s.tie])
+    if s.tie == "drop":
+        elected = torch.sign(total)
+    elif torch.compiler.is_compiling():  # the form that is faster where it is used, as in `_top`
+        tie = n["majority"][0] if s.tie == "majority" else _TIES[s.tie]
+        elected = torch.where(total > 0, 1.0, torch.where(total < 0, -1.0, tie))
+    else:
+        tie = n["majority"][0] if s.tie == "majority" else _TIES[s.tie]
+        elected = torch.sign(total) + (total == 0) * tie
     return [t * elected > 0 for t in x]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.assess import AssessContext
+from merge_search.engine.elementary import tanh
 from merge_search.recipe import Scalar
 
 __all__ = ["numbers", "pool", "reduce", "scores"]
@@ -49,9 +50,9 @@ def _inter(context: AssessContext, a: Sequence[Tensor]) -> list[Tensor]:
     raw = context.raw
     signed = [torch.sign(t) * v for t, v in zip(raw, a, strict=True)]
     if context.options["inter"] == "es":
-        return [_sum([torch.tanh(mine * other) for other in signed]) for mine in signed]
+        return [_sum([tanh(mine * other) for other in signed]) for mine in signed]
     total = _sum(raw if context.options["inter"] == "nlp" else signed)
-    return [torch.tanh(t * total) for t in raw]
+    return [tanh(t * total) for t in raw]
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
