@@ -240,7 +240,10 @@ def summary(row: dict[str, Any], cold: tuple[float, float], ties: list[float], t
     if theirs:
         slowest, slowest_cpu = (max(result[f"coefficients_{u}"], result[f"densities_{u}"]) for u in ("s", "cpu_s"))
         result |= {"mergekit_s": theirs.wall, "mergekit_cpu_s": theirs.cpu}
-        result |= {"mergekit_to_candidate": theirs.wall / slowest, "mergekit_cpu_to_candidate": theirs.cpu / slowest_cpu}
+        result |= {
+            "mergekit_to_candidate": theirs.wall / slowest,
+            "mergekit_cpu_to_candidate": theirs.cpu / slowest_cpu,
+        }
     return result
 
 

@@ -85,7 +85,11 @@ def export_folder(
         temporary.mkdir()
         _write_tensors(temporary, entries, tensors, shard_bytes)
         _write_settings(temporary, base, entries)
-        texts: dict[str, str | Path] = {"README.md": card, "recipe.json": recipe.to_json() + "\n", **(extra() if extra else {})}
+        texts: dict[str, str | Path] = {
+            "README.md": card,
+            "recipe.json": recipe.to_json() + "\n",
+            **(extra() if extra else {}),
+        }
         for name, content in texts.items():
             _write_file(temporary / name, content)
         digest = hash_folder(temporary)
