@@ -468,21 +468,21 @@ def test_data_files_are_found_beside_the_task_file_from_any_directory(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "shared").mkdir()
+    (tmp_path / "common").mkdir()
     for name in ("test.jsonl", "train.jsonl"):
-        (tmp_path / "shared" / name).write_text((folder / name).read_text())
-    (tmp_path / "shared" / "_base.yaml").write_text(
+        (tmp_path / "common" / name).write_text((folder / name).read_text())
+    (tmp_path / "common" / "_base.yaml").write_text(
         yaml.safe_dump({**CHOICE, "dataset_kwargs": {"data_files": {"test": ["te*.jsonl"]}}})
     )
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.yaml").write_text("task: t_included\ninclude: ../shared/_base.yaml\n")
+    (tmp_path / "sub" / "a.yaml").write_text("task: t_included\ninclude: ../common/_base.yaml\n")
     (tmp_path / "sub" / "b.yaml").write_text(
         yaml.safe_dump(
             {
                 "task": "t_one_file",
                 **CHOICE,
                 "test_split": "train",
-                "dataset_kwargs": {"data_files": "../shared/test.jsonl"},
+                "dataset_kwargs": {"data_files": "../common/test.jsonl"},
             }
         )
     )
