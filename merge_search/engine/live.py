@@ -145,14 +145,16 @@ def _load(info: CheckpointInfo, dtype: torch.dtype, task: str) -> tuple[Any, dic
             f"{names[0]!r}; models that bring their own code are not run"
         )
     options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, "use_safetensors": True}
-    bars = transformers.utils.logging.is_progress_bar_enabled()
+    bars, verbosity = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what is missing or unexpected is checked and said by us
     try:
         # The files may be replaced while the model lives: it must not be a mapping of them.
         model, loading = known.from_pretrained(str(info.folder), disable_mmap=True, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise WeightsError(f"{info.folder}: transformers cannot load the base: {error}") from error
     finally:
+        transformers.utils.logging.set_verbosity(verbosity)
         if bars:
             transformers.utils.logging.enable_progress_bar()
     return model, loading
