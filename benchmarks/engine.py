@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ class Clock:
     def __call__(self, call: Callable[[], object]) -> tuple[float, float]:
         cpu = time.process_time()
         if self.device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             call()
             end.record()
@@ -132,9 +133,11 @@ class Copy:
         self.bytes = 2 * sum(a.numel() * a.element_size() for a, _ in self.pairs)
         self.clock = clock
         unit = 0 if clock.device.type == "cuda" else 1
-        parts = [(a, b) for x, y in self.pairs for a, b in zip(x.split(2**18), y.split(2**18), strict=True)]
+        parts = [
+            (a, b) for x, y in self.pairs for a, b in zip(torch.split(x, 2**18), torch.split(y, 2**18), strict=True)
+        ]
         forms = [self.pairs, parts]
-        costs = [min(self.clock(lambda form=form: self._run(form))[unit] for _ in range(3)) for form in forms]
+        costs = [min(self.clock(partial(self._run, form))[unit] for _ in range(3)) for form in forms]
         self.pairs = forms[costs.index(min(costs))]
 
     @staticmethod
@@ -143,7 +146,7 @@ class Copy:
             out.copy_(source)
 
     def __call__(self) -> tuple[float, float]:
-        return self.clock(lambda: self._run(self.pairs))
+        return self.clock(partial(self._run, self.pairs))
 
 
 def candidates(name: str, tensors: MemoryTensors, kind: str) -> Iterator[Any]:
@@ -168,10 +171,10 @@ def worker(options: argparse.Namespace) -> None:
     for name in options.presets:
         torch._dynamo.reset()
         engine = MergeEngine(tensors, compile="auto" if options.compile else False, cache_bytes=options.cache_bytes)
-        first = clock(lambda name=name, engine=engine: engine.apply(preset(name, tensors.models), views))
+        first = clock(partial(engine.apply, preset(name, tensors.models), views))
         row: dict[str, Any] = {"preset": name, "first": first, "compiled": engine.is_compiled}
-        for kind in ("coefficients", "densities") if copy else ():
-            if kind == "densities" and PRESETS[name].density is None:
+        for kind in ("coefficients", "densities"):
+            if copy is None or (kind == "densities" and PRESETS[name].density is None):
                 continue
             recipes = candidates(name, tensors, kind)
             engine.apply(next(recipes), views)
@@ -179,7 +182,7 @@ def worker(options: argparse.Namespace) -> None:
             for _ in range(options.repeats):
                 beside, recipe = copy(), next(recipes)
                 engine.forget()
-                row[kind].append((*clock(lambda r=recipe, e=engine: e.apply(r, views)), *beside))  # noqa: B023
+                row[kind].append((*clock(partial(engine.apply, recipe, views)), *beside))
         row["bytes"] = copy.bytes if copy else 0
         row["parameters"] = sum(v.numel() for v in views.values())
         print(json.dumps(row), flush=True)

@@ -297,11 +297,11 @@ _ALL: tuple[Preset, ...] = (
     ),
     Preset(
         "nearswap", "the expert's value where it is close to the base's", "mergekit, Goddard et al. 2024, arXiv 2403.13257",
-        {"operator": {"name": "nearswap"}}, experts=(1, 1),
+        {"operator": {"name": "nearswap"}},
     ),
     Preset(
         "arcee_fusion", "only changes with outstanding |delta| x KL of their row", "mergekit, Goddard et al. 2024, arXiv 2403.13257",
-        {"operator": {"name": "arcee_fusion"}}, experts=(1, 1),
+        {"operator": {"name": "arcee_fusion"}},
     ),
     Preset(
         "regmean", "least-squares match of every linear layer's outputs", "RegMean, Jin et al. 2022, arXiv 2212.09849",

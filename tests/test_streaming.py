@@ -135,9 +135,7 @@ for folder in map(Path, sys.argv[1:]):
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
 @pytest.mark.parametrize("scope", ["tensor", "model"])
-def test_memory_grows_by_a_small_part_of_what_the_model_grows(
-    tmp_path: Path, scope: str
-) -> None:
+def test_memory_grows_by_a_small_part_of_what_the_model_grows(tmp_path: Path, scope: str) -> None:
     sizes = {}
     for layers in (8, 28):
         folder = tmp_path / str(layers)

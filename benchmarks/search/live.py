@@ -43,7 +43,10 @@ OPPONENTS: dict[str, dict[str, Any]] = {
     "botorch, raced": {"space": BLOCKS, "search": {"sampler": "botorch", "racing": {}}},
     "botorch, mission space": {"space": MISSION, "search": {"sampler": "botorch"}},
     "presets": {"space": UNIFORM, "search": {"sampler": "random", "baselines": PUBLISHED}},
-    "learner alone": {"space": {"type": "uniform", "presets": ["task_arithmetic"]}, "search": {"sampler": "random", "learner": ROWS}},
+    "learner alone": {
+        "space": {"type": "uniform", "presets": ["task_arithmetic"]},
+        "search": {"sampler": "random", "learner": ROWS},
+    },
     "two levels": {"space": UNIFORM, "search": {"sampler": "botorch", "learner": LEVELS}},
 }
 FIELDS = ["opponent", "seed", "candidates", "questions", "trials", "test_mean", "test_se", "base", "best_expert_mean",

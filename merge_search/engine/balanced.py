@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["balanced_masks"]
+__all__ = ["balanced_masks", "counts_of"]
+
+_PAIRS = 16
+
+
+def counts_of(density: float, columns: int, block_size: int) -> tuple[int, int]:
+    """Entries kept of every whole block, and of the shorter last one of a row: all that a density decides."""
+    return max(1, round(density * block_size)), max(1, round(density * (columns % block_size)))
 
 
 def balanced_masks(
@@ -27,16 +34,16 @@ def balanced_masks(
     free = torch.ones_like(scores[0], dtype=torch.bool)
     masks = []
     for score, density in zip(scores, densities, strict=True):
-        keep = max(1, round(density * block_size))
+        keep, rest = counts_of(density, score.shape[-1], block_size)
         candidate = torch.where(free & (score > 0), score, -1.0)
-        mask = _largest(candidate, block_size, keep, density) & (candidate > 0)
+        mask = _largest(candidate, block_size, keep, rest) & (candidate > 0)
         if exclusive:
             free &= ~mask
         masks.append(mask.reshape(-1))
     return masks
 
 
-def _largest(score: Tensor, block_size: int, keep: int, density: float) -> Tensor:
+def _largest(score: Tensor, block_size: int, keep: int, rest: int) -> Tensor:
     columns = score.shape[-1]
     whole = columns // block_size * block_size
     parts = []
@@ -44,14 +51,24 @@ def _largest(score: Tensor, block_size: int, keep: int, density: float) -> Tenso
         blocks = score[..., :whole].reshape(*score.shape[:-1], whole // block_size, block_size)
         parts.append((_places(blocks) < keep).reshape(*score.shape[:-1], whole))
     if whole < columns:
-        parts.append(_places(score[..., whole:]) < max(1, round(density * (columns - whole))))
+        parts.append(_places(score[..., whole:]) < rest)
     return torch.cat(parts, -1)
 
 
 def _places(blocks: Tensor) -> Tensor:
     """Rank of each entry in the last axis, 0 the largest, ties by lowest index; by counting, which beats sorting here."""
+    size = blocks.shape[-1]
+    if size <= _PAIRS:  # every pair compared once, along memory
+        lanes = blocks.reshape(-1, size).t().contiguous()
+        found = torch.zeros(lanes.shape, dtype=torch.int8, device=lanes.device)
+        for i in range(size):
+            for j in range(i + 1, size):
+                later = lanes[j] > lanes[i]
+                found[i] += later
+                found[j] += ~later
+        return found.t().reshape(blocks.shape)
     places = torch.zeros_like(blocks, dtype=torch.int16)
-    for i in range(blocks.shape[-1]):
+    for i in range(size):
         other = blocks[..., i : i + 1]
         ahead = other > blocks
         ahead[..., i + 1 :] |= (other == blocks)[..., i + 1 :]

@@ -15,7 +15,7 @@ from merge_search.engine import stages
 from merge_search.engine.assess import AssessContext, load, measure_of
 from merge_search.engine.fused import scalars, sweep
 from merge_search.engine.order import Table, TableBuilder, row_ranks
-from merge_search.engine.pipeline import Numbers, Pass, Source, Structure, Tensors, is_vector
+from merge_search.engine.pipeline import HALF_RANKS, Numbers, Pass, Source, Structure, Tensors, is_vector
 from merge_search.errors import NonFiniteError
 from merge_search.recipe import Assess, Scalar, Select
 
@@ -340,7 +340,11 @@ class Facts:
         yield from _assessed(p, base, experts, self.tensors.device)
 
     def ranks(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()) -> list[Tensor]:
-        """Rank of every score within its row (scope ``row``) or tensor, 0 the largest. Flat float32 (loads fastest), stored."""
+        """Rank of every score within its row (scope ``row``) or tensor, 0 the largest. Flat, stored.
+
+        Up to `HALF_RANKS` a row they are float16, less half of that, which is exact and half as much to keep and to read;
+        else float32.
+        """
         options = json.dumps(self.options(assess), sort_keys=True)
         at = coefficients if "scaled" in options else ()
         key = ("ranks", assess.measure, options, scope.key(), scope.select.scope, scope.seed, name, at)
@@ -348,13 +352,18 @@ class Facts:
         if found is None:
             shape = self.tensors.base(name).shape if scope.select.scope == "row" else (-1,)
             scores = self.whole_scores(assess, scope, name, coefficients)
+            length = shape[-1] if scope.select.scope == "row" and shape else scores[0].numel()
             made = {
-                id(a): row_ranks(a.reshape(shape)).reshape(-1).to(torch.float32)
+                id(a): _packed(row_ranks(a.reshape(shape)).reshape(-1), length)
                 for a in {id(a): a for a in scores}.values()
             }
             found = [made[id(a)] for a in scores]
             self.stored.put(key, found)
         return found
+
+
+def _packed(ranks: Tensor, length: int) -> Tensor:
+    return (ranks - HALF_RANKS // 2).to(torch.float16) if length <= HALF_RANKS else ranks.to(torch.float32)
 
 
 def _assessed(

@@ -2,7 +2,7 @@
 
 Chunks give the bits of `reference`, five times faster than whole tensors. Compiled, load, subtract, mask, scale, elect,
 mix, add and cast become one loop, and one graph serves every length and every candidate: all numbers are inputs.
-It gives the same bits on CPUs except where a rule contains exp, log or tanh (PCB, CKI, softmax: last-bit differences
+It gives the same bits on CPUs except where a rule contains exp or log (PCB, CKI, softmax: last-bit differences
 before the cast); a GPU may contract a multiplication and an addition into one rounding.
 """
 

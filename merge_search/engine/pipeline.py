@@ -19,6 +19,7 @@ from merge_search.errors import RecipeError
 from merge_search.recipe import Group, Models, Recipe, Scalar
 
 __all__ = [
+    "HALF_RANKS",
     "Given",
     "Numbers",
     "Pass",
@@ -30,6 +31,9 @@ __all__ = [
     "output_dtype",
     "statistic_of",
 ]
+
+HALF_RANKS = 2**12
+"""Given ranks that are float16 are those of rows no longer than this, less half of this."""
 
 Numbers = dict[str, list[float] | list[int]]
 """Scalars of a pass by name; integers are signed 32-bit."""

@@ -10,7 +10,7 @@ import torch
 
 from merge_search.engine.allocate import Allocation, allocate
 from merge_search.engine.assess import measure_of
-from merge_search.engine.balanced import balanced_masks
+from merge_search.engine.balanced import balanced_masks, counts_of
 from merge_search.engine.facts import Facts, Scope
 from merge_search.engine.fused import Runner
 from merge_search.engine.maps import n_rows, rows_of
@@ -45,6 +45,7 @@ class Planner:
         self.facts = Facts(tensors, cache_bytes=cache_bytes)
         self._allocations: dict[str, Allocation] = {}
         self._surveys: dict[Hashable, dict[str, list[float]]] = {}
+        self._means: dict[Hashable, dict[str, float]] = {}
 
     # --- recipe level
 
@@ -88,12 +89,21 @@ class Planner:
             scope = Scope(tuple(recipe.models.experts), recipe.select, 0.0, recipe.seed)
 
             def importance(expert: str, name: str) -> float:
-                scores = self.facts.whole_scores(rule, scope, name)
-                return float(scores[self.facts.active(name, scope.experts).index(expert)].to(torch.float64).mean())
+                return self._importance(rule, scope, expert, name)
 
             made = allocate(recipe, self.tensors, lambda name: self.facts.active(name, scope.experts), importance)
-            self._allocations = {key: made}  # a candidate's own; importance itself comes from the facts
+            self._allocations = {key: made}  # a candidate's own; importance itself is remembered
         return self._allocations[key]
+
+    def _importance(self, rule: Assess, scope: Scope, expert: str, name: str) -> float:
+        """Mean score of an expert on a tensor."""
+        seed = scope.seed if rule.measure == "random" else 0
+        key = (rule.model_dump_json(), scope.key(), seed, name)
+        if key not in self._means:
+            scores = self.facts.whole_scores(rule, scope, name)
+            active = self.facts.active(name, scope.experts)
+            self._means[key] = {e: float(a.to(torch.float64).mean()) for e, a in zip(active, scores, strict=True)}
+        return self._means[key][expert]
 
     # --- tensor level
 
@@ -245,7 +255,7 @@ class Planner:
             select.block_size,
             select.exclusive,
             p.name,
-            densities,
+            tuple(counts_of(d, p.shape[-1] if p.shape else 1, select.block_size) for d in densities),
             scope.seed,
             coefficients if recipe.assess.options.get("at") == "scaled" else (),
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merge_search.engine.assess import scores_of
 from merge_search.engine.masks import draw, indices, uniform
-from merge_search.engine.pipeline import Source, Structure
+from merge_search.engine.pipeline import HALF_RANKS, Source, Structure
 
 __all__ = ["Survivors", "combine", "elect", "merge", "survivors", "survivors_of", "voices"]
 
@@ -129,14 +129,18 @@ def _select(
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """Keep masks, and keep probabilities where the rule has them."""
     every = range(s.experts)
+    rank = [
+        r.to(torch.float32) + HALF_RANKS / 2 if r.dtype == torch.float16 else r.to(torch.float32)
+        for r in given.get("rank", ())
+    ]
     if s.select == "threshold":
         return [a[i] > n["threshold"][0] for i in every], []
     if s.select == "mask":
         return [given["mask"][i] > 0 for i in every], []
     if s.select == "rank":
-        return [given["rank"][i] < n["count"][i] for i in every], []
+        return [rank[i] < n["count"][i] for i in every], []
     if s.select == "rank_band":
-        return [(given["rank"][i] >= n["drop"][i]) & (given["rank"][i] < n["count"][i]) for i in every], []
+        return [(rank[i] >= n["drop"][i]) & (rank[i] < n["count"][i]) for i in every], []
     if s.select == "soft_threshold":
         return [_soft(a[i], n["low"][i], n["span"][i]) for i in every], []
     if s.select == "all":
@@ -156,7 +160,7 @@ def _select(
     u = [uniform(where, n["key1"][i], n["key2"][i]) for i in every]
     if s.select == "rank_probability":
         last = n["last"][0]
-        p = [n["density"][i] + n["epsilon"][i] * ((last - 2.0 * given["rank"][i]) / last) for i in every]
+        p = [n["density"][i] + n["epsilon"][i] * ((last - 2.0 * rank[i]) / last) for i in every]
     else:
         p = [torch.clamp(n["kappa"][i] * a[i], max=1.0) for i in every]
     return [u[i] < p[i] for i in every], p
