@@ -122,8 +122,8 @@ class Scores:
 
     @property
     def is_mean(self) -> bool:
-        """Whether `score` is the mean of `values`, so that parts can be joined."""
-        return math.isclose(self.score, float(self.values.mean()), rel_tol=1e-6, abs_tol=1e-9)
+        """Whether `score` is the mean of `values` (up to how `pack` rounds them), so that parts can be joined."""
+        return math.isclose(self.score, float(self.values.mean()), rel_tol=1e-3, abs_tol=1e-4)
 
     def joined(self, more: Scores) -> Scores:
         """These questions and `more` that come after them, for metrics that are means."""

@@ -148,6 +148,7 @@ class _Driver:
         self.objective.check_references(self.references)
         self.owners = owners_of(self.objective, self.references)
         self.bench.offer_statistics(self.owners)
+        self.race_weights = self._race_weights() if self.racing else None
         self._enqueue_start()
         total = self.plan.file.search.n_trials
         done = len(finished_records(self.study))
@@ -195,6 +196,15 @@ class _Driver:
             stored = {"evaluation": scored.evaluation.to_attribute(), "weights_sha256": scored.weights_sha256}
             self.study.set_user_attr(key, stored)
         return references_of(self.study, self.plan.metrics, self.plan.context.experts)
+
+    def _race_weights(self) -> dict[str, float] | None:
+        """Weights of the metrics in the one objective; None, with a note, where prefixes cannot be compared or joined."""
+        base = Evaluation.from_attribute(self.study.user_attrs["reference.base"]["evaluation"])
+        weights = self.objective.weights(self.references)
+        if len(self.objective.names) == 1 and weights is not None and all(s.is_mean for s in base.scores.values()):
+            return weights
+        self.listener.note("racing is off: it needs one objective that is a weighted sum of means over questions")
+        return None
 
     def _best_expert(self) -> float | None:
         """First objective of the best expert."""
@@ -291,8 +301,8 @@ class _Driver:
     def _race(self, trial: Trial, recipe: Recipe) -> Scored:
         """Score on the search questions; a candidate that is clearly worse than the incumbent is stopped at a look."""
         digest, seconds = self.bench.splice(recipe)
-        weights = self.objective.weights(self.references) if self.racing else None
         incumbent = selection.best(self.study, self.objective)
+        weights = self.race_weights
         if self.racing is None or weights is None or incumbent is None or "label" in trial.user_attrs:
             return Scored(self.bench.ask(Split.SEARCH, self.fidelity), digest, seconds)
         looks, evaluation, after = [*self.racing.looks, 1.0], None, 0.0
