@@ -142,7 +142,8 @@ class Select(_Value):
 
     kind:
         all               everything
-        top_k             the round(density * n) largest scores; ties by lowest index
+        top_k             the round(density * n) largest scores; ties by lowest index. Above 2**16 elements the
+                          threshold comes from a histogram: the count is off by little (`engine.order` says how little)
         threshold         score > `threshold`; density is not used
         band              drop the round(gamma * n) largest, keep the round(density * n) next
         bernoulli         each with probability density (counter-based, nested in the density)
@@ -193,8 +194,9 @@ class Resolve(_Value):
     """Sign conflicts: keep, at each entry, only experts that agree with the elected sign.
 
     ``sum`` elects the sign of the sum of surviving deltas, ``count`` that of the sum of their signs; with
-    `weighted` they are multiplied by their coefficients first. `tie` says what an exact zero means:
-    ``plus``, ``minus``, ``majority`` (the sign most entries of the tensor elected) or ``drop``.
+    `weighted` they are multiplied by their coefficients first; whether an expert agrees is a matter of its delta alone,
+    also where its coefficient is negative. `tie` says what an exact zero means: ``plus``, ``minus``, ``majority`` (the
+    sign most entries of the tensor elected, counted on at most 2048 evenly spaced ones) or ``drop``.
     """
 
     kind: Literal["none", "sum", "count"] = "none"

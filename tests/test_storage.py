@@ -115,3 +115,12 @@ def test_an_unreachable_storage_is_named_without_its_password() -> None:
     with pytest.raises(StorageError) as caught:
         open_storage("postgresql://someone:secret@localhost:1/none")
     assert "secret" not in str(caught.value)
+
+
+def test_a_database_without_a_lock_of_its_own_is_refused() -> None:
+    storage = open_storage("sqlite://")
+    with (
+        pytest.raises(StorageError, match="must be sqlite:///FILE or PostgreSQL"),
+        driver_lock(storage, "sqlite://", "s"),
+    ):
+        pass

@@ -64,7 +64,7 @@ def driver_lock(storage: optuna.storages.RDBStorage, url: str, name: str) -> Ite
     """Hold the study `name` for this process; the lock goes with the process, however it ends.
 
     Raises:
-        StorageError: another process drives the study now.
+        StorageError: another process drives the study now, or the database has no lock that ends with its process.
     """
     message = f"study {name!r} in {_without_password(url)} is being run by another process; wait for it or stop it"
     if url.startswith("sqlite:///"):
@@ -77,7 +77,10 @@ def driver_lock(storage: optuna.storages.RDBStorage, url: str, name: str) -> Ite
                 raise StorageError(message)
             yield
     else:
-        yield
+        raise StorageError(
+            f"storage {_without_password(url)!r} must be sqlite:///FILE or PostgreSQL: only there can two drivers of one study "
+            "be kept apart"
+        )
 
 
 @contextmanager
