@@ -15,7 +15,6 @@ import csv
 import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import machine
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -157,21 +157,10 @@ def commands(options: argparse.Namespace, file: Path, out: Path) -> dict[str, li
 
 
 def describe(options: argparse.Namespace) -> dict[str, object]:
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True).stdout
     return {
-        "date": time.strftime("%Y-%m-%d"), "commit": commit.strip(), "machine": model, "cores": options.cores,
-        "method": options.method, "experts": len(EXPERTS), "dtype": "bfloat16",
+        **machine.place(), "cores": options.cores, "method": options.method, "experts": len(EXPERTS), "dtype": "bfloat16",
         "parameters": sum(torch.Size(shape).numel() for _, shape in shapes(options.layers)),
-        "cache": "dropped" if options.drop_cache else "warm", "torch": torch.__version__, "python": platform.python_version(),
+        "cache": "dropped" if options.drop_cache else "warm",
     }  # fmt: skip
 
 

@@ -194,8 +194,8 @@ class Resolve(_Value):
     """Sign conflicts: keep, at each entry, only experts that agree with the elected sign.
 
     ``sum`` elects the sign of the sum of surviving deltas, ``count`` that of the sum of their signs; with
-    `weighted` they are multiplied by their coefficients first; whether an expert agrees is a matter of its delta alone,
-    also where its coefficient is negative. `tie` says what an exact zero means: ``plus``, ``minus``, ``majority`` (the
+    `weighted` they are multiplied by their coefficients first, and an expert agrees where that product has the elected sign:
+    one with a negative coefficient speaks for the opposite of its delta, one with coefficient zero is silent. `tie` says what an exact zero means: ``plus``, ``minus``, ``majority`` (the
     sign most entries of the tensor elected, counted on at most 2048 evenly spaced ones) or ``drop``.
     """
 

@@ -10,7 +10,7 @@ from merge_search.engine.engine import MergeEngine
 from merge_search.engine.facts import Facts, Scope
 from merge_search.engine.memory import MemoryTensors
 from merge_search.engine.order import row_ranks
-from merge_search.engine.pipeline import HALF_RANKS
+from merge_search.engine.pipeline import SHORT_RANKS
 from merge_search.presets import preset
 from merge_search.recipe import Assess, Select
 
@@ -23,14 +23,13 @@ def tensors(shape, seed=0):
     )
 
 
-@pytest.mark.parametrize("columns", [1, 5, HALF_RANKS, HALF_RANKS + 1])
+@pytest.mark.parametrize("columns", [1, 5, SHORT_RANKS, SHORT_RANKS + 1])
 def test_stored_ranks_are_exact(columns):
     models = tensors((3, columns))
     scope = Scope(("a", "b"), Select(kind="rank_probability", scope="row"), 0.0, 0)
     (found, _) = Facts(models, cache_bytes=2**30).ranks(Assess(), scope, "w")
-    if found.dtype == torch.float16:
-        found = found.float() + HALF_RANKS / 2
     delta = models.expert("a", "w") - models.base("w")
+    assert found.dtype == (torch.int16 if columns <= SHORT_RANKS else torch.float32)
     assert torch.equal(found.reshape(3, columns).int(), row_ranks(delta.abs()))
 
 

@@ -213,6 +213,26 @@ def test_a_coefficient_of_zero_still_votes_unless_votes_are_weighted():
     assert weighted.tolist() == [[1.0, 1.0]]
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_negative_coefficient_votes_and_agrees_with_the_opposite_sign_where_votes_are_weighted(compile):
+    # weighted votes: (2, -1, 0.5), (-2, -1, 0.5), (2, 1, 0.5): elected +, -, +
+    a, b, c = [[2.0, -2.0, 2.0]], [[1.0, 1.0, -1.0]], [[1.0, 1.0, 1.0]]
+    long = 400  # long enough for a compiled loop
+    tensors = MemoryTensors(
+        {"w": torch.zeros(long, 3)}, {e: {"w": torch.tensor(v * long)} for e, v in {"a": a, "b": b, "c": c}.items()}
+    )
+    settings = {"coefficients": {"a": 1.0, "b": -1.0, "c": 0.5}, "resolve": {"kind": "sum", "weighted": True}}
+
+    def at(splice):
+        made = recipe(tensors, **settings, splice={"kind": splice})
+        return dict(MergeEngine(tensors, compile=compile).merged(made))["w"][-1].tolist()
+
+    assert at("sum") == [2.5, -3.0, 3.5]
+    assert at("count") == pytest.approx([2.5 / 2, -3.0 / 2, 3.5 / 3])
+    # divided by the coefficients that agree: 1 + 0.5; 1 - 1 = 0, left out; 1 - 1 + 0.5
+    assert at("coefficient") == pytest.approx([2.5 / 1.5, 0.0, 3.5 / 0.5])
+
+
 @pytest.mark.parametrize(("tie", "expected"), [("plus", 1.0), ("minus", -1.0), ("drop", 0.0), ("majority", -1.0)])
 def test_an_exact_tie_is_settled_as_the_recipe_says(tie, expected):
     one, two = torch.tensor([[1.0, -3.0, -4.0]]), torch.tensor([[-1.0, -3.0, 1.0]])

@@ -153,6 +153,41 @@ def test_memory_grows_by_a_small_part_of_what_the_model_grows(tmp_path: Path, sc
         assert (folder / "out" / "model.safetensors").stat().st_size == size
 
 
+LIMITED = """
+import resource, sys, threading
+from pathlib import Path
+import torch
+import merge_search.deliver
+from merge_search.cli import main
+
+torch.set_num_threads(1)
+threading.stack_size(2**20)  # in place of 8 MiB for every core
+room, file, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+lines = Path("/proc/self/status").read_text().splitlines()
+used = 1024 * int(next(line for line in lines if line.startswith("VmData:")).split()[1])
+resource.setrlimit(resource.RLIMIT_DATA, (used + room, used + room))
+try:
+    bytearray(room + 2**24)  # the stack counts as used, but is not limited
+except MemoryError:
+    main(["merge", file, out])
+else:
+    sys.exit("the limit does not hold")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not limit a process's own memory so")
+def test_models_four_times_larger_than_the_memory_that_is_left_are_merged_to_the_same_bytes(tmp_path: Path) -> None:
+    write_models(tmp_path, layers=16, width=1024)  # 64 MiB each
+    file = write_file(tmp_path)
+    models = sum(f.stat().st_size for f in tmp_path.glob("*/model.safetensors"))
+    limited, free = tmp_path / "limited", tmp_path / "free"
+    command = [sys.executable, "-c", LIMITED, str(models // 4), str(file), str(limited)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    merge_recipe(file, free)
+    assert (limited / "model.safetensors").read_bytes() == (free / "model.safetensors").read_bytes()
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 

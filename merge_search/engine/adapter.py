@@ -2,8 +2,8 @@
 
 A key is ``base_model.model.<module>.lora_A.weight``, ``.lora_B.weight``, ``.lora_embedding_A``, ``.lora_embedding_B``
 or ``.lora_magnitude_vector`` (DoRA); modules saved whole and biases stand under their plain names and replace the
-base's. Adapters name *modules*; they are used where the module's weight has the same name on disk, which holds for
-Llama, Mistral, Qwen, Gemma, Phi, GPT-2, OPT, BERT and their like. The arithmetic is in `checkpoint`.
+base's. Adapters name *modules*: where a module has another name on disk (ViT, GPT-NeoX's head, a router of Mixtral), or
+is several tensors there (experts saved whole), `module_names` says which. The arithmetic is in `checkpoint`.
 
 Source: Hu et al. 2021, arXiv 2106.09685; scale alpha / sqrt(r): Kalajdzievski 2023, arXiv 2312.03732;
 DoRA: Liu et al. 2024, arXiv 2402.09353.
@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from merge_search.engine.headers import CheckpointInfo
+
+if TYPE_CHECKING:
+    from merge_search.engine.module_names import Part
 
 __all__ = ["AdapterEntry", "plan_adapter"]
 
@@ -37,7 +40,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 class AdapterEntry:
     """How one tensor of the base changes; the fields are names of the adapter's tensors.
 
-    Either `whole` alone (the tensor is replaced), or `a` and `b`: W + scale * B @ A, transposed where
+    Either `whole` alone (the tensor is replaced, by `part` of it where one is given), or `a` and `b`: W + scale * B @ A, transposed where
     `transpose`; with `magnitude` (DoRA) every row of that is scaled to a learned norm. With `whole` as well,
     W is `whole` (peft saves an embedding that it also adapts).
     """
@@ -49,40 +52,71 @@ class AdapterEntry:
     scale: float = 1.0
     transpose: bool = False
     is_embedding: bool = False
+    module: str = ""
+    part: Part | None = None
 
 
 def plan_adapter(base: CheckpointInfo, adapter: CheckpointInfo) -> tuple[dict[str, AdapterEntry], list[str]]:
     """Entries by name of the base's tensor, and every problem found."""
     problems = _check_config(adapter.config)
+    if not adapter.tensors:
+        problems.append("the adapter holds no tensors")
+    named = {key: _named(key) for key in adapter.tensors}
+    renamed = _renamed(base, {parameter for parameter, _ in named.values()})
     entries: dict[str, AdapterEntry] = {}
-    for key in adapter.tensors:
-        name = key.removeprefix(PREFIX)
-        found = FACTOR.fullmatch(name)
-        if found is None:
-            plain = re.sub(r"\.(base_layer|modules_to_save(\.default)?|original_module)(?=\.)", "", name)
-            target, change = plain, {"whole": key}
-        else:
-            target = f"{found['module']}.weight"
-            factor = found["factor"]
-            change = {{"A": "a", "B": "b", "r": "magnitude"}[factor[-1]]: key}
-        if target not in base.tensors:
-            problems.append(_unknown(key, target, base))
+    for key, (parameter, factor) in named.items():
+        parts = renamed.get(parameter, ())
+        if parameter in base.tensors:
+            targets: dict[str, Part | None] = {parameter: None}
+        elif factor and not (len(parts) == 1 and parts[0].is_whole):
+            problems.append(_unknown(key, parameter, base, len(parts)))
             continue
-        entry = replace(entries.get(target, AdapterEntry()), **change)  # type: ignore[arg-type]
-        if found is not None:
-            is_embedding = entry.is_embedding or "embedding" in found["factor"]
-            transpose = is_embedding or bool(adapter.config.get("fan_in_fan_out"))
-            entry = replace(entry, is_embedding=is_embedding, transpose=transpose)
-        entries[target] = entry
+        else:
+            targets = {p.name: None if p.is_whole else p for p in parts}
+        if not targets:
+            problems.append(_unknown(key, parameter, base, 0))
+        for target, part in targets.items():
+            known = entries.get(target, AdapterEntry(module=parameter.removesuffix(".weight")))
+            entries[target] = _extended(known, key, factor, part, adapter)
     for target, entry in entries.items():
         if entry.a or entry.b or entry.magnitude:
             entries[target] = _with_scale(target, entry, base, adapter, problems)
+        elif entry.part is not None:
+            if adapter.tensors[entry.whole].n_elements != entry.part.n_elements:
+                problems.append(
+                    f"{entry.whole!r} must have {entry.part.n_elements} elements, found {adapter.tensors[entry.whole].n_elements}"
+                )
         elif adapter.tensors[entry.whole].shape != base.tensors[target].shape:
             shapes = f"{list(base.tensors[target].shape)} in the base, {list(adapter.tensors[entry.whole].shape)} in the adapter"
             problems.append(f"tensor {target!r} must have one shape, found {shapes}")
-    if not adapter.tensors:
-        problems.append("the adapter holds no tensors")
     return entries, problems
+
+
+def _named(key: str) -> tuple[str, str]:
+    """(parameter of the module, field of the entry that the key fills; '' for ``whole``)."""
+    name = key.removeprefix(PREFIX)
+    found = FACTOR.fullmatch(name)
+    if found is None:
+        return re.sub(r"\.(base_layer|modules_to_save(\.default)?|original_module)(?=\.)", "", name), ""
+    return f"{found['module']}.weight", found["factor"]
+
+
+def _extended(known: AdapterEntry, key: str, factor: str, part: Part | None, adapter: CheckpointInfo) -> AdapterEntry:
+    if not factor:
+        return replace(known, whole=key, part=part)
+    is_embedding = known.is_embedding or "embedding" in factor
+    transpose = is_embedding or bool(adapter.config.get("fan_in_fan_out"))
+    change: dict[str, Any] = {{"A": "a", "B": "b", "r": "magnitude"}[factor[-1]]: key}
+    return replace(known, is_embedding=is_embedding, transpose=transpose, **change)
+
+
+def _renamed(base: CheckpointInfo, parameters: Iterable[str]) -> dict[str, tuple[Part, ...]]:
+    missing = sorted(p for p in parameters if p not in base.tensors)
+    if not missing:
+        return {}
+    from merge_search.engine.module_names import parts_on_disk
+
+    return parts_on_disk(base, missing)
 
 
 def _check_config(config: Mapping[str, Any]) -> list[str]:
@@ -101,11 +135,13 @@ def _check_config(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _unknown(key: str, target: str, base: CheckpointInfo) -> str:
+def _unknown(key: str, target: str, base: CheckpointInfo, n_parts: int) -> str:
     if target in ("lm_head.weight", "embed_out.weight") and base.config.get("tie_word_embeddings"):
         why = "the base ties its head to the embedding, which the adapter would change apart"
+    elif n_parts:
+        why = f"that module is {n_parts} tensors on disk, which factors of low rank cannot be divided among"
     else:
-        why = "the base has no tensor of that name (adapters name modules, and this module has another name on disk)"
+        why = "neither the base's files nor the model that transformers makes of its config.json have it"
     return f"{key!r} changes {target!r}, but {why}; merge it with peft's merge_and_unload and give that folder"
 
 
@@ -123,7 +159,7 @@ def _with_scale(
             f"tensor {target!r}: factors B {list(b)} and A {list(a)} do not give the base's shape {list(shape)}"
         )
         return entry
-    config, module = adapter.config, target.removesuffix(".weight")
+    config, module = adapter.config, entry.module
     r = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
     if r != a[0] or not isinstance(alpha, int | float):

@@ -10,6 +10,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -75,7 +76,9 @@ class Checkpoint:
         t = self.info.tensors.get(name)
         if t is None:
             raise WeightsError(f"{self.info.folder}: has no tensor {name!r}")
-        data = torch.empty(t.n_bytes, dtype=torch.uint8)
+        data = torch.from_numpy(
+            np.empty(t.n_bytes, dtype=np.uint8)
+        )  # in huge pages, where torch takes small ones: half the time
         try:
             with t.file.open("rb", buffering=0) as f:
                 f.seek(t.start)
@@ -177,7 +180,8 @@ class Expert:
     def _adapted(self, name: str, entry: AdapterEntry) -> Tensor:
         base = self.base.tensor(name)
         if entry.whole:
-            base = self.checkpoint.tensor(entry.whole).to(base.dtype)
+            whole = self.checkpoint.tensor(entry.whole)
+            base = (whole if entry.part is None else entry.part.of(whole)).to(base.dtype)
         if not entry.a:
             return base
         magnitude = self.checkpoint.tensor(entry.magnitude) if entry.magnitude else None

@@ -14,6 +14,7 @@ from merge_search.errors import WeightsError
 __all__ = ["check_models"]
 
 N_SHOWN = 5
+_ANOTHER = "give a whole fine-tune of this base, or the base that it was trained from"
 
 
 def check_models(base: str | Path, experts: Mapping[str, str | Path]) -> list[str]:
@@ -100,9 +101,9 @@ def _check_expert(
     missing = [n for n in wanted if n not in expert.tensors]
     extra = [n for n in layout(expert) if n not in base.tensors]
     if missing:
-        problems.append(f"must have every tensor of the base, {_count(missing)} missing")
+        problems.append(f"must have every tensor of the base, {_count(missing, 'missing')}; {_ANOTHER}")
     if extra:
-        problems.append(f"must have only tensors of the base, {_count(extra)} too many")
+        problems.append(f"must have only tensors of the base, {_count(extra, 'too many')}; {_ANOTHER}")
     can_match_rows = ours is not None and theirs is not None and not mismatch
     problems += _shorten(_check_tensors(base, expert, [n for n in wanted if n in expert.tensors], can_match_rows))
     return problems
@@ -123,16 +124,16 @@ def _check_tensors(base: CheckpointInfo, expert: CheckpointInfo, names: list[str
                     continue
                 why = "; rows can be matched only by tokenizers that both folders hold and that differ in added tokens alone"
             else:
-                why = ""
+                why = f"; {_ANOTHER}"
             problems.append(
                 f"tensor {name!r} must have the base's shape, got {list(a.shape)} in the base and {list(b.shape)} in the expert{why}"
             )
     return problems
 
 
-def _count(names: list[str]) -> str:
+def _count(names: list[str], what: str) -> str:
     shown = ", ".join(names[:N_SHOWN]) + (", ..." if len(names) > N_SHOWN else "")
-    return f"{len(names)} {'is' if len(names) == 1 else 'are'} ({shown})"
+    return f"{len(names)} {'is' if len(names) == 1 else 'are'} {what} ({shown})"
 
 
 def _shorten(problems: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from merge_search.engine import stages
 from merge_search.engine.assess import AssessContext, load, measure_of
 from merge_search.engine.fused import scalars, sweep
 from merge_search.engine.order import Table, TableBuilder, row_ranks
-from merge_search.engine.pipeline import HALF_RANKS, Numbers, Pass, Source, Structure, Tensors, is_vector
+from merge_search.engine.pipeline import SHORT_RANKS, Numbers, Pass, Source, Structure, Tensors, is_vector
 from merge_search.errors import NonFiniteError
 from merge_search.recipe import Assess, Scalar, Select
 
@@ -88,6 +88,8 @@ class Facts:
         self._reduced: dict[Hashable, list[tuple[float, ...]]] = {}
         self._tables: dict[Hashable, dict[str, Table]] = {}
         self._offsets: dict[bool, dict[str, int]] = {}
+        self._elements: int | None = None
+        self._asked: set[Hashable] = set()
 
     def flats(self, name: str, experts: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
         """Base and experts of a tensor, flattened (views where the pool's tensors are contiguous)."""
@@ -248,11 +250,32 @@ class Facts:
         )
         found = self.stored.get(key)
         if found is None:
-            context = self.context(assess, scope, name, coefficients)
-            made = load(assess.measure).scores(context)
-            found = [t.to(torch.float32).broadcast_to(context.base.shape).reshape(-1) for t in made]
+            found = self._made_scores(assess, scope, name, coefficients)
             self.stored.put(key, found)
         return found
+
+    def _made_scores(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...]) -> list[Tensor]:
+        if measure_of(assess).cheap:
+            p, base, experts = self._assessment(assess, scope, name)
+            parts = [a for _, a in _assessed(p, base, experts, self.tensors.device)]
+            return [torch.cat([part[i] for part in parts]) for i in range(len(p.experts))]
+        context = self.context(assess, scope, name, coefficients)
+        made = load(assess.measure).scores(context)
+        return [t.to(torch.float32).broadcast_to(context.base.shape).reshape(-1) for t in made]
+
+    def keeps(self, assess: Assess, scope: Scope, name: str) -> bool:
+        """Whether a cheap measure's scores are worth storing: dear, asked for before, and with room for those of all tensors."""
+        if not measure_of(assess).dear:
+            return False
+        if self._elements is None:
+            self._elements = sum(self.tensors.base(n).numel() for n in self.tensors.groups)
+        if 4 * self._elements * len(scope.experts) > self.stored.limit:
+            return False
+        key = (assess.measure, tuple(sorted(self.options(assess).items())), scope.key(), name)
+        if key in self._asked:
+            return True
+        self._asked.add(key)
+        return False
 
     def whole_scores(
         self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()
@@ -260,9 +283,7 @@ class Facts:
         """Scores of any measure over a whole tensor, flat float32, not stored if cheap."""
         if self.source(assess).kind == "given":
             return self.scores(assess, scope, name, coefficients)
-        p, base, experts = self._assessment(assess, scope, name)
-        parts = [a for _, a in _assessed(p, base, experts, self.tensors.device)]
-        return [torch.cat([part[i] for part in parts]) for i in range(len(p.experts))]
+        return self._made_scores(assess, scope, name, coefficients)
 
     def _assessment(self, assess: Assess, scope: Scope, name: str) -> tuple[Pass, Tensor, list[Tensor]]:
         active = self.active(name, scope.experts)
@@ -342,8 +363,7 @@ class Facts:
     def ranks(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()) -> list[Tensor]:
         """Rank of every score within its row (scope ``row``) or tensor, 0 the largest. Flat, stored.
 
-        Up to `HALF_RANKS` a row they are float16, less half of that, which is exact and half as much to keep and to read;
-        else float32.
+        Up to `SHORT_RANKS` a row they are int16, half as much to keep and to read; else float32.
         """
         options = json.dumps(self.options(assess), sort_keys=True)
         at = coefficients if "scaled" in options else ()
@@ -363,7 +383,7 @@ class Facts:
 
 
 def _packed(ranks: Tensor, length: int) -> Tensor:
-    return (ranks - HALF_RANKS // 2).to(torch.float16) if length <= HALF_RANKS else ranks.to(torch.float32)
+    return ranks.to(torch.int16) if length <= SHORT_RANKS else ranks.to(torch.float32)
 
 
 def _assessed(

@@ -1,9 +1,10 @@
-"""Runs a pass over flattened tensors: in chunks that fit the cache, or as one compiled graph per structure.
+"""Runs a pass over flattened tensors: in chunks that fit the cache, or as one compiled loop per structure.
 
 Chunks give the bits of `reference`, five times faster than whole tensors. Compiled, load, subtract, mask, scale, elect,
-mix, add and cast become one loop, and one graph serves every length and every candidate: all numbers are inputs.
-It gives the same bits on CPUs except where a rule contains exp or log (PCB, CKI, softmax: last-bit differences
-before the cast); a GPU may contract a multiplication and an addition into one rounding.
+mix, add and cast become one loop, and one loop serves every length and every candidate: all numbers are inputs.
+On a CPU the loop is C (`native`) and gives the same bits, whatever the threads; torch.compile makes what `native` cannot
+(coefficients per output row) and all that runs on a GPU, which may contract a multiplication and an addition into one
+rounding.
 """
 
 from __future__ import annotations
@@ -12,22 +13,24 @@ import logging
 import math
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from merge_search.engine import stages
 from merge_search.engine.assess import load
+from merge_search.engine.native import Loop, Unsupported, compile_loop
 from merge_search.engine.pipeline import Given, Numbers, Pass, Structure
-from merge_search.engine.sums import survivor_sums
+from merge_search.engine.sums import survivor_sum_list, survivor_sums, votes
 
 __all__ = ["CHUNK", "WHOLE", "Runner", "has_compiler", "is_finite", "scalars", "sweep"]
 
 CHUNK = 2**18
 _COMPILE_FROM = 2**14  # shorter tensors: a call costs more than the pass
 _INTEGERS = frozenset({"stride", "cut", "cut2", "key1", "key2", "limit", "gate", "start", "columns"})
+_LOOP_FROM = 2**8
+_VOTES = "votes"
 WHOLE = frozenset({"rows"})  # given tensors that are not one value per element
 
 log = logging.getLogger(__name__)
@@ -57,13 +60,19 @@ def scalars(numbers: Numbers, device: torch.device) -> dict[str, list[Tensor]]:
 
 def _pack(numbers: Numbers, device: torch.device) -> tuple[Layout, Tensor, Tensor]:
     layout = tuple((name, len(values)) for name, values in sorted(numbers.items()))
-    floats = [v for name, _ in layout if name not in _INTEGERS for v in numbers[name]]
-    integers = [v for name, _ in layout if name in _INTEGERS for v in numbers[name]]
+    floats, integers = _numbers(numbers)
     return (
         layout,
         torch.tensor(floats, dtype=torch.float32, device=device),
         torch.tensor(integers, dtype=torch.int32, device=device),
     )
+
+
+def _numbers(numbers: Numbers) -> tuple[list[float], list[int]]:
+    """All float32 numbers and all int32 numbers, by name."""
+    names = sorted(numbers)
+    floats = [float(v) for name in names if name not in _INTEGERS for v in numbers[name]]
+    return floats, [int(v) for name in names if name in _INTEGERS for v in numbers[name]]
 
 
 def _unpack(layout: Layout, floats: Tensor, integers: Tensor) -> dict[str, list[Tensor]]:
@@ -108,7 +117,8 @@ class Runner:
     def __init__(self, device: torch.device, *, compile: bool) -> None:
         self.device = device
         self.compile = compile
-        self._graphs: dict[Any, Graph] = {}
+        self._graphs: dict[Hashable, Graph] = {}
+        self._loops: dict[Hashable, Loop | None] = {}
 
     def run(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> bool:
         """Write the merged elements into `out`.
@@ -119,23 +129,23 @@ class Runner:
         Returns:
             Whether all of `out` is finite.
         """
-        if self.compile and base.numel() >= _COMPILE_FROM:
-            self._run_compiled(p, base, experts, out)
+        if self._is_long(base):
+            self._call(p, [out, *(t.to(self.device) for t in (base, *experts))], ())
         else:
             self._run_chunks(p, base, experts, out)
         return p.bound < torch.finfo(out.dtype).max or is_finite(out)
+
+    def _is_long(self, x: Tensor) -> bool:
+        return self.compile and x.numel() >= (_LOOP_FROM if self.device.type == "cpu" else _COMPILE_FROM)
 
     def _run_chunks(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> None:
         n = scalars(p.numbers, self.device)
         for part, b, e, given, index in sweep(p, base, experts, self.device):
             out[part] = stages.merge(p.structure, b, e, given, n, index)
 
-    def _run_compiled(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> None:
-        self._call(p, [out, *(t.to(self.device) for t in (base, *experts))], ())
-
     def sums(self, p: Pass, base: Tensor, experts: Sequence[Tensor], wanted: tuple[str, ...]) -> Tensor:
         """`sums.survivor_sums` of a whole tensor: shape (len(wanted), experts), float64, on the CPU."""
-        if self.compile and base.numel() >= _COMPILE_FROM:
+        if self._is_long(base):
             return self._call(p, [t.to(self.device) for t in (base, *experts)], wanted).cpu()
         n = scalars(p.numbers, self.device)
         total = torch.zeros(len(wanted), len(p.experts), dtype=torch.float64, device=self.device)
@@ -143,12 +153,34 @@ class Runner:
             total += survivor_sums(p.structure, b, e, given, n, index, wanted)
         return total.cpu()
 
+    def votes(self, p: Pass, base: Tensor, experts: Sequence[Tensor], where: Tensor) -> float:
+        """`sums.votes` of a few entries, at the positions `where`."""
+        if self.compile and self.device.type == "cpu":
+            return float(self._call(p, [base, *experts, where], (_VOTES,)))
+        return float(votes(p.structure, base, experts, p.given, scalars(p.numbers, self.device), where))
+
     def _call(self, p: Pass, tensors: list[Tensor], wanted: tuple[str, ...]) -> Tensor:
-        """Run the graph of a pass: sums if any are `wanted`, else a merge into the first tensor."""
-        layout, floats, integers = _pack(p.numbers, self.device)
+        """Run the loop or graph of a pass: sums if any are `wanted`, else a merge into the first tensor."""
         names = tuple((name, len(values)) for name, values in sorted(p.given.items()))
         given = [t.to(self.device) for name, _ in names for t in p.given[name]]
-        key = (p.structure, layout, names, wanted, tuple(t.dtype for t in tensors + given))
+        key = (
+            p.structure,
+            tuple((k, len(v)) for k, v in sorted(p.numbers.items())),
+            names,
+            wanted,
+            tuple(t.dtype for t in tensors + given),
+        )
+        if self.device.type == "cpu":
+            if key not in self._loops:
+                self._loops[key] = _loop(p, names, wanted, [t.dtype for t in tensors + given])
+            if loop := self._loops[key]:
+                floats, integers = _numbers(p.numbers)
+                sums = loop([t.contiguous() for t in tensors + given], floats, integers, p.index)
+                return sums.reshape(len(wanted), -1) if wanted else sums
+        return self._call_graph(p, key, tensors, given, names, wanted)
+
+    def _call_graph(self, p: Pass, key: Hashable, tensors: list[Tensor], given: list[Tensor], names: Layout, wanted: tuple[str, ...]) -> Tensor:  # fmt: skip
+        layout, floats, integers = _pack(p.numbers, self.device)
         if key not in self._graphs:
             self._graphs[key] = _graph(p.structure, layout, names, wanted)
         index = torch.tensor((p.index + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=self.device)
@@ -160,19 +192,50 @@ class Runner:
             return self._graphs[key](tensors, given, floats, integers, index)
 
 
-def _graph(s: Structure, layout: Layout, names: Layout, wanted: tuple[str, ...]) -> Graph:
+def _unpacked(layout: Layout, names: Layout, given: Sequence[Tensor], floats: Tensor, integers: Tensor) -> tuple[Given, dict[str, list[Tensor]]]:  # fmt: skip
+    """Given tensors and numbers by name."""
+    named, start = {}, 0
+    for name, count in names:
+        named[name], start = list(given[start : start + count]), start + count
+    return named, _unpack(layout, floats, integers)
+
+
+def _load_measures(s: Structure) -> None:
     for source in (s.assess, s.mixing):
         if source.kind == "cheap":
             load(source.measure)
 
-    def unpacked(given: list[Tensor], floats: Tensor, integers: Tensor) -> tuple[Given, dict[str, list[Tensor]]]:
-        named, start = {}, 0
-        for name, count in names:
-            named[name], start = given[start : start + count], start + count
-        return named, _unpack(layout, floats, integers)
+
+def _loop(p: Pass, names: Layout, wanted: tuple[str, ...], dtypes: list[torch.dtype]) -> Loop | None:
+    """The C loop of a pass; None where it has none."""
+    s, layout = p.structure, tuple((name, len(values)) for name, values in sorted(p.numbers.items()))
+    _load_measures(s)
+    floats, integers = _numbers(p.numbers)
+    reads, n_given = dtypes if wanted else dtypes[1:], sum(count for _, count in names)
+
+    def body(tensors: Sequence[Tensor], f: Tensor, i: Tensor, index: Tensor) -> Sequence[Tensor]:
+        base, experts, given = tensors[0], tensors[1 : 1 + s.experts], tensors[len(tensors) - n_given :]
+        named, n = _unpacked(layout, names, given, f, i)
+        if wanted == (_VOTES,):
+            return [votes(s, base, experts, named, n, tensors[1 + s.experts])]
+        if wanted:
+            return survivor_sum_list(s, base, experts, named, n, index, wanted)
+        return [stages.merge(s, base, experts, named, n, index)]
+
+    try:
+        return compile_loop(body, reads, None if wanted else dtypes[0], len(floats), len(integers))
+    except Unsupported as error:
+        log.info("no loop of one's own for %s, torch.compile makes one: %s", s, error)
+        return None
+
+
+def _graph(s: Structure, layout: Layout, names: Layout, wanted: tuple[str, ...]) -> Graph:
+    _load_measures(s)
 
     def run(tensors: list[Tensor], given: list[Tensor], floats: Tensor, integers: Tensor, index: Tensor) -> Tensor:
-        named, n = unpacked(given, floats, integers)
+        named, n = _unpacked(layout, names, given, floats, integers)
+        if wanted == (_VOTES,):
+            return votes(s, tensors[0], tensors[1:-1], named, n, tensors[-1])
         if wanted:
             return survivor_sums(s, tensors[0], tensors[1:], named, n, index, wanted)
         tensors[0].copy_(stages.merge(s, tensors[1], tensors[2:], named, n, index))

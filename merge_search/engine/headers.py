@@ -267,7 +267,8 @@ def _shards(folder: Path) -> list[Path]:
     for tensor, file in weight_map.items():
         if tensor not in held[file]:
             raise WeightsError(
-                f"{folder}: {INDEX} says that {file} holds {tensor!r}, but it does not; index and shards are of different saves"
+                f"{folder}: {INDEX} says that {file} holds {tensor!r}, but it does not; "
+                "index and shards are of different saves: download or copy the whole folder again"
             )
     return [folder / n for n in names]
 
@@ -285,7 +286,7 @@ def _no_weights(folder: Path, wanted: str = WEIGHTS) -> str:
     if dangling := sorted(f.name for f in folder.iterdir() if f.is_symlink() and not f.exists()):
         return f"{folder}: must hold {wanted}, found links that lead nowhere ({', '.join(dangling[:3])}); download it again"
     if not files:
-        return f"{folder}: must hold {wanted}, but the folder is empty"
+        return f"{folder}: must hold {wanted}, but the folder is empty; download or copy it again"
     pickles = sorted(f.name for pattern in PICKLES for f in folder.glob(pattern) if f.name != "training_args.bin")
     if pickles:
         return (
@@ -316,7 +317,7 @@ def resolve_model(path_or_id: str | Path) -> Path:
     if path.exists():
         raise WeightsError(f"{path}: must be the folder of a checkpoint, but it is a file")
     if not HUB_ID.fullmatch(str(path_or_id)):
-        raise WeightsError(f"{path_or_id}: no such folder")
+        raise WeightsError(f"{path_or_id}: no such folder; correct the path, or give a hub id (org/name)")
     return _download(str(path_or_id))
 
 

@@ -2,7 +2,7 @@
 
 The same passes and the same bits as `MergeEngine` over a resident pool. What differs is how the numbers that a pass
 needs are found: largest deltas of all experts in one sweep, and of the order statistics only what one density asks for.
-Nothing is compiled: a graph takes longer to compile than the merge.
+Passes are replayed (`replay`); for large models C loops are compiled, never graphs, which take longer than the merge.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from merge_search.engine.assess import load, measure_of
@@ -24,16 +25,20 @@ from merge_search.engine.facts import ByteCache, Facts, Scope
 from merge_search.engine.order import _GOLDEN as GOLDEN
 from merge_search.engine.order import EVERYTHING, EXACT_LIMIT, NOTHING, Keep, Table
 from merge_search.engine.pipeline import output_dtype
+from merge_search.engine.plan import Planner
 from merge_search.engine.pool import ModelPool
+from merge_search.engine.replay import ReplayRunner
 from merge_search.recipe import Assess, Recipe
 
 __all__ = ["OneOffEngine", "OneOffFacts", "is_element_wise"]
 
 _CHUNK = 2**17
 _SAMPLE = 2**14
+_RUN = 8  # neighbours that a sample takes together: one wait for memory
 _SHIFT = 12  # bins of a table: the upper 20 bits of a float32
 _WORKERS = 4  # at most: each holds a tensor of every model
 _CACHE_BYTES = 2**30
+_LOOPS_FROM = 2**28  # parameters: below, compiling a loop costs more than it saves
 
 
 class OneOffEngine(MergeEngine):
@@ -49,6 +54,10 @@ class OneOffEngine(MergeEngine):
         super().__init__(tensors, compile=False)
         self._pool = tensors
         self._facts = OneOffFacts(tensors)
+        if tensors.device.type == "cpu":
+            size = sum(math.prod(tensors.base_info.tensors[n].shape) for n in tensors.groups)
+            self._runner = ReplayRunner(loops=size >= _LOOPS_FROM)
+        self._planner = Planner(tensors, runner=self._runner)
         self._planner.facts = self._facts
         if threads is None:
             threads = (
@@ -144,15 +153,17 @@ class OneOffFacts(Facts):
         """
         names = tuple(self.tensors.models.experts)
         base, own = self.flats(name, names)
-        extremes: list[list[Tensor]] = [[] for _ in range(1 + len(names))]
+        changed = [t.data_ptr() != base.data_ptr() for t in own]
+        found: list[list[Tensor]] = [[torch.zeros((), device=base.device)] for _ in range(1 + len(names))]
+        origin, delta = torch.empty(2, min(_CHUNK, base.numel()), dtype=torch.float32, device=base.device)
         for start in range(0, base.numel(), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            origin = base[part].to(torch.float32)
-            extremes[0] += torch.aminmax(origin)
-            for found, tensor in zip(extremes[1:], own, strict=True):
-                if tensor.data_ptr() != base.data_ptr():
-                    found += torch.aminmax(tensor[part].to(torch.float32).sub_(origin))
-        largest = [float(torch.stack(found).abs().max()) if found else 0.0 for found in extremes]
+            n = min(_CHUNK, base.numel() - start)
+            part, o, d = slice(start, start + n), origin[:n], delta[:n]
+            found[0].append(torch.abs(o.copy_(base[part]), out=d).amax())
+            for sizes, tensor, is_changed in zip(found[1:], own, changed, strict=True):
+                if is_changed:
+                    sizes.append(d.copy_(tensor[part]).sub_(o).abs_().amax())
+        largest = [float(torch.stack(sizes).max()) for sizes in found]
         if not all(map(math.isfinite, largest)):
             self._pool.require_finite(name)
         else:
@@ -162,7 +173,7 @@ class OneOffFacts(Facts):
     def tables(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()) -> dict[str, Table]:
         n = math.prod(self._pool.base_info.tensors[name].shape)
         is_plain = assess.measure == "magnitude" and not scope.winsorise and scope.select.scope != "model"
-        if not is_plain or n <= EXACT_LIMIT:
+        if not is_plain or n <= EXACT_LIMIT or self.tensors.device.type != "cpu":
             return super().tables(assess, scope, name, coefficients)
         made: dict[str, dict[str, Table]] = {}
 
@@ -217,23 +228,21 @@ def keep_of_deltas(base: Tensor, own: Tensor, k: int, largest: float) -> Keep | 
     A sample brackets the k-th largest value; one sweep counts what is above the bracket and takes out what is in it.
 
     Args:
-        base, own: Flat, finite.
+        base, own: Flat, finite, on the CPU.
         k: In 1..n - 1.
         largest: max |own - base|.
     Returns:
-        The same numbers as the histogram gives; None if the sample's bracket missed (5 standard errors wide).
+        The same numbers as the histogram gives; None if the sample's bracket missed (4 standard errors to either side).
     """
     bottom, top = _bracket(base, own, k / base.numel(), largest)
-    low, high = _edge(bottom), _edge(top)
+    low, high = np.float32(_edge(bottom)), np.float32(_edge(top))
     above, taken = 0, []
-    for start in range(0, base.numel(), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        size = own[part].to(torch.float32).sub_(base[part]).abs_()
-        over = size >= high
-        above += int(torch.count_nonzero(over))
-        taken.append(size[(size >= low) ^ over])
-    bins = (torch.cat(taken).view(torch.int32) >> _SHIFT) - bottom
-    reach = above + torch.bincount(bins, minlength=top - bottom).flip(0).cumsum(0).cpu().numpy()
+    for size in _sizes(base, own):
+        over, inside = size >= high, size >= low
+        above += int(np.count_nonzero(over))
+        taken.append(size[np.logical_xor(inside, over, out=inside)])
+    bins = (np.concatenate(taken).view(np.int32) >> _SHIFT) - bottom
+    reach = above + np.bincount(bins, minlength=top - bottom)[::-1].cumsum()
     if above >= k or reach[-1] < k:
         return None
     i = int(np.searchsorted(reach, k))
@@ -242,14 +251,27 @@ def keep_of_deltas(base: Tensor, own: Tensor, k: int, largest: float) -> Keep | 
     return Keep(_edge(top - 1 - i), _edge(top - i), math.floor(share * 2**32) - 2**31 - 1)
 
 
+def _sizes(base: Tensor, own: Tensor) -> Iterator[NDArray[np.float32]]:
+    """|own - base| chunk by chunk, each in the place of the last: torch converts, and numpy compares, several times faster."""
+    origin, delta = torch.empty(2, min(_CHUNK, base.numel()), dtype=torch.float32)
+    for start in range(0, base.numel(), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        n = base[part].numel()
+        yield delta[:n].copy_(own[part]).sub_(origin[:n].copy_(base[part])).abs_().numpy()
+
+
 def _bracket(base: Tensor, own: Tensor, density: float, largest: float) -> tuple[int, int]:
     """Bins [bottom, top) that hold the value of which a share `density` is larger, by a sample spread over the tensor."""
-    places = (torch.arange(_SAMPLE, device=base.device) * 0x9E3779B1 % 2**32) * base.numel() >> 32
-    sample = (own[places].to(torch.float32) - base[places].to(torch.float32)).abs().sort(descending=True).values
-    margin = 5 * math.sqrt(_SAMPLE * density * (1 - density)) + 8
-    first, last = math.floor(density * _SAMPLE - margin), math.ceil(density * _SAMPLE + margin)
+    n = min(max(_SAMPLE, base.numel() // 128), 16 * _SAMPLE) // _RUN * _RUN
+    rows = base.numel() // _RUN
+    places = (torch.arange(n // _RUN) * 0x9E3779B1 % 2**32) * rows >> 32
+    mine, origin = (t[: rows * _RUN].view(rows, _RUN)[places].reshape(-1).to(torch.float32) for t in (own, base))
+    sample = mine.sub_(origin).abs_().numpy()
+    sample[::-1].sort()
+    margin = 4 * math.sqrt(n * density * (1 - density)) + 8
+    first, last = math.floor(density * n - margin), math.ceil(density * n + margin)
     top = _bin(float(sample[first]) if first >= 0 else largest) + 1
-    return (_bin(float(sample[last])) if last < _SAMPLE else 0), top
+    return (_bin(float(sample[last])) if last < n else 0), top
 
 
 def _bin(value: float) -> int:

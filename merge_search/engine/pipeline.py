@@ -19,7 +19,7 @@ from merge_search.errors import RecipeError
 from merge_search.recipe import Group, Models, Recipe, Scalar
 
 __all__ = [
-    "HALF_RANKS",
+    "SHORT_RANKS",
     "Given",
     "Numbers",
     "Pass",
@@ -32,8 +32,8 @@ __all__ = [
     "statistic_of",
 ]
 
-HALF_RANKS = 2**12
-"""Given ranks that are float16 are those of rows no longer than this, less half of this."""
+SHORT_RANKS = 2**15
+"""Given ranks are int16 for rows no longer than this."""
 
 Numbers = dict[str, list[float] | list[int]]
 """Scalars of a pass by name; integers are signed 32-bit."""

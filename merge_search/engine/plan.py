@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +23,7 @@ from merge_search.recipe import Assess, Recipe, value_for
 
 __all__ = ["Planner", "TensorSettings"]
 
+T = TypeVar("T")
 _SCORED = {"top_k", "threshold", "band", "rank_probability", "proportional", "soft_threshold", "n_m", "mass"}
 _MIXED = {"score", "softmax", "argmax"}
 
@@ -44,7 +46,7 @@ class Planner:
         self._runner = runner or Runner(tensors.device, compile=False)
         self.facts = Facts(tensors, cache_bytes=cache_bytes)
         self._allocations: dict[str, Allocation] = {}
-        self._surveys: dict[Hashable, dict[str, list[float]]] = {}
+        self._surveys: dict[Hashable, Any] = {}
         self._means: dict[Hashable, dict[str, float]] = {}
 
     # --- recipe level
@@ -135,7 +137,7 @@ class Planner:
         p = self._mixing(recipe, scope, p, coefficients)
         p = self._surveyed(recipe, self._rows(recipe, p))
         if "majority" in numbers:
-            numbers["majority"] = [majority_sign(p, self.facts)]
+            numbers["majority"] = [self._majority(recipe, p)]
         return replace(p, bound=self._bound(recipe, p))
 
     def _bound(self, recipe: Recipe, p: Pass) -> float:
@@ -156,7 +158,7 @@ class Planner:
     def _slot(self, assess: Assess, scope: Scope, p: Pass, slot: str, coefficients: tuple[float, ...]) -> Source:
         """Fill in the scores of `assess` under `slot`; returns where the pass finds them."""
         source = self.facts.source(assess)
-        if source.kind == "given":
+        if source.kind == "given" or (self._runner.compile and self.facts.keeps(assess, scope, p.name)):
             p.given[slot] = self.facts.scores(assess, scope, p.name, coefficients)
             return Source("given")
         if values := self.facts.numbers(assess, scope, p.name):
@@ -281,7 +283,7 @@ class Planner:
         mixing = splice.score or recipe.assess
         if measure_of(mixing).after_mask:
             return replace(p, structure=replace(s, mixing=Source("number")))
-        if mixing == recipe.assess and s.assess.kind == "cheap":
+        if mixing == recipe.assess and s.assess.kind in ("cheap", "given"):
             return replace(p, structure=replace(s, mixing=Source("same")))
         return replace(p, structure=replace(s, mixing=self._slot(mixing, scope, p, "b", coefficients)))
 
@@ -309,12 +311,9 @@ class Planner:
         boost = recipe.splice.unique_boost != 0 and p.structure.select != "all"
         if not (match or number or boost):
             return p
-        masks = (
-            recipe.model_copy(update={"coefficients": {}, "scale": 1.0, "preset": ""}).fingerprint if p.given else ""
-        )
         which = "l1" if recipe.rescale.kind == "match_l1" else "l2"
         wanted = [f"{which}_before", f"{which}_after"] * match + ["l2_after"] * number + ["alone", "shared"] * boost
-        found = self.survey(p, masks, tuple(sorted(set(wanted))))
+        found = self.survey(p, _given_key(recipe, p), tuple(sorted(set(wanted))))
         s = p.structure
         if number:
             energy = [v / max(1, self.tensors.base(p.name).numel()) for v in found["l2_after"]]
@@ -334,15 +333,36 @@ class Planner:
             s = replace(s, boost=True)
         return replace(p, structure=s)
 
+    def _majority(self, recipe: Recipe, p: Pass) -> float:
+        """`majority_sign`, remembered for the same masks."""
+        return self._remembered(
+            "majority", p, _given_key(recipe, p), lambda: [majority_sign(p, self.facts, self._runner)]
+        )[0]
+
     def survey(self, p: Pass, given_key: str, wanted: tuple[str, ...]) -> dict[str, list[float]]:
         """`survey.measure`, remembered for the same masks."""
+        return self._remembered(wanted, p, given_key, lambda: measure(p, self.facts, self._runner, wanted))
+
+    def _remembered(self, what: Hashable, p: Pass, given_key: str, make: Callable[[], T]) -> T:
+        """What depends on the masks of a pass alone."""
         structure = replace(p.structure, emit="", mixing=Source())
-        key = (p.name, structure, repr(sorted(_mask_numbers(p).items())), given_key, wanted)
+        key = (p.name, structure, repr(sorted(_mask_numbers(p).items())), given_key, what)
         if key not in self._surveys:
             if len(self._surveys) > 4096:
                 self._surveys.clear()
-            self._surveys[key] = measure(p, self.facts, self._runner, wanted)
-        return self._surveys[key]
+            self._surveys[key] = make()
+        found: T = self._surveys[key]
+        return found
+
+
+def _given_key(recipe: Recipe, p: Pass) -> str:
+    """What the tensors given to a pass depend on."""
+    if not p.given:
+        return ""
+    blank: dict[str, Any] = {"scale": 1.0, "preset": ""}
+    if recipe.assess.options.get("at") != "scaled":
+        blank["coefficients"] = {}
+    return recipe.model_copy(update=blank).fingerprint
 
 
 def _mask_numbers(p: Pass) -> Numbers:

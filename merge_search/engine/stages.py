@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.assess import scores_of
+from merge_search.engine.elementary import exp, log
 from merge_search.engine.masks import draw, indices, uniform
-from merge_search.engine.pipeline import HALF_RANKS, Source, Structure
+from merge_search.engine.native import is_traced
+from merge_search.engine.pipeline import Source, Structure
 
 __all__ = ["Survivors", "combine", "elect", "merge", "survivors", "survivors_of", "voices"]
 
@@ -91,7 +93,7 @@ def survivors_of(x: Tensor, m: Tensor | None) -> Tensor:
         return x
     if m.dtype != torch.bool:
         return m * x
-    if torch.compiler.is_compiling():
+    if is_traced():
         return torch.where(m, x, 0.0)
     return (
         x * m + 0.0
@@ -119,7 +121,7 @@ def _scores(source: Source, slot: str, origin: Tensor, deltas: Sequence[Tensor],
 
 
 def _top(a: Tensor, low: Tensor, high: Tensor, cut: Tensor, place: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # each form is twice as fast as the other where it is used
+    if is_traced():  # each form is twice as fast as the other where it is used
         return a >= torch.where(place <= cut, low, high)
     return (a >= high) | ((a >= low) & (place <= cut))
 
@@ -129,10 +131,7 @@ def _select(
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """Keep masks, and keep probabilities where the rule has them."""
     every = range(s.experts)
-    rank = [
-        r.to(torch.float32) + HALF_RANKS / 2 if r.dtype == torch.float16 else r.to(torch.float32)
-        for r in given.get("rank", ())
-    ]
+    rank = [r.to(torch.float32) for r in given.get("rank", ())]
     if s.select == "threshold":
         return [a[i] > n["threshold"][0] for i in every], []
     if s.select == "mask":
@@ -184,26 +183,33 @@ def _exclusive(kept: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def voices(s: Structure, x: Sequence[Tensor], n: Scalars) -> Tensor:
     """What the experts say together at each entry; its sign is the elected one."""
-    said = [t * n["coefficient"][i] for i, t in enumerate(x)] if s.weighted else list(x)
+    said = _said(s, x, n)
     return _sum([torch.sign(t) for t in said] if s.resolve == "count" else said)
 
 
+def _said(s: Structure, x: Sequence[Tensor], n: Scalars) -> list[Tensor]:
+    """What each expert votes with: its survivor, times its coefficient where votes are weighted."""
+    return [t * n["coefficient"][i] for i, t in enumerate(x)] if s.weighted else list(x)
+
+
 def elect(s: Structure, x: Sequence[Tensor], n: Scalars) -> list[Tensor | None]:
-    """Agreement masks c, true only where x is not zero; None: all agree."""
+    """Agreement masks c: an expert agrees where its vote is not zero and has the elected sign; None: all agree."""
     if s.resolve == "none":
         return [None for _ in x]
     total = voices(s, x, n)
     if s.tie == "drop":
         elected = torch.sign(total)
-    elif torch.compiler.is_compiling():  # the form that is faster where it is used, as in `_top`
-        tie = n["majority"][0] if s.tie == "majority" else _TIES[s.tie]
-        elected = torch.where(total > 0, 1.0, torch.where(total < 0, -1.0, tie))
     else:
         tie = n["majority"][0] if s.tie == "majority" else _TIES[s.tie]
-        elected = torch.sign(total) + (total == 0) * tie
-    return [t * elected > 0 for t in x]
+        if is_traced():  # the form that is faster where it is used, as in `_top`
+            plus = total > (torch.where(tie > 0, -_LEAST, 0.0) if isinstance(tie, Tensor) else -_LEAST * (tie > 0))
+            elected = torch.where(plus, 1.0, -1.0)
+        else:
+            elected = torch.sign(total) + (total == 0) * tie
+    return [t * elected > 0 for t in _said(s, x, n)]
 
 
+_LEAST = 2.0**-149  # the smallest positive float32
 _TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _TIES = {"plus": 1.0, "minus": -1.0}
 
@@ -219,21 +225,21 @@ def combine(
         y = _boost(y, kept, agreed, n)
     coefficient = [_coefficient(s, i, given, n, where) for i in every]
     if s.splice == "sum":
-        return _sum([coefficient[i] * y[i] for i in every])
+        return _total(coefficient, x if not s.boost else y, agreed)
     if s.splice == "count":
-        count = _sum([_alive(kept[i], agreed[i], x[i]).to(torch.float32) for i in every])
-        return _sum([coefficient[i] * y[i] for i in every]) / torch.clamp(count, min=1.0)
+        count = _counted([_alive(kept[i], agreed[i], x[i]) for i in every])
+        return _total(coefficient, x if not s.boost else y, agreed) / torch.clamp(count, min=1.0)
     weight = [survivors_of(_as_float(kept[i], x[i]), agreed[i]) for i in every]
     if s.splice == "mask":
-        return _over(_sum([coefficient[i] * y[i] for i in every]), _sum(weight))
+        return _over(_total(coefficient, y, agreed), _sum(weight))
     if s.splice == "coefficient":
-        return _over(_sum([coefficient[i] * y[i] for i in every]), _sum([coefficient[i] * weight[i] for i in every]))
+        return _over(_total(coefficient, y, agreed), _sum([coefficient[i] * weight[i] for i in every]))
     b = list(a) if s.mixing.kind == "same" else _scores(s.mixing, "b", origin, deltas, raw, given, n)
     if s.splice == "score":
         return _over(_sum([coefficient[i] * (b[i] * y[i]) for i in every]), _sum([b[i] * weight[i] for i in every]))
     alive = [_alive(kept[i], agreed[i], x[i]) for i in every]
     if s.splice == "softmax":
-        return _softmax([torch.log(t) / n["temperature"][0] for t in b], alive, coefficient, y)
+        return _softmax([log(t) / n["temperature"][0] for t in b], alive, coefficient, y)
     return _argmax(s, [t * w for t, w in zip(b, weight, strict=True)], alive, coefficient, y)
 
 
@@ -254,6 +260,29 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total
+
+
+def _total(factors: Sequence[Tensor], x: Sequence[Tensor], agreed: Sequence[Tensor | None]) -> Tensor:
+    """Sum of factor x entry over those that agree; of elected entries zero is +0."""
+    if agreed[0] is None:
+        return _sum([f * t for f, t in zip(factors, x, strict=True)])
+    if not is_traced():
+        return _sum([f * survivors_of(t, m) for f, t, m in zip(factors, x, agreed, strict=True)]).add_(0.0)
+    total = torch.zeros_like(x[0])
+    for i, (f, t, m) in enumerate(zip(factors, x, agreed, strict=True)):
+        assert m is not None
+        total = torch.where(m, total + f * t if i else f * t, total)
+    return total + 0.0
+
+
+def _counted(alive: Sequence[Tensor]) -> Tensor:
+    """How many are true. float32."""
+    if not is_traced():
+        return _sum([m.to(torch.float32) for m in alive])
+    count = alive[0].to(torch.float32)
+    for m in alive[1:]:
+        count = torch.where(m, count + 1.0, count)
+    return count
 
 
 def _over(top: Tensor, bottom: Tensor) -> Tensor:
@@ -278,7 +307,7 @@ def _softmax(
     for u in logits[1:]:
         peak = torch.maximum(peak, u)
     peak = torch.where(peak == -torch.inf, 0.0, peak)
-    weight = [torch.exp(u - peak) for u in logits]
+    weight = [exp(u - peak) for u in logits]
     return _over(_sum([c * (w * t) for c, w, t in zip(coefficient, weight, y, strict=True)]), _sum(weight))
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.pipeline import Structure
-from merge_search.engine.stages import Scalars, Survivors, Tensors, elect, survivors
+from merge_search.engine.stages import Scalars, Survivors, Tensors, elect, survivors, voices
 
-__all__ = ["KINDS", "survivor_sums"]
+__all__ = ["KINDS", "survivor_sum_list", "survivor_sums", "votes"]
 
 KINDS = ("l1_before", "l2_before", "l1_after", "l2_after", "alone", "shared")
 """Sum of |delta| and of its square before and after selection; entries kept by one expert alone, or by others too."""
@@ -26,9 +26,28 @@ def survivor_sums(
     wanted: Sequence[str],
 ) -> Tensor:
     """One row per kind of `wanted`, one column per expert; other arguments as in `stages.merge`. float64."""
+    return torch.stack(survivor_sum_list(s, base, experts, given, n, index, wanted)).reshape(len(wanted), -1)
+
+
+def survivor_sum_list(
+    s: Structure,
+    base: Tensor,
+    experts: Sequence[Tensor],
+    given: Tensors,
+    n: Scalars,
+    index: Tensor,
+    wanted: Sequence[str],
+) -> list[Tensor]:
+    """The entries of `survivor_sums`, row by row."""
     left = survivors(s, base.to(torch.float32), experts, given, n, index)
     alive = _alive(left, elect(s, left.x, n)) if "alone" in wanted or "shared" in wanted else []
-    return torch.stack([torch.stack(_row(kind, left, alive)) for kind in wanted])
+    return [entry for kind in wanted for entry in _row(kind, left, alive)]
+
+
+def votes(s: Structure, base: Tensor, experts: Sequence[Tensor], given: Tensors, n: Scalars, index: Tensor) -> Tensor:
+    """Entries that elect plus, less those that elect minus. float64, 0-d."""
+    left = survivors(s, base.to(torch.float32), experts, given, n, index)
+    return torch.sign(voices(s, left.x, n)).sum(dtype=torch.float64)
 
 
 def _row(kind: str, left: Survivors, alive: Sequence[Tensor]) -> list[Tensor]:

@@ -7,9 +7,8 @@ from dataclasses import replace
 import torch
 
 from merge_search.engine.facts import Facts
-from merge_search.engine.fused import WHOLE, Runner, scalars
+from merge_search.engine.fused import WHOLE, Runner
 from merge_search.engine.pipeline import Pass, Source
-from merge_search.engine.stages import survivors, voices
 
 __all__ = ["MAJORITY_SAMPLE", "majority_sign", "measure"]
 
@@ -28,7 +27,7 @@ def measure(p: Pass, facts: Facts, runner: Runner, wanted: tuple[str, ...]) -> d
     return dict(zip(wanted, rows, strict=True))
 
 
-def majority_sign(p: Pass, facts: Facts) -> float:
+def majority_sign(p: Pass, facts: Facts, runner: Runner) -> float:
     """The sign that most entries of the tensor elect, plus if they are even.
 
     Long tensors are asked at `MAJORITY_SAMPLE` evenly spaced entries: only exact ties use the answer, and a reduction over
@@ -37,12 +36,11 @@ def majority_sign(p: Pass, facts: Facts) -> float:
     base, experts = facts.flats(p.name, p.experts)
     step = max(1, -(-base.numel() // MAJORITY_SAMPLE))
     device = facts.tensors.device
-    place = torch.arange(0, base.numel(), step, device=device)
-    where = (place + p.index).to(torch.int32) if step > 1 else None
-    first = torch.tensor((p.index + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)
+    where = torch.arange(p.index, p.index + base.numel(), step, device=device).to(torch.int32)
     given = {k: v if k in WHOLE else [t[::step].to(device) for t in v] for k, v in p.given.items()}
-    n = scalars(p.numbers, device)
-    origin = base[::step].to(device, torch.float32)
-    index = first if where is None else where
-    left = survivors(p.structure, origin, [e[::step].to(device) for e in experts], given, n, index)
-    return -1.0 if float(torch.sign(voices(p.structure, left.x, n)).sum()) < 0 else 1.0
+    sampled = replace(p, given=given)
+    return (
+        -1.0
+        if runner.votes(sampled, base[::step].to(device), [e[::step].to(device) for e in experts], where) < 0
+        else 1.0
+    )

@@ -19,7 +19,7 @@ from torch import Tensor
 from merge_search.engine.layout import name_groups
 from merge_search.errors import WeightsError
 
-__all__ = ["disk_views", "storages_shared"]
+__all__ = ["affine", "disk_views", "storages_shared"]
 
 
 def disk_views(model: Any) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ def _convert(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, address in revert_weight_conversion(model, addresses).items():
         if address.numel() == 0:
             continue
-        first, strides = _affine(name, address)
+        first, strides = affine(name, address)
         index = bisect_right(starts, first) - 1
         owner, offset = owners[index], first - starts[index]
         last = offset + sum((size - 1) * stride for size, stride in zip(address.shape, strides, strict=True))
@@ -81,7 +81,7 @@ def _convert(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 _HINT = "this architecture cannot be written in place"
 
 
-def _affine(name: str, address: Tensor) -> tuple[int, list[int]]:
+def affine(name: str, address: Tensor) -> tuple[int, list[int]]:
     """First address and strides of a tensor of addresses, checked to describe all of it."""
     first = int(address[(0,) * address.dim()])
     strides = []

@@ -109,6 +109,66 @@ def test_an_adapter_of_gpt2_is_transposed(save_model, tmp_path: Path, use_dora: 
         assert bits(expert.tensor(name)) == bits(expected[name]), name
 
 
+RENAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit, renamed modules": ("vit", {"r": 2, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "fc1"], "modules_to_save": ["classifier"]}),
+    "vit, dora": ("vit", {"r": 2, "use_dora": True, "target_modules": ["q_proj", "fc2"]}),
+    "vit, patterns of modules": (
+        "vit",
+        {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "fc1"], "rank_pattern": {"layers.1.attention.q_proj": 3}, "alpha_pattern": {"fc1": 5}},
+    ),
+    "gpt_neox, head saved whole": ("gpt_neox", {"r": 2, "target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]}),
+    "mixtral, fused experts saved whole": ("mixtral", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
+    "mixtral, router saved whole": ("mixtral", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["gate"]}),
+}  # fmt: skip
+
+
+@PEFT_WARNS
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "options"), RENAMED.values(), ids=RENAMED.keys())
+def test_an_adapter_of_modules_with_other_names_on_disk_gives_the_bits_of_pefts_merge(
+    save_model, tmp_path: Path, kind: str, options: dict[str, Any], dtype: str
+) -> None:
+    import peft
+    import transformers
+
+    base = save_model(kind, dtype=dtype)
+    config = json.loads((base / "config.json").read_text())
+    load = getattr(transformers, config["architectures"][0]).from_pretrained
+    torch.manual_seed(3)
+    adapted = peft.get_peft_model(load(base), peft.LoraConfig(**options))
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = peft.PeftModel.from_pretrained(load(base), tmp_path / "adapter").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    expected = weights(tmp_path / "merged")
+    assert check_models(base, {"x": tmp_path / "adapter"}) == []
+    expert = Expert(Checkpoint(base), tmp_path / "adapter")
+    changed = [n for n in expert.base.info.tensors if expert.changes(n)]
+    assert 2 <= len(changed) < len(expert.base.info.tensors)
+    for name in expert.base.info.tensors:
+        assert bits(expert.tensor(name)) == bits(expected[name]), name
+        assert (bits(expert.tensor(name)) != bits(expert.base.tensor(name))) == (name in changed)
+
+
+@PEFT_WARNS
+def test_factors_of_fused_experts_are_refused_by_name(save_model, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    base = save_model("mixtral")
+    fused = ["mlp.experts.gate_up_proj"]
+    model = transformers.MixtralForCausalLM.from_pretrained(base)
+    peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=fused)
+    ).save_pretrained(tmp_path / "adapter")
+    text = "\n".join(check_models(base, {"x": tmp_path / "adapter"}))
+    assert "adapters with target_parameters are not supported; merge it with peft's merge_and_unload" in text
+    assert "layers.0.mlp.experts.lora_A.weight" in text
+
+
 def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
@@ -130,7 +190,7 @@ def test_adapters_that_cannot_be_mapped_are_refused_with_every_reason(save_model
     assert "adapters with target_parameters are not supported" in text
     assert "init_lora_weights='pissa_niter_4' changes the base's own weights" in text
     assert "ties its head to the embedding" in text
-    assert "'vision.q.weight', but the base has no tensor of that name" in text
+    assert "'vision.q.weight', but neither the base's files nor the model" in text
     with pytest.raises(WeightsError, match="says r=3, lora_alpha=8, the factors have rank 2"):
         Expert(Checkpoint(base), adapter)
 

@@ -42,6 +42,7 @@ class Measure:
         needs_data: It reads statistics that a provider must have measured.
         shared: All experts have the same scores.
         cheap: Element-wise; recomputed inside the pass.
+        dear: Cheap in that sense, but costlier to make than to read: kept, where there is room, once asked for twice.
         after_mask: Its scores are made from the surviving deltas (mixing scores only).
         bounded: Scores are finite and not negative, so that score-weighted means stay between the deltas.
         ordered: The order of the experts in the recipe matters.
@@ -54,6 +55,7 @@ class Measure:
     needs_data: bool = False
     shared: bool = False
     cheap: bool = False
+    dear: bool = False
     after_mask: bool = False
     ordered: bool = False
     bounded: bool = False
@@ -111,6 +113,7 @@ MEASURES: dict[str, Measure] = {
         "pcb",
         "intra x inter competition, as released (PCB-Merging)",
         cheap=True,
+        dear=True,
         options={"inter": "nlp", "temperature": None},
     ),
     "pcb_paper": _m("pcb_paper", "softmax intra x softmax inter, as published (PCB-Merging)"),
@@ -119,6 +122,7 @@ MEASURES: dict[str, Measure] = {
         "cki",
         "compatibility from disagreement and information content (CKI), without training",
         cheap=True,
+        dear=True,
         ordered=True,
         bounded=True,
         options={"kind": "dual", "a": 0.4, "c": 500.0, "bins": 10, "gain": 1.0, "bias": 0.0, "sign": 1.0},
@@ -133,7 +137,12 @@ MEASURES: dict[str, Measure] = {
     ),
     "gradient_product": _m("gradient_product", "|gradient x delta| per parameter", needs_data=True),
     "activation_norm": _m("activation_norm", "|delta| x norm of the input feature (Wanda)", needs_data=True),
-    "apl": _m("apl", "|<gradient at the base, delta>|, one number per tensor (APL)", needs_data=True),
+    "apl": _m(
+        "apl",
+        "|cosine of gradient at the base and delta|, one number per tensor (APL)",
+        needs_data=True,
+        options={"normalise": True},
+    ),
     "trust_region": _m(
         "trust_region",
         "sum over pairs of |gradient_i| |delta_j| (trust region)",

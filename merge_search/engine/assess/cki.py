@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.assess import AssessContext
+from merge_search.engine.elementary import exp, sigmoid
 from merge_search.recipe import Scalar
 
 __all__ = ["entropy", "numbers", "reduce", "scores"]
@@ -91,12 +92,12 @@ def scores(context: AssessContext) -> list[Tensor]:
     if len(context.deltas) == 2:
         return _two(str(kind), disagreement[0], n)
     use_local, use_global = float(kind != "global"), float(kind != "local")
-    return [torch.exp(use_global * n[2 + 3 * i] - use_local * (n[0] * z)) for i, z in enumerate(disagreement)]
+    return [exp(use_global * n[2 + 3 * i] - use_local * (n[0] * z)) for i, z in enumerate(disagreement)]
 
 
 def _two(kind: str, z: Tensor, n: Sequence[Tensor]) -> list[Tensor]:
     share = n[2]
-    local = torch.sigmoid(n[0] * z + n[1])
+    local = sigmoid(n[0] * z + n[1])
     if kind == "local":
         return [local, 1.0 - local]
     if kind == "global":
@@ -104,8 +105,8 @@ def _two(kind: str, z: Tensor, n: Sequence[Tensor]) -> list[Tensor]:
     if kind == "recommender":
         other = 1.0 - share
         return [
-            torch.exp(share * (1.0 - torch.exp(-share * local))),
-            torch.exp(other * (1.0 - torch.exp(-other * (1.0 - local)))),
+            exp(share * (1.0 - exp(-share * local))),
+            exp(other * (1.0 - exp(-other * (1.0 - local)))),
         ]
     w = 1.0 - share * (1.0 - local)
     return [w, 1.0 - w]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.assess import AssessContext
-from merge_search.engine.elementary import tanh
+from merge_search.engine.elementary import exp, tanh
 from merge_search.recipe import Scalar
 
 __all__ = ["numbers", "pool", "reduce", "scores"]
@@ -43,7 +43,7 @@ def scores(context: AssessContext) -> list[Tensor]:
     every = range(len(context.deltas))
     low, inverse = context.numbers[1::2], context.numbers[2::2]
     a = [(context.deltas[i].abs() - low[i]) * inverse[i] for i in every]
-    return [torch.exp(context.numbers[0] * (a[i] * a[i])) * t for i, t in enumerate(_inter(context, a))]
+    return [exp(context.numbers[0] * (a[i] * a[i])) * t for i, t in enumerate(_inter(context, a))]
 
 
 def _inter(context: AssessContext, a: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,112 @@
+"""Functions as C loops: the bits of torch, whatever the length and the threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from merge_search.engine.engine import MergeEngine
+from merge_search.engine.fused import has_compiler
+from merge_search.engine.memory import MemoryTensors
+from merge_search.engine.native import Unsupported, compile_loop, is_traced
+from merge_search.presets import PRESETS, preset
+
+pytestmark = pytest.mark.skipif(not has_compiler(torch.device("cpu")), reason="needs a C++ compiler")
+PLAIN = [n for n, p in PRESETS.items() if not p.needs_data and not {"operator", "post"} & set(p.settings)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "loops"))
+
+
+def models(dtype, shapes=((301, 130), (1000,), (70, 513))):
+    generator = torch.Generator().manual_seed(0)
+    base = {f"w{i}": torch.randn(s, generator=generator).to(dtype) for i, s in enumerate(shapes)}
+    base["w0"][0, :5] = 0.0
+    base["w0"][1, :5] = -0.0
+    experts = {
+        e: {n: (t.float() + 0.1 * torch.randn(t.shape, generator=generator)).to(dtype) for n, t in base.items()}
+        for e in ("a", "b", "c")
+    }
+    for e in experts:
+        experts[e]["w0"][:2, :3] = base["w0"][:2, :3]
+    return MemoryTensors(base, experts)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_loops_give_the_bits_of_the_chunks_for_every_preset(name):
+    tensors = models(torch.bfloat16)
+    compiled, plain = MergeEngine(tensors, compile=True), MergeEngine(tensors, compile=False)
+    for settings in ({}, {"coefficients": {"a": 0.5, "b": -0.25, "c": 0.0}}):
+        made = preset(name, tensors.models, **settings)
+        expected = dict(plain.merged(made))
+        for n, out in compiled.merged(made):
+            assert torch.equal(out.view(torch.int16), expected[n].view(torch.int16)), (n, settings)
+    assert not compiled._runner._graphs  # none was left to the general compiler
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["ties", "dare_ties", "pcb"])
+def test_loops_give_the_bits_of_the_chunks_in_other_dtypes(name, dtype):
+    tensors = models(dtype)
+    made = preset(name, tensors.models)
+    expected = dict(MergeEngine(tensors, compile=False).merged(made))
+    for n, out in MergeEngine(tensors, compile=True).merged(made):
+        assert torch.equal(out, expected[n]), n
+
+
+def test_two_threads_give_the_bits_and_the_sums_of_one():
+    x = torch.randn(2**19 + 77, generator=torch.Generator().manual_seed(1))
+
+    def body(tensors, floats, integers, index):
+        return [(tensors[0] * floats[0]).sum(dtype=torch.float64)]
+
+    loop, before, found = compile_loop(body, [torch.float32], None, 1, 0), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(loop([x], [0.5], [], 0))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert float(found[0]) == pytest.approx(float((x * 0.5).double().sum()), rel=1e-12)
+
+
+def test_positions_count_on_over_parts_and_wrap():
+    def body(tensors, floats, integers, index):
+        position = torch.arange(tensors[0].numel(), dtype=torch.int32) + index
+        return [(position >> integers[0]).to(torch.float32)]
+
+    n = 2**18 + 5
+    out = torch.empty(n)
+    compile_loop(body, [torch.float32], torch.float32, 0, 1)([out, torch.zeros(n)], [], [4], 2**31 - 3)
+    expected = (torch.arange(n, dtype=torch.int64) + 2**31 - 3).to(torch.int32) >> 4
+    assert torch.equal(out, expected.float())
+
+
+def test_numbers_that_are_not_finite_come_out_as_torch_has_them():
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.4e38, -0.0, 1e-40])
+    out = torch.empty(6, dtype=torch.bfloat16)
+    compile_loop(lambda t, f, i, at: [t[0] * f[0]], [torch.float32], torch.bfloat16, 1, 0)([out, x], [1.0], [], 0)
+    assert torch.equal(out.view(torch.int16)[1:], x.bfloat16().view(torch.int16)[1:])
+    assert bool(torch.isnan(out[0]))
+
+
+def test_what_has_no_c_form_is_refused():
+    with pytest.raises(Unsupported, match="sort"):
+        compile_loop(lambda t, f, i, at: [torch.sort(t[0])[0]], [torch.float32], torch.float32, 0, 0)
+    with pytest.raises(Unsupported, match=r"torch\.complex64"):
+        compile_loop(lambda t, f, i, at: [t[0]], [torch.complex64], torch.float32, 0, 0)
+    assert not is_traced()
+
+
+def test_dear_scores_are_kept_from_the_second_candidate_on_where_they_fit():
+    tensors = models(torch.bfloat16)
+    roomy, tight = (MergeEngine(tensors, compile=True, cache_bytes=size) for size in (2**30, 2**10))
+    for coefficient in (0.5, 0.6, 0.7):
+        made = preset("pcb", tensors.models, coefficients=coefficient)
+        pairs = zip(roomy.merged(made), tight.merged(made), strict=True)
+        assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+    assert roomy._planner.facts.stored.held > 0
+    assert tight._planner.facts.stored.held == 0
