@@ -208,7 +208,7 @@ _ALL: tuple[Preset, ...] = (
             "allocate": {"kind": "importance", "measure": "apl", "spread": 0.4, "coefficient_power": 0.5},
             "select": {"kind": "bernoulli"}, "rescale": {"kind": "inverse_density"},
         },
-        differs="No code was released: the map from importance to density and coefficient is ours.", coefficient=0.3, density=0.5,
+        differs="No code was released: importance is divided by both norms, its map to density and coefficient is ours.", coefficient=0.3, density=0.5,
         needs_data=True, grid=({"coefficient": 0.3}, {"coefficient": 0.5}),
     ),
     Preset(

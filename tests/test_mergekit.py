@@ -159,6 +159,18 @@ class TestMethods:
         assert (recipe.resolve.kind, recipe.resolve.weighted, recipe.splice.kind) == ("sum", True, "coefficient")
         assert recipe.densities == {"a": 0.2}
 
+    def test_negative_weights_vote_with_their_sign_as_in_mergekit(self, folders: Path) -> None:
+        weights = {"a": 1.0, "b": -0.6, "c": 0.3}
+        models = [model(m, weight=w) for m, w in weights.items()]
+        recipe = read(folders, {**task_arithmetic(*models), "merge_method": "ties"})
+        files = {m: load_file(folders / m / "model.safetensors") for m in ("base", *weights)}
+        for name, merged in MergeEngine(ModelPool(recipe.models, device="cpu"), compile=False).merged(recipe):
+            said = torch.stack([w * (files[m][name] - files["base"][name]) for m, w in weights.items()])
+            agrees = said.sign() == (said.sum(0) >= 0) * 2 - 1
+            total = (torch.tensor(list(weights.values()))[:, None, None] * agrees).sum(0)
+            expected = files["base"][name] + (said * agrees).sum(0) / torch.where(total == 0, 1.0, total)
+            torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-6)
+
     @pytest.mark.parametrize("method", ["dare_ties", "breadcrumbs_ties", "dare_linear", "breadcrumbs"])
     def test_only_ties_and_della_normalise_by_default(self, folders: Path, method: str) -> None:
         data = {**task_arithmetic(model("a", weight=1, density=0.2), model("b", weight=2)), "merge_method": method}
@@ -314,7 +326,7 @@ REFUSED = {
     r"models\[0\].model: revisions": task_arithmetic(model("org/a@v2", weight=1)),
     "listed twice": task_arithmetic(model("a", weight=1), model("./a", weight=1)),
     "must be above 0": {**task_arithmetic(model("a", weight=1, density=0)), "merge_method": "ties"},
-    "must not be negative where signs": {**task_arithmetic(model("a", weight=1), model("b", weight=-1)), "merge_method": "ties"},
+    "must not sum to 0 where signs": {**task_arithmetic(model("a", weight=1), model("b", weight=-1)), "merge_method": "ties"},
     "density -\\+ epsilon must lie in": {**task_arithmetic(model("a", weight=1, density=0.1)), "merge_method": "della"},
     "must sum to 1 where normalize is off": {
         "merge_method": "linear", "models": [model("a", weight=1), model("b", weight=1)], "parameters": {"normalize": False},
@@ -451,6 +463,13 @@ class TestWriting:
         recipe = preset(name, Models(base="org/base", experts={"a": "org/a", "b": "org/b"}))
         with pytest.raises(RecipeError, match=message):
             to_mergekit(recipe, GROUPS)
+
+    def test_negative_coefficients_are_said_unless_some_cancel(self) -> None:
+        models = Models(base="org/base", experts={"a": "org/a", "b": "org/b"})
+        text = to_mergekit(preset("ties_mergekit", models, coefficients={"a": 1.0, "b": -0.5}), GROUPS, vectors=())
+        assert yaml.safe_load(text)["models"][1]["parameters"]["weight"] == -0.5
+        with pytest.raises(RecipeError, match="must not sum to 0"):
+            to_mergekit(preset("ties_mergekit", models, coefficients={"a": 1.0, "b": -1.0}), GROUPS, vectors=())
 
     def test_all_reasons_are_given_at_once(self) -> None:
         recipe = preset(

@@ -162,21 +162,35 @@ def test_trust_region_drops_the_entries_where_gradients_meet_other_deltas(toy):
     assert merged(toy, recipe) == pytest.approx(expected.tolist(), abs=1e-6)
 
 
-def test_apl_gives_important_tensors_more_density_and_weight():
-    torch.manual_seed(0)
+def apl_tensors():
+    """Deltas of ones; the gradient of ``strong`` points along its delta, that of ``weak`` mostly across: cosine 1/8."""
     names = ("strong", "weak")
-    base = {n: torch.zeros(64, 64) for n in names}
-    delta = {n: torch.ones(64, 64) for n in names}
-    gradient = {("gradient", "a", "strong"): torch.ones(64, 64), ("gradient", "a", "weak"): torch.full((64, 64), 0.01)}
-    tensors = MemoryTensors(base, {"a": delta}, statistics=gradient)
+    across = torch.ones(64, 64)
+    across[:, 36:] = -1.0
+    gradient = {("gradient", "a", "strong"): torch.full((64, 64), 0.01), ("gradient", "a", "weak"): across}
+    deltas = {"a": {n: torch.ones(64, 64) for n in names}}
+    return MemoryTensors({n: torch.zeros(64, 64) for n in names}, deltas, statistics=gradient)
+
+
+def test_apl_gives_tensors_that_move_along_the_gradient_more_density_and_weight_whatever_the_sizes():
+    tensors = apl_tensors()
     recipe = preset("apl", tensors.models, coefficients=1.0)
     planner = Planner(tensors)
     strong, weak = planner.settings(recipe, "strong"), planner.settings(recipe, "weak")
     assert (strong.densities[0], weak.densities[0]) == pytest.approx((0.7, 0.3), abs=1e-6)
-    ratio = 0.01**0.5
+    ratio = (1 / 8) ** 0.5
     assert (strong.coefficients[0], weak.coefficients[0]) == pytest.approx(
         (2 / (1 + ratio), 2 * ratio / (1 + ratio)), rel=1e-5
     )
+
+
+def test_apl_without_normalising_ranks_by_the_plain_inner_product():
+    tensors = apl_tensors()
+    rule = {**PRESETS["apl"].settings["allocate"], "options": {"normalise": False}}
+    recipe = preset("apl", tensors.models, coefficients=1.0, allocate=rule)
+    planner = Planner(tensors)
+    ratio = (0.01 * 4096 / (4096 / 8)) ** 0.5  # of |<gradient, delta>|
+    assert planner.settings(recipe, "strong").coefficients[0] == pytest.approx(2 * ratio / (1 + ratio), rel=1e-5)
 
 
 def test_every_preset_makes_a_recipe_that_survives_json_and_merges(toy):

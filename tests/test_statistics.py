@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from merge_search.engine.engine import MergeEngine
 from merge_search.engine.live import LiveModel
 from merge_search.engine.pool import ModelPool
 from merge_search.engine.statistics import provider
-from merge_search.engine.statistics.provider import DataStatistics
+from merge_search.engine.statistics.provider import RECENT, DataStatistics
 from merge_search.engine.statistics.store import FOLDER, FolderStatistics
 from merge_search.errors import NonFiniteError, RecipeError, WeightsError
 from merge_search.evaluation import Split
@@ -31,6 +32,7 @@ from merge_search.search.workbench import Workbench, statistics_of
 from merge_search.study_file import read_study_file
 
 N_FIT = {"one": 4, "two": 3, "three": 3}
+NAME = "model.norm.weight"
 OWNERS = {"one": "a", "two": "b", "three": "b"}
 
 
@@ -279,12 +281,15 @@ def test_regmean_is_the_least_squares_match_of_the_experts_outputs(bench: Bench)
     torch.testing.assert_close(merged["model.embed_tokens.weight"], average)
 
 
-def test_apl_ranks_tensors_by_gradient_times_delta(bench: Bench) -> None:
-    """The tensor where |<g, tau>| is largest keeps most."""
+def test_apl_ranks_tensors_by_the_cosine_of_gradient_and_delta(bench: Bench) -> None:
+    """The tensor whose delta points most along the gradient keeps most."""
     recipe = preset("apl", bench.pool.models)
     engine = MergeEngine(bench.pool)
     g = mean_over_tasks(bench.gradients("a", 0.0), lambda x: x)
-    effect = {n: float((g[n].double() * deltas(bench, n)[0].double()).sum().abs()) for n in bench.pool.groups}
+    effect = {
+        n: abs(float(torch.cosine_similarity(g[n].double().flatten(), deltas(bench, n)[0].double().flatten(), dim=0)))
+        for n in bench.pool.groups
+    }
     matrices = [n for n in bench.pool.groups if bench.pool.base(n).ndim == 2]
     ranked = sorted(matrices, key=effect.__getitem__)
     density = {
@@ -407,6 +412,32 @@ def test_a_damaged_file_is_measured_again_with_a_warning(
     assert found is not None
     assert torch.equal(cold, found)
     assert path.read_bytes() == data
+
+
+def test_files_beyond_the_bound_go_the_longest_unused_first_and_are_measured_again(bench: Bench) -> None:
+    first = bench.statistics.get("fisher@0.25", "a", NAME)
+    (path,) = bench.folder.glob("*.safetensors")
+    os.utime(path, ns=(1, 1))
+    given = bench.folder / "external" / "a.safetensors"
+    given.parent.mkdir()
+    given.write_bytes(path.read_bytes())
+    bound = 1.5 * path.stat().st_size / 2**30
+    small = DataStatistics(bench.pool, bench.live, [bench.tasks], OWNERS, folder=bench.folder, max_gib=bound)
+    kept = [(kind, e) for kind in ("fisher", "gradient") for e in ("a", "b")]
+    for kind, expert in kept:
+        small.get(kind, expert, NAME)
+    assert not path.exists()
+    assert given.is_file()
+    assert len(list(bench.folder.glob("*.safetensors"))) == len(kept)  # in use by this process, whatever they take
+    again = small.get("fisher@0.25", "a", NAME)
+    assert torch.equal(first, again)
+
+
+def test_files_at_scaled_models_stay_bounded_while_a_search_goes_on(bench: Bench) -> None:
+    small = DataStatistics(bench.pool, bench.live, [bench.tasks], OWNERS, folder=bench.folder, max_gib=1e-9)
+    for i in range(14):
+        small.get(f"fisher@{(i + 1) / 16!r}", "a", NAME)
+    assert len(list(bench.folder.glob("*.safetensors"))) == RECENT * len(bench.pool.models.experts) < 14
 
 
 def test_a_folder_that_cannot_be_written_costs_the_file_not_the_trial(

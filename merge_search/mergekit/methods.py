@@ -5,15 +5,18 @@ Each method is one `Method`: which parameters it reads and what makes its recipe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["EPS", "IGNORED", "METHODS", "NEGATIVE", "PER_MODEL", "Method", "Numbers"]
+__all__ = ["CANCEL", "EPS", "IGNORED", "METHODS", "PER_MODEL", "Method", "Numbers", "cancel"]
 
 EPS = 1e-8
 """mergekit's floor of norms in multislerp."""
-NEGATIVE = "must not be negative where signs are elected: mergekit asks the weighted delta for agreement, we the delta"
+CANCEL = (
+    "weights of some models must not sum to 0 where signs are elected and normalize is on: mergekit then leaves out the division, "
+    "we the entry"
+)
 PER_MODEL = {"gamma", "epsilon"}
 """Numbers that mergekit reads at each model."""
 
@@ -160,3 +163,14 @@ METHODS: Mapping[str, Method] = {
     "passthrough": Method(None, (1, 1)),
 }  # fmt: skip
 """mergekit's methods that recipes can say, by mergekit's name."""
+
+
+def cancel(weights: Sequence[float]) -> bool:
+    """Whether some of the weights sum to zero."""
+    sums = {0.0}
+    for w in weights:
+        more = {s + w for s in sums}
+        if any(abs(s) < 1e-8 for s in more) and w != 0:
+            return True
+        sums |= more
+    return False

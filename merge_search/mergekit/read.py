@@ -12,7 +12,7 @@ from merge_search.engine.headers import read_checkpoint, resolve_model
 from merge_search.engine.layout import layout
 from merge_search.errors import RecipeError, WeightsError, nearest
 from merge_search.mergekit.document import Document, Slice, Source, read_document
-from merge_search.mergekit.methods import EPS, IGNORED, METHODS, NEGATIVE, PER_MODEL, Method, Numbers
+from merge_search.mergekit.methods import CANCEL, EPS, IGNORED, METHODS, PER_MODEL, Method, Numbers, cancel
 from merge_search.mergekit.values import Table, lookup, needs_layout, place_of, shorten
 from merge_search.recipe import Group, Recipe
 
@@ -281,8 +281,8 @@ class _Reader:
                 weights = self._normalized(weights, normalize)
             elif len(set(map(bool, normalize.values()))) > 1:
                 self.problems.append("parameters.normalize: must be one value for all tensors here")
-            if method.elects and any(v < 0 for w in weights.values() for v in w.values()):
-                self.problems.append(f"parameters.weight: {NEGATIVE}")
+            if method.elects and any(normalize.values()) and _some_cancel(weights):
+                self.problems.append(f"parameters.weight: {CANCEL}")
         made["weights"] = weights
         made["coefficients"] = {m: self._shorten(weights[m]) for m in experts}
 
@@ -365,3 +365,7 @@ def _expert_names(models: Sequence[str]) -> dict[str, str]:
             name, n = f"{plain}_{n}", n + 1
         names[model] = name
     return names
+
+
+def _some_cancel(weights: Mapping[str, Table]) -> bool:
+    return any(cancel(row) for row in set(zip(*(w.values() for w in weights.values()), strict=True)))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from merge_search.mergekit.methods import NEGATIVE
 from merge_search.mergekit.values import Table
 from merge_search.recipe import Group, Operator, Recipe, value_for
 
@@ -43,10 +42,6 @@ class Said:
     has_select_topk: bool = False
     spare_vectors: bool = False
     notes: tuple[str, ...] = ()
-
-
-def _all(values: float | Mapping[str, float]) -> Iterable[float]:
-    return values.values() if isinstance(values, Mapping) else (values,)
 
 
 def _coefficients(recipe: Recipe) -> Callable[[str, Groups], Table]:
@@ -98,8 +93,6 @@ def _by_selection(recipe: Recipe, reasons: list[str]) -> Said:
         )
     if select.kind in ("top_k", "band", "rank_probability") and recipe.assess.measure != "magnitude":
         reasons.append(f"assess: mergekit selects by magnitude, not by {recipe.assess.measure!r}")
-    if elects and any(v < 0 for table in recipe.coefficients.values() for v in _all(table)):
-        reasons.append(f"coefficients: {NEGATIVE}")
     method, each, notes = _method(recipe, elects, reasons)
     selects = select.kind != "all"
     rescaled = recipe.rescale.kind == "match_l1"

@@ -9,6 +9,7 @@ import yaml
 
 from merge_search.errors import RecipeError
 from merge_search.mergekit.filters import said
+from merge_search.mergekit.methods import CANCEL, cancel
 from merge_search.mergekit.stages import Said, operator_as_method, stages_as_method
 from merge_search.mergekit.values import Table
 from merge_search.recipe import Group, Recipe, value_for
@@ -72,6 +73,9 @@ def _file(
     if written.has_lambda:
         scale = _value({n: value_for(recipe.scale, g) for n, g in groups.items()}, groups, reasons)
         settings |= {} if scale == 1.0 else {"lambda": scale}
+    if recipe.resolve.kind != "none" and recipe.splice.kind == "coefficient":
+        rows = {tuple(recipe.coefficient(e, g) for e in recipe.models.experts) for g in groups.values()}
+        reasons += [f"coefficients: {CANCEL}"] if any(map(cancel, rows)) else []
     if written.has_select_topk:
         settings["select_topk"] = _value(_shared_densities(recipe, groups, reasons), groups, reasons)
     return {

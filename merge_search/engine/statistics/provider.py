@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -19,14 +21,18 @@ from merge_search.engine.live import LiveModel
 from merge_search.engine.pool import ModelPool
 from merge_search.engine.statistics import Kind, load, parse
 from merge_search.engine.statistics.rows import TaskRows, Work, rows_of_experts
-from merge_search.engine.statistics.store import FOLDER, FolderStatistics, StatisticFile, write
+from merge_search.engine.statistics.store import FOLDER, FolderStatistics, StatisticFile, prune, write
 from merge_search.errors import NonFiniteError, RecipeError, WeightsError
 from merge_search.recipe import Models, Operator, Recipe
 
-__all__ = ["N_ROWS", "DataStatistics"]
+__all__ = ["MAX_GIB", "N_ROWS", "DataStatistics"]
 
 N_ROWS = 64
 """Rows per task. DF-Merge takes 30, Fisher merging and RegMean 256."""
+MAX_GIB = 32.0
+"""What the files of one study may take on disk: float32 statistics of eight billion parameters are 30 GiB a file."""
+RECENT = 4
+"""So many files at scaled models are kept per expert, whatever they take: a candidate asks for a few at a time."""
 VERSION = 1
 """Raise it when the numbers of any statistic change: files of older versions are then measured again."""
 _log = logging.getLogger(__name__)
@@ -36,7 +42,9 @@ class DataStatistics:
     """A `pool.StatisticsSource`: kinds of `KINDS` from data, any other from files that the user put into `folder`.
 
     Kept in ``<folder>/<key>.safetensors``; the key is a hash of kind, point, weights, dtype, tasks, rows, seed and
-    `VERSION`, so that what is found is what would be measured. A file that is damaged is measured again.
+    `VERSION`, so that what is found is what would be measured. A file that is damaged is measured again. Files beyond
+    `max_gib` are removed, the longest unused first, but never one at a model itself that this process has used; a statistic
+    whose file is gone is measured again, to the same bits.
 
     A statistic may be asked for while a recipe is being written into the live model: the model's weights are put aside
     (on the host) and come back bit for bit; engines see by version counters that they were touched.
@@ -46,6 +54,7 @@ class DataStatistics:
         owners: Task -> expert whose statistics it serves (`rows.rows_of_experts`).
         n_rows: Per task.
         folder: Files of others lie in it as ``<kind>/<expert>.safetensors`` (`store.FolderStatistics`).
+        max_gib: Of disk, for the measured files in `folder`.
         dtype: In which the live model computes; None: that of the files.
     Attributes:
         questions: Asked so far by this object; a row with a backward pass counts three times.
@@ -62,11 +71,12 @@ class DataStatistics:
         n_rows: int = N_ROWS,
         seed: int = 0,
         dtype: str | None = None,
+        max_gib: float = MAX_GIB,
     ) -> None:
         self.pool, self.live, self.folder = pool, live, Path(folder)
         self.questions = 0
         self._evaluators, self._owners = list(evaluators), dict(owners)
-        self._n_rows, self._seed, self._dtype = n_rows, seed, dtype
+        self._n_rows, self._seed, self._dtype, self._max_bytes = n_rows, seed, dtype, max_gib * 2**30
         self._given = FolderStatistics(self.folder)
         self._files: dict[tuple[str, str], StatisticFile] = {}
         self._unwritten: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -96,7 +106,7 @@ class DataStatistics:
                 "no task has a differentiable loss and rows to fit on: give tasks a training split, or set splits.fit"
             )
         if self.live is None and not self._path(kind, expert).is_file():
-            return f"it was not measured in this study (looked in {self.folder})"
+            return f"it was not measured in this study, or its file was removed to keep statistics.max_gib (looked in {self.folder})"
         return ""
 
     def files(self) -> dict[str, str | Path]:
@@ -122,6 +132,8 @@ class DataStatistics:
         if path.is_file():
             try:
                 self._files[kind, expert] = StatisticFile(path, needs_checksum=True)
+                with contextlib.suppress(OSError):  # a folder that may only be read
+                    os.utime(path)  # used now: `prune` takes the longest unused
                 return
             except WeightsError as error:
                 _log.warning("%s; measured again", error)
@@ -135,6 +147,17 @@ class DataStatistics:
             self._unwritten[kind, expert] = made
             return
         self._files[kind, expert] = StatisticFile(path, needs_checksum=True)
+        self._prune()
+
+    def _prune(self) -> None:
+        used = list(self._files.items())  # in the order of their first use
+        scaled = [file.path for (kind, _), file in used if "@" in kind]
+        keep = {file.path for (kind, _), file in used if "@" not in kind}
+        keep.update(scaled[-RECENT * len(self.pool.models.experts) :])
+        removed = set(prune(self.folder, self._max_bytes, keep))
+        if removed:
+            _log.info("%d statistics removed from %s: more than max_gib", len(removed), self.folder)
+        self._files = {at: file for at, file in used if file.path not in removed}
 
     def _about(self, kind: str, expert: str) -> dict[str, Any]:
         """All that the numbers depend on."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from merge_search.engine.checkpoint import dtype_name, raw_bytes
 from merge_search.engine.hashing import WeightsHash
 from merge_search.errors import WeightsError
 
-__all__ = ["FOLDER", "FolderStatistics", "StatisticFile", "write"]
+__all__ = ["FOLDER", "FolderStatistics", "StatisticFile", "prune", "write"]
 
 FOLDER = "statistics"
 """Beside an exported ``recipe.json``: ``statistics/<kind>/<expert>.safetensors``."""
@@ -76,6 +77,32 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
         raise OSError(str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def prune(folder: Path, max_bytes: float, keep: Collection[Path]) -> list[Path]:
+    """Remove measured files, the longest unused first, until those left take `max_bytes`; what was removed.
+
+    Only files named by a key count: what users put into `folder` and its sub-folders is theirs.
+
+    Args:
+        keep: Never removed, whatever they take.
+    """
+    found = []
+    for path in folder.glob("*.safetensors"):
+        if re.fullmatch(r"[0-9a-f]{64}", path.stem):
+            with contextlib.suppress(FileNotFoundError):  # another process prunes, too
+                stat = path.stat()
+                found.append((stat.st_mtime_ns, path.name, path, stat.st_size))
+    total = sum(size for *_, size in found)
+    removed = []
+    for _, _, path, size in sorted(found):
+        if total <= max_bytes:
+            break
+        if path not in keep:
+            path.unlink(missing_ok=True)
+            total -= size
+            removed.append(path)
+    return removed
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
