@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from merge_search.errors import SpaceError
 from merge_search.search.samplers import distributions
-from merge_search.search.samplers.history import Quantity
-from merge_search.search.samplers.kernels import depth_families, fit, make_kernel, resolve_kernel
+from merge_search.search.samplers.cost import log_cost
+from merge_search.search.samplers.history import History, Quantity
+from merge_search.search.samplers.kernels import fit, make_kernel, shared_scales
 from merge_search.search.samplers.numerics import numerics
 from merge_search.search.samplers.unit_cube import UnitCube, holds
 from merge_search.space import Categorical, Float, Integer, Parameter
@@ -72,42 +74,50 @@ class TestUnitCube:
 
 
 class TestKernels:
-    NAMES = (
-        "coefficient.a.block.10",
-        "coefficient.a.block.2",
-        "coefficient.a.block.0",
-        "density.a",
-        "coefficient.a.rest",
-    )
+    def test_numbers_of_a_kind_share_a_length_scale(self):
+        names = [
+            "coefficient.a.block.0",
+            "density.a",
+            "coefficient.b.rest",
+            "learner.step_size",
+            "learner.pull",
+            "scale",
+        ]
+        assert shared_scales(names) == [0, 1, 0, 2, 3, 4]
+        assert shared_scales(names, "plain") == [0, 1, 2, 3, 4, 5]
 
-    def test_families_are_in_order_of_depth_and_apart_by_expert_and_kind(self):
-        names = [*self.NAMES, *(f"coefficient.b.block.{i}.{kind}" for i in range(3) for kind in ("mlp", "attention"))]
-        assert depth_families(names) == [[2, 1, 0], [5, 7, 9], [6, 8, 10]]
-        assert depth_families(["coefficient.a.block.0", "coefficient.a.block.1"]) == []
-
-    def test_auto_is_structured_where_blocks_have_an_order(self):
-        assert resolve_kernel("auto", UnitCube({n: Float(0, 1) for n in self.NAMES})) == "structured"
-        assert resolve_kernel("auto", UnitCube(MIXED)) == "plain"
-        assert resolve_kernel("plain", UnitCube({n: Float(0, 1) for n in self.NAMES})) == "plain"
-
-    def test_structured_kernel_rates_an_even_change_of_all_blocks_above_an_uneven_one(self):
-        cube = UnitCube({f"coefficient.a.block.{i}": Float(0, 1) for i in range(12)})
-        kernel = make_kernel("structured", cube)
-        centre = torch.full((1, 12), 0.5, dtype=torch.double)
-        even = centre + 0.3
-        uneven = centre + 0.3 * torch.tensor([1.0, -1.0] * 6, dtype=torch.double)
+    def test_a_tied_kernel_falls_with_distance_alike_in_all_coefficients(self):
+        cube = UnitCube({"coefficient.a": Float(0, 1), "coefficient.b": Float(0, 1), "density": Float(0, 1)})
+        kernel = make_kernel("tied", cube)
+        kernel.base_kernel.raw_scales.data = torch.tensor([0.5, 2.0], dtype=torch.double)
+        kernel.outputscale = 3.0
+        points = torch.tensor([[0.0, 0, 0], [0.5, 0, 0], [0, 0.5, 0], [0, 0, 0.5]], dtype=torch.double)
         with torch.no_grad():
-            same, up, zigzag = (kernel(centre, x).to_dense().item() for x in (centre, even, uneven))
-        assert up < zigzag < same
+            found = kernel(points).to_dense()[0]
+        expected = [3.0 * math.exp(-e) for e in (0.0, 0.5, 0.5, 0.5 / 16)]  # squared distance in scales, halved
+        assert found.tolist() == pytest.approx(expected, rel=1e-12)
 
-    def test_covariance_is_positive_definite(self):
-        parameters = {**{n: Float(0, 1) for n in self.NAMES}, "preset": Categorical(("a", "b"))}
-        cube = UnitCube(parameters)
+    @pytest.mark.parametrize("name", ["tied", "plain"])
+    def test_covariance_is_positive_definite(self, name):
+        cube = UnitCube(MIXED)
         rng = np.random.default_rng(0)
-        points = torch.tensor([cube.encode(random_point(parameters, rng)) for _ in range(20)], dtype=torch.double)
+        points = torch.tensor([cube.encode(random_point(MIXED, rng)) for _ in range(20)], dtype=torch.double)
         with torch.no_grad():
-            covariance = make_kernel("structured", cube)(points).to_dense()
+            covariance = make_kernel(name, cube)(points).to_dense()
         torch.testing.assert_close(covariance, covariance.T, rtol=0, atol=1e-12)
+        assert torch.linalg.eigvalsh(covariance).min() > 0
+
+    def test_a_fitted_trial_says_nothing_about_the_coefficients_of_one_that_is_not(self):
+        """With the choice's share of the level taken out, covariance is zero between steps 0 and steps 50."""
+        cube = UnitCube({"coefficient.a": Float(0, 1), "learner.steps": Categorical((0, 50, 100))})
+        kernel = make_kernel("tied", cube)
+        kernel.raw_level.data = torch.tensor(1e-4, dtype=torch.double)
+        points = torch.tensor([[0.3, 0], [0.3, 1], [0.3, 2], [0.4, 0]], dtype=torch.double)
+        with torch.no_grad():
+            covariance = kernel(points).to_dense()
+        assert covariance[0, 1:3].tolist() == pytest.approx([0, 0], abs=1e-4)
+        assert covariance[1, 2] > 0.5
+        assert covariance[0, 3] > 0.5
         assert torch.linalg.eigvalsh(covariance).min() > 0
 
     def test_posterior_follows_the_measurements_as_far_as_their_noise_allows(self):
@@ -117,7 +127,37 @@ class TestKernels:
         quantity = Quantity(points, values, torch.full((100,), 0.01, dtype=torch.double))
         with numerics(0):
             mean, covariance = fit(
-                quantity, make_kernel("plain", UnitCube({"x": Float(0, 1), "y": Float(0, 1)}))
+                quantity, make_kernel("tied", UnitCube({"x": Float(0, 1), "y": Float(0, 1)}))
             ).posterior(points[:1])
         assert mean.item() == pytest.approx(0.3, abs=1e-3)
         assert covariance.item() == pytest.approx(1e-4, rel=0.1)
+
+
+class TestCost:
+    CUBE = UnitCube({"coefficient.a": Float(0, 1), "learner.steps": Categorical((0, 50, 100))})
+
+    def history(self, trials: Sequence[tuple[float, float]]) -> History:
+        """Of (choice of steps, questions)."""
+        points = torch.tensor([[0.5, choice] for choice, _ in trials], dtype=torch.double)
+        none = torch.zeros(0, 2, dtype=torch.double)
+        values = torch.zeros(len(trials), dtype=torch.double)
+        questions = torch.tensor([asked for _, asked in trials], dtype=torch.double)
+        return History(list(range(len(trials))), [Quantity(points, values, None)], {}, none, none, questions)
+
+    def predicted(self, trials: Sequence[tuple[float, float]]) -> list[float]:
+        points = torch.tensor([[0.1, 0], [0.2, 1], [0.3, 2]], dtype=torch.double)
+        return log_cost(self.history(trials), self.CUBE, points).exp().tolist()
+
+    def test_questions_lie_on_a_line_in_the_steps_and_trials_without_any_are_left_out(self):
+        assert self.predicted([(0, 600), (2, 30_600), (0, 0)]) == pytest.approx([600, 15_600, 30_600])
+
+    def test_raced_trials_are_averaged(self):
+        assert self.predicted([(0, 600), (0, 400), (2, 30_500)]) == pytest.approx([500, 15_500, 30_500])
+
+    def test_one_number_of_steps_makes_all_cost_the_same(self):
+        assert self.predicted([(0, 600), (0, 400)]) == pytest.approx([500, 500, 500])
+
+    def test_nothing_known_costs_nothing(self):
+        assert self.predicted([(0, 0), (1, 0)]) == [1, 1, 1]
+        space = UnitCube({"coefficient.a": Float(0, 1)})
+        assert log_cost(self.history([(0, 5)]), space, torch.zeros(2, 1)).tolist() == [0, 0]

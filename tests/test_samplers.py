@@ -231,8 +231,8 @@ class TestMakeSampler:
             make_sampler(name, parameters=MIXED, seed=0, nstartup=3)
 
     def test_all_bad_options_are_reported_at_once(self):
-        with pytest.raises(StudyFileError, match=r"(?s)kernel.*'flat'.*n_startup"):
-            make_sampler("botorch", parameters=MIXED, seed=0, kernel="flat", n_startup=0)
+        with pytest.raises(StudyFileError, match=r"(?s)kernel.*'flat'.*n_startup.*cost_power"):
+            make_sampler("botorch", parameters=MIXED, seed=0, kernel="flat", n_startup=0, cost_power=2)
 
     def test_cmaes_refuses_several_objectives(self):
         with pytest.raises(StudyFileError, match="one objective"):
@@ -307,7 +307,7 @@ class TestNoisyGP:
             points.append(suggest(trial, LINE))
             tell(study, trial, [0.0])
         assert {(int(2 * p["x"]), int(2 * p["y"])) for p in points} == {(0, 0), (0, 1), (1, 0), (1, 1)}
-        assert default_n_startup(UnitCube(LINE)) == 8
+        assert default_n_startup(UnitCube(LINE)) == 6
         assert default_n_startup(UnitCube({"c": Categorical(tuple("abcdefghi"))})) == 11
 
     def test_a_failed_model_falls_back_to_a_quasi_random_point_and_says_so(self):
@@ -398,6 +398,57 @@ class TestNoisyGP:
                 losses.append(0.7 - smooth(study.trials[best].params))
             regret[name] = np.mean(losses)
         assert regret["botorch"] < 0.5 * regret["random"]
+
+
+LEARNED: dict[str, Parameter] = {**LINE, "learner.steps": Categorical((0, 100))}
+
+
+class TestFittedTrials:
+    """A trial with `learner.steps` has a value that its coefficients alone would not have, and costs 50 times as much."""
+
+    def study(self, *, bonus: float, **options) -> optuna.Study:
+        """3 x 3 plain and fitted trials of a hill at (0.5, 0.5); fitting adds `bonus`."""
+        study = new_study("botorch", parameters=LEARNED, **options)
+        for point in grid(3):
+            for steps in (0, 100):
+                value = 0.7 - 0.2 * (point["x"] - 0.5) ** 2 - 0.2 * (point["y"] - 0.5) ** 2 + bonus * (steps > 0)
+                study.add_trial(
+                    create_trial(
+                        value=value,
+                        params={**point, "learner.steps": steps},
+                        distributions=distributions(LEARNED),
+                        user_attrs={"noise": {"value": 4e-4}, "cost": [0.1, 1.0, 600 + 300 * steps]},
+                    )
+                )
+        return study
+
+    @pytest.mark.parametrize(("cost_power", "steps"), [(0.0, 100), (1.0, 0)])
+    def test_improvement_is_divided_by_the_questions_it_takes(self, cost_power, steps):
+        """Fitting is a little better: it is chosen where cost is ignored, and not where it counts in full."""
+        study = self.study(bonus=0.02, cost_power=cost_power)
+        assert suggest(study.ask(), LEARNED)["learner.steps"] == steps
+
+    def test_what_is_much_better_is_chosen_in_spite_of_its_cost(self):
+        study = self.study(bonus=0.2, cost_power=1.0)
+        assert suggest(study.ask(), LEARNED)["learner.steps"] == 100
+
+    def test_plain_points_are_not_sought_where_only_fitted_ones_were_good(self):
+        """Plain: falls with x. Fitted: good, and tried at x = 0.9 alone."""
+        study = new_study("botorch", parameters=LEARNED)
+        for point in grid(4):
+            for steps in (0, 100) if point["x"] > 0.8 else (0,):
+                study.add_trial(
+                    create_trial(
+                        value=0.75 if steps else 0.7 - 0.3 * point["x"],
+                        params={**point, "learner.steps": steps},
+                        distributions=distributions(LEARNED),
+                        user_attrs={"noise": {"value": 4e-4}},
+                    )
+                )
+        plain = [r for r in recommend(study, LEARNED, seed=0) if not study.trials[r.number].params["learner.steps"]]
+        by_x = [study.trials[r.number].params["x"] for r in plain]
+        assert by_x[:4] == [0.125] * 4
+        assert by_x[-4:] == [0.875] * 4
 
 
 class TestRecommend:

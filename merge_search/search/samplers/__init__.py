@@ -43,7 +43,7 @@ def make_sampler(
         parameters: Of the search space, in its order.
         seed: Of the study; every trial's numbers are derived from it and the trial's number.
         n_objectives: Objectives of the study.
-        options: Of the sampler: ``n_startup``, ``kernel`` and ``multi_objective`` for ``botorch``; those of
+        options: Of the sampler: ``n_startup``, ``kernel``, ``multi_objective`` and ``cost_power`` for ``botorch``; those of
             Optuna's class for the others.
 
     Raises:

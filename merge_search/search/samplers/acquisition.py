@@ -3,13 +3,20 @@
 Notation
     X        complete points (n, d); each quantity has its own Gaussian process, see `kernels`
     m        objectives, larger is better; constraints feasible where <= 0; crash model: +1 crashed, -1 ran
-    S        raw candidates: half Sobol points, half steps from the best complete points
+    B        the complete points with the best posterior means
+    S        raw candidates: steps from B, each in a random share of the directions and of a random width; in spaces
+             of few dimensions Sobol points too
     a(x)     one objective     log noisy expected improvement (Ament et al. 2023, arXiv 2310.20708)
              several           log noisy expected hypervolume improvement, or a random Chebyshev scalarisation
                                (ParEGO, Knowles 2006)
+    c(x)     predicted questions; the point chosen maximises a(x) - cost_power log c(x)
 
-Running trials join the baseline as fantasies, so that several workers never get the same point. Category
-columns have no gradient: the search starts from every choice and leaves it where it is.
+Running trials join the baseline as fantasies, so that several workers never get the same point.
+
+The maximum is sought near B alone, by sampling and by ever smaller steps from the best samples. Uncertainty grows with
+the distance from all trials: over a whole box of many dimensions the largest expected improvement lies in a far corner,
+where no merge is any good. Steps from good points in few directions are the candidates of TuRBO (Eriksson et al. 2019,
+arXiv 1910.01739); a wide mixture of widths stands in for its growing and shrinking box, so there is no state to restore.
 """
 
 from __future__ import annotations
@@ -24,7 +31,6 @@ from botorch.acquisition.logei import qLogNoisyExpectedImprovement
 from botorch.acquisition.multi_objective import logei as multi_objective_logei
 from botorch.acquisition.multi_objective.objective import IdentityMCMultiOutputObjective
 from botorch.acquisition.objective import GenericMCObjective
-from botorch.generation.gen import gen_candidates_scipy
 from botorch.models import ModelListGP
 from botorch.sampling.normal import SobolQMCNormalSampler
 from botorch.utils.multi_objective.hypervolume import infer_reference_point
@@ -33,6 +39,7 @@ from botorch.utils.multi_objective.scalarization import get_chebyshev_scalarizat
 from botorch.utils.sampling import sample_simplex
 from torch import Tensor
 
+from merge_search.search.samplers.cost import log_cost
 from merge_search.search.samplers.history import History, Quantity
 from merge_search.search.samplers.kernels import KernelName, Surrogate, fit, make_kernel
 from merge_search.search.samplers.unit_cube import UnitCube
@@ -43,14 +50,20 @@ __all__ = ["MultiObjective", "propose", "quasi_random"]
 multi_objective_logei._load_attempted = True
 
 MultiObjective = Literal["auto", "hypervolume", "parego"]
-N_RAW = 256
-N_RESTARTS = 4
+N_RAW = 768
+N_SOURCES = 5  # points of B
+WIDTH = 0.2  # of the widest steps, as a share of the box; the narrowest are a tenth of it
+SOBOL_DIMENSIONS = 2  # dimensions from which Sobol points become fewer than half the candidates
+SAME_CHOICES = 0.7  # share of steps that leave all categories as they are
+REFINEMENTS = (0.06, 0.03, 0.01)  # widths of the steps from the best samples, round by round
+N_REFINED, N_PARENTS = 256, 10
+N_SNAPPED = 128  # of the best candidates that are compared again once their whole numbers are rounded
 N_SAMPLES = {True: 64, False: 32}  # one objective; several
-ASCENT_ITERATIONS = 20  # 40 cost half as much again for 0.01 in log improvement
 MAX_HYPERVOLUME_OBJECTIVES = 3  # the partition of the dominated volume explodes beyond
 CRASH_VARIANCE = 0.05
 MIN_CONSTRAINT_ROWS = 3
 SAME_POINT = 1e-9
+N_AT_ONCE = 256  # candidates per evaluation of the acquisition: bounds its memory
 
 
 @dataclass(frozen=True)
@@ -90,8 +103,9 @@ def propose(
     cube: UnitCube,
     *,
     seed: int,
-    kernel: KernelName = "auto",
+    kernel: KernelName = "tied",
     multi_objective: MultiObjective = "auto",
+    cost_power: float = 0.0,
 ) -> list[float]:
     """Coordinates of the most promising point that nobody has tried.
 
@@ -102,32 +116,44 @@ def propose(
     """
     models = _fit_all(history, cube, kernel)
     acquisition = _acquisition(models, history, seed=seed, multi_objective=multi_objective)
-    raw = _raw_candidates(_best_points(models, history), cube, seed=seed)
-    with torch.no_grad():
-        ranking = acquisition(raw.unsqueeze(1)).argsort(descending=True)
-    candidates = raw[ranking]
-    if cube.numeric:
-        candidates = torch.cat([_ascend(acquisition, candidates, cube), candidates])
-    candidates = torch.tensor([cube.snap(x) for x in candidates[:N_RAW].tolist()], dtype=torch.double)
-    new = (torch.cdist(candidates, history.visited, p=torch.inf) > SAME_POINT).all(1)
-    if new.any():  # the evaluator would only give the same answers again
-        candidates = candidates[new]
-    with torch.no_grad():
-        values = acquisition(candidates.unsqueeze(1))
-    result: list[float] = candidates[values.argmax()].tolist()
-    return result
+
+    def promise(points: Tensor) -> Tensor:
+        with torch.no_grad():
+            parts = points.split(N_AT_ONCE)  # type: ignore[no-untyped-call]
+            value = torch.cat([acquisition(part.unsqueeze(1)) for part in parts])
+        return value - cost_power * log_cost(history, cube, points) if cost_power else value
+
+    steps = _Steps(cube, seed)
+    points = steps.raw(_best_points(models, history))
+    values = promise(points)
+    for width in REFINEMENTS if cube.numeric else ():
+        nearer = steps.around(points[values.argsort(descending=True, stable=True)[:N_PARENTS]], N_REFINED, width)
+        points, values = torch.cat([points, nearer]), torch.cat([values, promise(nearer)])
+    ranked = points[values.argsort(descending=True, stable=True)]
+    candidates = _new_ones(ranked[:N_SNAPPED], history, cube)
+    if not len(candidates):  # a small space, nearly or wholly used up
+        candidates = _new_ones(ranked, history, cube)
+    candidates = candidates if len(candidates) else ranked[:1]
+    result: list[float] = candidates[promise(candidates).argmax()].tolist()
+    return cube.snap(result)
+
+
+def _new_ones(points: Tensor, history: History, cube: UnitCube) -> Tensor:
+    """Snapped to the space, those that nobody has tried: the evaluator would only give the same answers again."""
+    snapped = torch.tensor([cube.snap(x) for x in points.tolist()], dtype=torch.double)
+    return snapped[(torch.cdist(snapped, history.visited, p=torch.inf) > SAME_POINT).all(1)]
 
 
 def _fit_all(history: History, cube: UnitCube, kernel: KernelName) -> _Models:
     objectives = [fit(quantity, make_kernel(kernel, cube)) for quantity in history.objectives]
     measured = [q for q in history.constraints.values() if len(q.values) >= MIN_CONSTRAINT_ROWS]
-    limits = [fit(quantity, make_kernel("plain", cube)) for quantity in measured]
+    limits = [fit(quantity, make_kernel(kernel, cube)) for quantity in measured]
     if len(history.failed):
         ran, crashed = len(history.points), len(history.failed)
         values = torch.cat([-torch.ones(ran, dtype=torch.double), torch.ones(crashed, dtype=torch.double)])
         points = torch.cat([history.points, history.failed])
         quantity = Quantity(points, values, torch.full_like(values, CRASH_VARIANCE))
-        limits.append(fit(quantity, make_kernel("plain", cube)))
+        limits.append(fit(quantity, make_kernel(kernel, cube)))
     return _Models(objectives, limits)
 
 
@@ -160,7 +186,7 @@ def _acquisition(
     )
 
 
-def _best_points(models: _Models, history: History, n: int = 5) -> Tensor:
+def _best_points(models: _Models, history: History, n: int = N_SOURCES) -> Tensor:
     """Complete points with the best posterior means, feasible ones first; several objectives are summed."""
     score = models.means(history.points).sum(1)
     for surrogate in models.limits:
@@ -185,35 +211,33 @@ def _with_choices(unit: Tensor, cube: UnitCube) -> Tensor:
     return unit
 
 
-def _raw_candidates(best: Tensor, cube: UnitCube, *, seed: int) -> Tensor:
-    """S: Sobol points; half of them replaced by sparse steps of widths 0.5 to 0.005 from the best points."""
-    n, half = len(cube.numeric), N_RAW // 2
-    generator = torch.Generator().manual_seed(seed)
+class _Steps:
+    """Candidates near good points; all draws come from one generator."""
 
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, dtype=torch.double)
+    def __init__(self, cube: UnitCube, seed: int) -> None:
+        self._cube, self._seed = cube, seed
+        self._generator = torch.Generator().manual_seed(seed)
 
-    raw = _with_choices(_sobol(cube.n_columns, N_RAW, seed=seed), cube)
-    source = best[torch.randint(len(best), (half,), generator=generator)]
-    width = 0.5 * 10 ** (-2 * uniform(half, 1))
-    moved = uniform(half, n) < uniform(half, 1).clamp_min(0.1)
-    step = torch.randn(half, n, generator=generator, dtype=torch.double) * width * moved
-    raw[:half, :n] = (source[:, :n] + step).clamp(0, 1)
-    raw[:half, n:] = torch.where(uniform(half, 1) < 0.7, source[:, n:], raw[:half, n:])
-    return raw
+    def _uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self._generator, dtype=torch.double)
 
+    def raw(self, best: Tensor) -> Tensor:
+        """S. Shape (N_RAW, d)."""
+        cube = self._cube
+        n_sobol = int(N_RAW * min(0.5, SOBOL_DIMENSIONS / cube.n_columns))
+        anywhere = _with_choices(_sobol(cube.n_columns, n_sobol, seed=self._seed), cube)
+        widths = WIDTH * 10 ** -self._uniform(N_RAW - n_sobol, 1)
+        return torch.cat([anywhere, self.around(best, N_RAW - n_sobol, widths)])
 
-def _ascend(acquisition: AcquisitionFunction, ranked: Tensor, cube: UnitCube) -> Tensor:
-    """Climb from the best raw candidates, and from the best one of every choice of every category."""
-    n = len(cube.numeric)
-    starts = list(range(min(N_RESTARTS, len(ranked))))
-    for j, k in enumerate(cube.n_choices):
-        for choice in range(k):
-            starts += (ranked[:, n + j] == choice).nonzero()[:1, 0].tolist()
-    lower = torch.zeros(cube.n_columns, dtype=torch.double)
-    upper = torch.cat([torch.ones(n, dtype=torch.double), torch.tensor(cube.n_choices, dtype=torch.double) - 1])
-    points, _ = gen_candidates_scipy(
-        ranked[starts].unsqueeze(1), acquisition, lower, upper, options={"maxiter": ASCENT_ITERATIONS}
-    )
-    result: Tensor = points.detach()[:, 0]
-    return result
+    def around(self, sources: Tensor, count: int, width: Tensor | float) -> Tensor:
+        """Steps from random `sources`: normal, in a random share of the numbers; categories now and then. Shape (count, d)."""
+        cube, n = self._cube, len(self._cube.numeric)
+        points = sources[torch.randint(len(sources), (count,), generator=self._generator)]
+        is_moved = self._uniform(count, n) < self._uniform(count, 1).clamp_min(1 / max(n, 1))
+        normal = torch.randn(count, n, generator=self._generator, dtype=torch.double)
+        points[:, :n] = (points[:, :n] + normal * width * is_moved).clamp(0, 1)
+        if cube.n_choices:
+            drawn = _with_choices(self._uniform(count, cube.n_columns), cube)[:, n:]
+            is_kept = (self._uniform(count, 1) < SAME_CHOICES) | (self._uniform(count, len(cube.n_choices)) < 0.5)
+            points[:, n:] = torch.where(is_kept, points[:, n:], drawn)
+        return points

@@ -7,6 +7,7 @@ What the run loop stores with every COMPLETE trial:
     user_attrs["imported"]    true: came without a variance (so may {"value": None})
     user_attrs["fidelity"]    share of the questions asked; 1 where absent
     user_attrs["outcome"]     an `Outcome`; decides whether a FAIL says something about its point
+    user_attrs["cost"]        [seconds to merge, seconds to evaluate, questions asked]
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class History:
         objectives: One per objective, larger is better, at the points of `numbers`.
         constraints: By name, feasible where <= 0; only trials that measured them.
         failed, pending: Shape (n, d): crashed and running trials.
+        questions: Asked by each trial of `numbers`, 0 where nothing is known. Shape (n,), float64.
     """
 
     numbers: list[int]
@@ -65,6 +67,7 @@ class History:
     constraints: dict[str, Quantity]
     failed: Tensor
     pending: Tensor
+    questions: Tensor
 
     @property
     def points(self) -> Tensor:
@@ -120,6 +123,7 @@ def read_history(study: Study, cube: UnitCube, *, without: int | None = None) ->
         _constraints(complete, where),
         _rows(failed, cube),
         _rows(pending, cube),
+        _column([float(trial.user_attrs.get("cost", (0, 0, 0))[2]) for trial in complete]),
     )
 
 

@@ -3,21 +3,22 @@
 Notation
     x        coordinates, n numeric columns in [0, 1] and one column per category (index of the choice)
     y, v     measured value and the known variance of its noise, y = f(x) + N(0, v)
-    k_num    prior covariance over numbers   plain       s k_rbf(x, x')
-                                             structured  s1 k_rbf(Lx, Lx') + s2 k_rbf(Cx, Cx') + s3 k_rbf(Rx, Rx')
+    k_num    prior covariance over numbers   s exp(-sum_j (x_j - x'_j)^2 / 2 l_g(j)^2)
+    g(j)     which numbers share a length scale: ``tied``   one per kind (coefficient, density, learner.step_size)
+                                                 ``plain``  one per number
     k_cat    over categories                 exp(-mean_j [c_j != c'_j] / l_j)
-    k        over both                       k_num (1 + s k_cat) + t k_cat
-    L, C, R  of every family of per-block coefficients: its mean over depth; mean and the first cosines over
-             depth; what the cosines cannot follow. Numeric parameters without a depth enter L and C as they are.
+    k        over both                       a k_num (1 + s k_cat) + t k_cat
+    a        1 where both trials fit their coefficients by gradient or neither does, else 0: what a fit makes of its
+             starting point says nothing about that point as it is
 
-The structure says that the level of an expert matters most, a smooth trend over depth less, single blocks least.
-Length scales carry the dimension-scaled prior of Hvarfner et al. 2024 (arXiv 2402.02229).
+Fifty noisy trials cannot tell eighteen length scales apart. On recorded and synthetic merges one shared by all
+coefficients predicts better than one each, and better than parts that follow an expert's level or its trend over depth,
+which the search then over-exploits. Length scales carry the dimension-scaled prior of Hvarfner et al. 2024 (arXiv 2402.02229).
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,53 +27,66 @@ import torch
 from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
 from botorch.models.kernels import CategoricalKernel
-from botorch.models.utils.gpytorch_modules import get_covar_module_with_dim_scaled_prior as rbf
 from gpytorch.constraints import GreaterThan
-from gpytorch.kernels import Kernel, RBFKernel, ScaleKernel
+from gpytorch.kernels import Kernel, ScaleKernel
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.priors import LogNormalPrior
 from torch import Tensor
 
 from merge_search.search.samplers.history import Quantity
 from merge_search.search.samplers.unit_cube import UnitCube
+from merge_search.space import Categorical
 
-__all__ = ["KernelName", "Surrogate", "depth_families", "fit", "make_kernel", "resolve_kernel"]
+__all__ = ["FIT_STEPS", "KernelName", "Surrogate", "fit", "make_kernel", "shared_scales"]
 
-KernelName = Literal["auto", "plain", "structured"]
-N_COSINES = 3  # trends over depth with up to three half-waves
+KernelName = Literal["tied", "plain"]
+FIT_STEPS = "learner.steps"
+"""Category of learned spaces: gradient steps that a trial's coefficients are fitted by; 0 leaves them as they are."""
 START_MIXED = 0.3  # variance of a difference between choices, against what they share
-MIN_FAMILY = 3  # blocks from which a depth trend can be told from single blocks
 MIN_NOISE = 1e-6  # of standardised values; GPyTorch's floor in float64
 FIT_ITERATIONS = 60  # 2000 cost 50 % more and found nothing better
-_DEPTH = re.compile(r"^(?P<family>.+)\.(?:block|knot)\.(?P<depth>\d+)(?:\.(?P<kind>.+))?$")
 
 
-class OnFeatures(Kernel):  # type: ignore[misc]  # GPyTorch is untyped
-    """Any kernel on linear features x @ A. `features`: shape (d, p), fixed."""
+class TiedRBF(Kernel):  # type: ignore[misc]  # GPyTorch is untyped
+    """Squared exponential over the first columns. `groups`: number of every column's length scale, from 0."""
 
     has_lengthscale = False
 
-    def __init__(self, base: Kernel, features: Tensor) -> None:
-        super().__init__(active_dims=tuple(range(len(features))))
-        self.base = base
-        self.register_buffer("features", features)
+    def __init__(self, groups: Sequence[int]) -> None:
+        super().__init__(active_dims=tuple(range(len(groups))))
+        self.register_buffer("groups", torch.tensor(groups))
+        prior = LogNormalPrior(math.sqrt(2) + 0.5 * math.log(len(groups)), math.sqrt(3))
+        start = torch.full((max(groups) + 1,), float(prior.mode), dtype=torch.double)
+        self.register_parameter("raw_scales", torch.nn.Parameter(start))
+        self.register_constraint("raw_scales", _floor(0.025, float(prior.mode)))
+        self.register_prior("scales_prior", prior, lambda m: m.scales, None)
+
+    @property
+    def scales(self) -> Tensor:
+        """Length scales. Shape (groups,)."""
+        result: Tensor = self.raw_scales_constraint.transform(self.raw_scales)
+        return result
 
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **kwargs: object) -> Tensor:
-        result: Tensor = self.base.forward(x1 @ self.features, x2 @ self.features, diag=diag, **kwargs)
-        return result
+        scale = self.scales[self.groups]
+        squared: Tensor = self.covar_dist(x1 / scale, x2 / scale, square_dist=True, diag=diag)
+        return squared.div(-2).exp()
 
 
 class Mixed(Kernel):  # type: ignore[misc]
-    """k_num (1 + s k_cat) + t k_cat: what all choices share, how they differ in shape, how they differ in level.
+    """a k_num (1 + s k_cat) + t k_cat: what all choices share, how they differ in shape, how they differ in level.
 
     NOTE: with the bare product k_num k_cat a choice that did badly at a few bad points is never tried at good ones.
+
+    Args:
+        switch: Column of `FIT_STEPS` and its choice that fits nothing; None where the space has no such category.
     """
 
     has_lengthscale = False
 
-    def __init__(self, numeric: Kernel, categorical: Kernel) -> None:
+    def __init__(self, numeric: Kernel, categorical: Kernel, switch: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.numeric, self.categorical = numeric, categorical
+        self.numeric, self.categorical, self.switch = numeric, categorical, switch
         prior = LogNormalPrior(math.log(START_MIXED), 1.0)
         for name in ("shape", "level"):
             self.register_parameter(f"raw_{name}", torch.nn.Parameter(torch.tensor(0.0, dtype=torch.double)))
@@ -88,25 +102,21 @@ class Mixed(Kernel):  # type: ignore[misc]
         numeric, categorical = (
             k(x1, x2, diag=True) if diag else k(x1, x2).to_dense() for k in (self.numeric, self.categorical)
         )
+        if self.switch is not None and not diag:
+            column, plain = self.switch
+            is_plain = [x[..., column].round() == plain for x in (x1, x2)]
+            numeric = numeric * (is_plain[0].unsqueeze(-1) == is_plain[1].unsqueeze(-2))
         result: Tensor = numeric * (1 + self.scale("shape") * categorical) + self.scale("level") * categorical
         return result
 
 
-def depth_families(names: Sequence[str]) -> list[list[int]]:
-    """Columns that differ in the block only (``coefficient.maths.block.3``), in order of depth; small families left out."""
-    families: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for column, name in enumerate(names):
-        if match := _DEPTH.match(name):
-            key = (match["family"], match["kind"] or "")
-            families.setdefault(key, []).append((int(match["depth"]), column))
-    return [[column for _, column in sorted(f)] for f in families.values() if len(f) >= MIN_FAMILY]
-
-
-def resolve_kernel(name: KernelName, cube: UnitCube) -> KernelName:
-    """``auto`` is ``structured`` where the space has a family of at least `MIN_FAMILY` blocks."""
-    if name == "plain" or not depth_families(cube.numeric):
-        return "plain"
-    return "structured"
+def shared_scales(names: Sequence[str], kernel: KernelName = "tied") -> list[int]:
+    """Number of every column's length scale: for ``tied`` one per kind (``coefficient.maths.block.3`` is a coefficient)."""
+    if kernel == "plain":
+        return list(range(len(names)))
+    kinds = [name if name.startswith("learner.") else name.partition(".")[0] for name in names]
+    order = list(dict.fromkeys(kinds))
+    return [order.index(kind) for kind in kinds]
 
 
 def make_kernel(name: KernelName, cube: UnitCube) -> Kernel:
@@ -115,9 +125,18 @@ def make_kernel(name: KernelName, cube: UnitCube) -> Kernel:
     columns = range(n, n + k)
     if n == 0:
         return _scaled(_categorical(columns), 1.0)
-    structured = resolve_kernel(name, cube) == "structured"
-    numeric = _structured(n, depth_families(cube.numeric)) if structured else _plain(n)
-    return Mixed(numeric, _categorical(columns)) if k else numeric
+    numeric = _scaled(TiedRBF(shared_scales(cube.numeric, name)), 1.0)
+    return Mixed(numeric, _categorical(columns), _switch(cube)) if k else numeric
+
+
+def _switch(cube: UnitCube) -> tuple[int, int] | None:
+    """Column of `FIT_STEPS` and its choice of no steps."""
+    if FIT_STEPS not in cube.categories:
+        return None
+    parameter = cube.parameters[FIT_STEPS]
+    assert isinstance(parameter, Categorical)
+    column = len(cube.numeric) + cube.categories.index(FIT_STEPS)
+    return (column, parameter.choices.index(0)) if 0 in parameter.choices else None
 
 
 def _floor(low: float, start: float) -> GreaterThan:
@@ -136,47 +155,6 @@ def _categorical(columns: Sequence[int]) -> Kernel:
         lengthscale_prior=LogNormalPrior(0.0, 1.0),
         lengthscale_constraint=_floor(0.01, 1.0),
     )
-
-
-def _plain(n: int) -> Kernel:
-    return _scaled(rbf(ard_num_dims=n, active_dims=tuple(range(n))), 1.0)
-
-
-def _structured(n: int, families: list[list[int]]) -> Kernel:
-    level, curve, rest = _depth_features(n, families)
-    kernel = _scaled(OnFeatures(rbf(ard_num_dims=level.shape[1]), level), 1.0)
-    kernel = kernel + _scaled(OnFeatures(rbf(ard_num_dims=curve.shape[1]), curve), 0.3)
-    if rest.abs().max() > 1e-9:
-        n_grouped = sum(map(len, families))
-        isotropic = RBFKernel(
-            lengthscale_prior=LogNormalPrior(2**0.5 + 0.5 * math.log(n_grouped), 3**0.5),
-            lengthscale_constraint=_floor(0.025, 1.0),
-        )
-        kernel = kernel + _scaled(OnFeatures(isotropic, rest), 0.1)
-    return kernel
-
-
-def _depth_features(n: int, families: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Matrices L (n, families + others), C (n, more) and R (n, n)."""
-    zero = torch.zeros(n, 1, dtype=torch.double)
-    levels, trends, rest = [], [], torch.zeros(n, n, dtype=torch.double)
-    for columns in families:
-        n_blocks = len(columns)
-        depth = (torch.arange(n_blocks, dtype=torch.double) + 0.5) / n_blocks
-        waves = range(min(N_COSINES, n_blocks - 1) + 1)
-        basis = torch.stack([torch.cos(math.pi * k * depth) for k in waves], 1)
-        orthogonal = torch.linalg.qr(basis)[0]
-        levels.append(zero.clone().index_fill_(0, torch.tensor(columns), 1 / n_blocks))
-        trend = torch.zeros(n, len(waves) - 1, dtype=torch.double)
-        trend[columns] = basis[:, 1:] * 2 / n_blocks
-        trends.append(trend)
-        rest[torch.tensor(columns)[:, None], torch.tensor(columns)] = (
-            torch.eye(n_blocks, dtype=torch.double) - orthogonal @ orthogonal.T
-        )
-    grouped = {column for columns in families for column in columns}
-    others = [column for column in range(n) if column not in grouped]
-    level = torch.cat([*levels, torch.eye(n, dtype=torch.double)[:, others]], 1)
-    return level, torch.cat([level, *trends], 1), rest
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """`NoisyGPSampler`: the project's own sampler, a Gaussian process that knows how noisy every trial is.
 
 Against Optuna's `GPSampler`: the noise variance of every trial is known instead of one being inferred (which
-costs 2 to 16 points of false optimism when trials differ in length), crashed points are avoided, the kernel may
-know that blocks have an order, and trials that are not of the space cannot shrink it.
+costs 2 to 16 points of false optimism when trials differ in length), crashed points are avoided, coefficients share
+their length scale, candidates are sought near the best trials, improvement may be counted per question, and trials that
+are not of the space cannot shrink it.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ FALLBACK_ATTRIBUTE = "sampler_fallback"
 
 
 def default_n_startup(cube: UnitCube) -> int:
-    """Points before the first model: at least 8, and two more than the widest category has choices."""
-    return max(8, 2 + max(cube.n_choices, default=0))
+    """Points before the first model: at least 6, and two more than the widest category has choices."""
+    return max(6, 2 + max(cube.n_choices, default=0))
 
 
 class NoisyGPSampler(BaseSampler):
@@ -52,8 +53,10 @@ class NoisyGPSampler(BaseSampler):
         seed: Of the study.
         n_objectives: Unused; the study knows.
         n_startup: See above; `default_n_startup` if None.
-        kernel: ``plain``, ``structured`` (over depth) or ``auto``; see `kernels`.
+        kernel: ``tied`` (one length scale per kind of number) or ``plain`` (one per number); see `kernels`.
         multi_objective: ``hypervolume``, ``parego`` or ``auto`` (hypervolume for up to three objectives).
+        cost_power: Improvement is divided by the predicted questions to this power: 0 ignores them, 1 counts
+            improvement per question. Matters only where trials may fit their coefficients; see `cost`.
     Determinism: bit for bit a function of (seed, trial number, stored trials) on one machine and number of torch
         threads. One suggestion at a time: a lock guards torch's global generator.
     """
@@ -65,8 +68,9 @@ class NoisyGPSampler(BaseSampler):
         seed: int,
         n_objectives: int = 1,
         n_startup: int | None = None,
-        kernel: KernelName = "auto",
+        kernel: KernelName = "tied",
         multi_objective: MultiObjective = "auto",
+        cost_power: float = 0.0,
     ) -> None:
         problems = [
             f"{option} must be one of {', '.join(known)}, got {value!r}"
@@ -78,6 +82,8 @@ class NoisyGPSampler(BaseSampler):
         ]
         if n_startup is not None and n_startup < 1:
             problems.append(f"n_startup must be at least 1, got {n_startup}")
+        if not 0 <= cost_power <= 1:
+            problems.append(f"cost_power must lie in [0, 1], got {cost_power}")
         if problems:
             raise StudyFileError(problems, where="sampler 'botorch'")
         self._cube = UnitCube(parameters)
@@ -86,6 +92,7 @@ class NoisyGPSampler(BaseSampler):
         self._n_startup = default_n_startup(self._cube) if n_startup is None else n_startup
         self._kernel: KernelName = kernel
         self._multi_objective: MultiObjective = multi_objective
+        self._cost_power = cost_power
         self._lock = threading.Lock()
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -120,7 +127,12 @@ class NoisyGPSampler(BaseSampler):
         try:
             with numerics(seed):
                 return propose(
-                    history, self._cube, seed=seed, kernel=self._kernel, multi_objective=self._multi_objective
+                    history,
+                    self._cube,
+                    seed=seed,
+                    kernel=self._kernel,
+                    multi_objective=self._multi_objective,
+                    cost_power=self._cost_power,
                 )
         except NUMERICAL_ERRORS as error:
             reason = f"{type(error).__name__}: {error}"[:500]

@@ -41,7 +41,7 @@ class Recommendation(NamedTuple):
 
 
 def recommend(
-    study: Study, parameters: Mapping[str, Parameter], *, seed: int, kernel: KernelName = "auto"
+    study: Study, parameters: Mapping[str, Parameter], *, seed: int, kernel: KernelName = "tied"
 ) -> list[Recommendation]:
     """Feasible trials at full fidelity of a single-objective study, best posterior mean first.
 
