@@ -6,6 +6,8 @@ __all__ = ["CATALOGUE"]
 
 CATALOGUE = {
     "classification": "evaluators.classification:Classification",
+    "drift": "evaluators.drift:Drift",
+    "latency": "evaluators.latency:Latency",
     "lm_eval": "evaluators.lm_eval:LmEval",
 }
 """Name in a study file -> ``"module:Class"``."""

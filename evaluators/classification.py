@@ -38,10 +38,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from evaluators.encoder_heads import Batch, EncoderHeads
+    from evaluators.teacher import Told
 
 __all__ = ["Classification"]
 
-LOSSES = ("gold", "pseudo", "entropy")
+LOSSES = ("gold", "pseudo", "kl", "entropy")
 
 
 class Classification:
@@ -66,6 +67,7 @@ class Classification:
         self._tokens: dict[tuple[str, Split], list[list[int]]] = {}
         self._batches: dict[tuple[str, Split, int, int], list[Batch]] = {}
         self._pseudo: dict[str, list[int]] = {}
+        self._told: dict[str, Told] = {}
 
     def metrics(self) -> list[MetricInfo]:
         """``acc`` and ``nll`` of each task; the chance of ``acc`` is 1 / n_classes."""
@@ -145,10 +147,28 @@ class Classification:
 
         Raises: as `evaluate`, and EvaluationError for an unknown task or row.
         """
+        return [int(c) for c in self._logits(task, rows).argmax(axis=1)]
+
+    def _logits(self, task: str, rows: Sequence[int]) -> NDArray[np.float32]:
+        """Of fit rows, without a graph. Shape (rows, n_classes)."""
         encoder, known = self._bound(), self._fit_rows(task, rows)
         tokens = [self._tokens[known.name, Split.FIT][i] for i in rows]
-        logits = encoder.score(known.name, encoder.batches(tokens, size=self._options.batch_size))
-        return [int(c) for c in logits.argmax(axis=1)]
+        return encoder.score(known.name, encoder.batches(tokens, size=self._options.batch_size))
+
+    def remember(self, task: str) -> int:
+        """Keep how the bound model, as it is now, classifies the fit rows of `task`, for the loss ``kl``.
+
+        Returns:
+            Questions asked: one per row.
+        Raises: as `predict`.
+        """
+        from torch import from_numpy
+
+        from evaluators.teacher import tell
+
+        logits = self._logits(task, range(self.fit_tasks().get(task, 0)))
+        self._told[task] = tell(from_numpy(logits).log_softmax(-1))
+        return len(logits)
 
     def set_pseudo_labels(self, task: str, labels: Sequence[int]) -> None:
         """Classes for the loss ``pseudo``, one for each fit row: usually what the task's own expert predicts.
@@ -169,8 +189,9 @@ class Classification:
 
         Args:
             task: A key of `fit_tasks`.
-            rows: Numbers below ``fit_tasks()[task]``, in any order, repeats allowed; one forward pass, not batched.
+            rows: Numbers below ``fit_tasks()[task]``, in any order, repeats allowed; not batched but by length.
             kind: ``gold``: cross-entropy to the rows' labels. ``pseudo``: to the labels of `set_pseudo_labels`.
+                ``kl``: KL(remembered || live) in nats, of classes.
                 ``entropy``: entropy of the prediction divided by log(n_classes), in [0, 1]
                 (AdaMerging, arXiv 2310.02575; differs: scaled, so that tasks of many classes do not dominate).
 
@@ -182,24 +203,29 @@ class Classification:
             EvaluationError: unknown task or row, no pseudo labels, or the model failed; out of memory is passed on.
             InputError: unknown kind.
         """
-        from torch import as_tensor
+        from torch import as_tensor, cat
         from torch.nn import functional
+
+        from evaluators.teacher import divergence
 
         encoder, known = self._bound(), self._fit_rows(task, rows)
         if kind not in LOSSES:
             raise InputError(f"no loss is called {kind!r}{nearest(kind, LOSSES)}")
         if kind == "pseudo" and task not in self._pseudo:
             raise EvaluationError(f"task {task!r} has no pseudo labels: give them to set_pseudo_labels first")
+        if kind == "kl" and task not in self._told:
+            raise EvaluationError(f"task {task!r} has no expert's answers to compare with: call remember first")
         tokens = self._tokens[task, Split.FIT]
-        (batch,) = encoder.batches([tokens[i] for i in rows], size=len(rows))
-        logits = encoder.logits(task, batch)
+        batches = encoder.trim_batches([tokens[i] for i in rows])
+        logits = cat([encoder.logits(task, batch) for batch in batches])
+        asked = [rows[at] for batch in batches for at in batch.rows]
+        if kind == "kl":
+            return divergence(self._told[task][asked], logits.log_softmax(-1)).mean()
         if kind == "entropy":
             log_p = functional.log_softmax(logits, dim=-1)
             return -(log_p.exp() * log_p).sum(-1).mean() / math.log(known.head.n_classes)
         labels = self._pseudo[task] if kind == "pseudo" else [row.label for row in known.fit]
-        return functional.cross_entropy(
-            logits, as_tensor([labels[rows[at]] for at in batch.rows], device=logits.device)
-        )
+        return functional.cross_entropy(logits, as_tensor([labels[i] for i in asked], device=logits.device))
 
     def _bound(self) -> EncoderHeads:
         if self._encoder is None:

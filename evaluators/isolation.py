@@ -32,7 +32,10 @@ def isolated_generators(seed: int | None = None) -> Iterator[None]:
             random.seed(seed)
             np.random.seed(seed % 2**32)
             if torch is not None:
-                torch.manual_seed(seed)
+                # NOTE: torch.manual_seed, while no GPU is in use, keeps a stack trace of every call for ever.
+                torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed_all(seed)
         yield
     finally:
         random.setstate(states[0])

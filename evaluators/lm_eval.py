@@ -167,6 +167,18 @@ class LmEval:
         fit = self._fit_rows(task)
         fit.pseudo = check_pseudo_labels(fit, labels)
 
+    def remember(self, task: str) -> int:
+        """Keep how the bound model, as it is now, answers the fit rows of `task`, for the loss ``kl``: a task's expert.
+
+        Multiple choice: the softmax over the choices. Generation: its own answer and, in every place of it, the
+        likeliest tokens (`teacher.TOP`). A given text: the same in every place of the text.
+
+        Returns:
+            Questions asked: one per row, two where the answer is generated first.
+        Raises: as `predict`.
+        """
+        return self._losses().remember(self._fit_rows(task))
+
     def loss(self, task: str, rows: Sequence[int], kind: str = "gold") -> Tensor:
         """Mean loss of the bound live model on these fit rows, with a graph to the parameters that require one.
 
@@ -178,6 +190,8 @@ class LmEval:
                 The answer of multiple choice is the right choice, of generation the target and what ends it (a
                 stop string of line breaks, else the end-of-text token), of a text to be scored the text.
                 ``pseudo``: the same for the answers of `set_pseudo_labels`.
+                ``kl``: mean over rows of KL(remembered || live), over the choices, or mean over the answer's tokens
+                over the vocabulary, in nats (as SELF-PARAM distils, arXiv 2410.00487; differs: from expert to merge).
                 ``entropy``: of the softmax over the choices' summed log-likelihoods, divided by log(n_choices), in
                 [0, 1] (AdaMerging, arXiv 2310.02575; differs: over choices, not over classes of a head).
                 ``choice``: -log of the right choice's share in that softmax, which is what accuracy follows.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lm_eval.utils import handle_non_serializable, hash_string
 
@@ -19,6 +19,9 @@ from evaluators.lm_eval_scores import right_choices
 from evaluators.lm_eval_tasks import quiet_lm_eval, reason
 from merge_search.errors import EvaluationError, StudyFileError
 from merge_search.evaluation import Split, question_order
+
+if TYPE_CHECKING:
+    from evaluators.teacher import Told
 
 __all__ = ["FitRow", "FitRows", "Source", "fit_source"]
 
@@ -66,6 +69,10 @@ class FitRows:
     Rows come in the nested order of questions (by hash) and are disjoint from all scored ones, both by document and
     by prompt and answer; rows of a multiple-choice task without a right choice are left out.
 
+    Attributes:
+        pseudo: Answers to learn, one per row.
+        answers, told: What an expert answered, of a generating task in words too, and with what probabilities.
+
     Args:
         questions: The task, its questions already split.
         source: See `fit_source`.
@@ -77,6 +84,8 @@ class FitRows:
         self.task = questions.task
         self.source = source
         self.pseudo: list[Any] | None = None
+        self.answers: list[Any] | None = None
+        self.told: list[Told] | None = None
         self._questions = questions.questions
         self._limit = limit
 

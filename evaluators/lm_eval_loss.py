@@ -24,6 +24,7 @@ from evaluators.lm_eval_packed import obstacle
 from evaluators.lm_eval_requests import LiveRequests
 from evaluators.lm_eval_scores import right_choices
 from evaluators.lm_eval_tasks import quiet_lm_eval, reason
+from evaluators.teacher import TOP, divergence, join, tell
 from merge_search.errors import EvaluationError, InputError, MergeSearchError, NonFiniteError, nearest
 from merge_search.seeding import derive_seed
 
@@ -31,8 +32,7 @@ __all__ = ["LOSSES", "LiveLoss", "check_pseudo_labels"]
 
 log = logging.getLogger(__name__)
 
-LOSSES = ("gold", "pseudo", "entropy", "choice")
-
+LOSSES = ("gold", "pseudo", "kl", "entropy", "choice")
 
 MIN_GAIN = 1.2
 """Least ratio of tokens run without and with packing that is worth it."""
@@ -67,7 +67,12 @@ class LiveLoss:
             raise EvaluationError("losses are defined for causal language models; this model has an encoder")
         self._live.model.eval()
         try:
-            value = self._by_choice(fit, rows, kind) if kind in ("entropy", "choice") else self._mean(fit, rows, kind)
+            if kind == "kl":
+                value = self._divergence(fit, rows)
+            elif kind in ("entropy", "choice"):
+                value = self._by_choice(fit, rows, kind)
+            else:
+                value = self._mean(fit, rows, kind)
         except (torch.OutOfMemoryError, MemoryError, MergeSearchError):
             raise
         except Exception as error:  # transformers raises all kinds; the study goes on
@@ -86,7 +91,7 @@ class LiveLoss:
         with isolated_generators(derive_seed(self._seed, "predict")), quiet_lm_eval():
             if fit.task.OUTPUT_TYPE == "generate_until":
                 requests = [self._rendered(fit, i)[0] for i in rows]
-                return [str(a) for a in self._live.generate(requests)]
+                return self._with_space(fit, requests, [str(a) for a in self._live.generate(requests)])
             out: list[Any] = []
             with torch.no_grad():
                 for start in range(0, len(rows), self._options.batch_size):
@@ -96,13 +101,67 @@ class LiveLoss:
                     out += [int(c) for c in sums.cpu().numpy().argmax(axis=1)]
             return out
 
+    @torch.no_grad()
+    def _with_space(self, fit: FitRows, requests: Sequence[Any], answers: list[str]) -> list[str]:
+        """Answers as they were generated: some tokenizers lose the space before the first word in decoding.
+
+        There an answer gets it back where the model finds it likelier so. Without it other tokens would be learned.
+        """
+        if not _loses_space(self._live.lm.tokenizer):
+            return answers
+        out = []
+        for at in range(0, len(answers), self._options.batch_size):
+            some = slice(at, at + self._options.batch_size)
+            pairs = [(r, text) for r, a in zip(requests[some], answers[some], strict=True) for text in (a, " " + a)]
+            parts = [self._tokenised(fit, generated_answer(request, text)) for request, text in pairs]
+            ends = np.cumsum([_n_targets(part) for part in parts])[:-1].tolist()
+            sums = [float(v.sum()) for v in torch.tensor_split(self._log_probabilities(parts), ends)]
+            out += [pairs[i + (sums[i + 1] > sums[i])][1] for i in range(0, len(pairs), 2)]
+        return out
+
+    def remember(self, fit: FitRows) -> int:
+        """See `LmEval.remember`."""
+        _check_kind(fit, "remember")
+        output, n, size = fit.task.OUTPUT_TYPE, len(fit.rows), self._options.batch_size
+        fit.answers = self.predict(fit, range(n)) if output == "generate_until" and n else None
+        fit.told = []
+        self._live.model.eval()
+        with torch.no_grad():
+            for rows in (range(at, min(n, at + size)) for at in range(0, n, size)):
+                if output == "multiple_choice":
+                    sums, n_choices = self._choice_sums(fit, rows)
+                    ends = n_choices.tolist()
+                    fit.told += [tell(p[None, :end]) for p, end in zip(sums.log_softmax(-1), ends, strict=True)]
+                else:
+                    parts = self._parts(fit, rows, "kl")
+                    ends = np.cumsum([_n_targets(part) for part in parts]).tolist()
+                    all_told = tell(self._log_probabilities(parts, whole=True), top=TOP)
+                    fit.told += [all_told[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+        if not all(np.isfinite(told.log_p).any(1).all() for told in fit.told):
+            raise NonFiniteError(f"an expert's answers must be finite, found NaN for task {fit.name!r}")
+        return n * (2 if fit.answers is not None else 1)
+
+    def _divergence(self, fit: FitRows, rows: Sequence[int]) -> torch.Tensor:
+        """Mean over rows of the mean over the answer's tokens (one for a choice) of KL(expert || live)."""
+        assert fit.told is not None
+        told = join([fit.told[i] for i in rows])
+        if fit.task.OUTPUT_TYPE == "multiple_choice":
+            sums, _ = self._choice_sums(fit, rows)
+            return divergence(told, sums.log_softmax(-1)).mean().float()
+        parts = self._parts(fit, rows, "kl")
+        return self._mean_over(parts, divergence(told, self._log_probabilities(parts, whole=True)))
+
     def _mean(self, fit: FitRows, rows: Sequence[int], kind: str) -> torch.Tensor:
         """Mean over rows of the mean over the answer's tokens of -log p."""
-        parts = [self._pieces(fit, i, kind) for i in rows]
-        lengths = [sum(len(s.targets) for s in part) for part in parts]
-        weight = np.repeat(1.0 / (len(rows) * np.array(lengths, dtype=np.float64)), lengths)
-        log_p = self._log_probabilities(parts)
-        return -(log_p * torch.as_tensor(weight, dtype=log_p.dtype, device=log_p.device)).sum().float()
+        parts = self._parts(fit, rows, kind)
+        return self._mean_over(parts, -self._log_probabilities(parts))
+
+    @staticmethod
+    def _mean_over(parts: Sequence[Sequence[Piece]], values: torch.Tensor) -> torch.Tensor:
+        """Mean over rows of the mean over a row's targets."""
+        lengths = [_n_targets(part) for part in parts]
+        weight = np.repeat(1.0 / (len(parts) * np.array(lengths, dtype=np.float64)), lengths)
+        return (values * torch.as_tensor(weight, dtype=values.dtype, device=values.device)).sum().float()
 
     def _by_choice(self, fit: FitRows, rows: Sequence[int], kind: str) -> torch.Tensor:
         sums, n_choices = self._choice_sums(fit, rows)
@@ -119,7 +178,7 @@ class LiveLoss:
 
     def _choice_sums(self, fit: FitRows, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-likelihood of each choice, -inf where a row has fewer: shape (rows, most choices); and their numbers."""
-        parts = [self._pieces(fit, i, "choices") for i in rows]
+        parts = self._parts(fit, rows, "choices")
         n_choices = np.array([len(part) for part in parts])
         log_p = self._log_probabilities(parts)
         lengths = np.array([len(p.targets) for part in parts for p in part])
@@ -135,17 +194,20 @@ class LiveLoss:
         table = table.masked_fill(~torch.as_tensor(is_choice, device=device), -torch.inf)
         return table, torch.as_tensor(n_choices, device=device)
 
-    def _log_probabilities(self, parts: Sequence[Sequence[Piece]]) -> torch.Tensor:
-        """log p of every target, piece after piece. Shape (targets,), float32 (float64 of a float64 model)."""
+    def _log_probabilities(self, parts: Sequence[Sequence[Piece]], *, whole: bool = False) -> torch.Tensor:
+        """log p of every target, piece after piece, or with `whole` of every token in its place.
+
+        Shape (targets,) or (targets, vocabulary), float32 (float64 of a float64 model).
+        """
         plain = plain_layout([p for part in parts for p in part])
         if self._packs is False:
-            return self._run(plain)
+            return self._run(plain, whole)
         packed = packed_layout(parts)
         if plain.tokens.size < MIN_GAIN * packed.tokens.size:
-            return self._run(plain)
+            return self._run(plain, whole)
         if self._packs is None:
             self._packs = self._packs_well(parts[:N_TEST])
-        return self._run(packed if self._packs else plain)
+        return self._run(packed if self._packs else plain, whole)
 
     @torch.no_grad()
     def _packs_well(self, parts: Sequence[Sequence[Piece]]) -> bool | None:
@@ -159,7 +221,7 @@ class LiveLoss:
             return False
         return True
 
-    def _run(self, layout: Layout) -> torch.Tensor:
+    def _run(self, layout: Layout, whole: bool = False) -> torch.Tensor:
         device = self._live.lm.device
         positions, at = np.unique(layout.at, return_inverse=True)
         settings: dict[str, torch.Tensor] = {}
@@ -173,7 +235,8 @@ class LiveLoss:
         logits = _logits_at(self._live.model, tokens, torch.as_tensor(positions, device=device), **settings)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         log_p = functional.log_softmax(logits, dim=-1)
-        return log_p[torch.as_tensor(at, device=device), torch.as_tensor(layout.targets, device=device)]
+        where = torch.as_tensor(at, device=device)
+        return log_p[where] if whole else log_p[where, torch.as_tensor(layout.targets, device=device)]
 
     def _rendered(self, fit: FitRows, row: int) -> list[Any]:
         key = (fit.name, row)
@@ -182,12 +245,17 @@ class LiveLoss:
             self._requests[key] = fit_requests(fit.task, fit.rows[row].doc, self._options, stream, self._live.lm)
         return self._requests[key]
 
+    def _parts(self, fit: FitRows, rows: Sequence[int], kind: str) -> list[list[Piece]]:
+        with quiet_lm_eval():
+            return [self._pieces(fit, i, kind) for i in rows]
+
     def _pieces(self, fit: FitRows, row: int, kind: str) -> list[Piece]:
         """Those of a row: of its choices, or of one answer (several windows where that is a long text)."""
-        label = fit.pseudo[row] if kind == "pseudo" and fit.pseudo is not None else None
-        key = (fit.name, row, f"pseudo {label!r}" if kind == "pseudo" else kind)
+        labels = {"pseudo": fit.pseudo, "kl": fit.answers}.get(kind)
+        label = None if labels is None else labels[row]
+        key = (fit.name, row, f"{kind} {label!r}")
         if key not in self._tokens:
-            with isolated_generators(self._seed), quiet_lm_eval():
+            with isolated_generators(self._seed):
                 answers = self._answers(fit, row, kind, label)
                 self._tokens[key] = [s for a in answers for s in self._tokenised(fit, a)]
         return self._tokens[key]
@@ -196,7 +264,7 @@ class LiveLoss:
         requests, doc = self._rendered(fit, row), fit.rows[row].doc
         if kind == "choices":
             return choices_of(fit.task, doc, requests)
-        if kind == "gold":
+        if kind == "gold" or (kind == "kl" and fit.task.OUTPUT_TYPE != "generate_until"):
             return [gold_answer(fit.task, doc, requests, self._options)]
         if fit.task.OUTPUT_TYPE == "multiple_choice":
             return [choices_of(fit.task, doc, requests)[label]]
@@ -239,7 +307,7 @@ def check_pseudo_labels(fit: FitRows, labels: Sequence[Any]) -> list[Any]:
 
 def _check_kind(fit: FitRows, kind: str) -> None:
     output = fit.task.OUTPUT_TYPE
-    if kind not in (*LOSSES, "predict", "pseudo labels"):
+    if kind not in (*LOSSES, "predict", "pseudo labels", "remember"):
         raise InputError(f"no loss is called {kind!r}{nearest(kind, LOSSES)}")
     if kind in ("entropy", "choice") and output != "multiple_choice":
         raise InputError(f"the {kind} loss needs the choices of a multiple_choice task, {fit.name!r} is {output}")
@@ -249,6 +317,19 @@ def _check_kind(fit: FitRows, kind: str) -> None:
         )
     if kind == "pseudo" and fit.pseudo is None:
         raise EvaluationError(f"task {fit.name!r} has no pseudo labels: give them to set_pseudo_labels first")
+    if kind == "kl" and fit.told is None:
+        raise EvaluationError(f"task {fit.name!r} has no expert's answers to compare with: call remember first")
+
+
+def _loses_space(tokenizer: Any) -> bool:
+    """Whether decoding the end of a text drops the space that it begins with (SentencePiece and its like)."""
+    start = len(tokenizer.encode("x", add_special_tokens=False))
+    end = tokenizer.encode("x a", add_special_tokens=False)[start:]
+    return not tokenizer.decode(end).startswith(" ")
+
+
+def _n_targets(part: Sequence[Piece]) -> int:
+    return sum(len(piece.targets) for piece in part)
 
 
 def _cut(context: Sequence[int], target: Sequence[int], max_length: int) -> Piece:

@@ -31,6 +31,7 @@ __all__ = [
     "Scores",
     "Split",
     "SplitShares",
+    "Teachable",
     "pack",
     "question_order",
     "split_of",
@@ -87,13 +88,18 @@ def window(n: int, fidelity: float, after: float = 0.0) -> slice:
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """A metric of a task: ``task/metric`` is its name in objectives."""
+    """A metric of a task: ``task/metric`` is its name in objectives.
+
+    Attributes:
+        is_cost: A price and no skill (drift, seconds): no part of means over tasks or of retention, has no owner.
+    """
 
     task: str
     metric: str
     higher_is_better: bool
     n_questions: Mapping[Split, int]
     chance: float | None = None
+    is_cost: bool = False
 
     @property
     def name(self) -> str:
@@ -268,7 +274,7 @@ class Differentiable(Protocol):
 
     Fit rows are a task's own training split where it has one, else the FIT share of its search split; they are
     disjoint from every scored question. Kinds of loss: ``gold`` (the right answer's negative log-likelihood),
-    ``pseudo`` (the answer that the task's own expert gives), ``entropy`` (of the model's answer).
+    ``pseudo`` (the answer that the task's own expert gives), ``kl`` (`Teachable`), ``entropy`` (of the model's answer).
     """
 
     def fit_tasks(self) -> dict[str, int]:
@@ -288,4 +294,13 @@ class Differentiable(Protocol):
 
         The model is in eval mode; equal rows give equal losses. The caller decides which parameters need gradients.
         """
+        ...
+
+
+@runtime_checkable
+class Teachable(Differentiable, Protocol):
+    """A `Differentiable` that also has the loss ``kl``: KL from a task's own expert to the live model, no labels."""
+
+    def remember(self, task: str) -> int:
+        """Keep how the live model, as it is now, answers the fit rows of `task`; returns the questions asked."""
         ...

@@ -423,13 +423,17 @@ def test_losses_are_those_of_a_direct_forward_pass(folder: Path) -> None:
         assert evaluator.loss(task, rows, "pseudo").item() == pytest.approx(pseudo, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["gold", "pseudo", "entropy"])
+@pytest.mark.parametrize("kind", ["gold", "pseudo", "kl", "entropy"])
 def test_gradients_reach_the_live_parameters_and_agree_with_finite_differences(folder: Path, kind: str) -> None:
     model = make_encoder().double()
     evaluator = bound(folder, model)
     evaluator.set_pseudo_labels("animal", evaluator.predict("animal", range(20)))
     evaluator.evaluate(Split.SEARCH)  # scoring in between leaves nothing behind that a graph could not hold
     parameter = model.encoder.layer[0].intermediate.dense.weight
+    with torch.no_grad():
+        parameter.mul_(-1)
+        evaluator.remember("animal")
+        parameter.mul_(-1)
     evaluator.loss("animal", range(12), kind).backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "key.bias" not in n)
     direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -453,6 +457,24 @@ def test_pseudo_labels_are_those_of_the_weights_that_were_live(folder: Path) -> 
     with torch.no_grad():
         model.embeddings.word_embeddings.weight.mul_(-1)
     assert evaluator.loss("animal", range(20), "pseudo").item() > expert
+
+
+def test_the_divergence_from_what_was_remembered_is_zero_until_the_weights_change(folder: Path) -> None:
+    model = make_encoder()
+    evaluator = bound(folder, model)
+    with pytest.raises(EvaluationError, match="'animal' has no expert's answers to compare with: call remember first"):
+        evaluator.loss("animal", [0], "kl")
+    assert evaluator.remember("animal") == 20
+    texts = [t for t, _ in fit_rows(evaluator, "animal")]
+    with torch.no_grad():
+        expert = torch.stack([direct_logits(model, folder, "animal", t) for t in texts]).double().log_softmax(-1)
+        assert abs(evaluator.loss("animal", range(20), "kl").item()) < 1e-5
+        model.encoder.layer[0].intermediate.dense.weight.mul_(-1)
+        live = torch.stack([direct_logits(model, folder, "animal", t) for t in texts]).double().log_softmax(-1)
+    expected = (expert.exp() * (expert - live)).sum(1)
+    for rows in ([4, 0, 3, 3], range(20)):
+        found = evaluator.loss("animal", rows, "kl").item()
+        assert found == pytest.approx(expected[list(rows)].mean().item(), rel=0.02, abs=1e-6)
 
 
 def test_wrong_requests_to_the_loss_are_named(folder: Path) -> None:
@@ -497,3 +519,29 @@ def test_real_experts_reach_their_published_accuracy(task: str, accuracy: float)
     values = np.concatenate([evaluator.evaluate(s).scores[f"{task}/acc"].values for s in SCORED])
     assert len(values) == len((zoo / f"data/text/{task}/test.jsonl").read_text().splitlines())
     assert round(values.mean(), 3) == accuracy
+
+
+# --- padding ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_parted_where_padding_is_least(folder: Path) -> None:
+    encoder = bound(folder)._bound()
+    tokens = [[5] * n for n in (2, 9, 3, 2, 30, 9)]
+    batches = encoder.trim_batches(tokens)
+    assert [b.rows for b in batches] == [[0, 3, 2], [1, 5], [4]]
+    assert [tuple(b.input_ids.shape) for b in batches] == [(3, 3), (2, 9), (1, 30)]
+    assert [b.rows for b in encoder.trim_batches([[5], [6]])] == [[0, 1]]
+
+
+def test_three_parts_are_the_best_that_trying_all_finds() -> None:
+    from evaluators.encoder_heads import _cuts
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = sorted(rng.integers(1, 60, size=rng.integers(1, 12)).tolist())
+        n = len(lengths)
+
+        def tokens(j: int, k: int, lengths: list[int] = lengths) -> int:
+            return sum(len(part) * max(part, default=0) for part in (lengths[:j], lengths[j:k], lengths[k:]))
+
+        assert tokens(*_cuts(lengths)) == min(tokens(j, k) for j in range(n + 1) for k in range(j, n + 1))

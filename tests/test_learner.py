@@ -93,8 +93,8 @@ def test_the_live_weights_of_every_step_are_those_of_the_recipe_so_far(make_mode
     pool, live = make_models()
     settings = {"select": {"kind": "top_k"}, "resolve": {"kind": "sum"}, "splice": {"kind": "mask"}, "scale": 0.9}
     recipe = Recipe(models=pool.models, densities={"a": 0.5, "b": 0.6}, **settings)
-    short = learn(pool, live, recipe, tmp_path, per="row", steps=2, batch_rows=N_ROWS)
-    long = learn(pool, live, recipe, tmp_path, per="row", steps=3, batch_rows=N_ROWS)
+    short = learn(pool, live, recipe, tmp_path, per="row", steps=2, batch_rows=N_ROWS, average=0.0)
+    long = learn(pool, live, recipe, tmp_path, per="row", steps=3, batch_rows=N_ROWS, average=0.0)
     assert np.array_equal(long.losses[:2], short.losses)
     engine = MergeEngine(ModelPool(pool.models, device="cpu", map_folders=[tmp_path]))
     engine.apply(short.recipe, live.views)
@@ -104,12 +104,30 @@ def test_the_live_weights_of_every_step_are_those_of_the_recipe_so_far(make_mode
     assert long.losses[2] == pytest.approx(found, rel=1e-5)
 
 
+def test_the_coefficients_of_the_last_steps_are_averaged(make_models, tmp_path: Path) -> None:
+    pool, live = make_models()
+    recipe = Recipe(models=pool.models, coefficients={"a": 0.1, "b": 0.3})
+
+    def found(steps: int, average: float) -> np.ndarray[Any, Any]:
+        fitted = learn(pool, live, recipe, tmp_path, per="expert", steps=steps, average=average)
+        return np.array([fitted.recipe.coefficients[e] for e in "ab"])
+
+    alone = {steps: found(steps, 0.0) for steps in (2, 3, 4)}
+    assert found(4, 0.5) == pytest.approx((alone[3] + alone[4]) / 2, abs=1e-6)
+    assert found(4, 0.75) == pytest.approx((alone[2] + alone[3] + alone[4]) / 3, abs=1e-6)
+    assert abs(alone[3] - alone[4]).min() > 1e-3
+    for name, merged in MergeEngine(pool).merged(
+        learn(pool, live, recipe, tmp_path, per="expert", steps=4, average=0.5).recipe
+    ):
+        assert torch.equal(merged, live.views[name])
+
+
 @pytest.mark.parametrize("per", ["expert", "row"])
 def test_a_fit_takes_the_steps_of_adam_through_a_merge_by_autograd(make_models, tmp_path: Path, per: str) -> None:
     """Against AdaMerging written out: base + sum lambda delta by `functional_call`, torch's Adam, a pull to the start."""
     pool, live = make_models()
     recipe = Recipe(models=pool.models, coefficients={"a": 0.1, "b": 0.3})
-    options = {"per": per, "steps": 5, "batch_rows": N_ROWS, "pull": 0.2, "normalise": False}
+    options = {"per": per, "steps": 5, "batch_rows": N_ROWS, "pull": 0.2, "average": 0.0}
     fitted = learn(pool, live, recipe, tmp_path, **options)
     base = {name: pool.base(name) for name in pool.groups}
     start = {n: torch.tensor([[0.1], [0.3]]).repeat(1, n_rows(t.shape)) for n, t in base.items()}
@@ -272,6 +290,8 @@ def test_experts_answer_for_their_tasks_and_learning_from_the_answers_makes_the_
     assert np.mean(np.array(evaluator.predict("next", range(300))) == evaluator.labels) > before + 0.1
     with pytest.raises(InputError, match="task 'next' needs an expert of its own"):
         label_by_experts(engine, live.views, recipe, [evaluator], {"next": "c"})
+    with pytest.raises(InputError, match=r"Answers has no loss kl .* take pseudo"):
+        label_by_experts(engine, live.views, recipe, [evaluator], {"next": "a"}, "kl")
     with pytest.raises(InputError, match="no task has a differentiable loss and rows to fit on"):
         task_losses([Answers(live, 0), object()])
 

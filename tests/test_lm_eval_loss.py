@@ -138,9 +138,9 @@ def make_model(kind: str = "llama", dtype: torch.dtype = torch.float32, **settin
         "gpt2": {},
     }
     config = AutoConfig.for_model(
-        kind, vocab_size=len(SPECIAL + WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        kind, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=96, initializer_range=0.4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        **sizes[kind], **settings,
+        **{"vocab_size": len(SPECIAL + WORDS), **sizes[kind], **settings},
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -215,15 +215,32 @@ def test_losses_over_choices_follow_lm_evals_log_likelihoods(folder: Path) -> No
     assert len(set(best)) > 1
 
 
+def remember_another(e: LmEval, model: Any, task: str) -> None:
+    """Let a model of other weights be the expert."""
+    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * p.std() * torch.randn(p.shape, generator=draw).to(p.dtype))
+        e.remember(task)
+        for name, p in model.named_parameters():
+            p.copy_(kept[name])
+
+
 @pytest.mark.parametrize(
     ("task", "kind"),
-    [*((t, "gold") for t in TASKS), ("t_choice", "entropy"), ("t_choice", "choice"), ("t_choice", "pseudo")],
+    [
+        *((t, kind) for t in TASKS for kind in ("gold", "kl")),
+        *(("t_choice", kind) for kind in ("entropy", "choice", "pseudo")),
+    ],
 )
 def test_gradients_are_the_slopes_of_the_loss(folder: Path, task: str, kind: str) -> None:
     model = make_model(dtype=torch.float64)
     e = bound(folder, [task], model)
     if kind == "pseudo":
         e.set_pseudo_labels(task, [1] * N_TRAIN)
+    if kind == "kl":
+        remember_another(e, model, task)
     rows = range(12)
     e.loss(task, rows, kind).backward()
     step = 1e-2
@@ -334,6 +351,74 @@ def test_choices_of_one_token_cost_one_sequence(tmp_path: Path) -> None:
     e.loss("t_choice", [0, 1, 2], "choice")
     handle.remove()
     assert seen == [(3, max(len(docs(e, "t_choice")[i]["query"].split()) for i in range(3)))]
+
+
+def make_pieces() -> Any:
+    """A tokenizer like SentencePiece's: a space belongs to the word behind it, and decoding drops the first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [(p, 0.0) for p in SPECIAL] + [("▁" + w, -1.0) for w in WORDS] + [(w, -1.5) for w in WORDS]
+    words = Tokenizer(models.Unigram(pieces, unk_id=3, byte_fallback=False))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    words.decoder = decoders.Metaspace(prepend_scheme="first")
+    pad, bos, eos, unk, _ = SPECIAL
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unk)
+
+
+def test_answers_are_learned_in_the_tokens_that_were_generated_although_decoding_loses_the_space(
+    tmp_path: Path,
+) -> None:
+    one_word = {**GENERATE, "generation_kwargs": {"until": ["</s>"], "max_gen_toks": 1, "do_sample": False}}
+    model = make_model(vocab_size=len(SPECIAL) + 2 * len(WORDS))
+    e = evaluator(write_tasks(tmp_path, {"t_generate": one_word}), ["t_generate"])
+    tokenizer = make_pieces()
+    with quiet(["transformers"]):
+        e.bind(model, tokenizer, folder="tiny")
+    answers = e.predict("t_generate", range(N_TRAIN))
+    e.set_pseudo_labels("t_generate", answers)
+    with_space = 0
+    for row, doc in enumerate(docs(e, "t_generate")):
+        ids = torch.tensor([tokenizer.encode(doc["query"], add_special_tokens=False)])
+        with torch.no_grad():
+            best = int(model(input_ids=ids).logits[0, -1].argmax())
+        if best >= len(SPECIAL):
+            (piece,) = e._losses()._pieces(e._fit["t_generate"], row, "pseudo")
+            assert piece.targets[0] == best, tokenizer.convert_ids_to_tokens([*piece.targets, best])
+            with_space += best < len(SPECIAL) + len(WORDS)
+    assert with_space > 3
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_divergence_from_an_expert_is_zero_at_the_expert_and_not_elsewhere(folder: Path, task: str) -> None:
+    model = make_model()
+    e = bound(folder, [task], model)
+    with pytest.raises(EvaluationError, match=f"{task!r} has no expert's answers to compare with: call remember first"):
+        e.loss(task, [0], "kl")
+    assert e.remember(task) == N_TRAIN * (2 if task == "t_generate" else 1)
+    assert abs(e.loss(task, range(N_TRAIN), "kl").item()) < 1e-4
+    remember_another(e, model, task)
+    assert e.loss(task, range(N_TRAIN), "kl").item() > 1e-2
+
+
+def test_the_divergence_is_that_of_the_softmax_over_choices(folder: Path) -> None:
+    model = make_model()
+    e = bound(folder, ["t_choice"], model)
+    rows = [3, 0, 5]
+
+    def shares() -> list[torch.Tensor]:
+        fit = e._fit["t_choice"]
+        with torch.no_grad():
+            sums, n = e._losses()._choice_sums(fit, rows)
+        return [s[:k].double().log_softmax(0) for s, k in zip(sums, n.tolist(), strict=True)]
+
+    e.remember("t_choice")
+    expert = shares()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    expected = [(p.exp() * (p - q)).sum().item() for p, q in zip(expert, shares(), strict=True)]
+    assert min(expected) > 1e-4
+    assert e.loss("t_choice", rows, "kl").item() == pytest.approx(np.mean(expected), rel=5e-3)
 
 
 def test_pseudo_labels_are_what_the_model_answers(folder: Path) -> None:

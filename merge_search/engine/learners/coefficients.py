@@ -26,11 +26,11 @@ from merge_search.engine.engine import MergeEngine
 from merge_search.engine.learners.fineness import FINENESS, Fineness, Per, make_fineness
 from merge_search.engine.slopes import Parts, Slopes
 from merge_search.errors import InputError, NonFiniteError, nearest
-from merge_search.evaluation import Differentiable
+from merge_search.evaluation import Differentiable, Teachable
 from merge_search.recipe import Recipe
 from merge_search.seeding import derive_seed
 
-__all__ = ["FitSettings", "Fitted", "TaskLoss", "fit", "label_by_experts", "task_losses"]
+__all__ = ["FitSettings", "Fitted", "State", "TaskLoss", "expert_recipe", "fit", "label_by_experts", "task_losses"]
 
 QUESTIONS_PER_ROW = 3  # one forward, and a backward that counts as two
 _LABEL_ROWS = 256
@@ -47,10 +47,13 @@ class FitSettings:
         steps: Adam steps; 0 hands the start back.
         step_size: Of Adam.
         batch_rows: Of every task in every step.
-        loss: The kind that `task_losses` is asked for: ``gold``, ``pseudo``, ``entropy`` (`evaluation.Differentiable`).
+        loss: The kind that `task_losses` is asked for: ``gold``, ``pseudo``, ``kl``, ``entropy``
+            (`evaluation.Differentiable`); ``block_output`` is `block_outputs.fit_blocks`.
         normalise: Divide each task's loss by its value at the start (on the first batch). For losses of different units;
             it gives most weight to tasks that are nearly solved.
         pull: Towards the start.
+        average: Share of the steps, the last ones, whose coefficients are averaged; 0: those after the last step alone.
+            Small batches leave the last ones noisy (Polyak and Juditsky 1992).
         seed: Of the order of the rows.
     """
 
@@ -61,6 +64,7 @@ class FitSettings:
     loss: str = "gold"
     normalise: bool = False
     pull: float = 0.0
+    average: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +79,8 @@ class FitSettings:
             problems.append(f"step_size must be > 0, got {self.step_size}")
         if not (math.isfinite(self.pull) and self.pull >= 0):
             problems.append(f"pull must be >= 0, got {self.pull}")
+        if not 0 <= self.average <= 1:
+            problems.append(f"average must be in [0, 1], got {self.average}")
         if problems:
             raise InputError(problems, where="learner")
 
@@ -172,13 +178,14 @@ def fit(
     fineness = make_fineness(settings.per, parts, recipe, map_folder=map_folder)
     slopes = Slopes(parts, model, views, rows=fineness.needs_rows)
     engine.apply(recipe, views)
-    state = _State(parts, fineness, slopes, views, settings, torch.nn.Parameter(fineness.start.clone()))
+    state = State(parts, fineness, slopes, views, settings, torch.nn.Parameter(fineness.start.clone()))
     history = []
     for step in range(settings.steps):
         found = state.step(step, losses)
         history.append(list(found.values()))
         if on_step is not None:
             on_step(step, found)
+    state.finish()
     learned = fineness.recipe(state.vector.detach()) if settings.steps else recipe
     engine.apply(learned, views)
     rows = sum(min(settings.batch_rows, task.n_rows) for task in losses.values())
@@ -193,7 +200,7 @@ def fit(
 
 
 @dataclass
-class _State:
+class State:
     """One fit as it runs."""
 
     parts: Parts
@@ -206,6 +213,7 @@ class _State:
 
     def __post_init__(self) -> None:
         self.adam = torch.optim.Adam([self.vector], lr=self.settings.step_size)
+        self._sum, self._count = torch.zeros_like(self.vector.detach()), 0
 
     def step(self, step: int, losses: Mapping[str, TaskLoss]) -> dict[str, float]:
         """One Adam step; returns each task's loss before it."""
@@ -224,6 +232,13 @@ class _State:
         self._write()
         return found
 
+    def finish(self) -> None:
+        """End the fit at the mean of the coefficients after each step of its last part; the live model holds it."""
+        if self._count:
+            with torch.no_grad():
+                self.vector.copy_(self._sum / self._count)
+            self._write()
+
     def _scale(self, task: str, value: float) -> float:
         if not self.settings.normalise:
             return 1.0
@@ -236,6 +251,9 @@ class _State:
             raise NonFiniteError(f"slopes must be finite, found NaN or infinity at step {step}; take smaller steps")
         self.vector.grad = gradient
         self.adam.step()
+        if step >= self.settings.steps * (1 - self.settings.average):
+            self._sum += self.vector.detach()
+            self._count += 1
 
     @torch.no_grad()
     def _write(self) -> None:
@@ -259,33 +277,46 @@ def _draw(settings: FitSettings, task: str, n_rows: int, step: int) -> list[int]
     return rows
 
 
+def expert_recipe(recipe: Recipe, expert: str) -> Recipe:
+    """The expert itself, of the models and dtype of `recipe`."""
+    operator = {"name": "passthrough", "options": {"expert": expert}}
+    return Recipe.model_validate({"models": recipe.models, "dtype": recipe.dtype, "operator": operator})
+
+
 def label_by_experts(
     engine: MergeEngine,
     views: Mapping[str, Tensor],
     recipe: Recipe,
     evaluators: Sequence[object],
     owners: Mapping[str, str],
+    kind: str = "pseudo",
 ) -> int:
-    """Let each task's own expert answer its fit rows, for the loss ``pseudo``; returns the questions asked.
+    """Let each task's own expert answer its fit rows, for the losses ``pseudo`` and ``kl``; returns the questions asked.
 
     Args:
         recipe: Any over the same models and dtype. The live model holds an expert afterwards.
         owners: Task -> expert, for every task with rows to fit on.
+        kind: ``pseudo`` keeps the answers, ``kl`` how likely the expert finds them and others.
     Raises:
-        InputError: a task has no owner.
+        InputError: a task has no owner, or an evaluator has no loss ``kl``.
     """
     asked = 0
     for evaluator in evaluators:
         if not isinstance(evaluator, Differentiable):
             continue
+        if kind == "kl" and not isinstance(evaluator, Teachable):
+            raise InputError(
+                f"learner: {type(evaluator).__name__} has no loss kl (it cannot remember an expert's answers); take pseudo"
+            )
         for task, n in evaluator.fit_tasks().items():
             if not n:
                 continue
             if owners.get(task) not in recipe.models.experts:
                 raise InputError(f"learner: task {task!r} needs an expert of its own to label its rows")
-            expert = {"operator": {"name": "passthrough", "options": {"expert": owners[task]}}}
-            base = {"models": recipe.models, "dtype": recipe.dtype}
-            engine.apply(Recipe.model_validate({**base, **expert}), views)
+            engine.apply(expert_recipe(recipe, owners[task]), views)
+            if isinstance(evaluator, Teachable) and kind == "kl":
+                asked += evaluator.remember(task)
+                continue
             labels: list[Any] = []
             for at in range(0, n, _LABEL_ROWS):
                 labels += evaluator.predict(task, range(at, min(n, at + _LABEL_ROWS)))

@@ -1,0 +1,150 @@
+"""How far a merge has drifted from the base: the change of its next-token distribution on ordinary texts.
+
+    evaluate:
+      - {evaluator: lm_eval, tasks: [maths, stories]}
+      - {evaluator: drift, include_path: texts/, texts: [wiki.txt, chat.jsonl], limit: 100}
+    objective: {maximise: mean_retention, minimise: drift/kl}        # or constraints: ["drift/kl <= 0.2"]
+
+A text file holds one text a line; a JSON-lines file one object a line, its text under `key` (``text``). Of each text, cut to
+`max_length` tokens, `positions` places are asked, evenly spaced, and
+
+    KL(base || merge) = sum_w p_base(w) (log p_base(w) - log p_merge(w))        in nats
+
+is averaged over them: one number per text, 0 for the base itself (up to the rounding of what is kept). The base's answers are taken when the model is bound
+(it holds the base's weights then) and kept in half precision in main memory: 2 bytes x texts x positions x vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from evaluators.plain_texts import TextOptions, read_options, split_texts, text_hash
+from merge_search.errors import EvaluationError, NonFiniteError, StudyFileError
+from merge_search.evaluation import Cost, Evaluation, MetricInfo, Scores, Split, SplitShares, window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Drift"]
+
+
+class Options(TextOptions):
+    """Of an entry ``evaluator: drift``."""
+
+    positions: Annotated[int, Field(ge=1)] = 8
+    batch_size: Annotated[int, Field(ge=1)] = 16
+
+
+class Drift:
+    """An `Evaluator` of one cost, ``drift/kl``; torch is first imported by `bind`.
+
+    Args:
+        options: As in the module's notes.
+        shares: Texts are split like questions; the fit share of the search split is asked with the rest of it.
+        seed: Not used: splits and order are functions of the texts.
+
+    Raises:
+        StudyFileError: options, files or rows are wrong, or a split has fewer than two texts.
+
+    Determinism: equal weights on one device give equal answers. Global random generators are not used.
+    """
+
+    def __init__(self, options: Mapping[str, Any], *, shares: SplitShares, seed: int) -> None:
+        self._options = read_options(Options, options)
+        self._texts = split_texts(self._options, shares)
+        self._model: Any = None
+        self._rows: dict[Split, list[tuple[Tensor, Tensor, Tensor]]] = {}
+
+    def metrics(self) -> list[MetricInfo]:
+        n = {split: len(texts) for split, texts in self._texts.items()}
+        return [MetricInfo("drift", "kl", False, n, is_cost=True)]
+
+    def fingerprint(self) -> str:
+        """sha256 of the texts by split and of everything that changes an answer."""
+        hashes = {str(split): [text_hash(t) for t in texts] for split, texts in self._texts.items()}
+        content = [1, self._options.max_length, self._options.positions, hashes]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def bind(self, model: Any, tokenizer: Any, *, folder: str) -> None:
+        """Tokenise every text and keep the base's answers: `model` must hold the base's weights.
+
+        Raises:
+            StudyFileError: the model gives no logits over a vocabulary (an encoder), or a text has fewer than two tokens.
+        """
+        import torch
+
+        self._model, self._rows = model, {}
+        for split, texts in self._texts.items():
+            tokens = [tokenizer(t, truncation=True, max_length=self._options.max_length)["input_ids"] for t in texts]
+            short = next((t for t, ids in zip(texts, tokens, strict=True) if len(ids) < 2), None)
+            if short is not None:
+                raise StudyFileError(f"evaluator drift: a text must have at least two tokens, found {short!r}")
+            asked = [torch.tensor([ids]) for ids in tokens]
+            places = [_places(len(ids) - 1, self._options.positions) for ids in tokens]
+            base = self._answers(asked, places)
+            self._rows[split] = list(zip(asked, places, [b.to(torch.float16) for b in base], strict=True))
+
+    def evaluate(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
+        """Mean KL(base || merge) of the texts in `window(n, fidelity, after)`, and their values.
+
+        Raises:
+            NonFiniteError: NaN or infinity among the logits.
+            EvaluationError: nothing is bound, or the split is not scored.
+        """
+        if split not in self._rows:
+            raise EvaluationError(f"split {split} has no texts; bind a model, and choose search, validation or test")
+        began = time.perf_counter()
+        chosen = window(len(self._rows[split]), fidelity, after)
+        asked, places, base = zip(*self._rows[split][chosen], strict=True)
+        values = np.array([_divergence(b, m) for b, m in zip(base, self._answers(asked, places), strict=True)])
+        if not np.isfinite(values).all():
+            raise NonFiniteError(f"logits must be finite, got NaN or infinity for {(~np.isfinite(values)).sum()} texts")
+        ids = tuple(text_hash(t) for t in self._texts[split][chosen])
+        stderr = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+        scores = {"drift/kl": Scores(ids, values, float(values.mean()), stderr)}
+        return Evaluation(split, fidelity, scores, Cost(0.0, time.perf_counter() - began, len(values)))
+
+    def _answers(self, asked: Sequence[Tensor], places: Sequence[Tensor]) -> list[Tensor]:
+        """Log-probabilities of the bound model at the places of each text: shapes (positions, vocabulary), on the CPU."""
+        import torch
+
+        device, out = next(self._model.parameters()).device, []
+        size = self._options.batch_size
+        for start in range(0, len(asked), size):
+            part = asked[start : start + size]
+            width = max(t.shape[1] for t in part)
+            ids = torch.zeros(len(part), width, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, t in enumerate(part):
+                ids[row, : t.shape[1]], mask[row, : t.shape[1]] = t[0], 1
+            with torch.no_grad():
+                answer = self._model(input_ids=ids.to(device), attention_mask=mask.to(device))
+            logits = getattr(answer, "logits", None)
+            if logits is None:
+                raise StudyFileError(
+                    "evaluator drift: needs a model with logits over its vocabulary, and this one is an encoder; leave it out"
+                )
+            for row, at in enumerate(places[start : start + size]):
+                out.append(logits[row, at.to(device)].float().log_softmax(-1).cpu())
+        return out
+
+
+def _places(last: int, n: int) -> Tensor:
+    """At most `n` different positions from 0 to `last`, evenly spaced, the last among them."""
+    import torch
+
+    return torch.tensor(sorted({round(i) for i in torch.linspace(last, 0, min(n, last + 1)).tolist()}))
+
+
+def _divergence(base: Tensor, merge: Tensor) -> float:
+    """Mean over positions of KL(base || merge), never negative: rounding of the base's answers is taken back."""
+    kept = base.float().log_softmax(-1)
+    return float((kept.exp() * (kept - merge)).sum(-1).mean().clamp_min(0.0))

@@ -1,0 +1,106 @@
+"""Plain texts from files, split and ordered like questions: what costs (drift, latency) are measured on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from merge_search.errors import StudyFileError
+from merge_search.evaluation import Split, SplitShares, question_order, split_of
+
+__all__ = ["SCORED", "TextOptions", "read_options", "split_texts", "text_hash"]
+
+FEWEST = 2
+SCORED = (Split.SEARCH, Split.VALIDATION, Split.TEST)
+"""Splits that texts go to; the fit share of the search split is asked with the rest of it."""
+
+
+class TextOptions(BaseModel):
+    """What every evaluator on plain texts understands."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    texts: Annotated[list[str], Field(min_length=1)]
+    """Files: one text a line, or JSON lines (``.jsonl``) with the text under `key`."""
+    key: str = "text"
+    include_path: list[str] = []
+    """Folders that `texts` are relative to."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Texts, the first in the order of questions."""
+    max_length: Annotated[int, Field(ge=2)] = 128
+    """Tokens; longer texts are cut."""
+
+    @field_validator("texts", "include_path", mode="before")
+    @classmethod
+    def _as_list(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+
+Kind = TypeVar("Kind", bound=TextOptions)
+
+
+def read_options(kind: type[Kind], options: Mapping[str, Any]) -> Kind:
+    """Raises `StudyFileError` with every unknown or wrong option."""
+    try:
+        return kind.model_validate(dict(options))
+    except ValidationError as error:
+        raise StudyFileError([f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]) from None
+
+
+def split_texts(options: TextOptions, shares: SplitShares) -> dict[Split, list[str]]:
+    """The different texts of all files by split, each in the order of questions.
+
+    Raises:
+        StudyFileError: a file is missing, a row has no text, or a split has fewer than two texts.
+    """
+    texts = sorted(dict.fromkeys(_read(options)), key=lambda t: question_order(text_hash(t)))[: options.limit]
+    found: dict[Split, list[str]] = {split: [] for split in SCORED}
+    for text in texts:
+        split = split_of(text_hash(text), shares)
+        found[Split.SEARCH if split is Split.FIT else split].append(text)
+    few = [f"{split} {len(group)}" for split, group in found.items() if len(group) < FEWEST]
+    if few:
+        raise StudyFileError(
+            f"texts: every split needs at least {FEWEST} texts, found {', '.join(few)} of {len(texts)} different ones; "
+            "give more texts or raise limit"
+        )
+    return found
+
+
+def text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(options: TextOptions) -> Iterator[str]:
+    problems: list[str] = []
+    for name in options.texts:
+        folders = [Path(p) for p in options.include_path] or [Path.cwd()]
+        path = next((f / name for f in folders if (f / name).is_file()), None)
+        if path is None:
+            problems.append(
+                f"texts: no file {name} in {', '.join(map(str, folders))}; include_path says where they lie"
+            )
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            text = (
+                line
+                if path.suffix != ".jsonl"
+                else _field(line, options.key, f"texts: {name}, line {number}", problems)
+            )
+            if text.strip():
+                yield text.strip()
+    if problems:
+        raise StudyFileError(problems)
+
+
+def _field(line: str, key: str, where: str, problems: list[str]) -> str:
+    try:
+        return str(json.loads(line)[key]) if line.strip() else ""
+    except (json.JSONDecodeError, KeyError, TypeError):
+        problems.append(f"{where}: must be a JSON object with the key {key!r}")
+        return ""

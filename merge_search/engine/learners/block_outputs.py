@@ -1,0 +1,368 @@
+"""Fit coefficients block after block to the experts' hidden states: no backward pass through the whole model.
+
+    min over lambda^l   mean over tasks i of   sum_x || f(W^l(lambda^l); h^{l-1}(x)) - f(W_i^l; h_i^{l-1}(x)) ||^2
+                                               / sum_x || f(W_i^l; h_i^{l-1}(x)) ||^2
+
+h: hidden states of the merge as fitted so far, h_i: those of the task's own expert; both move on after each block. What
+lies outside blocks keeps the recipe's coefficients. ProDistill (Xu et al. 2025, arXiv 2502.12706), the dual inputs of its
+released code; differs: masks and elections of any recipe, coefficients of any fineness within a block, errors relative
+to the expert's outputs, no padding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merge_search.engine.engine import MergeEngine
+from merge_search.engine.layout import name_groups
+from merge_search.engine.learners.coefficients import (
+    QUESTIONS_PER_ROW,
+    FitSettings,
+    Fitted,
+    State,
+    TaskLoss,
+    expert_recipe,
+)
+from merge_search.engine.learners.fineness import Fineness, make_fineness
+from merge_search.engine.slopes import Parts, Slopes
+from merge_search.errors import InputError, NonFiniteError, RecipeError
+from merge_search.recipe import Recipe
+
+__all__ = ["MOST_INPUTS", "fit_blocks"]
+
+MOST_INPUTS = 1024
+"""Rows of a task whose hidden states are held, for the merge and for the expert. The paper takes 16 to 64."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How a block is called, but for its first argument, the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    is_keyword: bool
+
+    def run(self, block: torch.nn.Module, hidden: Tensor) -> Tensor:
+        """Hidden states behind the block. Shape (n, length, width), as before it."""
+        args, kwargs = _spread(self.args, len(hidden)), _spread(self.kwargs, len(hidden))
+        out = block(*args, hidden_states=hidden, **kwargs) if self.is_keyword else block(hidden, *args, **kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+
+@dataclass
+class _Inputs:
+    """Rows of one task on their way through the blocks.
+
+    Attributes:
+        kind: Rows of one kind go through a block together: they are of one length and called alike.
+        calls: By kind, then by block.
+        merged, expert: Hidden states of each row: shape (1, length, width), the model's dtype.
+    """
+
+    owner: str
+    kind: list[int] = field(default_factory=list)
+    calls: list[list[_Call]] = field(default_factory=list)
+    merged: list[Tensor] = field(default_factory=list)
+    expert: list[Tensor] = field(default_factory=list)
+
+    def together(self, rows: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        for kind in sorted({self.kind[row] for row in rows}):
+            yield kind, [row for row in rows if self.kind[row] == kind]
+
+    @torch.no_grad()
+    def advance(self, block: torch.nn.Module, at: int, states: list[Tensor], size: int) -> None:
+        """Each row's hidden states through the block, `size` rows at a time."""
+        for kind, members in self.together(range(len(states))):
+            for start in range(0, len(members), size):
+                some = members[start : start + size]
+                out = self.calls[kind][at].run(block, torch.cat([states[row] for row in some]))
+                for row, found in zip(some, torch.split(out, 1), strict=True):
+                    states[row] = found.clone()  # not a view that keeps the whole batch
+
+    def error(self, block: torch.nn.Module, at: int, scale: float, rows: Sequence[int]) -> Tensor:
+        """Mean over rows of the squared distance to the expert's outputs (`expert`, moved on already), over `scale`."""
+        total = torch.zeros((), device=self.expert[0].device)
+        for kind, members in self.together(rows):
+            found = self.calls[kind][at].run(block, torch.cat([self.merged[row] for row in members]))
+            wanted = torch.cat([self.expert[row] for row in members])
+            total = total + (found.float() - wanted.float()).square().sum()
+        return total / (scale * len(rows))
+
+
+def fit_blocks(
+    engine: MergeEngine,
+    model: Any,
+    views: Mapping[str, Tensor],
+    recipe: Recipe,
+    losses: Mapping[str, TaskLoss],
+    owners: Mapping[str, str],
+    settings: FitSettings,
+    *,
+    map_folder: str | Path | None = None,
+    cache_bytes: int | None = None,
+) -> Fitted:
+    """As `coefficients.fit`, from the inside: each block takes `settings.steps` steps, one block after the other.
+
+    Args:
+        losses: By task. They are called without a graph and for the sake of the forward pass alone: its inputs are what
+            is learned from, its value is not looked at.
+        owners: Task -> the expert to follow.
+    Returns:
+        `Fitted.losses` are means over the blocks, each relative to the expert's outputs.
+    Raises:
+        InputError: a task has no owner; coefficients that blocks share; a model whose blocks do not simply follow each
+            other (encoder and decoder, layers used twice, something in between).
+        RecipeError, NonFiniteError: as `coefficients.fit`.
+    Cost: per row four forward passes; per step and block a forward and a backward pass through that block. Hidden
+        states of `MOST_INPUTS` rows a task are held twice, activations of one block and one batch.
+    Determinism: as `coefficients.fit`.
+    """
+    _require(losses, owners, recipe, settings)
+    began = time.perf_counter()
+    parts = Parts(engine, recipe, cache_bytes=cache_bytes)
+    fineness = make_fineness(settings.per, parts, recipe, map_folder=map_folder)
+    blocks = _blocks(model)
+    n_rows = {task: min(loss.n_rows, MOST_INPUTS) for task, loss in losses.items()}
+    inputs = {task: _Inputs(owners[task]) for task in losses}
+    engine.apply(recipe, views)
+    order = _capture(blocks, losses, inputs, n_rows)
+    for expert, mine in _by_owner(inputs).items():
+        engine.apply(expert_recipe(recipe, expert), views)
+        for task in mine:
+            inputs[task].expert = [_first(blocks[order[0]], losses[task], row) for row in range(n_rows[task])]
+    engine.apply(recipe, views)
+    vector, history = torch.nn.Parameter(fineness.start.clone()), []
+    for at, block in enumerate(blocks[i] for i in order):
+        own = {p.untyped_storage().data_ptr() for p in block.parameters()}
+        part = {n: view for n, view in views.items() if view.untyped_storage().data_ptr() in own}
+        one = _Block(block, at, part, inputs, settings)
+        one.follow_experts(engine, recipe)
+        if any(parts.get(name)[0] for name in part if name in engine.tensors.groups):
+            history.append(one.fit(model, parts, fineness, vector))
+        one.advance()
+    if not history:
+        raise RecipeError("no expert of the recipe changes a block of the live model: there is nothing to learn")
+    learned = fineness.recipe(vector.detach()) if settings.steps else recipe
+    engine.apply(learned, views)
+    asked = 4 * sum(n_rows.values())
+    asked += QUESTIONS_PER_ROW * settings.steps * sum(min(settings.batch_rows, n) for n in n_rows.values())
+    return Fitted(
+        learned,
+        tuple(losses),
+        np.mean(history, axis=0, dtype=np.float64).reshape(settings.steps, len(losses)),
+        fineness.start.numel(),
+        asked,
+        time.perf_counter() - began,
+    )
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block of the live model; `views` are of its own weights."""
+
+    module: torch.nn.Module
+    at: int
+    views: Mapping[str, Tensor]
+    inputs: Mapping[str, _Inputs]
+    settings: FitSettings
+
+    def follow_experts(self, engine: MergeEngine, recipe: Recipe) -> None:
+        """Move the experts' hidden states on; the block holds the weights of `recipe` afterwards."""
+        for expert, mine in _by_owner(self.inputs).items():
+            engine.apply(expert_recipe(recipe, expert), self.views)
+            for task in mine:
+                found = self.inputs[task]
+                found.advance(self.module, self.at, found.expert, self.settings.batch_rows)
+        engine.apply(recipe, self.views)
+
+    def fit(self, model: Any, parts: Parts, fineness: Fineness, vector: torch.nn.Parameter) -> list[list[float]]:
+        """Fit this block's share of `vector` in place and write the weights; losses by step and task."""
+        losses = {}
+        for task, found in self.inputs.items():
+            scale = sum(float(t.float().square().sum()) for t in found.expert) / len(found.expert)
+            if not 0 < scale < float("inf"):
+                raise NonFiniteError(f"hidden states of the expert of task {task!r} must be finite and not all zero")
+            losses[task] = TaskLoss(len(found.expert), partial(found.error, self.module, self.at, scale))
+        slopes = Slopes(parts, model, self.views, rows=fineness.needs_rows)
+        before = vector.detach().clone()
+        state = State(parts, fineness, slopes, self.views, replace(self.settings, normalise=False), vector)
+        history = [list(state.step(step, losses).values()) for step in range(self.settings.steps)]
+        state.finish()
+        mine = fineness.gradient({name: torch.ones_like(s) for name, s in slopes.values.items()}) != 0
+        with torch.no_grad():  # a pull moves the coefficients of other blocks too
+            vector.copy_(torch.where(mine, vector, before))
+        return history
+
+    def advance(self) -> None:
+        """Move the merge's hidden states on."""
+        for found in self.inputs.values():
+            found.advance(self.module, self.at, found.merged, self.settings.batch_rows)
+
+
+def _require(losses: Mapping[str, TaskLoss], owners: Mapping[str, str], recipe: Recipe, settings: FitSettings) -> None:
+    problems = [
+        f"task {task!r} needs an expert of its own whose hidden states it follows"
+        for task in losses
+        if owners.get(task) not in recipe.models.experts
+    ]
+    if not losses:
+        problems.append("there must be a task to fit on")
+    if settings.per == "expert":
+        problems.append("block outputs are fitted block after block: take a fineness of block or finer, not 'expert'")
+    if problems:
+        raise InputError(problems, where="learner")
+
+
+def _by_owner(inputs: Mapping[str, _Inputs]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for task, rows in inputs.items():
+        found.setdefault(rows.owner, []).append(task)
+    return found
+
+
+def _blocks(model: Any) -> list[torch.nn.Module]:
+    """The modules that hold the model's blocks, by name alone (`layout`)."""
+    names = [name for name, _ in model.named_parameters()]
+    groups, paths = name_groups(names), dict[int, str]()
+    for name in names:
+        block, pieces = groups[name].block, name.split(".")
+        if block is not None:
+            end = next(i for i, piece in enumerate(pieces) if i and piece.isdecimal())
+            paths.setdefault(block, ".".join(pieces[: end + 1]))
+    if not paths:
+        raise InputError("learner: the model has no blocks whose outputs could be matched; take another loss")
+    modules = dict(model.named_modules())
+    return [modules[paths[block]] for block in sorted(paths)]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A call of a block as it came, and what it gave."""
+
+    block: int
+    hidden: Tensor
+    call: _Call
+    output: list[Tensor] = field(default_factory=list)
+
+
+@contextmanager
+def _watching(blocks: Sequence[torch.nn.Module], *, outputs: bool = True) -> Iterator[list[_Seen]]:
+    """Calls of `blocks` inside, in their order."""
+    seen: list[_Seen] = []
+
+    def before(i: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        is_keyword = "hidden_states" in kwargs
+        hidden = kwargs["hidden_states"] if is_keyword else args[0] if args else None
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[0] != 1:
+            raise InputError(
+                "learner: blocks must take hidden states of shape (1, length, width) first to match their outputs; "
+                "take another loss"
+            )
+        rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        call = _Call(args if is_keyword else args[1:], rest, is_keyword)
+        seen.append(_Seen(i, hidden.detach(), call))
+
+    def after(_: Any, __: tuple[Any, ...], out: Any) -> None:
+        seen[-1].output.append((out[0] if isinstance(out, tuple) else out).detach())
+
+    handles = [b.register_forward_pre_hook(partial(before, i), with_kwargs=True) for i, b in enumerate(blocks)]
+    handles += [b.register_forward_hook(after) for b in blocks] if outputs else []
+    try:
+        with torch.no_grad():
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(block: torch.nn.Module, loss: TaskLoss, row: int) -> Tensor:
+    with _watching([block], outputs=False) as seen:
+        loss.loss([row])
+    return seen[0].hidden.clone()
+
+
+def _capture(
+    blocks: Sequence[torch.nn.Module],
+    losses: Mapping[str, TaskLoss],
+    inputs: Mapping[str, _Inputs],
+    n_rows: Mapping[str, int],
+) -> list[int]:
+    """Run every row alone through the live model: what enters its first block and how all are called; their order."""
+    order: list[int] | None = None
+    for task, found in inputs.items():
+        for row in range(n_rows[task]):
+            with _watching(blocks) as seen:
+                losses[task].loss([row])
+            order = order or _order(seen, len(blocks))
+            if [s.block for s in seen] != order:
+                raise InputError("learner: blocks run in another order on other rows; take another loss")
+            calls, shape = [s.call for s in seen], seen[0].hidden.shape
+            alike = (
+                kind
+                for kind, known in enumerate(found.calls)
+                if found.merged[found.kind.index(kind)].shape == shape and _equal_calls(known, calls)
+            )
+            kind = next(alike, len(found.calls))
+            if kind == len(found.calls):
+                found.calls.append(calls)
+            found.kind.append(kind)
+            found.merged.append(seen[0].hidden.clone())
+    assert order is not None
+    return order
+
+
+def _order(seen: Sequence[_Seen], n_blocks: int) -> list[int]:
+    """The order in which blocks run. Raises `InputError` unless each runs once, on what the one before it gave."""
+    order = [s.block for s in seen]
+    follows = all(torch.equal(a.output[0], b.hidden) for a, b in itertools.pairwise(seen) if a.output)
+    if sorted(order) != list(range(n_blocks)) or not follows:
+        raise InputError(
+            "learner: block outputs need a model whose blocks follow each other, each once and with nothing in between, "
+            f"found {len(order)} calls of {n_blocks} blocks; take another loss"
+        )
+    _require_plain([s.call for s in seen])
+    return order
+
+
+def _require_plain(calls: Sequence[_Call]) -> None:
+    for value in (v for call in calls for v in (*call.args, *call.kwargs.values())):
+        inner = value if isinstance(value, tuple) else (value,)
+        if bad := [v for v in inner if not isinstance(v, Tensor | bool | int | float | str | None)]:
+            raise InputError(f"learner: blocks are called with a {type(bad[0]).__name__}, which cannot be repeated")
+
+
+def _equal_calls(a: Sequence[_Call], b: Sequence[_Call]) -> bool:
+    return all(_equal(x.args, y.args) and _equal(x.kwargs, y.kwargs) for x, y in zip(a, b, strict=True))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
+
+
+def _spread(value: Any, n: int) -> Any:
+    """Arguments of one row for n rows: what has a leading dimension of one, and others behind it, is repeated."""
+    if isinstance(value, Tensor):
+        return value.expand(n, *value.shape[1:]) if value.ndim > 1 and value.shape[0] == 1 else value
+    if isinstance(value, tuple):
+        return tuple(_spread(v, n) for v in value)
+    return {k: _spread(v, n) for k, v in value.items()} if isinstance(value, dict) else value
