@@ -68,7 +68,7 @@ def validate(study: StudyArgument) -> None:
 def sealed_test(study: StudyArgument, device: DeviceOption = None) -> None:
     """Open the sealed test questions, once: the best merge against base, experts, average and best preset."""
     from merge_search.report.table import sealed_table
-    from merge_search.search.run import open_test
+    from merge_search.search.sealed import open_test
 
     plan = _plan(study, device)
     table = sealed_table(open_test(plan), plan.objective, plan.context.experts)
@@ -109,6 +109,32 @@ def merge(
 
     digest = merge_recipe(recipe, out_folder, device=device)
     out.print(f"written to {out_folder} (sha256 of the weights {digest})", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    study: StudyArgument,
+    trials: Annotated[int, typer.Option(help="How many trials to list; 0 for all.", min=0)] = 20,
+) -> None:
+    """Show what a study has found so far, from its storage alone: also while it runs."""
+    from merge_search.report.table import front_table, summary_table, trials_table
+    from merge_search.search.records import objective_of
+    from merge_search.search.storage import load_study
+    from merge_search.study_file import read_study_file
+
+    stored = load_study(read_study_file(study))
+    objective, experts = objective_of(stored)
+    listed = trials_table(stored, objective, n=trials or None)
+    out.print(_rich(listed, "trials (search questions, ± one standard error)"))
+    out.print(listed.verdict, highlight=False)
+    if len(objective.names) > 1:
+        shown = front_table(stored, objective)
+        out.print(_rich(shown, "front (search questions)"))
+        out.print(shown.verdict, highlight=False)
+    if stored.user_attrs.get("validation"):
+        final = summary_table(stored, objective, experts)
+        out.print(_rich(final, "validation questions (± one standard error)"))
+        out.print(final.verdict, highlight=False)
 
 
 @app.command(name="list")
@@ -156,16 +182,19 @@ def _print_result(study: optuna.Study, path: Path) -> None:
     from merge_search.report.table import summary_table
     from merge_search.search.records import objective_of
 
-    table = summary_table(study, *objective_of(study))
+    objective, experts = objective_of(study)
+    table = summary_table(study, objective, experts)
     out.print(_rich(table, "validation questions (± one standard error)"))
     out.print(table.verdict, highlight=False)
-    out.print(f"Write it: merge-search export {path} OUT", highlight=False)
+    choice = "it: " if len(objective.names) == 1 else "one: "
+    tail = "" if len(objective.names) == 1 else " --trial N"
+    out.print(f"Write {choice}merge-search export {path} OUT{tail}", highlight=False)
 
 
 def _rich(table: Table, title: str) -> RichTable:
     shown = RichTable(*table.header, title=title, title_justify="left", box=SIMPLE)
     for i, row in enumerate(table.rows):
-        shown.add_row(*row, style="bold" if i == table.emphasised else "")
+        shown.add_row(*row, style="bold" if i in table.emphasised else "")
     return shown
 
 

@@ -24,8 +24,8 @@ from merge_search.recipe import Models, Recipe
 from merge_search.report.table import card, recipe_card
 from merge_search.search.prepare import Plan
 from merge_search.search.records import Record, owners_of, records, references_of
-from merge_search.search.run import load_study
-from merge_search.search.selection import winner
+from merge_search.search.selection import champions, nothing_to_hand_over
+from merge_search.search.storage import load_study
 from merge_search.search.workbench import maps_of, statistics_of
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -60,10 +60,21 @@ def _wanted(plan: Plan, number: int | None) -> Record:
     study = load_study(plan.file)
     if number is not None:
         return _choose(records(study), number)
-    record = winner(study, plan.objective, plan.context.experts)
-    if record is None:
-        raise StudyFileError(f"study {study.study_name!r} has no scored merge yet; run it first")
-    return record
+    found = champions(study, plan.objective, plan.context.experts)
+    if not found:
+        raise StudyFileError(nothing_to_hand_over(study))
+    if len(found) > 1:
+        names = "; ".join(_named_values(r, plan.objective.names) for r in found)
+        raise StudyFileError(
+            f"the study has {len(plan.objective.names)} objectives and {len(found)} merges that none of the others beats in "
+            f"everything; choose one with --trial (search scores): {names}"
+        )
+    return found[0]
+
+
+def _named_values(record: Record, names: list[str]) -> str:
+    values = ", ".join(f"{name} {value:.3g}" for name, value in zip(names, record.values, strict=True))
+    return f"{record.number} ({values})"
 
 
 def _choose(all_records: list[Record], number: int) -> Record:

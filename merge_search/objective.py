@@ -7,6 +7,8 @@ Names:
     worst_retention      their minimum
     mean, worst          mean and minimum of the main metrics (each flipped so that larger is better)
 
+Costs (``MetricInfo.is_cost``: drift, seconds) are objectives and constraints by name and no part of the composites.
+
 Constraints are text: ``zoo_qtype >= 0.6``, ``zoo_qtype >= base - 0.01``, ``wiki/perplexity <= expert + 0.2``.
 
 Noise: the variance of a mean of n per-question values; for 0/1 answers p(1 - p)/n with p smoothed to
@@ -153,6 +155,7 @@ class Objective:
         self.main: dict[str, MetricInfo] = {}
         for m in metrics:
             self.main.setdefault(m.task, m)
+        self.skills = {task: m for task, m in self.main.items() if not m.is_cost}
         problems: list[str] = []
         self.constraints: list[Constraint] = []
         for text in constraints:
@@ -160,7 +163,7 @@ class Objective:
                 self.constraints.append(Constraint.parse(text))
             except StudyFileError as error:
                 problems += error.problems
-        known = [*COMPOSITES, *self.metrics, *self.main, *(f"retention/{t}" for t in self.main)]
+        known = [*COMPOSITES, *self.metrics, *self.main, *(f"retention/{t}" for t in self.skills)]
         for name in [*maximise, *minimise, *(c.name for c in self.constraints)]:
             if name not in known:
                 problems.append(f"objective: no metric is called {name!r}{nearest(name, known)}")
@@ -169,6 +172,8 @@ class Objective:
                 problems.append(
                     f"constraint {c.text!r}: {c.anchor!r} can stand only beside a task or metric, not beside {c.name!r}"
                 )
+        if not self.skills and any(name in COMPOSITES for name in [*maximise, *minimise]):
+            problems.append("objective: means and retention need an evaluator with tasks; found only costs")
         if not maximise and not minimise:
             problems.append(
                 "objective: name at least one metric under maximise or minimise, for example 'maximise: mean_retention'"
@@ -191,14 +196,14 @@ class Objective:
         if any("retention" in n for n in self.names) and not self._tasks(references):
             rows = ", ".join(
                 f"{m.name}: base {references.base[m.name]:.4g}, best expert {references.expert[m.name]:.4g}"
-                for m in self.main.values()
+                for m in self.skills.values()
             )
             raise StudyFileError(
                 f"objective: retention needs a task on which an expert beats the base; found {rows}. Maximise 'mean' instead, or check the experts"
             )
 
     def _tasks(self, references: References) -> list[MetricInfo]:
-        return [m for m in self.main.values() if self._gap(m, references) > 0]
+        return [m for m in self.skills.values() if self._gap(m, references) > 0]
 
     @staticmethod
     def _gap(m: MetricInfo, references: References) -> float:
@@ -214,7 +219,7 @@ class Objective:
         if name.startswith("retention/"):
             return self._retention(self.main[name.removeprefix("retention/")], evaluation, references)
         if name in ("mean", "worst"):
-            signed = [(m, self.estimate(m.name, evaluation, references)) for m in self.main.values()]
+            signed = [(m, self.estimate(m.name, evaluation, references)) for m in self.skills.values()]
             parts = [Estimate(e.value if m.higher_is_better else -e.value, e.variance) for m, e in signed]
         else:
             parts = [self._retention(m, evaluation, references) for m in self._tasks(references)]
@@ -244,7 +249,7 @@ class Objective:
             m = self.main[name.removeprefix("retention/")]
             metrics = {m.name: self._slope(m, references)}
         elif name == "mean":
-            signed = {m.name: 1.0 if m.higher_is_better else -1.0 for m in self.main.values()}
+            signed = {m.name: 1.0 if m.higher_is_better else -1.0 for m in self.skills.values()}
             metrics = {k: v / len(signed) for k, v in signed.items()}
         elif name == "mean_retention":
             tasks = self._tasks(references)
@@ -264,14 +269,26 @@ class Objective:
         out = {}
         for c in self.constraints:
             e = self.estimate(c.name, evaluation, references)
-            anchor = 0.0
-            if c.anchor:
-                metric = c.name if c.name in self.metrics else self.main[c.name].name
-                anchor = (references.base if c.anchor == "base" else references.expert)[metric]
-            bound = anchor + c.offset
+            bound = self.anchor(c, references) + c.offset
             out[c.text] = Estimate(bound - e.value if c.sign == ">=" else e.value - bound, e.variance)
         return out
+
+    def anchor(self, c: Constraint, references: References) -> float:
+        """What a constraint's offset counts from: the base's or the best expert's score, or 0."""
+        if c.anchor is None:
+            return 0.0
+        metric = c.name if c.name in self.metrics else self.main[c.name].name
+        return (references.base if c.anchor == "base" else references.expert)[metric]
 
     def key(self, values: Sequence[float]) -> float:
         """First objective with larger-is-better sign: for ordering single-objective results."""
         return values[0] if self.directions[0] == "maximize" else -values[0]
+
+    def keys(self, values: Sequence[float]) -> tuple[float, ...]:
+        """All objectives with larger-is-better signs."""
+        return tuple(v if d == "maximize" else -v for v, d in zip(values, self.directions, strict=True))
+
+    def dominates(self, a: Sequence[float], b: Sequence[float]) -> bool:
+        """Whether objective values `a` are nowhere worse than `b` and somewhere better."""
+        mine, theirs = self.keys(a), self.keys(b)
+        return all(x >= y for x, y in zip(mine, theirs, strict=True)) and mine != theirs

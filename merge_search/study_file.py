@@ -122,7 +122,7 @@ class Racing(_Section):
 
 
 Fineness = Literal["expert", "block", "block_kind", "tensor", "row"]
-Loss = Literal["gold", "choice", "pseudo", "entropy"]
+Loss = Literal["gold", "choice", "pseudo", "kl", "entropy", "block_output"]
 
 
 class Learner(_Section):
@@ -131,12 +131,14 @@ class Learner(_Section):
     steps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 100]
     """Adam steps; 0: the trial fits nothing."""
     per: Annotated[list[Fineness], Field(min_length=1)] = ["block", "tensor", "row"]
-    step_size: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.02, 0.2)
-    """Bounds, searched on a logarithmic scale; one number: fixed."""
+    step_size: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.03, 0.3)
+    """Bounds, searched on a logarithmic scale; one number: fixed. The first trials take their geometric mean."""
     batch_rows: Annotated[int, Field(ge=1)] = 32
     loss: Annotated[list[Loss], Field(min_length=1)] = ["gold"]
     normalise: bool = False
     pull: Annotated[float, Field(ge=0)] = 0.0
+    average: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the steps, the last ones, whose coefficients are averaged: small batches leave the very last noisy."""
     warm_start: bool = True
 
     @field_validator("steps", "per", "loss", mode="before")
@@ -155,6 +157,40 @@ class Learner(_Section):
             raise ValueError("steps must allow more than 0, or leave the learner out")
         if self.step_size[0] > self.step_size[1]:
             raise ValueError(f"step_size must be [low, high] with low <= high, got {list(self.step_size)}")
+        if "block_output" in self.loss and "expert" in self.per:
+            raise ValueError(
+                "the loss block_output fits block after block: take 'expert' out of per, or it out of loss"
+            )
+        return self
+
+
+class Stop(_Section):
+    """The search ends early where suggestions promise less than the noise (`search.stopping` has the formula)."""
+
+    patience: Annotated[int, Field(ge=1)] = 8
+    """Suggestions in a row that must promise too little."""
+    share: Annotated[float, Field(gt=0)] = 0.1
+    """Too little: a smaller expected gain than this share of the best trial's standard error."""
+
+
+class Earlier(_Section):
+    """A study whose best recipes are tried first: a study file, or a study's name and its storage."""
+
+    file: str = ""
+    study: str = ""
+    storage: str = ""
+    best: Annotated[int, Field(ge=1)] = 3
+    """How many of its recipes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_file(cls, value: object) -> object:
+        return {"file": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Earlier:
+        if bool(self.file) == bool(self.study and self.storage) or bool(self.study) != bool(self.storage):
+            raise ValueError("name either a study file (file: old.yaml) or study: NAME with storage: URL")
         return self
 
 
@@ -167,12 +203,24 @@ class Search(_Section):
     questions: Annotated[int, Field(ge=1)] | None = None
     racing: Racing | None = None
     learner: Learner | None = None
+    stop: Stop | None = None
+    learn_from: list[Earlier] = []
+    """Studies on the same base whose best recipes are queued after the baselines."""
     fidelity: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the search questions that every trial is asked."""
     finalists: Annotated[int, Field(ge=1)] = 3
     """How many of the best are scored on the validation questions."""
     baselines: list[str] | None = None
     """Published presets tried first; None: those of the space."""
+
+
+class StatisticsSection(_Section):
+    """What measures and operators may measure on data."""
+
+    n_rows: Annotated[int, Field(ge=1)] = 64
+    """Rows to fit on, per task."""
+    max_gib: Annotated[float, Field(gt=0)] = 32.0
+    """Disk that the measured files may take; the longest unused are removed first."""
 
 
 class StudyFile(_Section):
@@ -185,6 +233,7 @@ class StudyFile(_Section):
     splits: Splits = Splits()
     objective: ObjectiveSection = ObjectiveSection(maximise=["mean_retention"])
     search: Search = Search()
+    statistics: StatisticsSection = StatisticsSection()
     device: str = "auto"
     path: Annotated[Path, Field(exclude=True)] = Path("study.yaml")
 
@@ -200,7 +249,10 @@ class StudyFile(_Section):
     @property
     def storage_url(self) -> str:
         """The storage URL with a relative SQLite path made absolute."""
-        url = self.study.url
+        return self.absolute_url(self.study.url)
+
+    def absolute_url(self, url: str) -> str:
+        """A storage URL with a relative SQLite path made absolute: relative to the study file."""
         prefix = "sqlite:///"
         if url.startswith(prefix) and not url.startswith(prefix + "/"):
             return prefix + str((self.folder / url.removeprefix(prefix)).resolve())

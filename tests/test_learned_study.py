@@ -78,6 +78,22 @@ def test_a_learned_trial_stores_numbers_or_a_map_and_what_it_cost(finished: Path
         assert sum(b for _, b in losses.values()) < sum(a for a, _ in losses.values())
 
 
+@pytest.mark.parametrize("loss", ["kl", "block_output"])
+def test_trials_learn_from_the_experts_alone_and_say_what_that_cost(demo: Path, tmp_path: Path, loss: str) -> None:
+    learner = {"per": "block", "steps": 4, "step_size": 0.1, "batch_rows": 8, "loss": loss, "warm_start": False}
+    path = write_study(tmp_path, demo, n_trials=8, finalists=1, learner=learner)
+    command("run", path)
+    first, second = learned(path)[:2]
+    asked = [r.cost.questions - sum(len(s.values) for s in r.evaluation.scores.values()) for r in (first, second)]
+    steps = 3 * 8 * len(EXPERTS) * 4
+    rows = 64 * len(EXPERTS)
+    assert asked[1] == steps + (4 * rows if loss == "block_output" else 0)
+    assert rows <= asked[0] - asked[1] <= 2 * rows  # the experts answer once in a study
+    if loss == "kl":
+        losses = first.attributes["learner"]["losses"]
+        assert sum(b for _, b in losses.values()) < sum(a for a, _ in losses.values())
+
+
 def test_an_exported_map_travels_with_its_recipe(finished: Path, tmp_path: Path) -> None:
     row = learned(finished)[1]
     command("export", finished, tmp_path / "a", "--trial", str(row.number))

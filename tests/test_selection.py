@@ -11,7 +11,7 @@ import pytest
 
 from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split
 from merge_search.objective import Objective, References
-from merge_search.report.table import summary_table
+from merge_search.report.table import front_table, summary_table, trials_table
 from merge_search.search import selection
 from merge_search.search.storage import open_storage
 from merge_search.space import Float
@@ -109,3 +109,85 @@ def test_linear_objectives_have_weights_and_others_have_none() -> None:
     assert Objective(["mean_retention"], [], [], [METRIC]).weights(references) == {"t/acc": 4.0}
     assert Objective([], ["t"], [], [METRIC]).weights(references) == {"t/acc": -1.0}
     assert Objective(["worst_retention"], [], [], [METRIC]).weights(references) is None
+
+
+KL = MetricInfo("drift", "kl", False, {Split.SEARCH: 100, Split.VALIDATION: 100}, is_cost=True)
+
+
+def both(correct: int, kl: float) -> dict[str, Any]:
+    found = Evaluation.from_attribute(evaluation(correct))
+    v = np.linspace(kl - 0.05, kl + 0.05, 100)
+    cost = Scores((), v, float(v.mean()), float(v.std(ddof=1) / 10))
+    return Evaluation(Split.SEARCH, 1.0, {**found.scores, "drift/kl": cost}).to_attribute()
+
+
+@pytest.fixture
+def trade_off(tmp_path: Path) -> optuna.Study:
+    """Score against drift: base, expert, average, then merges on and off the front; on validation 4 falls behind 5."""
+    storage = open_storage(f"sqlite:///{tmp_path / 'm.db'}")
+    study = optuna.create_study(study_name="m", storage=storage, directions=["maximize", "minimize"])
+    rows = [("base", 50, 0.0, 50, 0.0), ("x", 95, 0.1, 95, 0.1), ("average", 60, 0.4, 60, 0.4), ("", 90, 0.9, 88, 0.9)]
+    rows += [("", 80, 0.5, 70, 0.5), ("", 75, 0.3, 76, 0.3), ("", 70, 0.6, 70, 0.6), ("", 55, 0.2, 55, 0.2)]
+    validation = {}
+    for i, (label, search, kl, later, later_kl) in enumerate(rows):
+        trial = study.ask()
+        if label:
+            trial.set_user_attr("label", label)
+        trial.set_user_attr("evaluation", both(search, kl))
+        trial.set_user_attr("recipe", '{"format":1,"models":{"base":"b","experts":[["x","e"]]},"preset":"ties"}')
+        trial.set_user_attr("noise", {"values": [0.002, 0.0001]})
+        trial.set_user_attr("outcome", "ok")
+        study.tell(trial, [search / 100, kl])
+        validation[str(i)] = both(later, later_kl)
+    for label, row in (("base", both(50, 0.0)), ("x", both(95, 0.1))):
+        study.set_user_attr(f"reference.{label}", {"evaluation": row})
+    study.set_user_attr("validation", validation)
+    return study
+
+
+TWO = Objective(["t"], ["drift/kl"], [], [METRIC, KL])
+
+
+def test_the_front_leaves_out_what_another_merge_beats_in_everything(trade_off: optuna.Study) -> None:
+    merges = selection.candidates(trade_off)
+    assert [r.number for r in selection.front(merges, TWO)] == [3, 4, 5, 7]
+    assert TWO.dominates((0.8, 0.5), (0.7, 0.6))
+    assert not TWO.dominates((0.8, 0.5), (0.8, 0.5))
+    assert not TWO.dominates((0.8, 0.5), (0.7, 0.4))
+
+
+def test_finalists_are_spread_over_the_front_and_an_expert_does_not_empty_it(trade_off: optuna.Study) -> None:
+    assert [r.number for r in selection.finalists(trade_off, TWO, {}, seed=0, n=2)] == [3, 7]
+    assert [r.number for r in selection.finalists(trade_off, TWO, {}, seed=0, n=9)] == [3, 4, 5, 7]
+
+
+def test_what_is_handed_over_is_the_front_of_the_validation_questions(trade_off: optuna.Study) -> None:
+    assert [r.number for r in selection.champions(trade_off, TWO, ("x",))] == [3, 5, 7]
+    table = summary_table(trade_off, TWO, ("x",))
+    assert "3 merge(s) that no other beats in everything" in table.verdict
+    assert len(table.emphasised) == 3
+    assert table.header == ["model", "t", "drift/kl"]
+
+
+def test_trials_and_front_are_listed_from_the_storage(trade_off: optuna.Study) -> None:
+    listed = trials_table(trade_off, TWO, n=3)
+    assert [row[0] for row in listed.rows] == ["x", "trial 3", "trial 4"]
+    assert [row[0] for row in front_table(trade_off, TWO).rows] == ["trial 3", "trial 4", "trial 5", "trial 7"]
+
+
+def test_a_constraint_decides_on_the_validation_questions_too(study: optuna.Study) -> None:
+    """70 is asked of every merge: 66, 71, 64 and 74 leave two; at 80 the nearest is taken and its miss is said."""
+    objective = Objective(["t"], [], ["t >= base + 0.2"], [METRIC])
+    rows = {s.record.number: s for s in selection.standings(study, objective, ("x",))}
+    assert [n for n, s in sorted(rows.items()) if s.feasible] == [3, 5]
+    upside_down = Objective([], ["t"], ["t >= base + 0.2"], [METRIC])
+    found = selection.winner(study, upside_down, ("x",))
+    assert found is not None
+    assert found.number == 3
+    strict = Objective(["t"], [], ["t >= 0.8"], [METRIC])
+    found = selection.winner(study, strict, ("x",))
+    assert found is not None
+    assert found.number == 5
+    table = summary_table(study, strict, ("x",))
+    assert "It misses 't >= 0.8' there." in table.verdict
+    assert table.rows[table.emphasised[0]][-1].startswith("missed by 0.060")

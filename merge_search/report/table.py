@@ -1,4 +1,4 @@
-"""The final table and the model card: base, experts, best baseline and best merges on the validation questions."""
+"""Tables and the model card: base, experts, best baseline and best merges on the validation questions; all trials."""
 
 from __future__ import annotations
 
@@ -10,52 +10,117 @@ import optuna
 from merge_search.objective import Objective
 from merge_search.recipe import Recipe
 from merge_search.search.records import Record, finished_records
-from merge_search.search.selection import Standing, paired_difference, standings, winner
+from merge_search.search.selection import Standing, candidates, champions, front, paired_difference, standings
 
-__all__ = ["Table", "card", "recipe_card", "sealed_table", "summary_table"]
+__all__ = ["Table", "card", "front_table", "recipe_card", "sealed_table", "summary_table", "trials_table"]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Text cells, header first column ``model``; `verdict` compares the winner with the best it had to beat."""
+    """Text cells, header first column ``model``; `verdict` compares the winner with the best it had to beat.
+
+    Attributes:
+        emphasised: Numbers of the rows of the winner or, with several objectives, of the front.
+    """
 
     header: list[str]
     rows: list[list[str]]
-    emphasised: int | None
+    emphasised: tuple[int, ...]
     verdict: str
 
     def to_markdown(self) -> str:
         """GitHub-flavoured table, the winner in bold, the verdict below."""
         lines = ["| " + " | ".join(self.header) + " |", "|" + "---|" * len(self.header)]
         for i, row in enumerate(self.rows):
-            cells = [f"**{c}**" for c in row] if i == self.emphasised else row
+            cells = [f"**{c}**" for c in row] if i in self.emphasised else row
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join([*lines, "", self.verdict])
 
 
 def summary_table(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Table:
     """Validation: rows in the order base, experts, best baseline, finalists; scores with standard errors."""
-    best = winner(study, objective, experts)
-    number = None if best is None else best.number
-    return _table(standings(study, objective, experts), objective, number, "validation")
+    best = [r.number for r in champions(study, objective, experts)]
+    return _table(standings(study, objective, experts), objective, best, "validation")
 
 
 def sealed_table(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Table:
     """Test: the same for what the sealed test was opened for."""
     rows = standings(study, objective, experts, split="test")
-    return _table(rows, objective, study.user_attrs.get("test_winner"), "test")
+    opened = study.user_attrs.get("test_winner")
+    numbers: list[int] = opened if isinstance(opened, list) else [] if opened is None else [opened]
+    return _table(rows, objective, numbers, "test")
 
 
-def _table(rows: list[Standing], objective: Objective, best: int | None, split: str) -> Table:
-    header = ["model", *objective.names, *objective.main]
-    cells, emphasised = [], None
-    for i, row in enumerate(rows):
-        if row.record.number == best:
-            emphasised = i
+def _table(rows: list[Standing], objective: Objective, best: list[int], split: str) -> Table:
+    own = {task: m for task, m in objective.main.items() if not {task, m.name} & set(objective.names)}
+    texts = [c.text for c in objective.constraints]
+    cells = []
+    for row in rows:
         values = [_with_error(v, e) for v, e in zip(row.values, row.stderrs, strict=True)]
-        scores = [row.evaluation.scores[m.name] for m in objective.main.values()]
-        cells.append([_title(row), *values, *(_with_error(s.score, s.stderr) for s in scores)])
-    return Table(header, cells, emphasised, _verdict(rows, objective, split))
+        scores = [row.evaluation.scores[m.name] for m in own.values()]
+        held = [_held(row.violations[text].value, row.violations[text].stderr) for text in texts]
+        cells.append([_title(row), *values, *(_with_error(s.score, s.stderr) for s in scores), *held])
+    emphasised = tuple(i for i, row in enumerate(rows) if row.record.number in best)
+    verdict = _verdict if len(objective.names) == 1 else _front_verdict
+    return Table(["model", *objective.names, *own, *texts], cells, emphasised, verdict(rows, objective, split))
+
+
+def _held(excess: float, stderr: float) -> str:
+    return "holds" if excess <= 0 else f"missed by {_with_error(excess, stderr)}"
+
+
+def front_table(study: optuna.Study, objective: Objective) -> Table:
+    """The merges that no other merge beats in everything on the search questions; with one objective, the best."""
+    full = [r for r in candidates(study) if r.outcome == "ok"]
+    rows = front(full, objective)
+    verdict = f"{len(rows)} of {len(full)} merges that meet the constraints: no other is better in everything (search questions)."
+    return Table(["model", *objective.names], [_trial_row(r, len(objective.names)) for r in rows], (), verdict)
+
+
+def trials_table(study: optuna.Study, objective: Objective, *, n: int | None = None) -> Table:
+    """The best `n` trials (all if None) by the first objective on the search questions; failures last, with their reasons."""
+    done = finished_records(study)
+    scored = sorted(
+        (r for r in done if r.is_scored), key=lambda r: (not r.feasible, -objective.key(r.values), r.number)
+    )
+    failed = [r for r in done if not r.is_scored]
+    chosen = [*scored, *failed][:n]
+    cells = [[*_trial_row(r, len(objective.names)), _note(r)] for r in chosen]
+    verdict = f"{len(done)} trials, {len(failed)} of them failed; values on the search questions, the best are too good by luck."
+    return Table(["model", *objective.names, ""], cells, (), verdict)
+
+
+def _trial_row(r: Record, n: int) -> list[str]:
+    if not r.is_scored:
+        return [_searched(r), *("-" for _ in range(n))]
+    noise = r.attributes.get("noise", {})
+    variances = noise.get("values", [noise.get("value", math.nan)])
+    return [_searched(r), *(_with_error(v, math.sqrt(e)) for v, e in zip(r.values, variances, strict=True))]
+
+
+def _searched(r: Record) -> str:
+    return r.label or f"trial {r.number}"
+
+
+def _note(r: Record) -> str:
+    if not r.is_scored:
+        return f"{r.outcome}: {r.reason.splitlines()[0] if r.reason else ''}"
+    return "raced" if r.outcome == "raced" else "" if r.feasible else "misses a constraint"
+
+
+def _front_verdict(rows: list[Standing], objective: Objective, split: str) -> str:
+    """Which merges are left when those that another one beats in everything are taken away."""
+    merges = [r for r in rows if r.role in ("merge", "baseline")]
+    able = [r for r in merges if r.feasible]
+    kept = [r for r in able if not any(objective.dominates(other.values, r.values) for other in able)]
+    if not kept:
+        return (
+            f"No merge meets the constraints on the {split} questions." if merges else f"No merge has {split} scores."
+        )
+    return (
+        f"{len(kept)} merge(s) that no other beats in everything on the {split} questions: "
+        f"{', '.join(map(_title, kept))}. Choose one by its trial's number."
+    )
 
 
 def _title(row: Standing) -> str:
@@ -79,18 +144,19 @@ def _verdict(rows: list[Standing], objective: Objective, split: str) -> str:
     rivals = [r for r in rows if r.role in ("expert", "baseline")]
     if not merges or not rivals:
         return f"No searched merge has {split} scores."
-    merge = max(merges, key=lambda r: objective.key(r.values))
-    rival = max(rivals, key=lambda r: objective.key(r.values))
-    metrics = list(objective.main.values())
-    if not all(m.higher_is_better for m in metrics):
-        return f"Best searched merge: {_title(merge)}; best of the others: {_title(rival)}."
+    merge = max(merges, key=lambda r: (-r.excess, objective.key(r.values)))
+    rival = max([r for r in rivals if r.feasible] or rivals, key=lambda r: objective.key(r.values))
+    missed = "".join(f" It misses {text!r} there." for text, v in merge.violations.items() if v.value > 0)
+    metrics = list(objective.skills.values())
+    if not metrics or not all(m.higher_is_better for m in metrics):
+        return f"Best searched merge: {_title(merge)}; best of the others: {_title(rival)}.{missed}"
     mean, se = paired_difference(merge.evaluation, rival.evaluation, [m.name for m in metrics])
     low, high = mean - 1.96 * se, mean + 1.96 * se
     word = "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
     n = sum(len(merge.evaluation.scores[m.name].values) for m in metrics)
     return (
         f"On {n} {split} questions the best searched merge is {word} {_title(rival)}: mean score {mean:+.3f}, "
-        f"95 % interval [{low:+.3f}, {high:+.3f}] (same questions, paired)."
+        f"95 % interval [{low:+.3f}, {high:+.3f}] (same questions, paired).{missed}"
     )
 
 

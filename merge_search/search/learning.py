@@ -5,7 +5,7 @@ step fits the coefficients through the merge and writes plain numbers into the r
 the coefficients of the best finished trial of the same structure, where that is better than what the point says.
 
     search:
-      learner: {per: [block, tensor, row], steps: [0, 100], step_size: [0.02, 0.2], loss: gold}
+      learner: {per: [block, tensor, row], steps: [0, 100], step_size: [0.03, 0.3], loss: gold}
 
 Fit rows come from a task's own training split where it has one, else from ``splits.fit``: never from scored questions.
 """
@@ -67,7 +67,7 @@ class LearnedSpace:
         if not chosen["steps"]:
             return None
         step_size = float(point.get(PREFIX + "step_size", low))
-        fixed = {"batch_rows": self.learner.batch_rows, "normalise": self.learner.normalise, "pull": self.learner.pull}
+        fixed = {name: getattr(self.learner, name) for name in ("batch_rows", "normalise", "pull", "average")}
         return {**chosen, "step_size": step_size, "seed": seed, **fixed}
 
     def _inner(self, point: Point) -> dict[str, Any]:

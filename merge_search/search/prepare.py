@@ -17,14 +17,16 @@ from merge_search.evaluation import Differentiable, Evaluator, MetricInfo, Split
 from merge_search.objective import Objective
 from merge_search.presets import PRESETS
 from merge_search.recipe import Models
+from merge_search.search.checks import search_problems
 from merge_search.search.learning import LearnedSpace
 from merge_search.search.samplers import SAMPLERS
 from merge_search.space import SearchSpace, SpaceContext
-from merge_search.study_file import Learner, StudyFile
+from merge_search.study_file import Learner, StatisticsSection, StudyFile
 
 __all__ = ["Plan", "prepare", "prepare_models"]
 
 T = TypeVar("T")
+N_ROWS = StatisticsSection().n_rows  # left out of identities, as in studies of before it could be set
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Plan:
             "fidelity": file.search.fidelity,
             "objective": file.objective.model_dump(mode="json"),
             "learner": file.search.learner.model_dump(mode="json") if file.search.learner else None,
+            **({} if file.statistics.n_rows == N_ROWS else {"statistics_rows": file.statistics.n_rows}),
         }
 
 
@@ -101,21 +104,17 @@ def prepare(file: StudyFile) -> Plan:
     problems = _Problems()
     context = prepare_models(file, problems)
     space = problems.attempt(lambda: _space(file, context)) if context is not None else None
-    evaluators = [problems.attempt(partial(_evaluator, file, i)) for i in range(len(file.evaluate))]
-    metrics = [m for e in evaluators if e is not None for m in e.metrics()]
-    objective = None
-    if all(e is not None for e in evaluators):
-        names = [m.name for m in metrics]
-        problems.found += [
-            f"evaluate: two evaluators report {n!r}; name each task once"
-            for n in sorted({n for n in names if names.count(n) > 1})
-        ]
-        section = file.objective
-        objective = problems.attempt(
-            lambda: Objective(section.maximise, section.minimise, section.constraints, metrics)
-        )
-    if file.search.learner is not None and all(e is not None for e in evaluators):
-        problems.found += _learner_problems(file.search.learner, [e for e in evaluators if e is not None])
+    built = [problems.attempt(partial(_evaluator, file, i)) for i in range(len(file.evaluate))]
+    evaluators = [e for e in built if e is not None]
+    metrics = [m for e in evaluators for m in e.metrics()]
+    objective = _objective(file, metrics, problems) if len(evaluators) == len(built) else None
+    learner = file.search.learner
+    if learner is not None and len(evaluators) == len(built):
+        problems.found += _learner_problems(learner, evaluators)
+    if space is not None and objective is not None:
+        if learner is not None and not problems.found:
+            space = LearnedSpace(space, learner, n_rows=min(_fit_rows(evaluators).values()))
+        problems.found += search_problems(file.search, space.parameters, objective)
     if file.search.sampler not in SAMPLERS:
         problems.found.append(
             f"search.sampler: no sampler is called {file.search.sampler!r}{nearest(file.search.sampler, SAMPLERS)}"
@@ -126,10 +125,17 @@ def prepare(file: StudyFile) -> Plan:
     assert context is not None
     assert space is not None
     assert objective is not None
-    able = [e for e in evaluators if e is not None]
-    if file.search.learner is not None:
-        space = LearnedSpace(space, file.search.learner, n_rows=min(_fit_rows(able).values()))
-    return Plan(file, context, space, able, metrics, objective, names)
+    return Plan(file, context, space, evaluators, metrics, objective, names)
+
+
+def _objective(file: StudyFile, metrics: list[MetricInfo], problems: _Problems) -> Objective | None:
+    names = [m.name for m in metrics]
+    problems.found += [
+        f"evaluate: two evaluators report {n!r}; name each task once"
+        for n in sorted({n for n in names if names.count(n) > 1})
+    ]
+    section = file.objective
+    return problems.attempt(lambda: Objective(section.maximise, section.minimise, section.constraints, metrics))
 
 
 def _space(file: StudyFile, context: SpaceContext) -> SearchSpace:

@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from merge_search.errors import StudyFileError
 from merge_search.evaluation import Cost, Evaluation, MetricInfo, Split
 from merge_search.objective import Objective, References
 from merge_search.outcome import Outcome
@@ -85,7 +86,8 @@ def finished_records(study: optuna.Study) -> list[Record]:
 def store_metrics(study: optuna.Study, metrics: Sequence[MetricInfo]) -> None:
     """Keep what the evaluators report beside the trials, so that a report needs the storage alone."""
     rows = [
-        [m.task, m.metric, m.higher_is_better, {str(k): v for k, v in m.n_questions.items()}, m.chance] for m in metrics
+        [m.task, m.metric, m.higher_is_better, {str(k): v for k, v in m.n_questions.items()}, m.chance, m.is_cost]
+        for m in metrics
     ]
     if study.user_attrs.get("metrics") != rows:
         study.set_user_attr("metrics", rows)
@@ -100,13 +102,21 @@ def references_of(study: optuna.Study, metrics: Sequence[MetricInfo], experts: S
 
 def owners_of(objective: Objective, references: References) -> dict[str, str]:
     """Task -> the expert that is best at it, by the task's main metric."""
-    return {m.task: references.best_expert[m.name] for m in objective.main.values()}
+    return {m.task: references.best_expert[m.name] for m in objective.skills.values()}
 
 
 def objective_of(study: optuna.Study) -> tuple[Objective, tuple[str, ...]]:
-    """The objective and the experts' names of a study that has run."""
+    """The objective and the experts' names of a study that has run.
+
+    Raises:
+        StudyFileError: it was stopped before anything was scored.
+    """
+    if not {"metrics", "identity"} <= study.user_attrs.keys():
+        raise StudyFileError(f"study {study.study_name!r} was stopped before its first trial; run it first")
     rows = study.user_attrs["metrics"]
-    metrics = [MetricInfo(t, m, up, {Split(k): v for k, v in n.items()}, chance) for t, m, up, n, chance in rows]
+    metrics = [
+        MetricInfo(t, m, up, {Split(k): v for k, v in n.items()}, chance, *cost) for t, m, up, n, chance, *cost in rows
+    ]
     identity = study.user_attrs["identity"]
     section = identity["objective"]
     objective = Objective(section["maximise"], section["minimise"], section["constraints"], metrics)

@@ -19,23 +19,27 @@ from typing import Any, Protocol
 
 import optuna
 import torch
+from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState
 
 from merge_search.engine.learners.coefficients import FitSettings, Fitted
-from merge_search.errors import EvaluationError, NonFiniteError, RecipeError, SpaceError, StudyFileError, WeightsError
+from merge_search.errors import EvaluationError, NonFiniteError, RecipeError, SpaceError, WeightsError
 from merge_search.evaluation import Cost, Evaluation, Split
 from merge_search.objective import Estimate, Objective, References
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
-from merge_search.search import racing, samplers, selection, storage
+from merge_search.search import checks, racing, samplers, selection, storage
 from merge_search.search.baselines import baselines, reference_recipes
+from merge_search.search.earlier import starts_from
 from merge_search.search.learning import LearnedSpace, warm_start
 from merge_search.search.prepare import Plan, prepare
-from merge_search.search.records import Record, finished_records, owners_of, references_of, store_metrics
+from merge_search.search.records import Record, finished_records, owners_of, records, references_of, store_metrics
+from merge_search.search.stopping import GAIN_ATTRIBUTE, expected_gain, reason_to_stop
 from merge_search.search.workbench import Scored, Workbench
+from merge_search.seeding import derive_seed
 from merge_search.study_file import StudyFile
 
-__all__ = ["Listener", "load_study", "open_test", "run"]
+__all__ = ["Listener", "run"]
 
 
 class Listener(Protocol):
@@ -55,70 +59,36 @@ def run(file: StudyFile, listener: Listener) -> optuna.Study:
         StudyChangedError, StorageError, WeightsError.
     """
     plan = prepare(file)
+    sampler = _sampler(plan)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     backend = storage.open_storage(file.storage_url)
     with storage.driver_lock(backend, file.storage_url, file.study.name):
         bench = Workbench(plan, device=file.device)
         for text in (bench.pool.plan, *bench.pool.notes, *bench.live.notes, *getattr(plan.space, "notes", [])):
             listener.note(text)
-        study = _open_study(plan, backend)
+        study = _open_study(plan, backend, sampler)
         storage.check_identity(study, plan.identity(dict(bench.models.hashes)))
         store_metrics(study, plan.metrics)
         _Driver(plan, bench, study, listener).run()
     return study
 
 
-def open_test(plan: Plan) -> optuna.Study:
-    """Score the winner and what it is compared with on the sealed test questions: once per study.
-
-    Opened again, it shows what was found the first time.
-
-    Raises:
-        StudyFileError: nothing to test yet; or the study went on and has another winner than the tested one.
-    """
-    study = load_study(plan.file)
-    champion = selection.winner(study, plan.objective, plan.context.experts)
-    if champion is None:
-        raise StudyFileError(f"study {study.study_name!r} has no scored merge yet; run it first")
-    opened = study.user_attrs.get("test_winner")
-    if opened is not None and opened != champion.number:
-        raise StudyFileError(
-            f"the test questions were opened for trial {opened}; the study went on and its best is now trial "
-            f"{champion.number}, but a test is sealed only once. Begin a new study with another seed to test again"
-        )
-    backend = storage.open_storage(plan.file.storage_url)
-    with storage.driver_lock(backend, plan.file.storage_url, plan.file.study.name):
-        study.set_user_attr("test_winner", champion.number)
-        scored: dict[str, Any] = dict(study.user_attrs.get("test", {}))
-        wanted = [r for r in selection.compared(study, plan.objective) if str(r.number) not in scored]
-        bench = Workbench(plan, device=plan.file.device) if wanted else None
-        for record in wanted:
-            assert bench is not None
-            recipe = record.recipe.model_copy(update={"models": bench.models})
-            scored[str(record.number)] = bench.score(recipe, Split.TEST).evaluation.to_attribute()
-            study.set_user_attr("test", scored)
-    return study
+def _sampler(plan: Plan) -> BaseSampler:
+    search = plan.file.search
+    return samplers.make_sampler(
+        search.sampler,
+        parameters=plan.space.parameters,
+        seed=plan.file.study.seed,
+        n_objectives=len(plan.objective.names),
+        **search.sampler_options,
+    )
 
 
-def load_study(file: StudyFile) -> optuna.Study:
-    """The stored study, for reading.
-
-    Raises:
-        StudyFileError: there is none yet.
-    """
-    backend = storage.open_storage(file.storage_url)
-    try:
-        return optuna.load_study(study_name=file.study.name, storage=backend)
-    except KeyError:
-        raise StudyFileError(
-            f"storage {file.storage_url} has no study {file.study.name!r}; run 'merge-search run {file.path.name}' first"
-        ) from None
-
-
-def _open_study(plan: Plan, backend: optuna.storages.RDBStorage) -> optuna.Study:
+def _open_study(plan: Plan, backend: optuna.storages.RDBStorage, sampler: BaseSampler) -> optuna.Study:
     return optuna.create_study(
         study_name=plan.file.study.name,
         storage=backend,
+        sampler=sampler,
         directions=list(plan.objective.directions),
         load_if_exists=True,
     )
@@ -131,14 +101,8 @@ class _Driver:
         self.plan, self.bench, self.study, self.listener = plan, bench, study, listener
         self.objective: Objective = plan.objective
         self.fidelity = plan.file.search.fidelity
-        self.study.sampler = samplers.make_sampler(
-            plan.file.search.sampler,
-            parameters=plan.space.parameters,
-            seed=plan.file.study.seed,
-            n_objectives=len(plan.objective.names),
-            **plan.file.search.sampler_options,
-        )
         self.racing = plan.file.search.racing
+        self.constraints_judged = False
 
     def run(self) -> None:
         lost = storage.reclaim_lost_trials(self.study)
@@ -152,9 +116,12 @@ class _Driver:
         self._enqueue_start()
         total = self.plan.file.search.n_trials
         done = len(finished_records(self.study))
+        for text in self._start_notes(total):
+            self.listener.note(text)
         self.listener.begin(total=total, finished=done)
         try:
             while done < total and not self._spent():
+                self._judge_constraints()
                 record = self._one_trial()
                 done += record.outcome is not Outcome.LOST
                 self.listener.trial(
@@ -164,9 +131,28 @@ class _Driver:
             self.listener.end()
         selection.validate(self.study, self.plan, self._score_for_validation, note=self.listener.note)
 
+    def _start_notes(self, total: int) -> list[str]:
+        """Whether the queue leaves trials for the sampler."""
+        trials = self.study.get_trials(deepcopy=False)
+        queued = [t for t in trials if "start" in t.user_attrs and "retry_of" not in t.user_attrs]
+        return checks.budget_notes(len(queued), total)
+
+    def _judge_constraints(self) -> None:
+        """Say, once the last baseline is scored, which constraints none of them meets."""
+        if self.constraints_judged:
+            return
+        found = [r for r in records(self.study) if r.label]
+        if all(r.outcome is not None for r in found):
+            self.constraints_judged = True
+            for text in checks.constraint_notes(found, self.objective, self.references):
+                self.listener.note(text)
+
     def _spent(self) -> bool:
-        """Whether the budget in hours or questions is used up, over all runs."""
+        """Whether the budget in hours or questions is used up, over all runs, or the stop rule says so."""
         budget, trials = self.plan.file.search, self.study.get_trials(deepcopy=False)
+        if budget.stop is not None and (reason := reason_to_stop(finished_records(self.study), budget.stop)):
+            self.listener.note(reason)
+            return True
         if budget.questions is not None:
             asked = sum(t.user_attrs.get("cost", (0, 0, 0))[2] for t in trials)
             if asked >= budget.questions:
@@ -217,18 +203,13 @@ class _Driver:
     # -- trials --------------------------------------------------------------------------------------------------
 
     def _enqueue_start(self) -> None:
-        """Queue baselines and the space's uniform recipes, once per study."""
-        if self.study.user_attrs.get("start_enqueued"):
-            return
+        """Queue baselines, what earlier studies found and the space's uniform recipes, once per study."""
         queued = {t.user_attrs.get("start") for t in self.study.get_trials(deepcopy=False)}
-        seen: set[str] = set()
-        presets = baselines(self.plan.context, self.plan.baselines, can_measure=self.bench.can_measure)
-        for label, recipe in presets.items():
-            point = self.plan.space.encode(recipe)
-            attrs = {"label": label, "start": label, **({} if point else {"given_recipe": recipe.to_json()})}
-            if recipe.fingerprint not in seen and label not in queued:
-                self.study.enqueue_trial(point or {}, user_attrs=attrs)
-            seen.add(recipe.fingerprint)
+        is_done = bool(self.study.user_attrs.get("start_enqueued"))
+        seen = set() if is_done else self._enqueue_baselines(queued)
+        self._enqueue_earlier(queued)
+        if is_done:
+            return
         for i, point in enumerate(self.plan.space.initial_points()):
             fits_nothing = (
                 not isinstance(self.plan.space, LearnedSpace) or self.plan.space.settings(point, seed=0) is None
@@ -239,10 +220,33 @@ class _Driver:
                 self.study.enqueue_trial(point, user_attrs={"start": f"start.{i}"})
         self.study.set_user_attr("start_enqueued", True)
 
+    def _enqueue_baselines(self, queued: set[str | None]) -> set[str]:
+        """Fingerprints of all baselines; those not in `queued` are queued."""
+        seen: set[str] = set()
+        presets = baselines(self.plan.context, self.plan.baselines, can_measure=self.bench.can_measure)
+        for label, recipe in presets.items():
+            point = self.plan.space.encode(recipe)
+            attrs = {"label": label, "start": label, **({} if point else {"given_recipe": recipe.to_json()})}
+            if recipe.fingerprint not in seen and label not in queued:
+                self.study.enqueue_trial(point or {}, user_attrs=attrs)
+            seen.add(recipe.fingerprint)
+        return seen
+
+    def _enqueue_earlier(self, queued: set[str | None]) -> None:
+        """Queue the best recipes of earlier studies; every source once."""
+        told: list[str] = list(self.study.user_attrs.get("learned_from", []))
+        for name, known in starts_from(self.plan.file, self.bench.models, self.plan.space, told, self.listener.note):
+            for k in known:
+                if k.source not in queued:
+                    self.study.enqueue_trial(k.point, user_attrs={"start": k.source})
+            told.append(name)
+            self.study.set_user_attr("learned_from", told)
+
     def _one_trial(self) -> Record:
         trial = self.study.ask()
         with self._recorded(trial):
             recipe, settings = self._point(trial)
+            self._note_gain(trial)
             self._keep_recipe(trial, recipe)
             if settings is None:
                 scored = self._known(trial, recipe) or self._race(trial, recipe)
@@ -264,6 +268,15 @@ class _Driver:
             if isinstance(space, LearnedSpace):
                 settings = space.settings(point, seed=self.plan.file.study.seed)
         return recipe.model_copy(update={"models": self.bench.models}), settings
+
+    def _note_gain(self, trial: Trial) -> None:
+        """Store what the stop rule reads: what the sampler's own suggestions promise."""
+        if self.plan.file.search.stop is None or {"start", "retry_of"} & trial.user_attrs.keys():
+            return
+        seed = derive_seed(self.plan.file.study.seed, "stop", trial.number)
+        found = expected_gain(self.study, self.plan.space.parameters, trial.params, number=trial.number, seed=seed)
+        if found is not None:
+            trial.set_user_attr(GAIN_ATTRIBUTE, list(found))
 
     @staticmethod
     def _keep_recipe(trial: Trial, recipe: Recipe) -> None:

@@ -2,13 +2,16 @@
 
 The best of many noisy values is too good by several points (the winner's curse); the posterior mean of a model
 that knows the noise is nearly honest. So the finalists are chosen by posterior mean, scored again on the
-validation split beside the best baseline, and the winner is the one that is best there.
+validation split beside the best baseline, and the winner is the one that is best there and meets the constraints there.
+
+With several objectives there is no winner but a front: the merges that no other merge beats in everything. Finalists are
+spread over the front of the search questions; what is handed over is the front of the validation questions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +20,29 @@ import optuna
 
 from merge_search.errors import EvaluationError, NonFiniteError
 from merge_search.evaluation import Evaluation
-from merge_search.objective import Objective, References
+from merge_search.objective import Estimate, Objective, References
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
+from merge_search.search.checks import nearest_miss
 from merge_search.search.records import Record, records
 from merge_search.space import Parameter
 
 if TYPE_CHECKING:
     from merge_search.search.prepare import Plan
 
-__all__ = ["Standing", "best", "candidates", "compared", "finalists", "standings", "validate", "winner"]
+__all__ = [
+    "Standing",
+    "best",
+    "candidates",
+    "champions",
+    "compared",
+    "finalists",
+    "front",
+    "nothing_to_hand_over",
+    "standings",
+    "validate",
+    "winner",
+]
 
 
 def best(study: optuna.Study, objective: Objective) -> Record | None:
@@ -50,19 +66,31 @@ def finalists(
 ) -> list[Record]:
     """The `n` most promising searched candidates, the most promising first; baselines stand beside them anyway.
 
-    One objective: by posterior mean over all trials. Several: the Pareto front, by the first objective.
+    One objective: by posterior mean over all trials. Several: evenly along the front, by the first objective.
     """
     merges = {r.number: r for r in candidates(study) if not r.label}
     if not merges:
         return []
     if len(objective.names) > 1:
-        front = {t.number for t in study.best_trials}
-        chosen = [r for r in merges.values() if r.number in front] or list(merges.values())
-        return sorted(chosen, key=lambda r: -objective.key(r.values))[:n]
+        return _spread(front([r for r in merges.values() if r.outcome is Outcome.OK], objective), n)
     from merge_search.search.samplers.recommend import recommend
 
     ranking = recommend(study, parameters, seed=seed)
     return [merges[r.number] for r in ranking if r.number in merges][:n]
+
+
+def front(found: Sequence[Record], objective: Objective) -> list[Record]:
+    """The records that no other one dominates, best in the first objective first."""
+    kept = [r for r in found if not any(objective.dominates(other.values, r.values) for other in found)]
+    return sorted(kept, key=lambda r: (-objective.key(r.values), r.number))
+
+
+def _spread(ordered: list[Record], n: int) -> list[Record]:
+    """`n` of them, evenly along the list: both ends first."""
+    if len(ordered) <= n:
+        return ordered
+    rows = np.linspace(0, len(ordered) - 1, n).round().astype(int)
+    return [ordered[i] for i in dict.fromkeys(rows.tolist())]
 
 
 def validate(
@@ -72,6 +100,8 @@ def validate(
     scored: dict[str, Any] = dict(study.user_attrs.get("validation", {}))
     file = plan.file
     wanted = finalists(study, plan.objective, plan.space.parameters, seed=file.study.seed, n=file.search.finalists)
+    if not wanted and (text := nearest_miss(study)):
+        note(text)
     numbers = {r.number for r in wanted}
     wanted += [
         r for r in records(study) if r.is_scored and r.label and r.number not in numbers and _compared(r, study, plan)
@@ -104,7 +134,8 @@ def compared(study: optuna.Study, objective: Objective) -> list[Record]:
     """What the sealed test is opened for: base, experts, average, best preset, and the winner."""
     chosen = {"average"} | {k.removeprefix("reference.") for k in study.user_attrs if k.startswith("reference.")}
     top = _best_preset(study, objective)
-    numbers = {study.user_attrs.get("test_winner"), top.number if top else None}
+    opened = study.user_attrs.get("test_winner")
+    numbers = {*(opened if isinstance(opened, list) else [opened]), top.number if top else None}
     return [r for r in records(study) if r.is_scored and (r.label in chosen or r.number in numbers)]
 
 
@@ -115,8 +146,7 @@ class Standing:
     Attributes:
         role: ``base``, ``expert``, ``baseline`` or ``merge``.
         values: Objective values; the references' validation scores define retention here.
-        difference: First objective minus that of the best baseline, larger is better, with its standard error,
-            from the same questions; None for rows it does not apply to.
+        violations: Constraint -> amount by which it is violated on these questions (<= 0: it holds).
     """
 
     record: Record
@@ -124,6 +154,16 @@ class Standing:
     evaluation: Evaluation
     values: tuple[float, ...]
     stderrs: tuple[float, ...]
+    violations: Mapping[str, Estimate]
+
+    @property
+    def feasible(self) -> bool:
+        return all(v.value <= 0 for v in self.violations.values())
+
+    @property
+    def excess(self) -> float:
+        """Sum of the violations, each in its standard errors; 0 where all constraints hold."""
+        return math.fsum(max(v.value, 0.0) / (v.stderr or 1.0) for v in self.violations.values())
 
 
 def standings(
@@ -143,19 +183,37 @@ def standings(
         label = record.label
         role = "base" if label == "base" else "expert" if label in experts else "baseline" if label else "merge"
         estimates = objective.values(evaluation, references)
-        rows.append(
-            Standing(record, role, evaluation, tuple(e.value for e in estimates), tuple(e.stderr for e in estimates))
-        )
+        values, errors = tuple(e.value for e in estimates), tuple(e.stderr for e in estimates)
+        violations = objective.violations(evaluation, references)
+        rows.append(Standing(record, role, evaluation, values, errors, violations))
     order = ["base", "expert", "baseline", "merge"]
     return sorted(rows, key=lambda s: (order.index(s.role), -objective.key(s.values), s.record.number))
 
 
 def winner(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Record | None:
-    """The merge that is best on validation, a published baseline if need be; before validation, the best observed."""
+    """The merge that is best on validation, a published baseline if need be; before validation, the best observed.
+
+    Constraints come first: where no merge meets them on the validation questions, the one that is nearest to it.
+    """
     merges = [s for s in standings(study, objective, experts) if s.role in ("merge", "baseline")]
     if merges:
-        return max(merges, key=lambda s: objective.key(s.values)).record
+        return max(merges, key=lambda s: (-s.excess, objective.key(s.values))).record
     return best(study, objective)
+
+
+def nothing_to_hand_over(study: optuna.Study) -> str:
+    """Why a study has no champion."""
+    return nearest_miss(study) or f"study {study.study_name!r} has no scored merge yet; run it first"
+
+
+def champions(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> list[Record]:
+    """What is handed over: the winner; with several objectives, the front of what has validation scores."""
+    single = winner(study, objective, experts)
+    if len(objective.names) == 1 or single is None:
+        return [] if single is None else [single]
+    merges = [s for s in standings(study, objective, experts) if s.role in ("merge", "baseline") and s.feasible]
+    beaten = [s for s in merges if any(objective.dominates(other.values, s.values) for other in merges)]
+    return [s.record for s in merges if s not in beaten] or [single]
 
 
 def paired_difference(a: Evaluation, b: Evaluation, names: list[str]) -> tuple[float, float]:

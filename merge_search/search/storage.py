@@ -16,21 +16,28 @@ import optuna
 import sqlalchemy
 from optuna.trial import TrialState
 
-from merge_search.errors import StorageError, StudyChangedError
+from merge_search.errors import StorageError, StudyChangedError, StudyFileError
 from merge_search.outcome import Outcome
+from merge_search.study_file import StudyFile
 
-__all__ = ["check_identity", "describe_changes", "driver_lock", "open_storage", "reclaim_lost_trials"]
+__all__ = ["check_identity", "describe_changes", "driver_lock", "load_study", "open_storage", "reclaim_lost_trials"]
 
 
-def open_storage(url: str) -> optuna.storages.RDBStorage:
+def open_storage(url: str, *, must_exist: bool = False) -> optuna.storages.RDBStorage:
     """A storage for `url`.
+
+    Args:
+        must_exist: A SQLite file that is not there is an error; otherwise it is made.
 
     Raises:
         StorageError: the URL is not one of a database, its driver is not installed, or it cannot be reached.
     """
     connect = {"timeout": 120} if url.startswith("sqlite:") else {}
     if url.startswith("sqlite:///"):
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        path = Path(url.removeprefix("sqlite:///"))
+        if must_exist and not path.is_file():
+            raise StorageError(f"there is no database {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": connect})
     except ImportError as error:
@@ -57,6 +64,23 @@ def _without_password(url: str) -> str:
         return str(sqlalchemy.engine.make_url(url).render_as_string(hide_password=True))
     except sqlalchemy.exc.ArgumentError:
         return url
+
+
+def load_study(file: StudyFile) -> optuna.Study:
+    """The stored study, for reading.
+
+    Raises:
+        StudyFileError: there is none yet.
+        StorageError: the storage cannot be reached.
+    """
+    url = file.storage_url
+    missing = f"storage {_without_password(url)} has no study {file.study.name!r}; run 'merge-search run {file.path.name}' first"
+    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
+        raise StudyFileError(missing)
+    try:
+        return optuna.load_study(study_name=file.study.name, storage=open_storage(url))
+    except KeyError:
+        raise StudyFileError(missing) from None
 
 
 @contextmanager

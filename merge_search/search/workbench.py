@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from merge_search.engine.engine import MergeEngine
+from merge_search.engine.learners.block_outputs import fit_blocks
 from merge_search.engine.learners.coefficients import FitSettings, Fitted, fit, label_by_experts, task_losses
 from merge_search.engine.live import LiveModel
 from merge_search.engine.maps import FOLDER as MAPS
@@ -52,9 +53,11 @@ def statistics_of(plan: Plan, pool: ModelPool, owners: Mapping[str, str], live: 
     """
     file = plan.file
     folder = file.folder / f"{file.study.name}.statistics"
+    section = file.statistics
     return DataStatistics(
-        pool, live, plan.evaluators, owners, folder=folder, seed=file.study.seed, dtype=file.models.dtype
-    )
+        pool, live, plan.evaluators, owners, folder=folder, n_rows=section.n_rows, seed=file.study.seed,
+        dtype=file.models.dtype, max_gib=section.max_gib,
+    )  # fmt: skip
 
 
 class Workbench:
@@ -65,7 +68,7 @@ class Workbench:
         self._statistics: DataStatistics | None = None
         self._charged = 0
         self.map_folder = maps_of(plan.file)
-        self._labelled = False
+        self._labelled: set[str] = set()
         self.pool = ModelPool(plan.context.models, device=device, map_folders=[self.map_folder])
         self.models = plan.context.models.model_copy(update={"hashes": self.pool.hashes()})
         self.live = LiveModel.load(self.pool.base_folder, device=self.pool.device, dtype=plan.file.models.dtype)
@@ -127,13 +130,20 @@ class Workbench:
         """Fit the coefficients of `recipe`; the live model holds the result.
 
         Args:
-            owners: Task -> the expert whose answers are its labels, for the loss ``pseudo``.
+            owners: Task -> the expert whose answers are its labels, for all losses but ``gold``, ``choice`` and ``entropy``.
         """
-        asked = 0
-        if settings.loss == "pseudo" and not self._labelled:
-            asked, self._labelled = label_by_experts(self.engine, self.views, recipe, self.evaluators, owners), True
-        losses = task_losses(self.evaluators, settings.loss)
-        fitted = fit(self.engine, self.live.model, self.views, recipe, losses, settings, map_folder=self.map_folder)
+        asked, kind = 0, settings.loss
+        if kind == "block_output":  # its inputs are the prompts with the experts' own answers
+            kind = "pseudo"
+        if kind in ("pseudo", "kl") and kind not in self._labelled:
+            asked = label_by_experts(self.engine, self.views, recipe, self.evaluators, owners, kind)
+            self._labelled.add(kind)
+        losses, folder = task_losses(self.evaluators, kind), self.map_folder
+        live = (self.engine, self.live.model, self.views)
+        if settings.loss == "block_output":
+            fitted = fit_blocks(*live, recipe, losses, owners, settings, map_folder=folder)
+        else:
+            fitted = fit(*live, recipe, losses, settings, map_folder=folder)
         return replace(fitted, questions=fitted.questions + asked)
 
     def recover(self) -> None:

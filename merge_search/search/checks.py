@@ -1,0 +1,102 @@
+"""What would make a search pointless, said before it costs anything: each with the number that would do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import optuna
+from optuna.trial import TrialState
+
+from merge_search.objective import Constraint, Objective, References
+from merge_search.search.records import Record
+from merge_search.space import Parameter
+from merge_search.study_file import Search
+
+__all__ = ["MAX_DIMENSIONS", "budget_notes", "constraint_notes", "nearest_miss", "search_problems"]
+
+MAX_DIMENSIONS = 1000
+"""Every parameter of every trial is a row of the storage, and a surrogate model of more learns nothing from a study's trials."""
+
+
+def search_problems(search: Search, parameters: Mapping[str, Parameter], objective: Objective) -> list[str]:
+    """Why these settings cannot make a search."""
+    out = []
+    n = len(parameters)
+    if n == 0:
+        out.append("space: nothing varies: it has 0 dimensions and needs at least 1")
+    if n > MAX_DIMENSIONS:
+        out.append(
+            f"space: it has {n} dimensions, and at most {MAX_DIMENSIONS} can be searched trial by trial; write coefficients "
+            "per: block or expert, and let search.learner fit the finer ones by gradient"
+        )
+    if search.stop is not None and len(objective.names) > 1:
+        out.append(
+            f"search.stop: needs one objective, found {len(objective.names)} ({', '.join(objective.names)}); make all but one "
+            "of them constraints, or leave stop out"
+        )
+    return out
+
+
+def budget_notes(n_first: int, n_trials: int) -> list[str]:
+    """Whether the baselines and start points leave trials for the search."""
+    if n_trials > n_first:
+        return []
+    return [
+        f"n_trials is {n_trials}, and {n_first} baselines and start points come first: nothing is left for the sampler. "
+        f"At least {n_first + 1} lets it begin; name fewer search.baselines for a shorter start"
+    ]
+
+
+def constraint_notes(records: Sequence[Record], objective: Objective, references: References) -> list[str]:
+    """A sentence for every constraint that no scored trial meets so far, and one if only all together fail.
+
+    Args:
+        records: Usually the baselines: base, experts, average, presets.
+    """
+    scored = [r for r in records if r.is_scored]
+    if not scored or not objective.constraints:
+        return []
+    violations = {r.number: objective.violations(r.evaluation, references) for r in scored}
+    out = []
+    for c in objective.constraints:
+        nearest = min(scored, key=lambda r: violations[r.number][c.text].value)
+        if violations[nearest.number][c.text].value > 0:
+            out.append(_unmet(c, nearest, objective, references, len(scored)))
+    if not out and not any(r.feasible for r in scored):
+        nearest = min(scored, key=lambda r: max(v.value for v in violations[r.number].values()))
+        missed = ", ".join(f"{text} by {v.value:.3g}" for text, v in violations[nearest.number].items() if v.value > 0)
+        out.append(
+            f"no baseline meets all {len(objective.constraints)} constraints at once; {nearest.name} comes nearest and "
+            f"misses {missed}"
+        )
+    return out
+
+
+def nearest_miss(study: optuna.Study) -> str:
+    """What a search without any feasible merge came nearest to; '' where one was found or none was scored."""
+    scored = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if "label" not in t.user_attrs]
+    if not scored or any(all(v <= 0 for v in t.constraints.values()) for t in scored):
+        return ""
+    nearest = min(scored, key=lambda t: (max(t.constraints.values()), t.number))
+    missed = ", ".join(f"{text!r} by {v:.3g}" for text, v in nearest.constraints.items() if v > 0)
+    return (
+        f"none of {len(scored)} searched merges meets the constraints; trial {nearest.number} comes nearest and misses "
+        f"{missed}. Relax what it misses, or give the search more trials"
+    )
+
+
+def _unmet(c: Constraint, nearest: Record, objective: Objective, references: References, n: int) -> str:
+    found = objective.estimate(c.name, nearest.evaluation, references)
+    anchor = objective.anchor(c, references)
+    would_do = found.value
+    if c.anchor:
+        offset = would_do - anchor
+        bound = f"{c.anchor} {'-' if offset < 0 else '+'} {abs(offset):.3g}"
+    else:
+        bound = f"{would_do:.4g}"
+    target = anchor + c.offset
+    return (
+        f"constraint {c.text!r} (here {c.sign} {target:.4g}) is met by none of the {n} baselines: {nearest.name} comes nearest "
+        f"with {found.value:.4g} ±{found.stderr:.2g}. The search goes on and may find one that does; '{c.name} {c.sign} {bound}' "
+        "would already hold"
+    )

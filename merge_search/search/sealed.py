@@ -1,0 +1,65 @@
+"""The sealed test questions: opened once per study, for what the validation questions chose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+
+from merge_search.errors import StudyFileError
+from merge_search.evaluation import Split
+from merge_search.search import selection, storage
+from merge_search.search.prepare import Plan
+from merge_search.search.records import owners_of, references_of
+from merge_search.search.workbench import Workbench
+
+__all__ = ["open_test"]
+
+
+def open_test(plan: Plan) -> optuna.Study:
+    """Score the winner (with several objectives, the front) and what it is compared with on the test questions.
+
+    Opened again, it shows what was found the first time.
+
+    Raises:
+        StudyFileError: nothing to test yet; or the study went on and has another winner than the tested one.
+    """
+    study = storage.load_study(plan.file)
+    backend = storage.open_storage(plan.file.storage_url)
+    with storage.driver_lock(backend, plan.file.storage_url, plan.file.study.name):
+        study.set_user_attr("test_winner", _sealed_for(study, plan))
+        scored: dict[str, Any] = dict(study.user_attrs.get("test", {}))
+        wanted = [r for r in selection.compared(study, plan.objective) if str(r.number) not in scored]
+        bench = _bench(study, plan) if wanted else None
+        for record in wanted:
+            assert bench is not None
+            recipe = record.recipe.model_copy(update={"models": bench.models})
+            scored[str(record.number)] = bench.score(recipe, Split.TEST).evaluation.to_attribute()
+            study.set_user_attr("test", scored)
+    return study
+
+
+def _bench(study: optuna.Study, plan: Plan) -> Workbench:
+    """A workbench that can splice everything the study spliced, what needs statistics from data too."""
+    bench = Workbench(plan, device=plan.file.device)
+    bench.offer_statistics(owners_of(plan.objective, references_of(study, plan.metrics, plan.context.experts)))
+    return bench
+
+
+def _sealed_for(study: optuna.Study, plan: Plan) -> int | list[int]:
+    """The number of the winner, or those of the front; the ones the test was opened for if it was."""
+    found = [r.number for r in selection.champions(study, plan.objective, plan.context.experts)]
+    if not found:
+        raise StudyFileError(selection.nothing_to_hand_over(study))
+    now: int | list[int] = found[0] if len(plan.objective.names) == 1 else sorted(found)
+    opened = study.user_attrs.get("test_winner")
+    if opened is None or opened == now:
+        return now
+    raise StudyFileError(
+        f"the test questions were opened for trial {_names(opened)}; the study went on and its best is now trial "
+        f"{_names(now)}, but a test is sealed only once. Begin a new study with another seed to test again"
+    )
+
+
+def _names(numbers: int | list[int]) -> str:
+    return ", ".join(map(str, [numbers] if isinstance(numbers, int) else numbers))

@@ -1,0 +1,128 @@
+"""Prices of a merge: drift from the base, seconds; objectives and constraints, never skills."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evaluators.drift import Drift
+from evaluators.latency import Latency
+from merge_search.errors import EvaluationError, NonFiniteError, StudyFileError
+from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split, SplitShares
+from merge_search.objective import Objective, References
+
+SHARES = SplitShares(0.5, 0.25, 0.25)
+WORDS = [f"text {i} of the tests, and so on" for i in range(40)]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "a.txt").write_text("\n".join(WORDS[:20]))
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"query": t}) for t in WORDS[20:] + WORDS[:2]))
+    return {"include_path": str(tmp_path), "texts": ["a.txt", "b.jsonl"], "key": "query"}
+
+
+class Tokens:
+    """One token per character, of 24."""
+
+    def __call__(self, text: str, *, truncation: bool, max_length: int, return_tensors: str = "") -> Any:
+        ids = [3 + ord(c) % 21 for c in text][:max_length]
+        if return_tensors:
+            return type("Encoded", (), {"input_ids": torch.tensor([ids])})
+        return {"input_ids": ids}
+
+
+def test_drift_is_the_mean_divergence_of_next_tokens(texts: dict[str, Any], make_models: Any) -> None:
+    _, live = make_models()
+    drift = Drift({**texts, "positions": 3, "max_length": 12, "batch_size": 5}, shares=SHARES, seed=0)
+    drift.bind(live.model, Tokens(), folder="")
+    assert drift.evaluate(Split.SEARCH).scores["drift/kl"].score == pytest.approx(0, abs=1e-5)
+    before = {n: p.clone() for n, p in live.model.named_parameters()}
+    text = drift._texts[Split.SEARCH][0]
+    ids = torch.tensor([Tokens()(text, truncation=True, max_length=12)["input_ids"]])
+    with torch.no_grad():
+        p = live.model(input_ids=ids).logits[0, [0, 6, 11]].double().log_softmax(-1)
+        for parameter in live.model.parameters():
+            parameter.mul_(1.1)
+        q = live.model(input_ids=ids).logits[0, [0, 6, 11]].double().log_softmax(-1)
+    by_hand = float((p.exp() * (p - q)).sum(-1).mean())
+    found = drift.evaluate(Split.SEARCH)
+    assert found.scores["drift/kl"].values[0] == pytest.approx(by_hand, rel=5e-3)
+    assert found.scores["drift/kl"].is_mean
+    head = drift.evaluate(Split.SEARCH, 0.5)
+    joined = head.joined(drift.evaluate(Split.SEARCH, 1.0, after=0.5))
+    np.testing.assert_allclose(joined.scores["drift/kl"].values, found.scores["drift/kl"].values, rtol=1e-4)
+    with torch.no_grad():
+        for name, parameter in live.model.named_parameters():
+            parameter.copy_(before[name])
+        live.model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(NonFiniteError):
+        drift.evaluate(Split.SEARCH)
+
+
+def test_equal_texts_count_once_and_splits_are_disjoint(texts: dict[str, Any]) -> None:
+    drift = Drift(texts, shares=SHARES, seed=0)
+    found = [t for group in drift._texts.values() for t in group]
+    assert sorted(found) == sorted(WORDS)
+    assert sum(drift.metrics()[0].n_questions.values()) == 40
+
+
+def test_wrong_texts_are_refused_all_at_once(texts: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n[1]\n')
+    with pytest.raises(StudyFileError) as caught:
+        Drift({**texts, "texts": ["bad.jsonl", "gone.txt"]}, shares=SHARES, seed=0)
+    assert "bad.jsonl, line 2" in str(caught.value)
+    assert "no file gone.txt" in str(caught.value)
+    with pytest.raises(StudyFileError, match="at least 2 texts"):
+        Drift({**texts, "limit": 4}, shares=SHARES, seed=0)
+    with pytest.raises(EvaluationError, match="bind a model"):
+        Drift(texts, shares=SHARES, seed=0).evaluate(Split.SEARCH)
+
+
+def test_latency_grows_with_what_is_written(texts: dict[str, Any], make_models: Any) -> None:
+    _, live = make_models()
+    live.model.generation_config.eos_token_id = None
+    options = {**texts, "max_length": 4, "limit": 16}
+    seconds = {}
+    for n in (0, 8):
+        latency = Latency({**options, "new_tokens": n}, shares=SHARES, seed=0)
+        latency.bind(live.model, Tokens(), folder="")
+        found = latency.evaluate(Split.SEARCH).scores["latency/seconds"]
+        assert (found.values > 0).all()
+        seconds[n] = float(np.median(found.values))
+    assert seconds[8] > 2 * seconds[0]
+
+
+ACC = MetricInfo("t", "acc", True, {Split.SEARCH: 4})
+KL = MetricInfo("drift", "kl", False, {Split.SEARCH: 4}, is_cost=True)
+
+
+def evaluation(acc: list[float], kl: list[float]) -> Evaluation:
+    def scores(v: list[float]) -> Scores:
+        a = np.array(v)
+        return Scores((), a, float(a.mean()), float(a.std(ddof=1) / 2))
+
+    return Evaluation(Split.SEARCH, 1.0, {"t/acc": scores(acc), "drift/kl": scores(kl)})
+
+
+def test_a_cost_is_an_objective_by_name_and_no_part_of_any_mean() -> None:
+    base = evaluation([0, 0, 1, 0], [0.5, 0.7, 0.4, 0.4])  # an expert "beats" this base in drift
+    references = References.from_evaluations([ACC, KL], base, {"x": evaluation([1, 1, 1, 0], [0.1, 0.2, 0.1, 0.2])})
+    objective = Objective(["mean_retention", "mean", "worst"], ["drift/kl"], ["drift <= 0.3"], [ACC, KL])
+    merge = evaluation([1, 1, 0, 0], [0.2, 0.4, 0.2, 0.4])
+    values = [v.value for v in objective.values(merge, references)]
+    assert values == pytest.approx([0.5, 0.5, 0.5, 0.3])
+    assert objective.violations(merge, references)["drift <= 0.3"].value == pytest.approx(0)
+    assert list(objective.skills) == ["t"]
+    assert Objective(["mean"], [], [], [ACC, KL]).weights(references) == {"t/acc": 1.0}
+
+
+def test_a_mean_of_costs_alone_is_refused() -> None:
+    with pytest.raises(StudyFileError, match="found only costs"):
+        Objective(["mean"], [], [], [KL])

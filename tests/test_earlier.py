@@ -1,0 +1,105 @@
+"""Recipes of earlier studies: experts are known by their hashes, what does not match is said, scores never travel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from merge_search.errors import StudyFileError
+from merge_search.evaluation import MetricInfo, Split
+from merge_search.recipe import Models, Recipe
+from merge_search.search.earlier import best_recipes, renamed, starts_from
+from merge_search.search.records import store_metrics
+from merge_search.search.storage import open_storage
+from merge_search.study_file import StudyFile, read_study_file
+
+OLD = Models(base="b", experts={"m": "m", "s": "s"}, hashes={"base": "B", "m": "M", "s": "S"})
+NEW = Models(
+    base="b2",
+    experts={"stories": "s2", "maths": "m2", "code": "c"},
+    hashes={"base": "B", "stories": "S", "maths": "M", "code": "C"},
+)
+
+
+def test_experts_take_the_names_that_their_hashes_have_here() -> None:
+    recipe = Recipe(models=OLD, coefficients={"m": 0.3, "s": {"*": 0.5, "block.0": 0.1}}, densities={"m": 0.2})
+    mine = renamed(recipe, NEW)
+    assert mine.models == NEW
+    assert mine.coefficients == {"code": 0.0, "maths": 0.3, "stories": {"*": 0.5, "block.0": 0.1}}
+    assert mine.densities == {"maths": 0.2}
+
+
+def test_what_does_not_match_is_refused_with_its_reason() -> None:
+    recipe = Recipe(models=OLD)
+    with pytest.raises(StudyFileError, match="another base"):
+        renamed(recipe, NEW.model_copy(update={"hashes": {**NEW.hashes, "base": "X"}}))
+    without = NEW.model_copy(update={"experts": {"maths": "m2"}, "hashes": {"base": "B", "maths": "M"}})
+    with pytest.raises(StudyFileError, match=r"expert\(s\) s are not in this study"):
+        renamed(recipe, without)
+    assert renamed(Recipe(models=OLD, coefficients={"s": 0.0}), without).coefficients == {}
+    with pytest.raises(StudyFileError, match="in a map"):
+        renamed(Recipe(models=OLD, maps={"m": "0" * 64}), NEW)
+
+
+class OneNumber:
+    """A space that holds recipes of one coefficient for all three experts but the absent one."""
+
+    def encode(self, recipe: Recipe) -> dict[str, Any] | None:
+        found = {v for e, v in recipe.coefficients.items() if e != "code"}
+        return {"c": found.pop()} if len(found) == 1 else None
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> StudyFile:
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "study: {name: new}\nmodels: {base: b, experts: {m: m}}\nevaluate: [{evaluator: x}]\n"
+        "search: {learn_from: [{study: old, storage: 'sqlite:///old.db', best: 2}, {study: none, storage: 'sqlite:///old.db'}, gone.yaml]}\n"
+    )
+    study = optuna.create_study(
+        study_name="old", storage=open_storage(f"sqlite:///{tmp_path / 'old.db'}"), direction="maximize"
+    )
+    store_metrics(study, [MetricInfo("t", "acc", True, {Split.SEARCH: 10})])
+    objective = {"maximise": ["t"], "minimise": [], "constraints": []}
+    study.set_user_attr("identity", {"objective": objective, "models": OLD.hashes})
+    rows = [("average", 0.9, {"m": 0.9, "s": 0.9}), ("", 0.5, {"m": 0.1, "s": 0.1}), ("", 0.8, {"m": 0.1, "s": 0.2})]
+    rows += [("", 0.7, {"m": 0.4, "s": 0.4}), ("", 0.6, {"m": 0.4, "s": 0.4}), ("", 0.55, {"m": 0.2, "s": 0.2})]
+    for label, value, coefficients in rows:
+        trial = study.ask()
+        if label:
+            trial.set_user_attr("label", label)
+        trial.set_user_attr("recipe", Recipe(models=OLD, coefficients=dict(coefficients)).to_json())
+        trial.set_user_attr("outcome", "ok")
+        study.tell(trial, value)
+    return read_study_file(path)
+
+
+def test_the_best_that_the_space_holds_are_taken_and_the_rest_is_said(file: StudyFile) -> None:
+    notes: list[str] = []
+    found = dict(starts_from(file, NEW, OneNumber(), [], notes.append))  # type: ignore[arg-type]
+    assert [(k.source, k.point) for k in found["old"]] == [("old trial 3", {"c": 0.4}), ("old trial 5", {"c": 0.2})]
+    text = "\n".join(notes)
+    assert "2 recipe(s) of study 'old'" in text
+    assert "has no study 'none'" in text
+    assert "gone.yaml" in text
+    assert not dict(starts_from(file, NEW, OneNumber(), ["old"], notes.append))  # type: ignore[arg-type]
+
+
+def test_baselines_do_not_travel(file: StudyFile) -> None:
+    study = optuna.load_study(study_name="old", storage=f"sqlite:///{file.folder / 'old.db'}")
+    assert [number for number, _ in best_recipes(study)] == [2, 3, 4, 5, 1]
+
+
+@pytest.mark.parametrize(
+    "entry", ["{study: a}", "{storage: b}", "{file: a, study: b}", "{file: a, study: b, storage: c}", "{}"]
+)
+def test_an_earlier_study_is_named_in_one_way(tmp_path: Path, entry: str) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        f"study: {{name: n}}\nmodels: {{base: b, experts: {{m: m}}}}\nevaluate: [{{evaluator: x}}]\nsearch: {{learn_from: [{entry}]}}\n"
+    )
+    with pytest.raises(StudyFileError, match="name either a study file"):
+        read_study_file(path)
