@@ -1,6 +1,7 @@
 """What does one candidate cost once base and experts are in memory? Every element-wise preset, beside a copy.
 
     python benchmarks/engine.py [--out FILE.csv] [--mergekit /path/to/mergekit-yaml --work FOLDER]
+    python benchmarks/engine.py --all [--threads 1] [--out FILE.csv] [--mergekit ... --work ...]
     python benchmarks/engine.py --device cuda --size 7b
 
 A synthetic Llama and three experts (bfloat16, fixed seeds) are made in memory. Two worker processes run one after the
@@ -8,7 +9,8 @@ other: the first finds an empty compile cache, the second the first one's. Each 
 its first candidate; the second worker then times warm candidates, new coefficients and new densities, in turn with a copy
 that moves as many bytes as the merge must (base and experts read, result written). Medians and, of ratios to the
 neighbouring copy, medians of ratios. CPU seconds are those of all threads of the worker: on a shared machine they are the
-steadier measure. With --mergekit the same weights are merged from disk to disk by that program (TIES and DARE-TIES), once.
+steadier measure. ``--all`` is the whole table: every preset at 80 M parameters, then TIES, DARE-TIES and task arithmetic at
+400 M, where alone mergekit runs. With --mergekit the same weights are merged from disk to disk by that program (TIES and DARE-TIES), once.
 
 On a GPU weights are made there, seconds are the device's events, and `roofline` is the share of the copy's bandwidth.
 """
@@ -19,6 +21,7 @@ import argparse
 import csv
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -39,6 +42,7 @@ from merge_search.presets import PRESETS, preset
 
 EXPERTS = cold_merge.EXPERTS
 SIZES: dict[str, dict[str, int]] = {
+    "80m": {**cold_merge.SHAPE, "num_hidden_layers": 1},
     "0.4b": cold_merge.SHAPE,
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000},
@@ -46,6 +50,7 @@ SIZES: dict[str, dict[str, int]] = {
 NAMES = [
     name for name, p in PRESETS.items() if "operator" not in p.settings and "post" not in p.settings
 ]  # element-wise, all of them
+PASSED_ON = ("device", "size", "layers", "repeats", "threads", "cache-bytes")  # to the workers
 FIELDS = [
     "date", "commit", "machine", "device", "threads", "preset", "size", "parameters", "experts", "dtype", "compiled",
     "first_cold_s", "first_cold_cpu_s", "first_warm_cache_s", "first_warm_cache_cpu_s",
@@ -53,7 +58,8 @@ FIELDS = [
     "copy_s", "copy_cpu_s", "copy_gb_per_s", "coefficients_to_copy", "densities_to_copy", "to_ties", "roofline",
     "mergekit_s", "mergekit_cpu_s", "mergekit_to_candidate", "mergekit_cpu_to_candidate", "torch", "python",
 ]  # fmt: skip
-MERGEKIT = {"ties": "ties", "dare_ties": "dare_ties"}  # preset -> method
+MERGEKIT = {"ties": "ties", "dare_ties": "dare_ties", "task_arithmetic": "task_arithmetic"}  # preset -> method
+LARGE = ["ties", "dare_ties", "task_arithmetic"]
 
 # ------------------------------------------------------------------------------------------------ weights
 
@@ -95,6 +101,12 @@ class _Squares(Mapping[tuple[str, str, str], Tensor]):
 # ------------------------------------------------------------------------------------------------ one worker
 
 
+def _cpu() -> float:
+    """CPU seconds of this process and of the compilers it waited for."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
 class Clock:
     """(seconds, CPU seconds) of a call; on a GPU the first are those between two events."""
 
@@ -102,17 +114,17 @@ class Clock:
         self.device = device
 
     def __call__(self, call: Callable[[], object]) -> tuple[float, float]:
-        cpu = time.process_time()
+        cpu = _cpu()
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             call()
             end.record()
             torch.cuda.synchronize()
-            return start.elapsed_time(end) / 1000, time.process_time() - cpu
+            return start.elapsed_time(end) / 1000, _cpu() - cpu
         wall = time.perf_counter()
         call()
-        return time.perf_counter() - wall, time.process_time() - cpu
+        return time.perf_counter() - wall, _cpu() - cpu
 
 
 class Copy:
@@ -192,7 +204,10 @@ def worker(options: argparse.Namespace) -> None:
 
 
 def run_worker(options: argparse.Namespace, cache: str, *, warm: bool) -> Iterator[dict[str, Any]]:
-    command = [sys.executable, __file__, "--worker", *sys.argv[1:], *(["--warm"] if warm else [])]
+    given = {name: getattr(options, name.replace("-", "_")) for name in PASSED_ON}
+    command = [sys.executable, __file__, "--worker", "--presets", *options.presets]
+    command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    command += ["--warm"] * warm + ["--no-compile"] * (not options.compile)
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -241,7 +256,9 @@ def summary(row: dict[str, Any], cold: tuple[float, float], ties: list[float], t
     if ties:
         result["to_ties"] = max(result["coefficients_to_copy"], result.get("densities_to_copy", 0)) / ties[0]
     if theirs:
-        slowest, slowest_cpu = (max(result[f"coefficients_{u}"], result[f"densities_{u}"]) for u in ("s", "cpu_s"))
+        slowest, slowest_cpu = (
+            max(result[f"coefficients_{u}"], result.get(f"densities_{u}", 0)) for u in ("s", "cpu_s")
+        )
         result |= {"mergekit_s": theirs.wall, "mergekit_cpu_s": theirs.cpu}
         result |= {
             "mergekit_to_candidate": theirs.wall / slowest,
@@ -294,6 +311,7 @@ def main() -> None:
     parser.add_argument("--mergekit", help="the program; with --work")
     parser.add_argument("--work", type=Path, help="folder for models on disk, about six times their size")
     parser.add_argument("--out", type=Path, help="CSV file to append to")
+    parser.add_argument("--all", action="store_true", help="every preset at 80 M parameters, three of them at 400 M")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -301,7 +319,14 @@ def main() -> None:
         parser.error("--mergekit and --work go together")
     options.presets = sorted(options.presets, key=lambda n: n != "ties")  # the others are compared with it
     options.layers = options.layers or SIZES[options.size]["num_hidden_layers"]
-    worker(options) if options.worker else measure(options)
+    if options.worker:
+        worker(options)
+    elif options.all:
+        large = argparse.Namespace(**{**vars(options), "size": "0.4b", "layers": 0, "presets": LARGE})
+        measure(argparse.Namespace(**{**vars(options), "size": "80m", "layers": 0, "mergekit": None}))
+        measure(large)
+    else:
+        measure(options)
 
 
 if __name__ == "__main__":

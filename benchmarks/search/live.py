@@ -1,13 +1,13 @@
-"""Live searches on the zoo's language models: what each way of searching has found for a given cost in questions.
+"""Live searches on real checkpoints: for the same number of asked questions, how good is the recommended merge?
 
-    MERGE_SEARCH_ZOO=... python benchmarks/search/live.py [--seeds 0 1] [--candidates 10 25 50] [--only NAME ...]
+    MERGE_SEARCH_ZOO=... python benchmarks/search/live.py [--zoo lm encoder] [--seeds 0 1] [--only NAME ...]
+                             [--candidates 10 25 50 100] [--jobs 2] [--minutes 75] [--summary]
 
-Every opponent runs through `merge-search run`: same engine, same questions, same splits, same budget in questions (the
-cost of so many candidates; a gradient step on n rows counts 3 n). Its recommendation is scored once on the test split.
-One row per opponent, budget and seed is appended to ``benchmarks/results/search_live.csv``.
-
-NOTE: the step size of "learner alone" (0.1) was chosen on all test rows of this zoo, those of the test split among them:
-its figure is not a clean test. "two levels" searches the step size on the search questions and is.
+Every opponent runs through the product itself: same engine, same questions, same splits, same budget in questions (the
+cost of so many candidates; a gradient step on n rows counts 3 n). One study per zoo, opponent and seed; its
+recommendation at each checkpoint is scored on rows that no search ever saw (`anytime`, `zoo`). Rows are appended to
+``benchmarks/results/search_live.csv``; rows that are there are not run again. ``--summary`` prints means over seeds and
+paired differences and draws ``benchmarks/results/search_live.*`` from the rows alone.
 """
 
 from __future__ import annotations
@@ -19,137 +19,147 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-import optuna
-import yaml
-from zoo import write_tasks
+from anytime import Row, Task, anytime_rows
+from live_opponents import IMPORTANT, OPPONENTS
+from live_summary import draw, print_summary, read_rows
+from zoo import ZOOS, Zoo
 
-from merge_search.evaluation import Evaluation
-from merge_search.search.records import finished_records
-
-EXPERTS = ("intent", "qtype", "where")
-PUBLISHED = ["ties", "dare", "della", "magnitude_soft", "tsv_m", "iso_c"]
-BLOCKS: dict[str, Any] = {"type": "blockwise"}
-MISSION: dict[str, Any] = {"type": "compatibility"}
-UNIFORM: dict[str, Any] = {"type": "uniform", "presets": ["task_arithmetic", "ties", "tsv_m"]}
-ROWS = {"per": "row", "steps": 100, "step_size": 0.1, "warm_start": False}
-LEVELS = {"per": ["block", "tensor", "row"], "steps": [0, 100]}
-
-OPPONENTS: dict[str, dict[str, Any]] = {
-    "random": {"space": BLOCKS, "search": {"sampler": "random"}},
-    "tpe": {"space": BLOCKS, "search": {"sampler": "tpe"}},
-    "gp": {"space": BLOCKS, "search": {"sampler": "gp"}},
-    "cmaes": {"space": BLOCKS, "search": {"sampler": "cmaes"}},
-    "botorch": {"space": BLOCKS, "search": {"sampler": "botorch"}},
-    "botorch, raced": {"space": BLOCKS, "search": {"sampler": "botorch", "racing": {}}},
-    "botorch, mission space": {"space": MISSION, "search": {"sampler": "botorch"}},
-    "presets": {"space": UNIFORM, "search": {"sampler": "random", "baselines": PUBLISHED}},
-    "learner alone": {
-        "space": {"type": "uniform", "presets": ["task_arithmetic"]},
-        "search": {"sampler": "random", "learner": ROWS},
-    },
-    "two levels": {"space": UNIFORM, "search": {"sampler": "botorch", "learner": LEVELS}},
-}
-FIELDS = ["opponent", "seed", "candidates", "questions", "trials", "test_mean", "test_se", "base", "best_expert_mean",
-          "average", "own_experts", "winner", "wall_s", "commit"]  # fmt: skip
+HERE = Path(__file__).parent
+OUT = HERE.parent / "results" / "search_live.csv"
+FIELDS = ["zoo", "opponent", "seed", "candidates", "questions", "validation", "trials", "test_mean", "test_se",
+          "references", "winner", "wall_s", "cpu_s", "commit"]  # fmt: skip
 
 
-def study(zoo: Path, tasks: Path, setup: dict[str, Any], *, seed: int, questions: int) -> dict[str, Any]:
-    models = {"base": str(zoo / "lm" / "base"), "experts": {e: str(zoo / "lm" / e) for e in EXPERTS}}
-    evaluator = {
-        "evaluator": "lm_eval",
-        "tasks": [f"zoo_{e}" for e in EXPERTS],
-        "include_path": str(tasks),
-        "batch_size": 64,
-    }
-    search = {"n_trials": 10_000, "questions": questions, "baselines": [], **setup["search"]}
-    return {
-        "study": {"name": "live", "seed": seed},
-        "models": models,
-        "space": setup["space"],
-        "evaluate": [{**evaluator, "fit": "train", "fit_limit": 4000}],
-        "splits": {"search": 0.3, "validation": 0.2, "test": 0.5},
-        "objective": {"maximise": "mean"},
-        "search": search,
-        "device": "cpu",
-    }
+def rows_of(task: Task) -> list[Row]:
+    """In a process of its own: all rows of one study."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="optuna")
+    if OPPONENTS[task.opponent] is None:
+        from finetune import finetuned_rows
+
+        return finetuned_rows(task)
+    return anytime_rows(task)
 
 
-def run(zoo: Path, tasks: Path, name: str, *, seed: int, candidates: int, per_candidate: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "study.yaml"
-        budget = candidates * per_candidate
-        path.write_text(
-            yaml.safe_dump(study(zoo, tasks, OPPONENTS[name], seed=seed, questions=budget), sort_keys=False)
-        )
-        began = time.perf_counter()
-        for command in ("run", "test"):
-            subprocess.run([sys.executable, "-m", "merge_search", command, str(path)], check=True, capture_output=True)
-        found = optuna.load_study(study_name="live", storage=f"sqlite:///{folder}/live.db")
-        return {
-            "opponent": name, "seed": seed, "candidates": candidates, "wall_s": round(time.perf_counter() - began, 1),
-            **summary(found),
-        }  # fmt: skip
+def limited(zoo: Zoo, limit: int | None) -> Zoo:
+    """The zoo with the first `limit` documents of every file, and a candidate that costs as much less."""
+    if limit is None:
+        return zoo
+    return replace(zoo, limit=limit, candidate=2 * limit * len(zoo.experts) // 5)
 
 
-def summary(found: optuna.Study) -> dict[str, Any]:
-    """Mean over tasks of test scores: of the winner, the base, the experts and the average."""
-    by_number = {r.number: r for r in finished_records(found)}
-    test = {int(k): Evaluation.from_attribute(v) for k, v in found.user_attrs["test"].items()}
-    means = {n: sum(s.score for s in e.scores.values()) / len(e.scores) for n, e in test.items()}
-    label = {by_number[n].label: n for n in test if by_number[n].label}
-    winner = found.user_attrs["test_winner"]
-    se = sum(s.stderr**2 for s in test[winner].scores.values()) ** 0.5 / len(test[winner].scores)
-    own = [max(test[label[e]].scores[m].score for e in EXPERTS) for m in test[winner].scores]
-    return {
-        "questions": sum(r.cost.questions for r in by_number.values()),
-        "trials": len(by_number),
-        "test_mean": round(means[winner], 4),
-        "test_se": round(se, 4),
-        "base": round(means[label["base"]], 4),
-        "best_expert_mean": round(max(means[label[e]] for e in EXPERTS), 4),
-        "average": round(means[label["average"]], 4),
-        "own_experts": round(sum(own) / len(own), 4),
-        "winner": by_number[winner].label or by_number[winner].recipe.preset,
-    }
+def commit() -> str:
+    """Of the tree, with a mark where it has changes."""
+    git = ["git", "-C", str(HERE)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "-uno", "--", ":!../results"], capture_output=True, text=True
+    )
+    return head + ("+" if changed.stdout.strip() else "")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--candidates", type=int, nargs="+", default=[50])
-    parser.add_argument("--only", nargs="+", default=list(OPPONENTS))
-    parser.add_argument("--questions-per-candidate", type=int, default=600)
-    args = parser.parse_args()
-    zoo, here = Path(os.environ["MERGE_SEARCH_ZOO"]), Path(__file__).parent
-    out = here.parent / "results" / "search_live.csv"
-    out.parent.mkdir(exist_ok=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here
-    ).stdout.strip()
-    is_new = not out.exists()
-    with tempfile.TemporaryDirectory() as folder, out.open("a", newline="") as file:
-        write_tasks(zoo, Path(folder), list(EXPERTS))
+def tasks(args: argparse.Namespace, scores: Path) -> Iterator[tuple[Task, set[int]]]:
+    """Studies to run and the checkpoints they lack, seed after seed, so that a cut run is balanced."""
+    known = {(r["zoo"], r["opponent"], int(r["seed"]), int(r["candidates"])) for r in read_rows(args.out)}
+    root = Path(os.environ["MERGE_SEARCH_ZOO"])
+    for seed in args.seeds:
+        for zoo in args.zoo:
+            names = chosen(args.only) or (list(OPPONENTS) if zoo == "lm" else IMPORTANT)
+            for name in names:
+                missing = {c for c in args.candidates if (zoo, name, seed, c) not in known}
+                if missing:
+                    folder = args.keep and args.keep / f"{zoo}.{name.replace(' ', '_')}.{seed}"
+                    yield (
+                        Task(root, scores, limited(ZOOS[zoo], args.limit), name, seed, tuple(args.candidates), folder),
+                        missing,
+                    )
+
+
+def chosen(only: list[str] | None) -> list[str]:
+    """Opponents by name; the word ``important`` stands for several."""
+    names = [n for word in only or [] for n in (IMPORTANT if word == "important" else [word])]
+    return list(dict.fromkeys(names))
+
+
+def measure(args: argparse.Namespace, scores: Path) -> int:
+    """Run what is missing; returns how many studies failed."""
+    began, version, failures = time.perf_counter(), commit(), 0
+    is_new = not args.out.exists()
+    wanted = dict(tasks(args, scores))
+    with (
+        args.out.open("a", newline="") as file,
+        ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool,
+    ):
         writer = csv.DictWriter(file, FIELDS)
         if is_new:
             writer.writeheader()
-        for seed in args.seeds:
-            for candidates in args.candidates:
-                for name in args.only:
-                    row = run(
-                        zoo,
-                        Path(folder),
-                        name,
-                        seed=seed,
-                        candidates=candidates,
-                        per_candidate=args.questions_per_candidate,
-                    )
-                    writer.writerow({**row, "commit": commit})
+        futures = {pool.submit(rows_of, task): task for task in wanted}
+        for future in as_completed(futures):
+            task = futures[future]
+            if future.cancelled():
+                continue
+            try:
+                rows = future.result()
+            except Exception:
+                failures += 1
+                print(f"{task.zoo.name} {task.opponent} seed {task.seed} failed:\n{traceback.format_exc()}", flush=True)
+                continue
+            for row in rows:
+                if row["candidates"] in wanted[task]:
+                    writer.writerow({**row, "commit": version})
                     file.flush()
-                    print(row, flush=True)
+                    print({k: v for k, v in row.items() if k != "references"}, flush=True)
+            if args.minutes and time.perf_counter() - began > 60 * args.minutes:
+                for other in futures:
+                    other.cancel()
+    return failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--zoo", nargs="+", choices=list(ZOOS), default=["lm"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--candidates", type=int, nargs="+", default=[10, 25, 50, 100])
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=["important", *OPPONENTS],
+        help="opponents; default: all for lm, the important ones else",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="studies at a time, one thread each")
+    parser.add_argument("--minutes", type=float, help="begin no study after that")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="keep studies and sealed scores here, for one commit: a killed study goes on, no model is scored twice",
+    )
+    parser.add_argument("--out", type=Path, default=OUT, help="the table")
+    parser.add_argument("--limit", type=int, help="documents per task: a quick look at the harness; give --out too")
+    parser.add_argument("--summary", action="store_true", help="only print and draw what the rows say")
+    args = parser.parse_args()
+    if args.limit is not None and args.out == OUT:
+        parser.error("--limit needs --out: its rows do not belong among the others")
+    failures = 0
+    if not args.summary:
+        args.out.parent.mkdir(exist_ok=True)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        with tempfile.TemporaryDirectory() as temporary:
+            scores = args.keep / "scores" if args.keep else Path(temporary)
+            scores.mkdir(parents=True, exist_ok=True)
+            failures = measure(args, scores)
+    rows = read_rows(args.out)
+    print_summary(rows)
+    for path in draw(rows, args.out.parent):
+        print(f"wrote {path}")
+    return int(failures > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

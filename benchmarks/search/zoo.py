@@ -1,8 +1,10 @@
-"""lm-eval tasks over the zoo's data with their training splits: what a study with a learner needs.
+"""The two zoos as parts of study files: models, questions to search on, the sealed test questions.
 
-    python benchmarks/search/zoo.py OUT        (MERGE_SEARCH_ZOO names the zoo)
+    python benchmarks/search/zoo.py OUT        (MERGE_SEARCH_ZOO names the zoo; writes the language tasks for lm-eval)
 
-Writes ``OUT/zoo_<task>.yaml``: scored on test.jsonl, training split train.jsonl, absolute paths.
+``lm``: three language models, lm-eval tasks. ``encoder``: five sentence encoders with their heads, `classification`.
+A search is scored on rows of ``val.jsonl`` (its search and validation shares), learners fit on ``train.jsonl``, the
+sealed test is all of ``test.jsonl``: three files without common documents.
 """
 
 from __future__ import annotations
@@ -10,9 +12,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
+
+__all__ = ["ZOOS", "Zoo", "search_study", "test_study", "write_tasks"]
 
 MULTIPLE_CHOICE = {"doc_to_choice": "choices", "doc_to_target": "gold"}
 GENERATED = {
@@ -20,21 +26,111 @@ GENERATED = {
     "generation_kwargs": {"until": ["\n"], "max_gen_toks": 12, "do_sample": False},
     "filter_list": [{"name": "line", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
 }
+SEARCH_SHARES = {"search": 0.5, "validation": 0.48, "test": 0.02}
+"""Of the val rows. The study's own test share stays unopened."""
+WHOLE = {"search": 0.02, "validation": 0.02, "test": 0.96}
+"""Of the test rows: the benchmark asks all three shares and joins them, so the shares do not matter."""
+EVEN = {"search": 0.4, "validation": 0.3, "test": 0.3}
+"""With a limit, where smaller shares would be empty."""
 
 
-def write_tasks(zoo: Path, out: Path, names: list[str] | None = None) -> list[str]:
-    """Task names written for the zoo's language-model data."""
+@dataclass(frozen=True)
+class Zoo:
+    """A family of checkpoints.
+
+    Attributes:
+        name: ``lm`` or ``encoder``: the folder of the checkpoints.
+        experts: Their names; a task is called after its expert.
+        n_blocks: Of every model.
+        candidate: Search questions of one candidate: the unit of the budget, a round number near the real one.
+        step_sizes: Of AdamW, for fine-tuning all weights.
+        limit: Documents per task and file: a quick look that says nothing about quality; None: all.
+    """
+
+    name: str
+    experts: tuple[str, ...]
+    n_blocks: int
+    candidate: int
+    step_sizes: tuple[float, ...]
+    limit: int | None = None
+
+
+ZOOS = {
+    "lm": Zoo("lm", ("intent", "qtype", "where"), 5, 600, (2e-4, 6e-4, 2e-3)),
+    "encoder": Zoo("encoder", ("sst2", "trec6", "banking77", "agnews", "emotion"), 4, 700, (2e-5, 6e-5, 2e-4)),
+}
+ENCODER_SEARCH = {"search": 0.25, "validation": 0.25, "test": 0.5}
+"""Of the encoders' val rows: fewer, since a question costs several times as much there."""
+
+
+def search_study(root: Path, zoo: Zoo, tasks: Path) -> dict[str, Any]:
+    """Models, evaluators and splits of a study that searches on val rows.
+
+    Args:
+        tasks: Folder of `write_tasks` (``lm`` only).
+    """
+    shares = SEARCH_SHARES if zoo.name == "lm" else ENCODER_SEARCH
+    return _part(root, zoo, tasks, "val", shares)
+
+
+def test_study(root: Path, zoo: Zoo, tasks: Path) -> dict[str, Any]:
+    """The same over the test rows."""
+    return _part(root, zoo, tasks, "test", WHOLE)
+
+
+def _part(root: Path, zoo: Zoo, tasks: Path, rows: str, shares: dict[str, float]) -> dict[str, Any]:
+    folder = root / zoo.name
+    experts = {e: str(folder / e) for e in zoo.experts}
+    return {
+        "models": {"base": str(folder / "base"), "experts": experts, "dtype": "float32"},
+        "evaluate": [_evaluate(root, zoo, tasks, rows)],
+        "splits": shares if zoo.limit is None else EVEN,
+    }
+
+
+def _evaluate(root: Path, zoo: Zoo, tasks: Path, rows: str) -> dict[str, Any]:
+    limit = {} if zoo.limit is None else {"limit": zoo.limit}
+    if zoo.name == "lm":
+        return {
+            "evaluator": "lm_eval", "tasks": [f"zoo_{e}" for e in zoo.experts], "include_path": str(tasks / rows),
+            "batch_size": 64, "fit": "train", "fit_limit": 4000, **limit,
+        }  # fmt: skip
+    data = root / "data" / "text"
+    return {
+        "evaluator": "classification",
+        "tasks": {
+            e: {
+                "data": str(data / e / f"{rows}.jsonl"),
+                "train": str(data / e / "train.jsonl"),
+                "head": str(root / "encoder" / e / "head.safetensors"),
+                "labels": str(data / e / "task.json"),
+            }
+            for e in zoo.experts
+        },
+        "batch_size": 64,
+        "max_length": 64,
+        **limit,
+    }
+
+
+def write_tasks(root: Path, out: Path, names: list[str] | None = None, *, rows: str = "test") -> list[str]:
+    """lm-eval tasks over the zoo's language data, with their training splits; returns the task names.
+
+    Args:
+        rows: The file whose rows are the questions: ``val`` or ``test``.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for folder in sorted((zoo / "data" / "lm").iterdir()):
+    written: list[str] = []
+    for folder in sorted((root / "data" / "lm").iterdir()):
         if not (folder / "task.json").exists() or (names and folder.name not in names):
             continue
         is_choice = json.loads((folder / "task.json").read_text())["kind"] == "multiple_choice"
         metric = "acc" if is_choice else "exact_match"
+        files = {"train": str(folder / "train.jsonl"), "test": str(folder / f"{rows}.jsonl")}
         task = {
             "task": f"zoo_{folder.name}",
             "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {s: str(folder / f"{s}.jsonl") for s in ("train", "test")}},
+            "dataset_kwargs": {"data_files": files},
             "training_split": "train",
             "test_split": "test",
             "output_type": "multiple_choice" if is_choice else "generate_until",
@@ -46,7 +142,7 @@ def write_tasks(zoo: Path, out: Path, names: list[str] | None = None) -> list[st
             **(MULTIPLE_CHOICE if is_choice else GENERATED),
         }
         (out / f"zoo_{folder.name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
-        written.append(task["task"])
+        written.append(f"zoo_{folder.name}")
     return written
 
 

@@ -1,0 +1,99 @@
+"""Ways of searching, as parts of study files: all share engine, questions and the budget in questions.
+
+Learners' settings are the product's defaults unless a row says otherwise, so that no figure rests on a choice made on
+test rows. "fine-tuning" is no study: `finetune.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from zoo import Zoo
+
+from merge_search.presets import PRESETS
+from merge_search.study_file import Learner
+
+__all__ = ["FINE_TUNING", "IMPORTANT", "OPPONENTS", "TWO_LEVELS", "setup"]
+
+Part = dict[str, Any]
+SPACES = Path(__file__).with_name("live_spaces.py")
+TWO_LEVELS, FINE_TUNING = "two levels", "fine-tuning"
+GRID = ["task_arithmetic", "ties", "tsv_m", "dare", "iso_c", "della", "dare_ties", "breadcrumbs", "magmax", "consensus",
+        "pcb", "sce", "magnitude_soft", "magnitude_hard", "iso_cts", "model_stock", "fisher", "regmean"]  # fmt: skip
+MISSION: Part = {"type": "compatibility"}
+UNIFORM: Part = {"type": "uniform", "presets": ["task_arithmetic", "ties", "tsv_m"]}
+NO_LABELS = {"loss": "pseudo"}
+"""Each expert's own answers to the fit rows are the labels."""
+
+
+def _blockwise(sampler: str) -> Callable[[Zoo], Part]:
+    return lambda zoo: {"space": {"type": "blockwise"}, "search": {"sampler": sampler, "baselines": []}}
+
+
+def _evolve(zoo: Zoo) -> Part:
+    """mergekit-evolve: a weight per block and expert; CMA-ES begun at 1 / experts with sigma 1/6 (here of a box 1.5 wide).
+
+    Differs: weights are bounded, not folded by abs; generations are of Optuna's CMA-ES (4 + 3 ln n candidates, as there).
+    """
+    genome = {
+        "models": list(zoo.experts), "base_model": "base", "merge_method": "task_arithmetic", "layer_granularity": 1,
+    }  # fmt: skip
+    x0 = {f"weight.{e}.layers.{j}": 1 / len(zoo.experts) for e in zoo.experts for j in range(zoo.n_blocks)}
+    space = {"type": f"{SPACES}:Evolve", "genome": genome, "weights": [0.0, 1.5]}
+    options = {"x0": x0, "sigma0": 1 / 6 / 1.5}
+    return {"space": space, "search": {"sampler": "cmaes", "sampler_options": options, "baselines": []}}
+
+
+def _presets(zoo: Zoo) -> Part:
+    entries = sum(len(PRESETS[name].grid) for name in GRID)
+    search = {"sampler": "random", "baselines": [], "n_trials": entries + len(zoo.experts) + 3}
+    return {"space": {"type": f"{SPACES}:PresetGrid", "presets": GRID}, "search": search}
+
+
+def _alone(**changes: Any) -> Callable[[Zoo], Part]:
+    """The learner at the product's usual settings, one number per output row, begun at task arithmetic."""
+    usual = Learner()
+    fixed = {"per": "row", "steps": max(usual.steps), "step_size": prod(usual.step_size) ** 0.5, "warm_start": False}
+    search = {"sampler": "random", "baselines": [], "learner": {**fixed, **changes}}
+    return lambda zoo: {"space": {"type": "uniform", "presets": ["task_arithmetic"]}, "search": search}
+
+
+def _two_levels(**changes: Any) -> Callable[[Zoo], Part]:
+    search = {"sampler": "botorch", "baselines": [], "learner": changes}
+    return lambda zoo: {"space": UNIFORM, "search": search}
+
+
+OPPONENTS: dict[str, Callable[[Zoo], Part] | None] = {
+    TWO_LEVELS: _two_levels(),
+    FINE_TUNING: None,
+    "mergekit-evolve": _evolve,
+    "learner alone": _alone(),
+    "two levels, no labels": _two_levels(**NO_LABELS),
+    "botorch": _blockwise("botorch"),
+    "presets": _presets,
+    "learner alone, no labels": _alone(**NO_LABELS),
+    "cmaes": _blockwise("cmaes"),
+    "df-merge": lambda zoo: {"space": {"type": "df_merge"}, "search": {"sampler": "gp", "baselines": []}},
+    "tpe": _blockwise("tpe"),
+    "gp": _blockwise("gp"),
+    "random": _blockwise("random"),
+    "botorch, mission space": lambda zoo: {"space": MISSION, "search": {"sampler": "botorch", "baselines": []}},
+}
+"""In the order in which they run; None: no study."""
+IMPORTANT = [TWO_LEVELS, FINE_TUNING, "mergekit-evolve", "learner alone", "two levels, no labels", "botorch", "presets"]
+"""What the second zoo is asked by default."""
+
+
+def setup(name: str, zoo: Zoo) -> Part:
+    """``space`` and ``search`` of a study file.
+
+    Raises:
+        KeyError: no such opponent, or one that is no study.
+    """
+    make = OPPONENTS[name]
+    if make is None:
+        raise KeyError(name)
+    return make(zoo)

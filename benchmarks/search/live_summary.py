@@ -1,0 +1,121 @@
+"""What the rows of `live` say: means over seeds, paired differences, share of the own experts, a drawing."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from live_opponents import TWO_LEVELS
+from live_plot import Curve, draw_curves
+from scipy.stats import t as student
+
+__all__ = ["difference", "draw", "print_summary", "read_rows", "spread"]
+
+Row = Mapping[str, str]
+Cells = Mapping[str, Mapping[int, Mapping[int, float]]]
+"""opponent -> candidates -> seed -> test mean."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The table; empty where there is none yet."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def cells(rows: Sequence[Row], zoo: str) -> Cells:
+    found: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for r in rows:
+        if r["zoo"] == zoo:
+            found[r["opponent"]][int(r["candidates"])][int(r["seed"])] = float(r["test_mean"])
+    return found
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and its standard error over seeds (NaN for one)."""
+    return mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float, int]:
+    """Mean over common seeds of ours minus theirs, half the width of its 95 % interval (Student), number of seeds.
+
+    NaN where there is nothing to compare, or one seed only.
+    """
+    common = sorted(ours.keys() & theirs.keys())
+    if not common:
+        return math.nan, math.nan, 0
+    centre, se = spread([ours[s] - theirs[s] for s in common])
+    n = len(common)
+    return centre, se * float(student.ppf(0.975, n - 1)) if n > 1 else math.nan, n
+
+
+def print_summary(rows: Sequence[Row]) -> None:
+    """One block per zoo and checkpoint, the best first."""
+    for zoo in dict.fromkeys(r["zoo"] for r in rows):
+        table, known = cells(rows, zoo), _references(rows, zoo)
+        print(f"\n{zoo}: test mean of {', '.join(f'{k} {v:.3f}' for k, v in known.items())}")
+        print(
+            "± is the standard error over seeds; intervals are paired over seeds, 95 %; the test rows are the same for all"
+        )
+        for candidates in sorted({int(r["candidates"]) for r in rows if r["zoo"] == zoo}):
+            asked = [int(r["questions"]) for r in rows if r["zoo"] == zoo and int(r["candidates"]) == candidates]
+            print(f"\n  cost of {candidates} candidates (at most {max(asked)} questions asked)")
+            print(
+                f"  {'opponent':26} {'test mean':>15} {'of own experts':>15} {f'{TWO_LEVELS} minus it':>28} {'seeds':>5} {'CPU s':>7}"
+            )
+            _print_block(rows, zoo, candidates, table, known["own_experts"])
+
+
+def _print_block(rows: Sequence[Row], zoo: str, candidates: int, table: Cells, own: float) -> None:
+    here = {name: by[candidates] for name, by in table.items() if candidates in by}
+    for name, by_seed in sorted(here.items(), key=lambda item: -mean(item[1].values())):
+        centre, se = spread(list(by_seed.values()))
+        gap, half, n = difference(here.get(TWO_LEVELS, {}), by_seed)
+        shown = (
+            ""
+            if name == TWO_LEVELS or not n
+            else f"{gap:+.3f}" + (f" [{gap - half:+.3f}, {gap + half:+.3f}]" if n > 1 else "")
+        )
+        key = (zoo, name, candidates)
+        cpu = [float(r["cpu_s"]) for r in rows if (r["zoo"], r["opponent"], int(r["candidates"])) == key]
+        value = f"{centre:.3f}" + (f" ± {se:.3f}" if n > 1 or not math.isnan(se) else "")
+        print(f"  {name:26} {value:>15} {centre / own:>14.1%} {shown:>29} {len(by_seed):>5} {mean(cpu):>7.0f}")
+
+
+def _references(rows: Sequence[Row], zoo: str) -> dict[str, float]:
+    text = next(r["references"] for r in reversed(rows) if r["zoo"] == zoo)
+    return {key: float(value) for key, value in (part.split("=") for part in text.split())}
+
+
+def draw(rows: Sequence[Row], out: Path) -> list[Path]:
+    """One SVG per zoo: questions asked (log) against the test mean; the band runs from the worst seed to the best."""
+    written = []
+    for zoo in dict.fromkeys(r["zoo"] for r in rows):
+        asked: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for r in rows:
+            if r["zoo"] == zoo:
+                asked[r["opponent"], int(r["candidates"])].append(int(r["questions"]))
+        budgets = _budgets(rows, zoo)
+        curves = []
+        for name, by in cells(rows, zoo).items():
+            at = sorted(by)
+            values = [list(by[c].values()) for c in at]
+            points = [(budgets[c], mean(v)) for c, v in zip(at, values, strict=True)]
+            curves.append(Curve(name, points, [(min(v), max(v)) for v in values]))
+        levels = _references(rows, zoo)
+        path = out / f"search_live_{zoo}.svg"
+        draw_curves(path, f"{zoo} zoo: sealed test after a budget of questions", curves, levels, emphasis=TWO_LEVELS)
+        written.append(path)
+    return written
+
+
+def _budgets(rows: Sequence[Row], zoo: str) -> dict[int, int]:
+    """Questions allowed at each checkpoint."""
+    from zoo import ZOOS
+
+    return {int(r["candidates"]): int(r["candidates"]) * ZOOS[zoo].candidate for r in rows if r["zoo"] == zoo}
