@@ -58,24 +58,35 @@ def learned(path: Path) -> list[Record]:
 
 @pytest.fixture(scope="module")
 def finished(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    learner = {"per": ["block", "row"], "steps": [0, 6], "step_size": 0.1, "batch_rows": 8}
+    learner = {"per": "row", "steps": [0, 4, 6], "step_size": 0.1, "batch_rows": 8}
     path = write_study(tmp_path_factory.mktemp("learned"), demo, n_trials=9, learner=learner)
     command("run", path)
     return path
 
 
-def test_a_learned_trial_stores_numbers_or_a_map_and_what_it_cost(finished: Path) -> None:
-    block, row = learned(finished)[:2]
-    assert block.attributes["learner"]["per"] == "block"
-    assert not block.recipe.maps
-    assert all(isinstance(c, dict) for c in block.recipe.coefficients.values())
-    assert row.attributes["learner"]["per"] == "row"
-    assert set(row.recipe.maps) == set(EXPERTS)
-    for record in (block, row):
-        asked = 3 * 8 * len(EXPERTS) * 6  # forward, and a backward that counts as two; rows, tasks, steps
+def test_a_learned_trial_stores_a_map_and_what_it_cost_and_the_next_goes_on_from_it(finished: Path) -> None:
+    first, second = learned(finished)[:2]
+    for record, steps in ((first, 4), (second, 6)):
+        assert record.attributes["learner"]["per"] == "row"
+        assert set(record.recipe.maps) == set(EXPERTS)
+        asked = 3 * 8 * len(EXPERTS) * steps  # forward, and a backward that counts as two; rows, tasks, steps
         assert record.cost.questions == asked + sum(len(s.values) for s in record.evaluation.scores.values())
-        losses = record.attributes["learner"]["losses"]
-        assert sum(b for _, b in losses.values()) < sum(a for a, _ in losses.values())
+    losses = second.attributes["learner"]["losses"]
+    assert sum(b for _, b in losses.values()) < sum(a for a, _ in first.attributes["learner"]["losses"].values())
+    assert first.attributes["learner"]["seed"] != second.attributes["learner"]["seed"]
+
+
+def test_a_fit_takes_the_steps_that_the_budget_still_pays_for(demo: Path, tmp_path: Path) -> None:
+    learner = {"per": "block", "steps": [0, 200], "step_size": 0.1, "batch_rows": 8}
+    path = write_study(tmp_path, demo, n_trials=30, finalists=1, learner=learner, questions=2000)
+    command("run", path)
+    (only,) = learned(path)
+    assert all(isinstance(c, dict) for c in only.recipe.coefficients.values())
+    study = optuna.load_study(study_name="learned", storage=f"sqlite:///{path.parent / 'learned.db'}")
+    per_step = 3 * 8 * len(EXPERTS)
+    assert 0 < only.attributes["learner"]["steps"] < 200
+    before = sum(r.cost.questions for r in finished_records(study) if r.number <= only.number)
+    assert 2000 - per_step < before <= 2000
 
 
 @pytest.mark.parametrize("loss", ["kl", "block_output"])
@@ -95,7 +106,7 @@ def test_trials_learn_from_the_experts_alone_and_say_what_that_cost(demo: Path, 
 
 
 def test_an_exported_map_travels_with_its_recipe(finished: Path, tmp_path: Path) -> None:
-    row = learned(finished)[1]
+    row = learned(finished)[0]
     command("export", finished, tmp_path / "a", "--trial", str(row.number))
     assert len(list((tmp_path / "a" / "maps").iterdir())) == len(set(row.recipe.maps.values()))
     (tmp_path / "a").rename(tmp_path / "elsewhere")
@@ -105,7 +116,7 @@ def test_an_exported_map_travels_with_its_recipe(finished: Path, tmp_path: Path)
 
 
 def test_a_map_cannot_be_said_in_mergekits_language(finished: Path, tmp_path: Path) -> None:
-    row = learned(finished)[1]
+    row = learned(finished)[0]
     result = command("export", finished, tmp_path / "merge.yml", "--mergekit", "--trial", str(row.number), check=False)
     assert result.returncode == 2
     assert "mergekit has no coefficients by row" in result.stderr
@@ -179,12 +190,20 @@ def test_a_learned_space_adds_only_what_varies() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_rows", "order"),
-    [(5000, ["row", "tensor", "block"]), (500, ["tensor", "block", "row"]), (50, ["block", "tensor", "row"])],
+    ("n_rows", "per"),
+    [(5000, ["tensor", "row", "row"]), (500, ["block", "tensor", "tensor"]), (50, ["block", "block", "block"])],
 )
-def test_the_first_learned_trials_are_as_fine_as_the_rows_allow(n_rows: int, order: list[str]) -> None:
-    space = LearnedSpace(Line(), Learner(steps=30), n_rows=n_rows)  # type: ignore[arg-type]
-    assert [p["learner.per"] for p in space.initial_points()] == order
+def test_the_first_learned_trials_climb_to_the_finest_that_the_rows_allow(n_rows: int, per: list[str]) -> None:
+    space = LearnedSpace(Line(), Learner(steps=[100, 0, 25, 50]), n_rows=n_rows)
+    *ladder, plain = space.initial_points()
+    assert [p["learner.per"] for p in ladder] == per
+    assert [p["learner.steps"] for p in ladder] == [25, 50, 100]
+    assert plain["learner.steps"] == 0
+
+
+def test_one_number_of_steps_is_spent_on_the_finest() -> None:
+    space = LearnedSpace(Line(), Learner(steps=30), n_rows=5000)  # type: ignore[arg-type]
+    assert [p["learner.per"] for p in space.initial_points()] == ["row"]
 
 
 def test_where_every_trial_learns_a_plain_recipe_has_no_point() -> None:

@@ -1,6 +1,6 @@
 """One study, many budgets: what would have been recommended after so many questions, and how good it truly is.
 
-A study runs once, to the largest budget. For each checkpoint the trials that had finished within that many questions
+A study runs once, to its largest budget. For each checkpoint the trials that had finished within that many questions
 (references, statistics and learners' fits included) are copied into a study of their own, and the product's own rule
 recommends from them: finalists and best baseline on the validation questions, the best there wins. Validation
 questions are counted beside the budget, in a column of their own. The winner is scored on the sealed test rows, once

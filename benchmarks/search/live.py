@@ -4,8 +4,8 @@
                              [--candidates 10 25 50 100] [--jobs 2] [--minutes 75] [--summary]
 
 Every opponent runs through the product itself: same engine, same questions, same splits, same budget in questions (the
-cost of so many candidates; a gradient step on n rows counts 3 n). One study per zoo, opponent and seed; its
-recommendation at each checkpoint is scored on rows that no search ever saw (`anytime`, `zoo`). Rows are appended to
+cost of so many candidates; a gradient step on n rows counts 3 n). One study per zoo, opponent and seed, or one per
+checkpoint where a learner divides its budget; the recommendation at each checkpoint is scored on rows that no search ever saw (`anytime`, `zoo`). Rows are appended to
 ``benchmarks/results/search_live.csv``; rows that are there are not run again. ``--summary`` prints means over seeds and
 paired differences and draws ``benchmarks/results/search_live.*`` from the rows alone.
 """
@@ -28,7 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from anytime import Row, Task, anytime_rows
-from live_opponents import IMPORTANT, OPPONENTS
+from live_opponents import IMPORTANT, OPPONENTS, learns
 from live_summary import draw, print_summary, read_rows
 from zoo import ZOOS, Zoo
 
@@ -74,12 +74,17 @@ def tasks(args: argparse.Namespace, scores: Path) -> Iterator[tuple[Task, set[in
             names = chosen(args.only) or (list(OPPONENTS) if zoo == "lm" else IMPORTANT)
             for name in names:
                 missing = {c for c in args.candidates if (zoo, name, seed, c) not in known}
-                if missing:
-                    folder = args.keep and args.keep / f"{zoo}.{name.replace(' ', '_')}.{seed}"
-                    yield (
-                        Task(root, scores, limited(ZOOS[zoo], args.limit), name, seed, tuple(args.candidates), folder),
-                        missing,
-                    )
+                for budgets in studies(name, ZOOS[zoo], args.candidates, missing):
+                    folder = args.keep and args.keep / f"{zoo}.{name.replace(' ', '_')}.{seed}.{max(budgets)}"
+                    task = Task(root, scores, limited(ZOOS[zoo], args.limit), name, seed, budgets, folder)
+                    yield task, missing & set(budgets)
+
+
+def studies(name: str, zoo: Zoo, candidates: list[int], missing: set[int]) -> list[tuple[int, ...]]:
+    """Checkpoints by study: one study for all, or one for each where a learner divides the budget it is given."""
+    if not missing:
+        return []
+    return [(c,) for c in sorted(missing)] if learns(name, zoo) else [tuple(candidates)]
 
 
 def chosen(only: list[str] | None) -> list[str]:

@@ -16,7 +16,7 @@ from zoo import Zoo
 from merge_search.presets import PRESETS
 from merge_search.study_file import Learner
 
-__all__ = ["FINE_TUNING", "IMPORTANT", "OPPONENTS", "TWO_LEVELS", "setup"]
+__all__ = ["FINE_TUNING", "IMPORTANT", "OPPONENTS", "TWO_LEVELS", "learns", "setup"]
 
 Part = dict[str, Any]
 SPACES = Path(__file__).with_name("live_spaces.py")
@@ -54,9 +54,8 @@ def _presets(zoo: Zoo) -> Part:
 
 
 def _alone(**changes: Any) -> Callable[[Zoo], Part]:
-    """The learner at the product's usual settings, one number per output row, begun at task arithmetic."""
-    usual = Learner()
-    fixed = {"per": "row", "steps": max(usual.steps), "step_size": prod(usual.step_size) ** 0.5, "warm_start": False}
+    """One fit per output row from task arithmetic, of as many steps as the budget pays for; the rest as usual."""
+    fixed = {"per": "row", "steps": 10_000, "step_size": prod(Learner().step_size) ** 0.5, "warm_start": False}
     search = {"sampler": "random", "baselines": [], "learner": {**fixed, **changes}}
     return lambda zoo: {"space": {"type": "uniform", "presets": ["task_arithmetic"]}, "search": search}
 
@@ -85,6 +84,12 @@ OPPONENTS: dict[str, Callable[[Zoo], Part] | None] = {
 """In the order in which they run; None: no study."""
 IMPORTANT = [TWO_LEVELS, FINE_TUNING, "mergekit-evolve", "learner alone", "two levels, no labels", "botorch", "presets"]
 """What the second zoo is asked by default."""
+
+
+def learns(name: str, zoo: Zoo) -> bool:
+    """Whether an opponent is a study with a learner, which does with its budget what fits into it."""
+    make = OPPONENTS[name]
+    return make is not None and "learner" in make(zoo)["search"]
 
 
 def setup(name: str, zoo: Zoo) -> Part:

@@ -5,7 +5,11 @@ step fits the coefficients through the merge and writes plain numbers into the r
 the coefficients of the best finished trial of the same structure, where that is better than what the point says.
 
     search:
-      learner: {per: [block, tensor, row], steps: [0, 100], step_size: [0.03, 0.3], loss: gold}
+      learner: {per: [block, tensor, row], steps: [0, 25, 50, 100], step_size: [0.03, 0.3], loss: gold}
+
+The first learned trials are a ladder: from the fewest steps to the most, from coarse coefficients to the finest that
+the rows are enough for, each begun where the one before ended. Few steps go further with few numbers (on a real base
+with three experts 25 steps per tensor beat 25 per row), and a small budget holds the first rungs only.
 
 Fit rows come from a task's own training split where it has one, else from ``splits.fit``: never from scored questions.
 """
@@ -84,20 +88,19 @@ class LearnedSpace:
         return {**inner, **self._usual(steps=0)}
 
     def initial_points(self) -> list[dict[str, str | int | float | bool]]:
-        """A learned point of every fineness from the space's first uniform recipes, then the recipes as they are.
+        """A ladder of learned points from the space's first uniform recipe, then the uniform recipes as they are.
 
-        The finest that the rows are enough for comes first: a small budget may hold one learned trial only.
+        The ladder has all numbers of steps, ascending, at the finest coefficients that the rows are enough for; its
+        first rung is one fineness coarser. What is left to try is the sampler's choice.
         """
         inner = self.space.initial_points()
-        steps = max(self.learner.steps)
-        learned: list[dict[str, str | int | float | bool]] = []
-        if steps and inner:
-            fed = [per for per in FINEST_FIRST if per in self.learner.per and self.n_rows >= ROWS_FOR[per]]
-            hungry = [per for per in reversed(FINEST_FIRST) if per in self.learner.per and per not in fed]
-            for i, per in enumerate([*fed, *hungry]):
-                learned.append({**inner[i % len(inner)], **self._usual(steps=steps, per=per)})
+        rungs = sorted(n for n in self.learner.steps if n)
+        allowed = [per for per in FINEST_FIRST if per in self.learner.per]
+        fed = [per for per in allowed if self.n_rows >= ROWS_FOR[per]] or allowed[-1:]
+        coarse = fed[1] if len(fed) > 1 and len(rungs) > 1 else fed[0]
+        ladder = [self._usual(steps=n, per=coarse if i == 0 else fed[0]) for i, n in enumerate(rungs)]
         plain = [{**p, **self._usual(steps=0)} for p in inner] if 0 in self.learner.steps else []
-        return [*learned, *plain]
+        return [*({**inner[0], **rung} for rung in ladder if inner), *plain]
 
     def _usual(self, **chosen: str | int) -> dict[str, str | int | float | bool]:
         low, high = self.learner.step_size

@@ -149,16 +149,15 @@ class _Driver:
 
     def _spent(self) -> bool:
         """Whether the budget in hours or questions is used up, over all runs, or the stop rule says so."""
-        budget, trials = self.plan.file.search, self.study.get_trials(deepcopy=False)
+        budget = self.plan.file.search
         if budget.stop is not None and (reason := reason_to_stop(finished_records(self.study), budget.stop)):
             self.listener.note(reason)
             return True
-        if budget.questions is not None:
-            asked = sum(t.user_attrs.get("cost", (0, 0, 0))[2] for t in trials)
-            if asked >= budget.questions:
-                self.listener.note(f"{asked} of {budget.questions} questions are asked: the search ends here")
-                return True
+        if budget.questions is not None and (asked := self._asked()) >= budget.questions:
+            self.listener.note(f"{asked} of {budget.questions} questions are asked: the search ends here")
+            return True
         if budget.hours is not None:
+            trials = self.study.get_trials(deepcopy=False)
             seconds = sum(t.duration.total_seconds() for t in trials if t.duration is not None)
             if seconds >= 3600 * budget.hours:
                 self.listener.note(f"{seconds / 3600:.2f} of {budget.hours:g} hours are used: the search ends here")
@@ -266,8 +265,25 @@ class _Driver:
             point = samplers.suggest(trial, space.parameters)
             recipe = space.decode(point)
             if isinstance(space, LearnedSpace):
-                settings = space.settings(point, seed=self.plan.file.study.seed)
+                seed = derive_seed(
+                    self.plan.file.study.seed, "learner", trial.number
+                )  # other rows than the fit it goes on
+                settings = self._affordable(space.settings(point, seed=seed))
         return recipe.model_copy(update={"models": self.bench.models}), settings
+
+    def _affordable(self, settings: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Learner's settings with as many steps as the budget in questions still pays for; None for none."""
+        budget = self.plan.file.search.questions
+        if settings is None or budget is None:
+            return settings
+        scoring = Evaluation.from_attribute(self.study.user_attrs["reference.base"]["evaluation"]).cost.questions
+        once, per_step = self.bench.fit_questions(FitSettings(**settings))
+        steps = min(settings["steps"], (budget - self._asked() - scoring - once) // per_step)
+        return {**settings, "steps": steps} if steps > 0 else None
+
+    def _asked(self) -> int:
+        """Questions so far, over all runs."""
+        return sum(t.user_attrs.get("cost", (0, 0, 0))[2] for t in self.study.get_trials(deepcopy=False))
 
     def _note_gain(self, trial: Trial) -> None:
         """Store what the stop rule reads: what the sampler's own suggestions promise."""

@@ -11,8 +11,15 @@ from pathlib import Path
 import torch
 
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.learners.block_outputs import fit_blocks
-from merge_search.engine.learners.coefficients import FitSettings, Fitted, fit, label_by_experts, task_losses
+from merge_search.engine.learners.block_outputs import MOST_INPUTS, PASSES, fit_blocks
+from merge_search.engine.learners.coefficients import (
+    QUESTIONS_PER_ROW,
+    FitSettings,
+    Fitted,
+    fit,
+    label_by_experts,
+    task_losses,
+)
 from merge_search.engine.live import LiveModel
 from merge_search.engine.maps import FOLDER as MAPS
 from merge_search.engine.pool import ModelPool
@@ -132,9 +139,7 @@ class Workbench:
         Args:
             owners: Task -> the expert whose answers are its labels, for all losses but ``gold``, ``choice`` and ``entropy``.
         """
-        asked, kind = 0, settings.loss
-        if kind == "block_output":  # its inputs are the prompts with the experts' own answers
-            kind = "pseudo"
+        asked, kind = 0, _told_by_experts(settings.loss)
         if kind in ("pseudo", "kl") and kind not in self._labelled:
             asked = label_by_experts(self.engine, self.views, recipe, self.evaluators, owners, kind)
             self._labelled.add(kind)
@@ -146,12 +151,26 @@ class Workbench:
             fitted = fit(*live, recipe, losses, settings, map_folder=folder)
         return replace(fitted, questions=fitted.questions + asked)
 
+    def fit_questions(self, settings: FitSettings) -> tuple[int, int]:
+        """What `fit` would ask: once before the first step, and in every step."""
+        kind = _told_by_experts(settings.loss)
+        rows = [task.n_rows for task in task_losses(self.evaluators, kind).values()]
+        once = sum(rows) if kind in ("pseudo", "kl") and kind not in self._labelled else 0
+        if settings.loss == "block_output":
+            once += PASSES * sum(min(n, MOST_INPUTS) for n in rows)
+        return once, QUESTIONS_PER_ROW * sum(min(settings.batch_rows, n) for n in rows)
+
     def recover(self) -> None:
         """Free what a failed trial left behind."""
         self.engine.forget()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _told_by_experts(loss: str) -> str:
+    """The kind of loss on rows: block outputs are compared on the prompts with the experts' own answers."""
+    return "pseudo" if loss == "block_output" else loss
 
 
 def _evaluate(evaluator: Evaluator, split: Split, fidelity: float, after: float) -> Evaluation:

@@ -39,10 +39,12 @@ from merge_search.engine.slopes import Parts, Slopes
 from merge_search.errors import InputError, NonFiniteError, RecipeError
 from merge_search.recipe import Recipe
 
-__all__ = ["MOST_INPUTS", "fit_blocks"]
+__all__ = ["MOST_INPUTS", "PASSES", "fit_blocks"]
 
 MOST_INPUTS = 1024
 """Rows of a task whose hidden states are held, for the merge and for the expert. The paper takes 16 to 64."""
+PASSES = 4
+"""Forward passes of every such row beside the steps: its first hidden states, and every block by merge and expert."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def fit_blocks(
         raise RecipeError("no expert of the recipe changes a block of the live model: there is nothing to learn")
     learned = fineness.recipe(vector.detach()) if settings.steps else recipe
     engine.apply(learned, views)
-    asked = 4 * sum(n_rows.values())
+    asked = PASSES * sum(n_rows.values())
     asked += QUESTIONS_PER_ROW * settings.steps * sum(min(settings.batch_rows, n) for n in n_rows.values())
     return Fitted(
         learned,
