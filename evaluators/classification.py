@@ -66,8 +66,8 @@ class Classification:
         self._encoder: EncoderHeads | None = None
         self._tokens: dict[tuple[str, Split], list[list[int]]] = {}
         self._batches: dict[tuple[str, Split, int, int], list[Batch]] = {}
-        self._pseudo: dict[str, list[int]] = {}
-        self._told: dict[str, Told] = {}
+        self._pseudo: dict[str, dict[int, int]] = {name: {} for name in self._tasks}
+        self._told: dict[str, dict[int, Told]] = {name: {} for name in self._tasks}
 
     def metrics(self) -> list[MetricInfo]:
         """``acc`` and ``nll`` of each task; the chance of ``acc`` is 1 / n_classes."""
@@ -155,34 +155,42 @@ class Classification:
         tokens = [self._tokens[known.name, Split.FIT][i] for i in rows]
         return encoder.score(known.name, encoder.batches(tokens, size=self._options.batch_size))
 
-    def remember(self, task: str) -> int:
-        """Keep how the bound model, as it is now, classifies the fit rows of `task`, for the loss ``kl``.
+    def remember(self, task: str, rows: Sequence[int]) -> None:
+        """Keep how the bound model, as it is now, classifies these fit rows of `task`, for the loss ``kl``.
 
-        Returns:
-            Questions asked: one per row.
-        Raises: as `predict`.
+        Other rows keep what they have. Raises: as `predict`.
         """
         from torch import from_numpy
 
         from evaluators.teacher import tell
 
-        logits = self._logits(task, range(self.fit_tasks().get(task, 0)))
-        self._told[task] = tell(from_numpy(logits).log_softmax(-1))
-        return len(logits)
+        whole = tell(from_numpy(self._logits(task, rows)).log_softmax(-1))
+        self._told[task] |= {row: whole[at : at + 1] for at, row in enumerate(rows)}
 
-    def set_pseudo_labels(self, task: str, labels: Sequence[int]) -> None:
-        """Classes for the loss ``pseudo``, one for each fit row: usually what the task's own expert predicts.
+    def questions_to_remember(self, task: str) -> int:
+        """One per row."""
+        return 1
+
+    def set_pseudo_labels(self, task: str, labels: Mapping[int, int]) -> None:
+        """Classes for the loss ``pseudo``, by fit row: usually what the task's own expert predicts.
+
+        Other rows keep theirs.
 
         Raises:
-            EvaluationError: another number of labels than fit rows, or no such class.
+            EvaluationError: an unknown row, or no such class.
         """
-        known = self._fit_rows(task, range(len(labels)))
-        if len(labels) != len(known.fit) or not all(0 <= c < known.head.n_classes for c in labels):
+        known = self._fit_rows(task, list(labels))
+        if wrong := {row: c for row, c in labels.items() if not 0 <= c < known.head.n_classes}:
+            row, found = next(iter(wrong.items()))
             raise EvaluationError(
-                f"task {task!r} needs {len(known.fit)} pseudo labels from 0 to {known.head.n_classes - 1}, "
-                f"got {len(labels)} from {min(labels)} to {max(labels)}"
+                f"task {task!r}: pseudo labels must be classes from 0 to {known.head.n_classes - 1}, "
+                f"got {found} for row {row}"
             )
-        self._pseudo[task] = [int(c) for c in labels]
+        self._pseudo[task] |= {row: int(c) for row, c in labels.items()}
+
+    def losses(self, task: str) -> tuple[str, ...]:
+        """Kinds of `loss`, the same for every task."""
+        return LOSSES
 
     def loss(self, task: str, rows: Sequence[int], kind: str = "gold") -> Tensor:
         """Mean loss of the bound live model on these fit rows, with a graph to the parameters that require one.
@@ -200,32 +208,42 @@ class Classification:
 
         Raises:
             NonFiniteError: NaN or infinity among the logits.
-            EvaluationError: unknown task or row, no pseudo labels, or the model failed; out of memory is passed on.
+            EvaluationError: unknown task or row, one without a label, or the model failed; out of memory is passed on.
             InputError: unknown kind.
         """
         from torch import as_tensor, cat
         from torch.nn import functional
 
-        from evaluators.teacher import divergence
+        from evaluators.teacher import divergence, join
 
         encoder, known = self._bound(), self._fit_rows(task, rows)
         if kind not in LOSSES:
             raise InputError(f"no loss is called {kind!r}{nearest(kind, LOSSES)}")
-        if kind == "pseudo" and task not in self._pseudo:
-            raise EvaluationError(f"task {task!r} has no pseudo labels: give them to set_pseudo_labels first")
-        if kind == "kl" and task not in self._told:
-            raise EvaluationError(f"task {task!r} has no expert's answers to compare with: call remember first")
+        self._check_told(task, rows, kind)
         tokens = self._tokens[task, Split.FIT]
         batches = encoder.trim_batches([tokens[i] for i in rows])
         logits = cat([encoder.logits(task, batch) for batch in batches])
         asked = [rows[at] for batch in batches for at in batch.rows]
         if kind == "kl":
-            return divergence(self._told[task][asked], logits.log_softmax(-1)).mean()
+            return divergence(join([self._told[task][i] for i in asked]), logits.log_softmax(-1)).mean()
         if kind == "entropy":
             log_p = functional.log_softmax(logits, dim=-1)
             return -(log_p.exp() * log_p).sum(-1).mean() / math.log(known.head.n_classes)
-        labels = self._pseudo[task] if kind == "pseudo" else [row.label for row in known.fit]
-        return functional.cross_entropy(logits, as_tensor([labels[i] for i in asked], device=logits.device))
+        labels = [self._pseudo[task][i] if kind == "pseudo" else known.fit[i].label for i in asked]
+        return functional.cross_entropy(logits, as_tensor(labels, device=logits.device))
+
+    def _check_told(self, task: str, rows: Sequence[int], kind: str) -> None:
+        """Raises `EvaluationError` unless an expert has answered these rows, where the loss needs that."""
+        if kind == "pseudo" and (absent := [i for i in rows if i not in self._pseudo[task]]):
+            raise EvaluationError(
+                f"task {task!r} has no pseudo labels for {len(absent)} of {len(rows)} rows (row {absent[0]}): "
+                "give them to set_pseudo_labels first"
+            )
+        if kind == "kl" and (absent := [i for i in rows if i not in self._told[task]]):
+            raise EvaluationError(
+                f"task {task!r} has no expert's answers to compare with for {len(absent)} of {len(rows)} rows "
+                f"(row {absent[0]}): call remember first"
+            )
 
     def _bound(self) -> EncoderHeads:
         if self._encoder is None:

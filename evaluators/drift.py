@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -89,8 +89,8 @@ class Drift:
                 raise StudyFileError(f"evaluator drift: a text must have at least two tokens, found {short!r}")
             asked = [torch.tensor([ids]) for ids in tokens]
             places = [_places(len(ids) - 1, self._options.positions) for ids in tokens]
-            base = self._answers(asked, places)
-            self._rows[split] = list(zip(asked, places, [b.to(torch.float16) for b in base], strict=True))
+            base = [b.to(torch.float16) for b in self._answers(asked, places)]
+            self._rows[split] = list(zip(asked, places, base, strict=True))
 
     def evaluate(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
         """Mean KL(base || merge) of the texts in `window(n, fidelity, after)`, and their values.
@@ -112,11 +112,14 @@ class Drift:
         scores = {"drift/kl": Scores(ids, values, float(values.mean()), stderr)}
         return Evaluation(split, fidelity, scores, Cost(0.0, time.perf_counter() - began, len(values)))
 
-    def _answers(self, asked: Sequence[Tensor], places: Sequence[Tensor]) -> list[Tensor]:
-        """Log-probabilities of the bound model at the places of each text: shapes (positions, vocabulary), on the CPU."""
+    def _answers(self, asked: Sequence[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Log-probabilities of the bound model at the places of each text: shapes (positions, vocabulary), on the CPU.
+
+        One batch of them is held at a time.
+        """
         import torch
 
-        device, out = next(self._model.parameters()).device, []
+        device = next(self._model.parameters()).device
         size = self._options.batch_size
         for start in range(0, len(asked), size):
             part = asked[start : start + size]
@@ -133,8 +136,7 @@ class Drift:
                     "evaluator drift: needs a model with logits over its vocabulary, and this one is an encoder; leave it out"
                 )
             for row, at in enumerate(places[start : start + size]):
-                out.append(logits[row, at.to(device)].float().log_softmax(-1).cpu())
-        return out
+                yield logits[row, at.to(device)].float().log_softmax(-1).cpu()
 
 
 def _places(last: int, n: int) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from evaluators.isolation import isolated_generators
-from evaluators.lm_eval_fit import FitRows, fit_source
+from evaluators.lm_eval_fit import FitRows, fit_source, losses_of
 from evaluators.lm_eval_options import LmEvalOptions
 from evaluators.lm_eval_questions import TaskQuestions
 from evaluators.lm_eval_scores import score_task
@@ -155,29 +155,37 @@ class LmEval:
         """
         return self._losses().predict(self._fit_rows(task), rows)
 
-    def set_pseudo_labels(self, task: str, labels: Sequence[Any]) -> None:
-        """Answers for the loss ``pseudo``, one per fit row, as `predict` gives them: usually the task's own expert's.
+    def set_pseudo_labels(self, task: str, labels: Mapping[int, Any]) -> None:
+        """Answers for the loss ``pseudo``, by fit row, as `predict` gives them: usually the task's own expert's.
+
+        Other rows keep theirs.
 
         Raises:
-            EvaluationError: another number of labels than fit rows, or one that cannot be an answer.
+            EvaluationError: an unknown row, or a label that cannot be an answer.
             InputError: a task that scores given texts.
         """
         from evaluators.lm_eval_loss import check_pseudo_labels
 
         fit = self._fit_rows(task)
-        fit.pseudo = check_pseudo_labels(fit, labels)
+        fit.pseudo |= check_pseudo_labels(fit, labels)
 
-    def remember(self, task: str) -> int:
-        """Keep how the bound model, as it is now, answers the fit rows of `task`, for the loss ``kl``: a task's expert.
+    def remember(self, task: str, rows: Sequence[int]) -> None:
+        """Keep how the bound model, as it is now, answers these fit rows of `task`, for the loss ``kl``: a task's expert.
 
         Multiple choice: the softmax over the choices. Generation: its own answer and, in every place of it, the
-        likeliest tokens (`teacher.TOP`). A given text: the same in every place of the text.
+        likeliest tokens (`teacher.TOP`). A given text: the same in every place of the text. Other rows keep theirs.
 
-        Returns:
-            Questions asked: one per row, two where the answer is generated first.
         Raises: as `predict`.
         """
-        return self._losses().remember(self._fit_rows(task))
+        self._losses().remember(self._fit_rows(task), rows)
+
+    def questions_to_remember(self, task: str) -> int:
+        """What `remember` asks for each row: one question, two where the answer is generated first."""
+        return 2 if self._fit_rows(task).task.OUTPUT_TYPE == "generate_until" else 1
+
+    def losses(self, task: str) -> tuple[str, ...]:
+        """Kinds of `loss` that a task of its output type has."""
+        return losses_of(self._fit_rows(task).task.OUTPUT_TYPE)
 
     def loss(self, task: str, rows: Sequence[int], kind: str = "gold") -> Tensor:
         """Mean loss of the bound live model on these fit rows, with a graph to the parameters that require one.
@@ -201,7 +209,7 @@ class LmEval:
 
         Raises:
             NonFiniteError: NaN or infinity.
-            EvaluationError: unknown task or row, no pseudo labels, or the model failed; out of memory is passed on.
+            EvaluationError: unknown task or row, one without a label, or the model failed; out of memory is passed on.
             InputError: unknown kind, or one that the task does not have.
         """
         return self._losses().loss(self._fit_rows(task), rows, kind)

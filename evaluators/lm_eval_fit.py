@@ -23,9 +23,11 @@ from merge_search.evaluation import Split, question_order
 if TYPE_CHECKING:
     from evaluators.teacher import Told
 
-__all__ = ["FitRow", "FitRows", "Source", "fit_source"]
+__all__ = ["LOSSES", "FitRow", "FitRows", "Source", "fit_source", "losses_of"]
 
 log = logging.getLogger(__name__)
+
+LOSSES = ("gold", "pseudo", "kl", "entropy", "choice")
 
 Source = Literal["train", "search", "none"]
 """Where a task's fit rows come from: its training split, the fit share of its questions, nowhere."""
@@ -54,6 +56,14 @@ def fit_source(task: Any, option: Literal["auto", "train", "search"]) -> Source:
     return "search" if option == "auto" else "none"
 
 
+def losses_of(output_type: str) -> tuple[str, ...]:
+    """Kinds of loss of tasks of an output type of lm-eval: some need choices, some an answer of the model's own."""
+    without = () if output_type == "multiple_choice" else ("entropy", "choice")
+    if output_type not in ("multiple_choice", "generate_until"):
+        without = (*without, "pseudo")
+    return tuple(kind for kind in LOSSES if kind not in without)
+
+
 def _own_training_split(task: Any) -> str | None:
     """The name of a training split that is there and is not what the task is scored on."""
     split: str | None = task.get_config("training_split")
@@ -70,8 +80,8 @@ class FitRows:
     by prompt and answer; rows of a multiple-choice task without a right choice are left out.
 
     Attributes:
-        pseudo: Answers to learn, one per row.
-        answers, told: What an expert answered, of a generating task in words too, and with what probabilities.
+        pseudo: Answers to learn, by row.
+        answers, told: What an expert answered, of a generating task in words too, and with what probabilities; by row.
 
     Args:
         questions: The task, its questions already split.
@@ -83,9 +93,9 @@ class FitRows:
         self.name = questions.name
         self.task = questions.task
         self.source = source
-        self.pseudo: list[Any] | None = None
-        self.answers: list[Any] | None = None
-        self.told: list[Told] | None = None
+        self.pseudo: dict[int, Any] = {}
+        self.answers: dict[int, str] = {}
+        self.told: dict[int, Told] = {}
         self._questions = questions.questions
         self._limit = limit
 

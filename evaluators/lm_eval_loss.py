@@ -8,7 +8,7 @@ ones, lets the backward pass finish one tensor's gradient after the other.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,22 +17,20 @@ from torch.nn import functional
 
 from evaluators.isolation import isolated_generators
 from evaluators.lm_eval_answers import Answer, choices_of, fit_requests, generated_answer, gold_answer
-from evaluators.lm_eval_fit import FitRows
+from evaluators.lm_eval_fit import LOSSES, FitRows, losses_of
 from evaluators.lm_eval_layout import Layout, Piece, packed_layout, plain_layout
 from evaluators.lm_eval_options import LmEvalOptions
 from evaluators.lm_eval_packed import obstacle
 from evaluators.lm_eval_requests import LiveRequests
 from evaluators.lm_eval_scores import right_choices
 from evaluators.lm_eval_tasks import quiet_lm_eval, reason
-from evaluators.teacher import TOP, divergence, join, tell
+from evaluators.teacher import TOP, Told, divergence, join, tell
 from merge_search.errors import EvaluationError, InputError, MergeSearchError, NonFiniteError, nearest
 from merge_search.seeding import derive_seed
 
-__all__ = ["LOSSES", "LiveLoss", "check_pseudo_labels"]
+__all__ = ["LiveLoss", "check_pseudo_labels"]
 
 log = logging.getLogger(__name__)
-
-LOSSES = ("gold", "pseudo", "kl", "entropy", "choice")
 
 MIN_GAIN = 1.2
 """Least ratio of tokens run without and with packing that is worth it."""
@@ -63,6 +61,7 @@ class LiveLoss:
         """See `LmEval.loss`."""
         fit.select(rows)
         _check_kind(fit, kind)
+        _check_told(fit, rows, kind)
         if self._live.lm.backend != "causal":
             raise EvaluationError("losses are defined for causal language models; this model has an encoder")
         self._live.model.eval()
@@ -91,7 +90,7 @@ class LiveLoss:
         with isolated_generators(derive_seed(self._seed, "predict")), quiet_lm_eval():
             if fit.task.OUTPUT_TYPE == "generate_until":
                 requests = [self._rendered(fit, i)[0] for i in rows]
-                return self._with_space(fit, requests, [str(a) for a in self._live.generate(requests)])
+                return [str(answer) for answer in self._live.generate(requests)]
             out: list[Any] = []
             with torch.no_grad():
                 for start in range(0, len(rows), self._options.batch_size):
@@ -101,49 +100,34 @@ class LiveLoss:
                     out += [int(c) for c in sums.cpu().numpy().argmax(axis=1)]
             return out
 
-    @torch.no_grad()
-    def _with_space(self, fit: FitRows, requests: Sequence[Any], answers: list[str]) -> list[str]:
-        """Answers as they were generated: some tokenizers lose the space before the first word in decoding.
-
-        There an answer gets it back where the model finds it likelier so. Without it other tokens would be learned.
-        """
-        if not _loses_space(self._live.lm.tokenizer):
-            return answers
-        out = []
-        for at in range(0, len(answers), self._options.batch_size):
-            some = slice(at, at + self._options.batch_size)
-            pairs = [(r, text) for r, a in zip(requests[some], answers[some], strict=True) for text in (a, " " + a)]
-            parts = [self._tokenised(fit, generated_answer(request, text)) for request, text in pairs]
-            ends = np.cumsum([_n_targets(part) for part in parts])[:-1].tolist()
-            sums = [float(v.sum()) for v in torch.tensor_split(self._log_probabilities(parts), ends)]
-            out += [pairs[i + (sums[i + 1] > sums[i])][1] for i in range(0, len(pairs), 2)]
-        return out
-
-    def remember(self, fit: FitRows) -> int:
+    def remember(self, fit: FitRows, rows: Sequence[int]) -> None:
         """See `LmEval.remember`."""
+        fit.select(rows)
         _check_kind(fit, "remember")
-        output, n, size = fit.task.OUTPUT_TYPE, len(fit.rows), self._options.batch_size
-        fit.answers = self.predict(fit, range(n)) if output == "generate_until" and n else None
-        fit.told = []
+        if fit.task.OUTPUT_TYPE == "generate_until":
+            fit.answers |= dict(zip(rows, self.predict(fit, rows), strict=True))
+        size = self._options.batch_size
+        found: list[Told] = []
         self._live.model.eval()
         with torch.no_grad():
-            for rows in (range(at, min(n, at + size)) for at in range(0, n, size)):
-                if output == "multiple_choice":
-                    sums, n_choices = self._choice_sums(fit, rows)
-                    ends = n_choices.tolist()
-                    fit.told += [tell(p[None, :end]) for p, end in zip(sums.log_softmax(-1), ends, strict=True)]
-                else:
-                    parts = self._parts(fit, rows, "kl")
-                    ends = np.cumsum([_n_targets(part) for part in parts]).tolist()
-                    all_told = tell(self._log_probabilities(parts, whole=True), top=TOP)
-                    fit.told += [all_told[a:b] for a, b in zip([0, *ends], ends, strict=False)]
-        if not all(np.isfinite(told.log_p).any(1).all() for told in fit.told):
+            for at in range(0, len(rows), size):
+                found += self._tell(fit, rows[at : at + size])
+        if not all(np.isfinite(told.log_p).any(1).all() for told in found):
             raise NonFiniteError(f"an expert's answers must be finite, found NaN for task {fit.name!r}")
-        return n * (2 if fit.answers is not None else 1)
+        fit.told |= dict(zip(rows, found, strict=True))
+
+    def _tell(self, fit: FitRows, rows: Sequence[int]) -> list[Told]:
+        """What the live model answers to one batch of rows."""
+        if fit.task.OUTPUT_TYPE == "multiple_choice":
+            sums, n_choices = self._choice_sums(fit, rows)
+            return [tell(p[None, :n]) for p, n in zip(sums.log_softmax(-1), n_choices.tolist(), strict=True)]
+        parts = self._parts(fit, rows, "kl")
+        ends = np.cumsum([_n_targets(part) for part in parts]).tolist()
+        whole = tell(self._log_probabilities(parts, whole=True), top=TOP)
+        return [whole[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
     def _divergence(self, fit: FitRows, rows: Sequence[int]) -> torch.Tensor:
         """Mean over rows of the mean over the answer's tokens (one for a choice) of KL(expert || live)."""
-        assert fit.told is not None
         told = join([fit.told[i] for i in rows])
         if fit.task.OUTPUT_TYPE == "multiple_choice":
             sums, _ = self._choice_sums(fit, rows)
@@ -251,8 +235,7 @@ class LiveLoss:
 
     def _pieces(self, fit: FitRows, row: int, kind: str) -> list[Piece]:
         """Those of a row: of its choices, or of one answer (several windows where that is a long text)."""
-        labels = {"pseudo": fit.pseudo, "kl": fit.answers}.get(kind)
-        label = None if labels is None else labels[row]
+        label: Any = {"pseudo": fit.pseudo, "kl": fit.answers}.get(kind, {}).get(row)
         key = (fit.name, row, f"{kind} {label!r}")
         if key not in self._tokens:
             with isolated_generators(self._seed):
@@ -284,48 +267,51 @@ class LiveLoss:
         return [_cut(context, target, self._live.lm.max_length) for _, context, target in found]
 
 
-def check_pseudo_labels(fit: FitRows, labels: Sequence[Any]) -> list[Any]:
-    """The labels, if there is one of the right kind for each fit row.
+def check_pseudo_labels(fit: FitRows, labels: Mapping[int, Any]) -> dict[int, Any]:
+    """The labels, if they are of the right kind, each for a fit row.
 
     Raises:
         EvaluationError: it says which is wrong.
         InputError: the task has no answers to choose from or to generate.
     """
     _check_kind(fit, "pseudo labels")
-    if len(labels) != len(fit.rows):
-        raise EvaluationError(f"task {fit.name!r} needs {len(fit.rows)} pseudo labels, got {len(labels)}")
+    docs = [row.doc for row in fit.select(list(labels))]
     if fit.task.OUTPUT_TYPE == "generate_until":
-        if wrong := [x for x in labels if not isinstance(x, str)]:
+        if wrong := [x for x in labels.values() if not isinstance(x, str)]:
             raise EvaluationError(f"task {fit.name!r}: pseudo labels must be texts, got {wrong[0]!r}")
-        return list(labels)
-    for row, label in zip(fit.rows, labels, strict=True):
-        n = len(fit.task.doc_to_choice(row.doc))
+        return dict(labels)
+    for doc, label in zip(docs, labels.values(), strict=True):
+        n = len(fit.task.doc_to_choice(doc))
         if not 0 <= int(label) < n:
             raise EvaluationError(f"task {fit.name!r}: pseudo labels must be choices from 0 to {n - 1}, got {label!r}")
-    return [int(x) for x in labels]
+    return {row: int(x) for row, x in labels.items()}
+
+
+def _check_told(fit: FitRows, rows: Sequence[int], kind: str) -> None:
+    """Raises `EvaluationError` unless an expert has answered these rows, where the loss needs that."""
+    if kind == "pseudo" and (absent := [i for i in rows if i not in fit.pseudo]):
+        raise EvaluationError(
+            f"task {fit.name!r} has no pseudo labels for {len(absent)} of {len(rows)} rows (row {absent[0]}): "
+            "give them to set_pseudo_labels first"
+        )
+    if kind == "kl" and (absent := [i for i in rows if i not in fit.told]):
+        raise EvaluationError(
+            f"task {fit.name!r} has no expert's answers to compare with for {len(absent)} of {len(rows)} rows "
+            f"(row {absent[0]}): call remember first"
+        )
 
 
 def _check_kind(fit: FitRows, kind: str) -> None:
     output = fit.task.OUTPUT_TYPE
     if kind not in (*LOSSES, "predict", "pseudo labels", "remember"):
         raise InputError(f"no loss is called {kind!r}{nearest(kind, LOSSES)}")
-    if kind in ("entropy", "choice") and output != "multiple_choice":
+    has = losses_of(output)
+    if kind in ("entropy", "choice") and kind not in has:
         raise InputError(f"the {kind} loss needs the choices of a multiple_choice task, {fit.name!r} is {output}")
-    if kind in ("predict", "pseudo", "pseudo labels") and output not in ("multiple_choice", "generate_until"):
+    if kind in ("predict", "pseudo", "pseudo labels") and "pseudo" not in has:
         raise InputError(
             f"{kind}: task {fit.name!r} is {output}, which scores a given text; the model gives no answer of its own"
         )
-    if kind == "pseudo" and fit.pseudo is None:
-        raise EvaluationError(f"task {fit.name!r} has no pseudo labels: give them to set_pseudo_labels first")
-    if kind == "kl" and fit.told is None:
-        raise EvaluationError(f"task {fit.name!r} has no expert's answers to compare with: call remember first")
-
-
-def _loses_space(tokenizer: Any) -> bool:
-    """Whether decoding the end of a text drops the space that it begins with (SentencePiece and its like)."""
-    start = len(tokenizer.encode("x", add_special_tokens=False))
-    end = tokenizer.encode("x a", add_special_tokens=False)[start:]
-    return not tokenizer.decode(end).startswith(" ")
 
 
 def _n_targets(part: Sequence[Piece]) -> int:

@@ -170,8 +170,24 @@ class LiveRequests:
                 instance.resps.append(answer)
 
     def generate(self, instances: list[Any]) -> Sequence[Any]:
-        """The texts that the model, as it is now, generates for these requests. Raises: as `ask`."""
-        return self._guarded(self._generate, instances)
+        """The texts that the model, as it is now, generates for these requests. Raises: as `ask`.
+
+        They begin with a space where the first token generated does, although some tokenizers lose it in decoding
+        (SentencePiece and its like): lm-eval scores such texts without it, but other tokens would be learned from them.
+        """
+        self.lm.tok_decode = self._decoded_whole
+        try:
+            return self._guarded(self._generate, instances)
+        finally:
+            del self.lm.tok_decode
+
+    def _decoded_whole(self, tokens: Any, **settings: Any) -> str:
+        """lm-eval's own decoding, and the space that it drops where tokens do not begin a text."""
+        text: str = HFLM.tok_decode(self.lm, tokens, **settings)
+        if not isinstance(tokens, list) or not text:
+            return text
+        twice: str = HFLM.tok_decode(self.lm, [*tokens, *tokens], **settings)
+        return " " + text if twice == f"{text} {text}" else text
 
     def _guarded(self, ask: Callable[[list[Any]], Sequence[Any]], instances: list[Any]) -> Sequence[Any]:
         tasks = ", ".join(sorted({str(i.task_name) for i in instances}))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from merge_search.errors import StudyFileError
+from merge_search.errors import StudyFileError, nearest
 from merge_search.evaluation import Split, SplitShares, question_order, split_of
 
 __all__ = ["SCORED", "TextOptions", "read_options", "split_texts", "text_hash"]
@@ -49,7 +49,14 @@ def read_options(kind: type[Kind], options: Mapping[str, Any]) -> Kind:
     try:
         return kind.model_validate(dict(options))
     except ValidationError as error:
-        raise StudyFileError([f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]) from None
+        raise StudyFileError([_sentence(kind, e) for e in error.errors()]) from None
+
+
+def _sentence(kind: type[TextOptions], error: Any) -> str:
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"{name}: unknown key{nearest(name, kind.model_fields)}"
+    return f"{name}: is missing" if error["type"] == "missing" else f"{name}: {error['msg']}, got {error['input']!r}"
 
 
 def split_texts(options: TextOptions, shares: SplitShares) -> dict[Split, list[str]]:
@@ -100,7 +107,10 @@ def _read(options: TextOptions) -> Iterator[str]:
 
 def _field(line: str, key: str, where: str, problems: list[str]) -> str:
     try:
-        return str(json.loads(line)[key]) if line.strip() else ""
+        text = json.loads(line)[key] if line.strip() else ""
     except (json.JSONDecodeError, KeyError, TypeError):
-        problems.append(f"{where}: must be a JSON object with the key {key!r}")
-        return ""
+        text = None
+    if isinstance(text, str):
+        return text
+    problems.append(f"{where}: must be a JSON object with a text under the key {key!r}")
+    return ""

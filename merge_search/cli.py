@@ -72,8 +72,7 @@ def sealed_test(study: StudyArgument, device: DeviceOption = None) -> None:
 
     plan = _plan(study, device)
     table = sealed_table(open_test(plan), plan.objective, plan.context.experts)
-    out.print(_rich(table, "test questions (± one standard error)"))
-    out.print(table.verdict, highlight=False)
+    _show(table, "test questions (± one standard error)")
 
 
 @app.command()
@@ -105,7 +104,7 @@ def merge(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "auto",
 ) -> None:
     """Make the model of a recipe or of a mergekit file, without a study."""
-    from merge_search.deliver import merge_recipe
+    from merge_search.merge_file import merge_recipe
 
     digest = merge_recipe(recipe, out_folder, device=device)
     out.print(f"written to {out_folder} (sha256 of the weights {digest})", highlight=False, soft_wrap=True)
@@ -117,7 +116,7 @@ def report(
     trials: Annotated[int, typer.Option(help="How many trials to list; 0 for all.", min=0)] = 20,
 ) -> None:
     """Show what a study has found so far, from its storage alone: also while it runs."""
-    from merge_search.report.table import front_table, summary_table, trials_table
+    from merge_search.report.table import front_table, sealed_table, summary_table, trials_table
     from merge_search.search.records import objective_of
     from merge_search.search.storage import load_study
     from merge_search.study_file import read_study_file
@@ -125,16 +124,13 @@ def report(
     stored = load_study(read_study_file(study))
     objective, experts = objective_of(stored)
     listed = trials_table(stored, objective, n=trials or None)
-    out.print(_rich(listed, "trials (search questions, ± one standard error)"))
-    out.print(listed.verdict, highlight=False)
+    _show(listed, "trials (search questions, ± one standard error)")
     if len(objective.names) > 1:
-        shown = front_table(stored, objective)
-        out.print(_rich(shown, "front (search questions)"))
-        out.print(shown.verdict, highlight=False)
+        _show(front_table(stored, objective), "front (search questions)")
     if stored.user_attrs.get("validation"):
-        final = summary_table(stored, objective, experts)
-        out.print(_rich(final, "validation questions (± one standard error)"))
-        out.print(final.verdict, highlight=False)
+        _show(summary_table(stored, objective, experts), "validation questions (± one standard error)")
+    if stored.user_attrs.get("test"):
+        _show(sealed_table(stored, objective, experts), "test questions (± one standard error)")
 
 
 @app.command(name="list")
@@ -184,18 +180,19 @@ def _print_result(study: optuna.Study, path: Path) -> None:
 
     objective, experts = objective_of(study)
     table = summary_table(study, objective, experts)
-    out.print(_rich(table, "validation questions (± one standard error)"))
-    out.print(table.verdict, highlight=False)
+    _show(table, "validation questions (± one standard error)")
     choice = "it: " if len(objective.names) == 1 else "one: "
     tail = "" if len(objective.names) == 1 else " --trial N"
     out.print(f"Write {choice}merge-search export {path} OUT{tail}", highlight=False)
 
 
-def _rich(table: Table, title: str) -> RichTable:
+def _show(table: Table, title: str) -> None:
+    """A table and its verdict below."""
     shown = RichTable(*table.header, title=title, title_justify="left", box=SIMPLE)
     for i, row in enumerate(table.rows):
         shown.add_row(*row, style="bold" if i in table.emphasised else "")
-    return shown
+    out.print(shown)
+    out.print(table.verdict, highlight=False)
 
 
 def main(args: list[str] | None = None) -> None:

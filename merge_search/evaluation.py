@@ -281,12 +281,16 @@ class Differentiable(Protocol):
         """Number of fit rows by task; 0 where there are none."""
         ...
 
+    def losses(self, task: str) -> tuple[str, ...]:
+        """Kinds of loss that `task` has; known before a model is bound."""
+        ...
+
     def predict(self, task: str, rows: Sequence[int]) -> list[Any]:
         """The live model's own answers to fit rows, for `set_pseudo_labels`."""
         ...
 
-    def set_pseudo_labels(self, task: str, labels: Sequence[Any]) -> None:
-        """One answer per fit row of `task`, as `predict` gives them, for losses of kind ``pseudo``."""
+    def set_pseudo_labels(self, task: str, labels: Mapping[int, Any]) -> None:
+        """Answers by fit row of `task`, as `predict` gives them, for losses of kind ``pseudo``; other rows keep theirs."""
         ...
 
     def loss(self, task: str, rows: Sequence[int], kind: str = "gold") -> Any:
@@ -301,6 +305,10 @@ class Differentiable(Protocol):
 class Teachable(Differentiable, Protocol):
     """A `Differentiable` that also has the loss ``kl``: KL from a task's own expert to the live model, no labels."""
 
-    def remember(self, task: str) -> int:
-        """Keep how the live model, as it is now, answers the fit rows of `task`; returns the questions asked."""
+    def remember(self, task: str, rows: Sequence[int]) -> None:
+        """Keep how the live model, as it is now, answers these fit rows of `task`; other rows keep what they have."""
+        ...
+
+    def questions_to_remember(self, task: str) -> int:
+        """What `remember` asks for each row."""
         ...

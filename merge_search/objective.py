@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -33,6 +34,7 @@ from merge_search.evaluation import Evaluation, MetricInfo, Scores
 
 __all__ = ["Constraint", "Estimate", "Objective", "References"]
 
+RETENTIONS = ("retention/", "mean_retention", "worst_retention")
 COMPOSITES = ("mean_retention", "worst_retention", "mean", "worst")
 _CONSTRAINT = re.compile(
     r"^\s*(?P<name>\S+)\s*(?P<sign>>=|<=)\s*(?:(?P<anchor>base|expert)\s*(?:(?P<op>[+-])\s*(?P<off>[0-9.eE+-]+))?|(?P<value>[-+0-9.eE]+))\s*$"
@@ -109,14 +111,15 @@ class References:
 
 
 def _pairing(evaluations: Sequence[Evaluation]) -> float:
-    between, alone = [], []
+    """Mean over metrics of what pairing leaves of the variance; each on its own scale."""
+    left = []
     for name in evaluations[0].scores:
         rows = [e.scores[name].values for e in evaluations]
-        alone += [r.var() for r in rows]
-        between += [(a - b).var() / 2 for a, b in itertools.combinations(rows, 2)]
-    if not between or np.mean(alone) == 0:
-        return 1.0
-    return float(np.clip(np.mean(between) / np.mean(alone), 0.1, 1.0))
+        alone = float(np.mean([r.var() for r in rows]))
+        between = [(a - b).var() / 2 for a, b in itertools.combinations(rows, 2)]
+        if between and alone > 0:
+            left.append(float(np.mean(between)) / alone)
+    return float(np.clip(np.mean(left), 0.1, 1.0)) if left else 1.0
 
 
 def variance_of(scores: Scores) -> float:
@@ -163,21 +166,7 @@ class Objective:
                 self.constraints.append(Constraint.parse(text))
             except StudyFileError as error:
                 problems += error.problems
-        known = [*COMPOSITES, *self.metrics, *self.main, *(f"retention/{t}" for t in self.skills)]
-        for name in [*maximise, *minimise, *(c.name for c in self.constraints)]:
-            if name not in known:
-                problems.append(f"objective: no metric is called {name!r}{nearest(name, known)}")
-        for c in self.constraints:
-            if c.anchor and c.name not in self.metrics and c.name not in self.main:
-                problems.append(
-                    f"constraint {c.text!r}: {c.anchor!r} can stand only beside a task or metric, not beside {c.name!r}"
-                )
-        if not self.skills and any(name in COMPOSITES for name in [*maximise, *minimise]):
-            problems.append("objective: means and retention need an evaluator with tasks; found only costs")
-        if not maximise and not minimise:
-            problems.append(
-                "objective: name at least one metric under maximise or minimise, for example 'maximise: mean_retention'"
-            )
+        problems += self._problems(maximise, minimise)
         if problems:
             raise StudyFileError(problems)
         self.names = [*maximise, *minimise]
@@ -185,22 +174,48 @@ class Objective:
         down: Literal["maximize", "minimize"] = "minimize"
         self.directions = [up] * len(maximise) + [down] * len(minimise)
 
-    @property
-    def needs_references(self) -> bool:
-        return any("retention" in n for n in [*self.names, *(c.name for c in self.constraints)]) or any(
-            c.anchor for c in self.constraints
-        )
+    def _problems(self, maximise: Sequence[str], minimise: Sequence[str]) -> list[str]:
+        """What is wrong with the names of goals and constraints."""
+        known = [*COMPOSITES, *self.metrics, *self.main, *(f"retention/{t}" for t in self.skills)]
+        goals = [*maximise, *minimise]
+        named = [*goals, *(c.name for c in self.constraints)]
+        problems = [f"objective: no metric is called {n!r}{nearest(n, known)}" for n in named if n not in known]
+        for c in self.constraints:
+            if c.anchor and c.name not in self.metrics and c.name not in self.main:
+                problems.append(
+                    f"constraint {c.text!r}: {c.anchor!r} can stand only beside a task or metric, not beside {c.name!r}"
+                )
+        problems += [
+            f"objective: {name!r} stands twice under maximise and minimise; name it once"
+            for name, n in Counter(goals).items()
+            if n > 1
+        ]
+        if not self.skills and any(name in COMPOSITES for name in named):
+            problems.append("objective: means and retention need an evaluator with tasks; found only costs")
+        if not goals:
+            problems.append(
+                "objective: name at least one metric under maximise or minimise, for example 'maximise: mean_retention'"
+            )
+        return problems
 
     def check_references(self, references: References) -> None:
-        """Raises `StudyFileError` when a retention has no meaning: no expert is better than the base anywhere."""
-        if any("retention" in n for n in self.names) and not self._tasks(references):
+        """Raises `StudyFileError` when a retention has no meaning: no expert beats the base there."""
+        if meaningless := self.meaningless(references):
             rows = ", ".join(
                 f"{m.name}: base {references.base[m.name]:.4g}, best expert {references.expert[m.name]:.4g}"
                 for m in self.skills.values()
             )
             raise StudyFileError(
-                f"objective: retention needs a task on which an expert beats the base; found {rows}. Maximise 'mean' instead, or check the experts"
+                f"objective: {', '.join(meaningless)} needs a task on which an expert beats the base; found {rows}. Maximise "
+                "'mean' instead, or check the experts"
             )
+
+    def meaningless(self, references: References) -> list[str]:
+        """Goals and bounds that divide by what no expert has: a retention where none beats the base."""
+        useful = self._tasks(references)
+        defined = {f"retention/{m.task}" for m in useful} | (set(COMPOSITES) if useful else set())
+        named = [*self.names, *(c.name for c in self.constraints)]
+        return [n for n in dict.fromkeys(named) if n.startswith(RETENTIONS) and n not in defined]
 
     def _tasks(self, references: References) -> list[MetricInfo]:
         return [m for m in self.skills.values() if self._gap(m, references) > 0]

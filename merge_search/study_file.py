@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -182,6 +182,11 @@ class Earlier(_Section):
     best: Annotated[int, Field(ge=1)] = 3
     """How many of its recipes."""
 
+    @property
+    def place(self) -> str:
+        """What tells it from others, of the same name too: the same on every machine."""
+        return self.file or f"{self.study} in {self.storage}"
+
     @model_validator(mode="before")
     @classmethod
     def _as_file(cls, value: object) -> object:
@@ -332,8 +337,15 @@ def _sentence(error: Mapping[str, Any], lines: Mapping[tuple[str | int, ...], in
 def _keys(loc: tuple[str | int, ...]) -> list[str]:
     model: Any = StudyFile
     for part in loc:
+        if isinstance(part, int):  # the model of a list's entries is known already
+            continue
         fields = getattr(model, "model_fields", {})
         if part not in fields:
             break
-        model = fields[part].annotation
+        model = _section(fields[part].annotation)
     return [k for k in getattr(model, "model_fields", {}) if k != "path"]
+
+
+def _section(annotation: Any) -> Any:
+    """The model in ``Model``, ``Model | None`` or ``list[Model]``."""
+    return next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), annotation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ def zoo() -> Path:
     if not folder:
         pytest.skip("MERGE_SEARCH_ZOO is not set")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def own_dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What lm-eval's tasks read through `datasets` is cached in a folder of this run."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
 
 
 @pytest.fixture

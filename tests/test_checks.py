@@ -135,3 +135,28 @@ def test_a_users_own_space_is_held_to_the_same_sizes(demo: Path, tmp_path: Path)
 
 def test_retention_of_costs_alone_is_refused(demo: Path, tmp_path: Path) -> None:
     assert "found only costs" in refused(tmp_path, demo, objective={"maximise": "mean_retention"})
+
+
+def test_every_look_of_a_race_must_ask_something_new() -> None:
+    few = [MetricInfo("a", "acc", True, {Split.SEARCH: 4}), MetricInfo("b", "acc", True, {Split.SEARCH: 40})]
+    search = Search.model_validate({"racing": {"looks": [0.25, 0.5]}})
+    (found,) = search_problems(search, space(1), Objective(["mean"], [], [], few))
+    assert "found [2, 2], at last 4, of the 4 search questions of 'a/acc'" in found
+    assert search_problems(search, space(1), ONE) == []
+
+
+def test_an_expert_cannot_be_called_like_a_baseline(demo: Path, tmp_path: Path) -> None:
+    """Baselines are told apart by their names: its scores would pass for those of the baseline."""
+    path = tmp_path / "study.yaml"
+    task = {"evaluator": "lm_eval", "tasks": ["demo_maths"], "include_path": str(demo / "tasks"), "limit": 40}
+    experts = {"ties": str(demo / "models" / "maths"), "stories": str(demo / "models" / "stories")}
+    data = {
+        "study": {"name": "s"},
+        "models": {"base": str(demo / "models" / "base"), "experts": experts},
+        "evaluate": [task],
+    }
+    path.write_text(yaml.safe_dump({**data, "search": {"baselines": ["ties"]}}))
+    with pytest.raises(StudyFileError, match="'ties' is the name of a baseline"):
+        prepare(read_study_file(path))
+    path.write_text(yaml.safe_dump({**data, "search": {"baselines": []}}))
+    assert prepare(read_study_file(path)).context.experts == ("stories", "ties")

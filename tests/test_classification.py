@@ -417,7 +417,7 @@ def test_losses_are_those_of_a_direct_forward_pass(folder: Path) -> None:
         assert evaluator.loss(task, rows).item() == pytest.approx(gold, rel=1e-4)
         assert evaluator.loss(task, rows, "entropy").item() == pytest.approx(entropy, rel=1e-4)
         assert evaluator.predict(task, rows) == log_p.argmax(-1).tolist()
-        labels = [n_classes - 1] * evaluator.fit_tasks()[task]
+        labels = dict.fromkeys(rows, n_classes - 1)
         evaluator.set_pseudo_labels(task, labels)
         pseudo = -log_p[:, n_classes - 1].mean().item()
         assert evaluator.loss(task, rows, "pseudo").item() == pytest.approx(pseudo, rel=1e-4)
@@ -427,12 +427,12 @@ def test_losses_are_those_of_a_direct_forward_pass(folder: Path) -> None:
 def test_gradients_reach_the_live_parameters_and_agree_with_finite_differences(folder: Path, kind: str) -> None:
     model = make_encoder().double()
     evaluator = bound(folder, model)
-    evaluator.set_pseudo_labels("animal", evaluator.predict("animal", range(20)))
+    evaluator.set_pseudo_labels("animal", dict(enumerate(evaluator.predict("animal", range(20)))))
     evaluator.evaluate(Split.SEARCH)  # scoring in between leaves nothing behind that a graph could not hold
     parameter = model.encoder.layer[0].intermediate.dense.weight
     with torch.no_grad():
         parameter.mul_(-1)
-        evaluator.remember("animal")
+        evaluator.remember("animal", range(20))
         parameter.mul_(-1)
     evaluator.loss("animal", range(12), kind).backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "key.bias" not in n)
@@ -452,7 +452,7 @@ def test_pseudo_labels_are_those_of_the_weights_that_were_live(folder: Path) -> 
     evaluator = bound(folder, model)
     with pytest.raises(EvaluationError, match="no pseudo labels"):
         evaluator.loss("animal", [0], "pseudo")
-    evaluator.set_pseudo_labels("animal", evaluator.predict("animal", range(20)))
+    evaluator.set_pseudo_labels("animal", dict(enumerate(evaluator.predict("animal", range(20)))))
     expert = evaluator.loss("animal", range(20), "pseudo").item()
     with torch.no_grad():
         model.embeddings.word_embeddings.weight.mul_(-1)
@@ -462,9 +462,11 @@ def test_pseudo_labels_are_those_of_the_weights_that_were_live(folder: Path) -> 
 def test_the_divergence_from_what_was_remembered_is_zero_until_the_weights_change(folder: Path) -> None:
     model = make_encoder()
     evaluator = bound(folder, model)
-    with pytest.raises(EvaluationError, match="'animal' has no expert's answers to compare with: call remember first"):
+    with pytest.raises(EvaluationError, match="'animal' has no expert's answers to compare with for 1 of 1 rows"):
         evaluator.loss("animal", [0], "kl")
-    assert evaluator.remember("animal") == 20
+    evaluator.remember("animal", range(3, 20))
+    evaluator.remember("animal", [2, 0, 1])
+    assert evaluator.questions_to_remember("animal") == 1
     texts = [t for t, _ in fit_rows(evaluator, "animal")]
     with torch.no_grad():
         expert = torch.stack([direct_logits(model, folder, "animal", t) for t in texts]).double().log_softmax(-1)
@@ -489,8 +491,11 @@ def test_wrong_requests_to_the_loss_are_named(folder: Path) -> None:
         evaluator.loss("colour", [0])
     with pytest.raises(InputError, match="no loss is called 'glod'; did you mean 'gold'"):
         evaluator.loss("animal", [0], "glod")
-    with pytest.raises(EvaluationError, match="needs 20 pseudo labels from 0 to 1, got 20 from 0 to 2"):
-        evaluator.set_pseudo_labels("animal", [0] * 19 + [2])
+    with pytest.raises(EvaluationError, match="must be classes from 0 to 1, got 2 for row 4"):
+        evaluator.set_pseudo_labels("animal", {3: 0, 4: 2})
+    evaluator.set_pseudo_labels("animal", {3: 0, 5: 1})
+    with pytest.raises(EvaluationError, match=r"'animal' has no pseudo labels for 1 of 3 rows \(row 4\)"):
+        evaluator.loss("animal", [3, 4, 5], "pseudo")
 
 
 # --- where it stands --------------------------------------------------------------------------------------------------

@@ -74,10 +74,13 @@ def test_equal_texts_count_once_and_splits_are_disjoint(texts: dict[str, Any]) -
 
 
 def test_wrong_texts_are_refused_all_at_once(texts: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n[1]\n')
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n[1]\n{"query": null}\n')
+    with pytest.raises(StudyFileError, match="postions: unknown key; did you mean 'positions'"):
+        Drift({**texts, "postions": 3}, shares=SHARES, seed=0)
     with pytest.raises(StudyFileError) as caught:
         Drift({**texts, "texts": ["bad.jsonl", "gone.txt"]}, shares=SHARES, seed=0)
     assert "bad.jsonl, line 2" in str(caught.value)
+    assert "bad.jsonl, line 3" in str(caught.value)
     assert "no file gone.txt" in str(caught.value)
     with pytest.raises(StudyFileError, match="at least 2 texts"):
         Drift({**texts, "limit": 4}, shares=SHARES, seed=0)

@@ -14,7 +14,7 @@ from merge_search.recipe import Models, Recipe
 from merge_search.search.earlier import best_recipes, renamed, starts_from
 from merge_search.search.records import store_metrics
 from merge_search.search.storage import open_storage
-from merge_search.study_file import StudyFile, read_study_file
+from merge_search.study_file import Search, StudyFile, read_study_file
 
 OLD = Models(base="b", experts={"m": "m", "s": "s"}, hashes={"base": "B", "m": "M", "s": "S"})
 NEW = Models(
@@ -80,12 +80,24 @@ def file(tmp_path: Path) -> StudyFile:
 def test_the_best_that_the_space_holds_are_taken_and_the_rest_is_said(file: StudyFile) -> None:
     notes: list[str] = []
     found = dict(starts_from(file, NEW, OneNumber(), [], notes.append))  # type: ignore[arg-type]
-    assert [(k.source, k.point) for k in found["old"]] == [("old trial 3", {"c": 0.4}), ("old trial 5", {"c": 0.2})]
+    place = "old in sqlite:///old.db"
+    assert [(k.source, k.point) for k in found[place]] == [
+        (f"{place} trial 3", {"c": 0.4}),
+        (f"{place} trial 5", {"c": 0.2}),
+    ]
     text = "\n".join(notes)
     assert "2 recipe(s) of study 'old'" in text
     assert "has no study 'none'" in text
     assert "gone.yaml" in text
-    assert not dict(starts_from(file, NEW, OneNumber(), ["old"], notes.append))  # type: ignore[arg-type]
+    assert not dict(starts_from(file, NEW, OneNumber(), [place], notes.append))  # type: ignore[arg-type]
+
+
+def test_two_earlier_studies_of_one_name_are_two(file: StudyFile) -> None:
+    entries = [{"study": "old", "storage": f"sqlite:///{path}", "best": 1} for path in ("old.db", "./old.db")]
+    search = Search.model_validate({"learn_from": entries})
+    both = file.model_copy(update={"search": search})
+    found = dict(starts_from(both, NEW, OneNumber(), [], print))  # type: ignore[arg-type]
+    assert len({k.source for points in found.values() for k in points}) == 2
 
 
 def test_baselines_do_not_travel(file: StudyFile) -> None:

@@ -76,33 +76,50 @@ def test_a_learned_trial_stores_a_map_and_what_it_cost_and_the_next_goes_on_from
     assert first.attributes["learner"]["seed"] != second.attributes["learner"]["seed"]
 
 
-def test_a_fit_takes_the_steps_that_the_budget_still_pays_for(demo: Path, tmp_path: Path) -> None:
-    learner = {"per": "block", "steps": [0, 200], "step_size": 0.1, "batch_rows": 8}
+@pytest.mark.parametrize("loss", ["gold", "kl"])
+def test_a_fit_takes_the_steps_that_the_budget_still_pays_for(demo: Path, tmp_path: Path, loss: str) -> None:
+    learner = {"per": "block", "steps": [0, 200], "step_size": 0.1, "batch_rows": 8, "loss": loss}
     path = write_study(tmp_path, demo, n_trials=30, finalists=1, learner=learner, questions=2000)
     command("run", path)
     (only,) = learned(path)
     assert all(isinstance(c, dict) for c in only.recipe.coefficients.values())
     study = optuna.load_study(study_name="learned", storage=f"sqlite:///{path.parent / 'learned.db'}")
-    per_step = 3 * 8 * len(EXPERTS)
+    per_step = (3 if loss == "gold" else 3 + 2) * 8 * len(EXPERTS)  # an expert answers in two questions at most
     assert 0 < only.attributes["learner"]["steps"] < 200
+    assert only.attributes["cut_short"]
     before = sum(r.cost.questions for r in finished_records(study) if r.number <= only.number)
     assert 2000 - per_step < before <= 2000
 
 
-@pytest.mark.parametrize("loss", ["kl", "block_output"])
-def test_trials_learn_from_the_experts_alone_and_say_what_that_cost(demo: Path, tmp_path: Path, loss: str) -> None:
-    learner = {"per": "block", "steps": 4, "step_size": 0.1, "batch_rows": 8, "loss": loss, "warm_start": False}
-    path = write_study(tmp_path, demo, n_trials=8, finalists=1, learner=learner)
+def asked_by_the_learner(record: Record) -> int:
+    return record.cost.questions - sum(len(s.values) for s in record.evaluation.scores.values())
+
+
+def test_trials_learn_from_the_experts_alone_and_ask_them_for_the_rows_they_draw(demo: Path, tmp_path: Path) -> None:
+    learner = {"per": "block", "steps": 4, "step_size": 0.1, "batch_rows": 8, "loss": "kl", "warm_start": False}
+    command("run", write_study(tmp_path, demo, n_trials=8, finalists=1, learner=learner))
+    path = write_study(tmp_path, demo, n_trials=9, finalists=1, learner=learner)
+    first, second, *rest = learned(path)
     command("run", path)
-    first, second = learned(path)[:2]
-    asked = [r.cost.questions - sum(len(s.values) for s in r.evaluation.scores.values()) for r in (first, second)]
+    resumed = learned(path)[-1]
+    assert resumed.number > max(r.number for r in (second, *rest))
     steps = 3 * 8 * len(EXPERTS) * 4
-    rows = 64 * len(EXPERTS)
-    assert asked[1] == steps + (4 * rows if loss == "block_output" else 0)
-    assert rows <= asked[0] - asked[1] <= 2 * rows  # the experts answer once in a study
-    if loss == "kl":
-        losses = first.attributes["learner"]["losses"]
-        assert sum(b for _, b in losses.values()) < sum(a for a, _ in losses.values())
+    labels = 4 * 8 * (2 + 1 + 2)  # two questions for an answer that is generated, one for a chosen one
+    assert asked_by_the_learner(first) == steps + labels
+    assert steps < asked_by_the_learner(second) < steps + labels  # some rows were answered for the first
+    assert asked_by_the_learner(resumed) == steps + labels  # a new process knows none
+    losses = first.attributes["learner"]["losses"]
+    assert sum(b for _, b in losses.values()) < sum(a for a, _ in losses.values())
+
+
+def test_block_outputs_are_learned_from_the_experts_alone_which_answer_once(demo: Path, tmp_path: Path) -> None:
+    learner = {"per": "block", "steps": 4, "step_size": 0.1, "batch_rows": 8, "loss": "block_output"}
+    path = write_study(tmp_path, demo, n_trials=8, finalists=1, learner={**learner, "warm_start": False})
+    command("run", path)
+    first, second = (asked_by_the_learner(r) for r in learned(path)[:2])
+    rows = 64 * len(EXPERTS)  # all that are held go through the blocks
+    assert second == 3 * 8 * len(EXPERTS) * 4 + 4 * rows
+    assert first == second + rows
 
 
 def test_an_exported_map_travels_with_its_recipe(finished: Path, tmp_path: Path) -> None:
@@ -147,6 +164,13 @@ def test_a_budget_in_questions_ends_the_search(demo: Path, tmp_path: Path) -> No
     raced = [r for r in done if r.outcome == "raced"]
     assert raced, "bad candidates of a wide space must be stopped early"
     assert all(r.attributes["fidelity"] < 1 and r.cost.questions < asked[0] for r in raced)
+
+
+def test_a_loss_that_a_task_lacks_is_refused_with_those_it_has(demo: Path, tmp_path: Path) -> None:
+    result = command("validate", write_study(tmp_path, demo, learner={"loss": ["gold", "choice"]}), check=False)
+    assert result.returncode != 0
+    assert "task 'demo_maths' has no loss 'choice'; it has gold, pseudo, kl" in result.stderr
+    assert "demo_stories" not in result.stderr
 
 
 def test_a_learner_without_rows_is_refused_with_the_number_that_would_do(demo: Path, tmp_path: Path) -> None:

@@ -19,8 +19,6 @@ from merge_search.engine.learners.coefficients import (
     Fitted,
     TaskLoss,
     fit,
-    label_by_experts,
-    task_losses,
 )
 from merge_search.engine.live import LiveModel
 from merge_search.engine.maps import FOLDER, map_files, n_rows, read_map, write_map
@@ -248,52 +246,6 @@ def test_recipes_and_settings_that_cannot_be_learned_are_refused(make_models, tm
     with pytest.raises(InputError, match="no fineness is called 'rows'; did you mean 'row'") as error:
         FitSettings(per="rows", batch_rows=0, step_size=0.0, pull=-1.0)  # type: ignore[arg-type]
     assert len(error.value.problems) == 4
-
-
-class Answers:
-    """A `Differentiable` evaluator over the live model: predict the next token."""
-
-    def __init__(self, live: LiveModel, n: int) -> None:
-        self.live, self.n = live, n
-        self.labels: list[int] = []
-        self.rows = torch.randint(0, 24, (max(n, 1), 5), generator=torch.Generator().manual_seed(1))
-
-    def fit_tasks(self) -> dict[str, int]:
-        return {"next": self.n}
-
-    def predict(self, task: str, rows: Any) -> list[int]:
-        with torch.no_grad():
-            return self.live.model(input_ids=self.rows[list(rows)]).logits[:, -1].argmax(-1).tolist()
-
-    def set_pseudo_labels(self, task: str, labels: Any) -> None:
-        self.labels = list(labels)
-
-    def loss(self, task: str, rows: Any, kind: str = "gold") -> Tensor:
-        assert kind == "pseudo"
-        logits = self.live.model(input_ids=self.rows[list(rows)]).logits[:, -1]
-        return torch.nn.functional.cross_entropy(logits, torch.tensor([self.labels[i] for i in rows]))
-
-
-def test_experts_answer_for_their_tasks_and_learning_from_the_answers_makes_the_merge_agree(make_models) -> None:
-    pool, live = make_models()
-    engine = MergeEngine(pool)
-    recipe = Recipe(models=pool.models, coefficients={"a": 0.0, "b": 0.5})
-    evaluator = Answers(live, 300)
-    assert label_by_experts(engine, live.views, recipe, [object(), evaluator], {"next": "a"}) == 300
-    expert = LiveModel.load(pool.models.experts["a"]).model
-    with torch.no_grad():
-        assert evaluator.labels == expert(input_ids=evaluator.rows).logits[:, -1].argmax(-1).tolist()
-    losses = task_losses([object(), evaluator], "pseudo")
-    engine.apply(recipe, live.views)
-    before = np.mean(np.array(evaluator.predict("next", range(300))) == evaluator.labels)
-    fit(engine, live.model, live.views, recipe, losses, FitSettings(per="block", steps=25, step_size=0.05))
-    assert np.mean(np.array(evaluator.predict("next", range(300))) == evaluator.labels) > before + 0.1
-    with pytest.raises(InputError, match="task 'next' needs an expert of its own"):
-        label_by_experts(engine, live.views, recipe, [evaluator], {"next": "c"})
-    with pytest.raises(InputError, match=r"Answers has no loss kl .* take pseudo"):
-        label_by_experts(engine, live.views, recipe, [evaluator], {"next": "a"}, "kl")
-    with pytest.raises(InputError, match="no task has a differentiable loss and rows to fit on"):
-        task_losses([Answers(live, 0), object()])
 
 
 # --- maps

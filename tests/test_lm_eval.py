@@ -1,134 +1,40 @@
-"""The lm-eval evaluator against lm-eval itself, on a tiny random Llama and tasks written here."""
+"""The lm-eval evaluator's scores against lm-eval itself, on a tiny random Llama and tasks written here."""
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import os
 import random
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
+from tiny_lm import (
+    CHOICE,
+    GENERATE,
+    MEAN,
+    SEED,
+    TASKS,
+    THIRDS,
+    N,
+    bound,
+    documents,
+    evaluator,
+    make_model,
+    make_tokenizer,
+    write_tasks,
+)
 
 from evaluators.isolation import quiet
-from evaluators.lm_eval import LmEval
 from merge_search.errors import EvaluationError, NonFiniteError, StudyFileError
-from merge_search.evaluation import Evaluation, Split, SplitShares, question_order, split_of
+from merge_search.evaluation import Evaluation, Split, question_order, split_of
 
-WORDS = [
-    "the",
-    "red",
-    "blue",
-    "green",
-    "dog",
-    "cat",
-    "bird",
-    "fish",
-    "runs",
-    "sleeps",
-    "eats",
-    "sings",
-    "fast",
-    "slow",
-    "today",
-    "now",
-]
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-N = 40
-SEED = 7
-WHOLE = SplitShares(1.0, 0.0, 0.0)
-THIRDS = SplitShares(0.5, 0.25, 0.25)
-
-BASE = {"dataset_path": "json", "test_split": "test", "doc_to_text": "query", "num_fewshot": 0}
-MEAN = {"aggregation": "mean", "higher_is_better": True}
-CHOICE: dict[str, Any] = {
-    **BASE,
-    "output_type": "multiple_choice",
-    "doc_to_choice": "choices",
-    "doc_to_target": "gold",
-    "metric_list": [{"metric": "acc", **MEAN}, {"metric": "acc_norm", **MEAN}, {"metric": "brier_score"}],
-}
-GENERATE = {
-    **BASE,
-    "output_type": "generate_until",
-    "doc_to_target": "word",
-    "generation_kwargs": {"until": ["</s>"], "max_gen_toks": 4, "do_sample": False},
-    "filter_list": [
-        {"name": "first", "filter": [{"function": "regex", "regex_pattern": r"(\w+)"}, {"function": "take_first"}]},
-        {
-            "name": "last",
-            "filter": [
-                {"function": "regex", "regex_pattern": r"(\w+)", "group_select": -1},
-                {"function": "take_first"},
-            ],
-        },
-    ],
-    "metric_list": [{"metric": "exact_match", **MEAN}],
-}
-TASKS: dict[str, dict[str, Any]] = {
-    "t_choice": CHOICE,
-    "t_generate": GENERATE,
-    "t_word": {
-        **BASE,
-        "output_type": "loglikelihood",
-        "doc_to_target": "{{' ' + word}}",
-        "metric_list": [
-            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-            {"metric": "acc", **MEAN},
-        ],
-    },
-    "t_rolling": {
-        **BASE,
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "query",
-        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
-    },
-    "t_shots": {**CHOICE, "num_fewshot": 3, "fewshot_split": "train", "training_split": "train"},
-}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    import datasets
-
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
-
-
-def documents(n: int, seed: int) -> list[dict[str, Any]]:
-    rng = random.Random(seed)
-    rows = []
-    for i in range(n):
-        choices = [" ".join(rng.sample(WORDS, rng.randint(1, 4))) for _ in range(4)]
-        query = " ".join([*rng.choices(WORDS, k=rng.randint(3, 9)), WORDS[i % 16], WORDS[i // 16]])
-        rows.append({"query": query, "choices": choices, "gold": rng.randrange(4), "word": rng.choice(WORDS)})
-    return rows
-
-
-def write_tasks(folder: Path, tasks: dict[str, dict[str, Any]], rows: list[dict[str, Any]] | None = None) -> Path:
-    """Task files with their data beside them, named relative to the task file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in (("test", rows or documents(N, 0)), ("train", documents(12, 1))):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in data))
-    files = {"test": "test.jsonl", "train": "train.jsonl"}
-    for name, task in tasks.items():
-        text = yaml.safe_dump(
-            {"task": name, "tag": "t_all", "dataset_kwargs": {"data_files": files}, **task}, sort_keys=False
-        )
-        (folder / f"{name}.yaml").write_text(text)
-    return folder
+pytestmark = pytest.mark.usefixtures("own_dataset_cache")
 
 
 @pytest.fixture(scope="module")
@@ -136,48 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks"), TASKS)
 
 
-def make_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    pad, bos, eos, unk = SPECIAL
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unk)
-
-
-def make_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=len(SPECIAL + WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=96,
-        initializer_range=0.4,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(dtype).eval()
-
-
-def evaluator(folder: Path, tasks: list[str], *, shares: SplitShares = WHOLE, **options: Any) -> LmEval:
-    return LmEval({"tasks": tasks, "include_path": str(folder), **options}, shares=shares, seed=SEED)
-
-
-def bound(folder: Path, tasks: list[str], model: Any = None, **options: Any) -> LmEval:
-    e = evaluator(folder, tasks, **options)
-    e.bind(model if model is not None else make_model(), make_tokenizer(), folder="tiny")
-    return e
-
-
-def by_lm_eval(folder: Path, tasks: list[str], model: Any, **options: Any) -> dict[str, Any]:
+def by_lm_eval(folder: Path, tasks: list[str], model: Any, tokenizer: Any = None, **options: Any) -> dict[str, Any]:
     """What `simple_evaluate` says of the same model."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -186,7 +51,7 @@ def by_lm_eval(folder: Path, tasks: list[str], model: Any, **options: Any) -> di
     with quiet(["lm_eval", "transformers"]), pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # lm-eval finds data files from there
         patch.setenv("DISABLE_MULTIPROC", "1")
-        lm = HFLM(pretrained=model, tokenizer=make_tokenizer(), batch_size=options.pop("batch_size", 16))
+        lm = HFLM(pretrained=model, tokenizer=tokenizer or make_tokenizer(), batch_size=16)
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         return simple_evaluate(
             lm, tasks=tasks, task_manager=manager, fewshot_random_seed=SEED, bootstrap_iters=10, **options
@@ -217,7 +82,7 @@ def assert_equal_digits(ours: Evaluation, theirs: dict[str, Any], *, varied: boo
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_kind_of_task_scores_as_in_lm_eval_to_the_last_digit(folder: Path, seed: int) -> None:
-    model = make_model(seed)
+    model = make_model(seed=seed)
     ours = bound(folder, list(TASKS), model, tree_packing=False).evaluate(Split.SEARCH)
     theirs = by_lm_eval(folder, list(TASKS), model)
     assert_equal_digits(ours, theirs)
@@ -301,7 +166,7 @@ def test_a_task_that_samples_its_answers_repeats_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tree_packing", [True, False])
 def test_weights_changed_in_place_are_scored_as_a_fresh_evaluator_does(folder: Path, tree_packing: bool) -> None:
-    model, other = make_model(0), make_model(1)
+    model, other = make_model(seed=0), make_model(seed=1)
     e = bound(folder, list(TASKS), model, tree_packing=tree_packing)
     before = e.evaluate(Split.SEARCH)
     with torch.no_grad():
@@ -375,30 +240,6 @@ def test_perplexities_have_errors_that_a_bootstrap_confirms(folder: Path) -> Non
         assert 0 < scores[f"t_rolling/{name}"].stderr < scores[f"t_rolling/{name}"].score
 
 
-def test_metrics_name_the_main_one_first_with_its_direction_and_chance(folder: Path) -> None:
-    infos = evaluator(
-        folder,
-        ["t_choice", "t_word", "t_generate"],
-        metrics={"t_word": "acc", "t_generate": "exact_match,last"},
-        shares=THIRDS,
-    ).metrics()
-    assert [m.name for m in infos] == [
-        "t_choice/acc", "t_choice/acc_norm", "t_choice/brier_score", "t_word/acc", "t_word/perplexity",
-        "t_generate/exact_match,last", "t_generate/exact_match",
-    ]  # fmt: skip
-    by_name = {m.name: m for m in infos}
-    assert by_name["t_choice/acc"].chance == 0.25
-    assert by_name["t_choice/brier_score"].chance is None
-    assert not by_name["t_choice/brier_score"].higher_is_better
-    assert not by_name["t_word/perplexity"].higher_is_better
-    assert by_name["t_word/acc"].higher_is_better
-    assert sum(by_name["t_word/acc"].n_questions.values()) == N
-    assert (
-        evaluator(folder, ["t_generate"], metrics={"t_generate": "exact_match,first"}).metrics()[0].metric
-        == "exact_match"
-    )
-
-
 def test_f1_and_matthews_correlation_have_a_repeatable_error(tmp_path: Path) -> None:
     rows = [{**r, "choices": r["choices"][:2], "gold": i % 2} for i, r in enumerate(documents(N, 3))]
     task = {**CHOICE, "metric_list": [{"metric": "mcc"}, {"metric": "f1"}, {"metric": "acc", **MEAN}]}
@@ -408,161 +249,9 @@ def test_f1_and_matthews_correlation_have_a_repeatable_error(tmp_path: Path) -> 
         assert 0.02 < scores[f"t_two/{name}"].stderr < 0.3
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tasks": ["t_choise"]}, r"no task, tag or group called 't_choise'; did you mean 't_choice'\?"),
-        ({"metrics": {"t_choice": "f2"}}, r"metrics.t_choice: the task reports no metric 'f2'; known: acc, acc_norm, brier_score"),
-        ({"metrics": {"t_chose": "acc"}}, r"no task of this evaluator is called 't_chose'; did you mean 't_choice'\?"),
-        ({"batch_siz": 4}, r"no option 'batch_siz'; did you mean 'batch_size'\?"),
-        ({"batch_size": "auto"}, "batch_size: must be a number, got 'auto'"),
-        ({"batch_size": 0}, "batch_size: input should be greater than or equal to 1, got 0"),
-        ({"tasks": []}, "tasks: list should have at least 1 item"),
-        ({"include_path": "/no/such/folder"}, "include_path: no folder /no/such/folder"),
-        ({"limit": 4}, r"task 't_choice': the validation split needs at least 2 questions, got \d of 4"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_scored_is_said_before_a_model_is_loaded(
-    folder: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import lm_eval.tasks
-
-    monkeypatch.setattr(lm_eval.tasks.manager, "__file__", str(folder / "none" / "manager.py"))  # no 6 s index
-    with pytest.raises(StudyFileError, match=message):
-        evaluator(folder, **{"tasks": ["t_choice"], "shares": THIRDS, **options})
-
-
-def test_all_problems_are_reported_at_once(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(StudyFileError) as caught:
-        evaluator(folder, ["t_choice"], batch_size="auto", limit="many", colour=1)
-    assert len(caught.value.problems) == 3
-    few = write_tasks(
-        tmp_path, {"t_a": CHOICE, "t_b": {**CHOICE, "doc_to_text": "{{ nothing.at.all }}"}}, documents(3, 0)
-    )
-    with pytest.raises(StudyFileError) as caught:
-        evaluator(few, ["t_a", "t_b"], shares=THIRDS)
-    assert any("'t_a'" in p and "needs at least 2" in p for p in caught.value.problems)
-    assert any("'t_b'" in p for p in caught.value.problems)
-
-
-def test_broken_task_files_are_not_skipped_in_silence(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import lm_eval.tasks
-
-    monkeypatch.setattr(lm_eval.tasks.manager, "__file__", str(tmp_path / "none" / "manager.py"))
-    write_tasks(tmp_path, {"t_choice": CHOICE})
-    (tmp_path / "t_broken.yaml").write_text("task: t_broken\nmetric_list: [")
-    (tmp_path / "fragment.yaml").write_text("num_fewshot: 0\n")
-    with pytest.raises(StudyFileError, match=r"task file .*t_broken.yaml cannot be read"):
-        evaluator(tmp_path, ["t_choice", "t_broken"])
-    with pytest.raises(StudyFileError, match=r"t_broken.yaml' cannot be loaded"):
-        evaluator(tmp_path, ["t_broken.yaml"])
-    with caplog.at_level(logging.WARNING, "evaluators"):
-        evaluator(tmp_path, ["t_choice"])
-    assert "t_broken.yaml" in caplog.text
-    assert "fragment.yaml" not in caplog.text
-
-
-def test_data_files_are_found_beside_the_task_file_from_any_directory(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "common").mkdir()
-    for name in ("test.jsonl", "train.jsonl"):
-        (tmp_path / "common" / name).write_text((folder / name).read_text())
-    (tmp_path / "common" / "_base.yaml").write_text(
-        yaml.safe_dump({**CHOICE, "dataset_kwargs": {"data_files": {"test": ["te*.jsonl"]}}})
-    )
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.yaml").write_text("task: t_included\ninclude: ../common/_base.yaml\n")
-    (tmp_path / "sub" / "b.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "task": "t_one_file",
-                **CHOICE,
-                "test_split": "train",
-                "dataset_kwargs": {"data_files": "../common/test.jsonl"},
-            }
-        )
-    )
-    (tmp_path / "sub" / "c.yaml").write_text(
-        yaml.safe_dump({"task": "t_none", **CHOICE, "dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}})
-    )
-    expected = evaluator(folder, ["t_choice"]).tasks[0].questions
-    e = evaluator(tmp_path, ["t_included", "t_one_file"])
-    assert [[q.id for q in t.questions] for t in e.tasks] == [[q.id for q in expected]] * 2
-    with pytest.raises(StudyFileError, match=r"'t_none' cannot be loaded: FileNotFoundError.*gone.jsonl"):
-        evaluator(tmp_path, ["t_none"])
-
-
-def test_tags_groups_and_paths_are_expanded_to_tasks(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_tasks(tmp_path, {"t_choice": CHOICE, "t_word": TASKS["t_word"]})
-    (tmp_path / "g.yaml").write_text("group: t_group\ntask: [t_word, {group: t_inner, task: [t_choice]}]\n")
-    assert [t.name for t in evaluator(tmp_path, ["t_group", "t_word"]).tasks] == ["t_word", "t_choice"]
-    assert {t.name for t in evaluator(folder, ["t_all"]).tasks} == set(TASKS)
-    monkeypatch.chdir(folder)
-    by_path = [str(folder / "t_word.yaml"), "t_choice.yaml"]
-    e = LmEval({"tasks": by_path}, shares=WHOLE, seed=SEED)
-    assert [t.name for t in e.tasks] == ["t_word", "t_choice"]
-
-
-def test_a_limit_takes_the_first_documents_of_the_hash_order(folder: Path) -> None:
-    whole = evaluator(folder, ["t_shots"]).tasks[0].questions
-    some = evaluator(folder, ["t_shots"], limit=10).tasks[0].questions
-    assert [q.id for q in some] == [q.id for q in whole][:10]
-    assert [q.doc_id for q in some] != list(range(10))
-    assert [i.args for q in some for i in q.instances] == [i.args for q in whole[:10] for i in q.instances]
-
-
-def test_the_option_num_fewshot_yields_to_a_task_that_says_zero(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    silent = {k: v for k, v in TASKS["t_shots"].items() if k != "num_fewshot"}
-    write_tasks(tmp_path, {"t_zero": {**TASKS["t_shots"], "num_fewshot": 0}, "t_silent": silent})
-    with caplog.at_level(logging.WARNING, "evaluators"):
-        e = evaluator(tmp_path, ["t_zero", "t_silent"], num_fewshot=2)
-    lengths = [len(t.questions[0].instances[0].args[0].split()) for t in e.tasks]
-    assert lengths[1] > lengths[0]
-    assert "'t_zero' says num_fewshot: 0" in caplog.text
-    theirs = evaluator(folder, ["t_shots"])
-    assert len(theirs.tasks[0].questions[0].instances[0].args[0].split()) > lengths[1]
-
-
-def test_the_fingerprint_follows_questions_prompts_and_metrics_not_places(folder: Path, tmp_path: Path) -> None:
-    def fingerprint(task: dict[str, Any], rows: list[dict[str, Any]] | None = None, **options: Any) -> str:
-        place = write_tasks(tmp_path / str(len(list(tmp_path.iterdir()))), {"t_choice": task}, rows)
-        return evaluator(place, ["t_choice"], **options).fingerprint()
-
-    same = evaluator(folder, ["t_choice"]).fingerprint()
-    assert fingerprint(CHOICE) == same
-    assert fingerprint(CHOICE, batch_size=4, tree_packing=False) == same
-    changed = [
-        fingerprint(CHOICE, documents(N, 9)),
-        fingerprint({**CHOICE, "doc_to_text": "{{query}} now"}),
-        fingerprint({**CHOICE, "target_delimiter": "  "}),
-        fingerprint({**CHOICE, "metric_list": CHOICE["metric_list"][:1]}),
-        fingerprint(CHOICE, metrics={"t_choice": "acc_norm"}),
-        fingerprint(CHOICE, limit=10),
-        fingerprint(CHOICE, system_instruction="sings fast"),
-        fingerprint(CHOICE, apply_chat_template=True),
-        fingerprint(CHOICE, shares=THIRDS),
-        fingerprint(TASKS["t_shots"]),
-    ]
-    assert len({same, *changed}) == 1 + len(changed)
-    e = evaluator(folder, ["t_choice"], apply_chat_template=True)
-    before = e.fingerprint()
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}now "
-    e.bind(make_model(), tokenizer, folder="tiny")
-    assert e.fingerprint() == before
-
-
-def test_a_chat_template_gives_lm_evals_scores(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_template_gives_lm_evals_scores(folder: Path) -> None:
     template = "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} {% endfor %}today "
-    model, tokenizer = make_model(), make_tokenizer()
+    model, tokenizer = make_model(seed=3), make_tokenizer()
     tokenizer.chat_template = template
     e = evaluator(
         folder,
@@ -572,9 +261,8 @@ def test_a_chat_template_gives_lm_evals_scores(folder: Path, monkeypatch: pytest
         tree_packing=False,
     )
     e.bind(model, tokenizer, folder="tiny")
-    monkeypatch.setattr(sys.modules[__name__], "make_tokenizer", lambda: tokenizer)
     theirs = by_lm_eval(
-        folder, ["t_shots", "t_generate"], model, apply_chat_template=True, system_instruction="the red dog"
+        folder, ["t_shots", "t_generate"], model, tokenizer, apply_chat_template=True, system_instruction="the red dog"
     )
     assert_equal_digits(e.evaluate(Split.SEARCH), theirs)
     prompt = e.tasks[0].questions[0].instances[0].args[0]
@@ -585,16 +273,6 @@ def test_a_chat_template_gives_lm_evals_scores(folder: Path, monkeypatch: pytest
         StudyFileError, match=r"'t_shots': its prompts do not fit the model in tiny: ValueError: .*chat"
     ):
         unbound.bind(model, tokenizer, folder="tiny")
-
-
-def test_answers_longer_than_the_model_are_refused_and_cut_prompts_are_told(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with pytest.raises(StudyFileError, match="max_gen_toks=4 of its generation_kwargs must be less than max_length=3"):
-        bound(folder, ["t_generate"], max_length=3)
-    with caplog.at_level(logging.WARNING, "evaluators"):
-        bound(folder, ["t_shots"], max_length=20).evaluate(Split.SEARCH)
-    assert "'t_shots': 160 of 160 prompts are longer than the model's max_length=20" in caplog.text
 
 
 @pytest.mark.parametrize("task", ["t_choice", "t_generate", "t_rolling"])
@@ -662,32 +340,12 @@ def test_an_error_inside_the_model_names_the_task_and_its_cause(folder: Path) ->
         evaluator(folder, ["t_choice"]).evaluate(Split.SEARCH)
 
 
-def test_a_tasks_own_function_that_fails_is_an_evaluation_error(tmp_path: Path) -> None:
-    write_tasks(tmp_path, {"t_own": {**GENERATE, "process_results": "PLACEHOLDER"}})
-    path = tmp_path / "t_own.yaml"
-    path.write_text(path.read_text().replace("PLACEHOLDER", "!function own.judge"))
-    (tmp_path / "own.py").write_text("def judge(doc, results):\n    raise KeyError('gone')\n")
-    with pytest.raises(EvaluationError, match="task 't_own': the answers cannot be judged: KeyError: 'gone'"):
-        bound(tmp_path, ["t_own"]).evaluate(Split.SEARCH)
-    (tmp_path / "own.py").write_text("def judge(doc, results):\n    return {'other': len(results[0])}\n")
-    os.utime(tmp_path / "own.py", ns=(1, 1))
-    with pytest.raises(StudyFileError, match="task 't_own' reports no metric"):
-        bound(tmp_path, ["t_own"])
-
-
 def test_nothing_is_printed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bound(folder, list(TASKS)).evaluate(Split.SEARCH)
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
-
-
-def test_the_tokenizer_handed_in_is_not_changed(folder: Path) -> None:
-    tokenizer = make_tokenizer()
-    tokenizer.pad_token = None
-    evaluator(folder, ["t_choice"]).bind(make_model(), tokenizer, folder="tiny")
-    assert tokenizer.pad_token is None
 
 
 @pytest.mark.zoo

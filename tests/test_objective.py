@@ -9,7 +9,7 @@ import pytest
 
 from merge_search.errors import NonFiniteError, StudyFileError
 from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split, SplitShares, pack, split_of, unpack
-from merge_search.objective import Objective, References
+from merge_search.objective import Objective, References, _pairing
 
 METRICS = [
     MetricInfo("a", "acc", True, {Split.SEARCH: 10}),
@@ -64,6 +64,21 @@ def test_tasks_on_which_no_expert_beats_the_base_are_left_out_and_all_of_them_re
     references = References.from_evaluations(METRICS, BASE, worse)
     with pytest.raises(StudyFileError, match=r"an expert beats the base; found a/acc: base 0\.4, best expert 0\.4"):
         objective(["mean_retention"]).check_references(references)
+    with pytest.raises(StudyFileError, match="an expert beats the base"):
+        objective(["mean"], [], ["mean_retention >= 0.5"]).check_references(references)
+
+
+def test_a_task_whose_experts_are_worse_than_the_base_has_no_retention() -> None:
+    """It would be turned round: the lower the score, the higher the retention."""
+    references = References.from_evaluations(METRICS, BASE, {"x": evaluation(half(8), half(3), 3.0)})
+    objective(["mean_retention", "retention/a"]).check_references(references)
+    with pytest.raises(StudyFileError, match="objective: retention/b needs"):
+        objective(["retention/b"]).check_references(references)
+
+
+def test_a_quantity_is_optimised_once() -> None:
+    with pytest.raises(StudyFileError, match="'mean' stands twice"):
+        objective(["mean"], ["mean"])
 
 
 def test_lower_is_better_metrics_count_negatively_in_means() -> None:
@@ -82,6 +97,21 @@ def test_pairing_is_what_identical_questions_leave() -> None:
     same = References.from_evaluations(METRICS, BASE, {"x": BASE})
     assert same.pairing == pytest.approx(0.1)  # the floor: equal answers leave nothing
     assert 0.1 < REFERENCES.pairing <= 1
+
+
+def test_pairing_counts_every_metric_alike_whatever_its_unit() -> None:
+    """a: 4 of 10 answers differ, (0.24 / 2) / ((0.24 + 0.16) / 2) = 0.6; p: the same for both models, 0."""
+
+    def found(unit: float) -> float:
+        p = np.linspace(1, 2, 10) * unit
+        rows = [{"a": np.array(half(k)), "p": p} for k in (4, 8)]
+        base, expert = (
+            Evaluation(Split.SEARCH, 1.0, {n: Scores((), v, float(v.mean()), 0.1) for n, v in r.items()}) for r in rows
+        )
+        return _pairing([base, expert])
+
+    assert found(1.0) == pytest.approx((0.6 + 0.0) / 2)
+    assert found(1000.0) == pytest.approx(found(1.0))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from merge_search.search.records import finished_records, records
 from merge_search.search.storage import open_storage
 
 EXPERTS = ["maths", "stories", "spelling"]
+SWAPPED = {"search": 0.2, "validation": 0.2, "test": 0.6}  # what was searched on would be tested on
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
@@ -142,7 +143,7 @@ def test_an_earlier_studys_best_are_tried_after_the_baselines_and_scored_afresh(
     text = command("run", new).stderr
     assert "1 recipe(s) of study 'old' are tried first" in text
     assert "gone.yaml" in text
-    found = next(r for r in records(load(new)) if r.attributes.get("start") == f"old trial {best.number}")
+    found = next(r for r in records(load(new)) if r.attributes.get("start") == f"old.yaml trial {best.number}")
     assert found.number == 6
     assert found.weights_sha256 == best.weights_sha256
     assert found.cost.questions > 0
@@ -150,6 +151,12 @@ def test_an_earlier_studys_best_are_tried_after_the_baselines_and_scored_afresh(
 
 def _test_opens_the_front(path: Path) -> None:
     """With several objectives the test is sealed for the whole front, and an export asks for a number."""
+    changed = path.with_name("changed.yaml")
+    changed.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "splits": SWAPPED}))
+    refused = command("test", changed, check=False)
+    assert refused.returncode == 1
+    assert "splits.test: was 0.2, is now 0.6" in refused.stderr
+    assert "test_winner" not in load(path).user_attrs
     text = command("test", path).stdout
     opened = load(path).user_attrs["test_winner"]
     assert isinstance(opened, list)

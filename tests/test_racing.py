@@ -96,3 +96,17 @@ def test_windows_tile_the_questions(n: int, shares: tuple[float, ...]) -> None:
         seen += list(range(n))[window(n, share, after)]
         after = share
     assert seen == list(range(n))
+
+
+def test_a_verdict_does_not_depend_on_the_unit_of_a_metric() -> None:
+    rng = np.random.default_rng(3)
+    incumbent, candidate = rng.normal(5, 1, 40), rng.normal(5, 1, 40)
+    for shift in np.linspace(0, 1, 21):
+        verdicts = {
+            is_hopeless(
+                evaluation(k * (candidate - shift)), evaluation(k * incumbent), {"t/acc": 1 / k}, error=0.05, looks=2
+            )
+            for k in (0.01, 1.0, 100.0)
+        }
+        assert len(verdicts) == 1
+    assert verdicts == {True}

@@ -6,15 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_search.errors import SpaceError
-from merge_search.search.samplers import distributions
+from merge_search.search.samplers import CUT_ATTRIBUTE, distributions
+from merge_search.search.samplers.builtin import StudyOfSpace
 from merge_search.search.samplers.cost import log_cost
-from merge_search.search.samplers.history import History, Quantity
+from merge_search.search.samplers.history import History, Quantity, read_history
 from merge_search.search.samplers.kernels import fit, make_kernel, shared_scales
 from merge_search.search.samplers.numerics import numerics
 from merge_search.search.samplers.unit_cube import UnitCube, holds
@@ -161,3 +163,16 @@ class TestCost:
         assert self.predicted([(0, 0), (1, 0)]) == [1, 1, 1]
         space = UnitCube({"coefficient.a": Float(0, 1)})
         assert log_cost(self.history([(0, 5)]), space, torch.zeros(2, 1)).tolist() == [0, 0]
+
+
+def test_a_fit_that_the_budget_cut_short_says_nothing_about_its_point():
+    study, space = optuna.create_study(direction="maximize"), {"x": Float(0, 1)}
+    for cut in (False, True):
+        trial = study.ask(distributions(space))
+        trial.set_user_attr("noise", {"value": 1e-4})
+        if cut:
+            trial.set_user_attr(CUT_ATTRIBUTE, True)
+        study.tell(trial, 0.5)
+    assert read_history(study, UnitCube(space)).numbers == [0]
+    assert read_history(study, UnitCube(space), with_cut_short=True).numbers == [0, 1]
+    assert [t.number for t in StudyOfSpace(study, space).trials] == [0]

@@ -104,6 +104,14 @@ def test_retention_of_a_row_uses_the_references_of_its_own_split(study: optuna.S
     assert row.values[0] == pytest.approx((0.74 - 0.50) / (0.60 - 0.50))
 
 
+def test_where_no_expert_beats_the_base_on_validation_retention_is_measured_by_the_search(study: optuna.Study) -> None:
+    study.set_user_attr("validation", {**study.user_attrs["validation"], "1": evaluation(50)})
+    objective = Objective(["mean_retention"], [], ["retention/t >= 0.5"], [METRIC])
+    row = next(r for r in selection.standings(study, objective, ("x",)) if r.record.number == 5)
+    assert row.values[0] == pytest.approx((0.74 - 0.50) / (0.60 - 0.50))
+    assert row.feasible
+
+
 def test_linear_objectives_have_weights_and_others_have_none() -> None:
     references = References({"t/acc": 0.5}, {"t/acc": 0.75}, {"t/acc": "x"}, 1.0)
     assert Objective(["mean_retention"], [], [], [METRIC]).weights(references) == {"t/acc": 4.0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,9 @@ class NextTokens:
     def fit_tasks(self) -> dict[str, int]:
         return {t: len(rows) for t, rows in self.rows.items()}
 
+    def losses(self, task: str) -> tuple[str, ...]:
+        return ("gold",)
+
     def loss(self, task: str, rows: Sequence[int], kind: str = "gold") -> Tensor:
         assert kind == "gold"
         losses = [row_loss(self.live.model, self.rows[task][r]) for r in rows]
@@ -62,7 +65,7 @@ class NextTokens:
     def predict(self, task: str, rows: Sequence[int]) -> list[Any]:
         raise AssertionError("statistics ask for losses only")
 
-    def set_pseudo_labels(self, task: str, labels: Sequence[Any]) -> None:
+    def set_pseudo_labels(self, task: str, labels: Mapping[int, Any]) -> None:
         raise AssertionError("statistics ask for losses only")
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
-from merge_search.errors import StorageError, StudyChangedError
+from merge_search.errors import EvaluationError, InputError, StorageError, StudyChangedError
 from merge_search.outcome import Outcome
-from merge_search.search.records import finished_records
+from merge_search.search.records import finished_records, questions_asked, seconds_spent
+from merge_search.search.run import _Driver
 from merge_search.search.storage import (
     check_identity,
     describe_changes,
@@ -68,6 +71,32 @@ def test_lost_trials_do_not_count_towards_the_budget(url: str) -> None:
     trial.set_user_attr("outcome", "ok")
     study.tell(trial, 1.0)
     assert [r.number for r in finished_records(study)] == [1]
+
+
+def test_the_night_between_a_kill_and_the_next_run_is_not_charged(url: str) -> None:
+    """Base and experts are: they are scored outside trials."""
+    study, now = study_in(url), datetime(2026, 1, 1)
+    for outcome, hours in (("ok", 1), ("lost", 9)):
+        trial = create_trial(state=TrialState.COMPLETE, value=0.5, user_attrs={"outcome": outcome})
+        trial.datetime_start, trial.datetime_complete = now, now + timedelta(hours=hours)
+        study._storage.create_new_trial(study._study_id, template_trial=trial)
+    study.set_user_attr("reference.base", {"evaluation": {"cost": [60.0, 540.0, 100]}})
+    assert seconds_spent(study) == 3600 + 600
+
+
+@pytest.mark.parametrize("error", [EvaluationError("no answer"), InputError("no loss is called so")])
+def test_a_failed_trial_ends_alone_and_is_charged_what_its_fit_asked(url: str, error: Exception) -> None:
+    driver = object.__new__(_Driver)
+    driver.study, driver.bench = study_in(url), SimpleNamespace(recover=lambda: None)  # type: ignore[assignment]
+    trial = driver.study.ask()
+    with driver._recorded(trial):
+        trial.set_user_attr("cost", [0.0, 0.0, 300])
+        raise error
+    (record,) = finished_records(driver.study)
+    assert record.reason == str(error)
+    assert record.outcome is not None
+    assert not record.outcome.is_scored
+    assert questions_asked(driver.study) == 300
 
 
 def test_a_changed_study_is_refused_with_the_difference(url: str) -> None:

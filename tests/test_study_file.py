@@ -61,6 +61,22 @@ def test_all_problems_come_in_one_message_with_lines_and_nearest_keys(tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ("{learner: {step: 3}}", "search.learner.step: unknown key; did you mean 'steps'"),
+        ("{racing: {look: 1}}", "search.racing.look: unknown key; did you mean 'looks'"),
+        ("{stop: {patence: 1}}", "search.stop.patence: unknown key; did you mean 'patience'"),
+        ("{learn_from: [{fil: x}]}", "search.learn_from.0.fil: unknown key; did you mean 'file'"),
+    ],
+)
+def test_keys_of_inner_sections_get_the_nearest_known_one(tmp_path: Path, search: str, message: str) -> None:
+    text = GOOD.replace("{sampler: botorch, n_trials: 40}", search)
+    with pytest.raises(StudyFileError) as caught:
+        read_study_file(write(tmp_path, text))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("- a", "must be a mapping"),

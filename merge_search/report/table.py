@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import optuna
 
 from merge_search.objective import Objective
-from merge_search.recipe import Recipe
+from merge_search.report.recipe_card import recipe_sources
 from merge_search.search.records import Record, finished_records
 from merge_search.search.selection import Standing, candidates, champions, front, paired_difference, standings
 
-__all__ = ["Table", "card", "front_table", "recipe_card", "sealed_table", "summary_table", "trials_table"]
+__all__ = ["Table", "card", "front_table", "sealed_table", "summary_table", "trials_table"]
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,9 @@ def _verdict(rows: list[Standing], objective: Objective, split: str) -> str:
     merges = [r for r in rows if r.role == "merge"]
     rivals = [r for r in rows if r.role in ("expert", "baseline")]
     if not merges or not rivals:
-        return f"No searched merge has {split} scores."
+        others = max(rivals, key=lambda r: objective.key(r.values), default=None)
+        best = f" Best of the others: {_title(others)}." if others else ""
+        return f"No searched merge has {split} scores.{best}"
     merge = max(merges, key=lambda r: (-r.excess, objective.key(r.values)))
     rival = max([r for r in rivals if r.feasible] or rivals, key=lambda r: objective.key(r.values))
     missed = "".join(f" It misses {text!r} there." for text, v in merge.violations.items() if v.value > 0)
@@ -167,7 +169,7 @@ def card(study: optuna.Study, objective: Objective, record: Record, experts: tup
     failed = sum(not r.is_scored for r in done)
     questions = sum(r.cost.questions for r in done)
     table = summary_table(study, objective, experts)
-    sources = _sources(recipe)
+    sources = recipe_sources(recipe)
     validated = str(record.number) in study.user_attrs.get("validation", {})
     note = "" if validated else f"\nTrial {record.number} itself was not scored on the validation questions.\n"
     return f"""---
@@ -199,24 +201,3 @@ def _sealed(study: optuna.Study, objective: Objective, experts: tuple[str, ...])
         return "The test questions were not opened."
     table = sealed_table(study, objective, experts)
     return f"The test questions were opened once:\n\n{table.to_markdown()}"
-
-
-def recipe_card(recipe: Recipe) -> str:
-    """README.md of a model made from a recipe alone: no scores are known."""
-    return f"""---
-library_name: transformers
-tags: [merge, merge-search]
----
-
-# A merge by {recipe.preset or "a custom recipe"}
-
-{_sources(recipe)}
-
-`recipe.json` holds the whole recipe: `merge-search merge recipe.json OUT` gives these weights, bit for bit.
-"""
-
-
-def _sources(recipe: Recipe) -> str:
-    return "\n".join(
-        f"- {name}: `{ref}`" for name, ref in {"base": recipe.models.base, **recipe.models.experts}.items()
-    )

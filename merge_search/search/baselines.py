@@ -9,7 +9,10 @@ from merge_search.presets import PRESETS, preset
 from merge_search.recipe import Recipe
 from merge_search.space import SpaceContext
 
-__all__ = ["baselines", "fits", "reference_recipes"]
+__all__ = ["ALWAYS", "baselines", "fits", "reference_recipes"]
+
+ALWAYS = ("average", "task_arithmetic")
+"""Baselines of every study."""
 
 
 def reference_recipes(context: SpaceContext) -> dict[str, Recipe]:
@@ -26,7 +29,7 @@ def baselines(
     Args:
         can_measure: Whether presets that need statistics from data can have them; asked only if one is named.
     """
-    chosen = dict.fromkeys(["average", "task_arithmetic", *names])
+    chosen = dict.fromkeys([*ALWAYS, *names])
     has_data = any(PRESETS[name].needs_data for name in chosen) and can_measure()
     kept = [name for name in chosen if fits(name, context, has_data=has_data)]
     return reference_recipes(context) | {name: _preset(name, context) for name in kept}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import optuna
 from optuna.trial import TrialState
 
+from merge_search.evaluation import Split, window
 from merge_search.objective import Constraint, Objective, References
 from merge_search.search.records import Record
 from merge_search.space import Parameter
@@ -34,6 +35,22 @@ def search_problems(search: Search, parameters: Mapping[str, Parameter], objecti
             f"search.stop: needs one objective, found {len(objective.names)} ({', '.join(objective.names)}); make all but one "
             "of them constraints, or leave stop out"
         )
+    return out + _racing_problems(search, objective)
+
+
+def _racing_problems(search: Search, objective: Objective) -> list[str]:
+    """Looks that ask no question more than the one before: nothing could be compared there."""
+    if search.racing is None:
+        return []
+    looks, out = [*search.racing.looks, 1.0], []
+    for m in objective.metrics.values():
+        n = m.n_questions.get(Split.SEARCH, 0)
+        asked = [window(n, look * search.fidelity).stop for look in looks]
+        if len(set(asked)) < len(asked):
+            out.append(
+                f"search.racing: every look must ask more questions than the one before, found {asked[:-1]}, at last "
+                f"{asked[-1]}, of the {n} search questions of {m.name!r}; name fewer looks or ask more questions"
+            )
     return out
 
 

@@ -57,30 +57,31 @@ def open_earlier(file: StudyFile, source: Earlier) -> optuna.Study:
 def starts_from(
     file: StudyFile, models: Models, space: SearchSpace, told: Sequence[str], note: Callable[[str], None]
 ) -> Iterator[tuple[str, list[Known]]]:
-    """Name and points of this space for the best recipes of every earlier study.
+    """Place (`Earlier.place`) and points of this space for the best recipes of every earlier study.
 
     Args:
         models: Of this study, with their hashes.
-        told: Names of studies that are left out.
+        told: Places of studies that are left out.
         note: Told what does not match, and why; a study that cannot be read is said, too, and left out.
     """
     for source in file.search.learn_from:
+        if source.place in told:
+            continue
         try:
             study = open_earlier(file, source)
         except (StudyFileError, StorageError) as error:
             note(f"search.learn_from: {error}")
             continue
-        if study.study_name not in told:
-            yield study.study_name, _points(study, source.best, models, space, note)
+        yield source.place, _points(study, source, models, space, note)
 
 
 def _points(
-    study: optuna.Study, n: int, models: Models, space: SearchSpace, note: Callable[[str], None]
+    study: optuna.Study, source: Earlier, models: Models, space: SearchSpace, note: Callable[[str], None]
 ) -> list[Known]:
     out: list[Known] = []
     reasons: list[str] = []
     for number, recipe in best_recipes(study):
-        if len(out) == n:
+        if len(out) == source.best:
             break
         try:
             mine = renamed(recipe, models)
@@ -91,9 +92,9 @@ def _points(
         if point is None:
             reasons.append(f"trial {number}: this study's space does not hold its recipe")
         elif all(point != k.point for k in out):
-            out.append(Known(f"{study.study_name} trial {number}", point))
+            out.append(Known(f"{source.place} trial {number}", point))
     note(f"{len(out)} recipe(s) of study {study.study_name!r} are tried first" + ("" if out else " (none fits)"))
-    if reasons and len(out) < n:
+    if reasons and len(out) < source.best:
         note(f"left out of study {study.study_name!r}: {'; '.join(reasons[:3])}" + _more(len(reasons) - 3))
     return out
 

@@ -17,6 +17,7 @@ from merge_search.evaluation import Differentiable, Evaluator, MetricInfo, Split
 from merge_search.objective import Objective
 from merge_search.presets import PRESETS
 from merge_search.recipe import Models
+from merge_search.search.baselines import ALWAYS
 from merge_search.search.checks import search_problems
 from merge_search.search.learning import LearnedSpace
 from merge_search.search.samplers import SAMPLERS
@@ -120,6 +121,11 @@ def prepare(file: StudyFile) -> Plan:
             f"search.sampler: no sampler is called {file.search.sampler!r}{nearest(file.search.sampler, SAMPLERS)}"
         )
     names = _baseline_names(file, problems)
+    problems.found += [
+        f"models.experts: {name!r} is the name of a baseline that is tried, too; give the expert another name"
+        for name in file.models.experts
+        if name in {*ALWAYS, *names}
+    ]
     if problems.found:
         raise StudyFileError(problems.found, where=file.path.name)
     assert context is not None
@@ -173,7 +179,16 @@ def _learner_problems(learner: Learner, evaluators: list[Evaluator]) -> list[str
     if not rows:
         return ["search.learner: no evaluator of this study has a differentiable loss; leave the learner out"]
     few = {task: n for task, n in rows.items() if n < learner.batch_rows}
-    return [
+    able = [e for e in evaluators if isinstance(e, Differentiable)]
+    wanted = [(kind, "pseudo" if kind == "block_output" else kind) for kind in learner.loss]  # it follows their answers
+    lacking = [
+        f"search.learner.loss: task {task!r} has no loss {named!r}; it has {', '.join(e.losses(task))}"
+        for e in able
+        for task in e.fit_tasks()
+        for named, kind in wanted
+        if kind not in e.losses(task)
+    ]
+    return lacking + [
         f"search.learner: task {task!r} must have at least one batch of {learner.batch_rows} rows to fit on, found {n}; "
         "give it a training split, raise splits.fit or lower batch_rows"
         for task, n in few.items()

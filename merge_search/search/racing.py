@@ -4,11 +4,12 @@ All candidates answer the questions in one nested order. At a few shares of them
 with the incumbent, question by question: with weights w_m of the metrics in the objective and d the differences
 candidate - incumbent on the first n questions,
 
-    D = sum_m w_m mean(d_m),    se^2 = sum_m w_m^2 (var(d_m) + 1/n_m) / n_m,    stop if D + z se < 0.
+    D = sum_m w_m mean(d_m),    se^2 = sum_m w_m^2 (var(d_m) + u_m^2 / n_m) / n_m,    stop if D + z se < 0.
 
 z is the (1 - error / looks) quantile of the normal distribution: by Bonferroni over the looks, a candidate that is no
-worse than the incumbent is stopped with probability at most `error`. 1/n is one question's worth of disagreement that
-was not seen yet: without it, the few differences of a first look would pass for certainty.
+worse than the incumbent is stopped with probability at most `error`. u^2/n is one question's worth of disagreement that
+was not seen yet (u is 1 for right or wrong, else the range of the answers): without it, the few differences of a first
+look would pass for certainty.
 
 What a stopped candidate showed is not thrown away: its score on the prefix is carried to all questions by the panel of
 full trials, whose prefix is known to be easy or hard,
@@ -47,8 +48,13 @@ def is_hopeless(
         mine = candidate.scores[name].values
         d = mine - incumbent.scores[name].values[: len(mine)]
         difference += w * float(d.mean())
-        variance += w**2 * (float(d.var()) + 1 / len(d)) / len(d)
+        variance += w**2 * (float(d.var()) + _unit(mine) ** 2 / len(d)) / len(d)
     return difference + NormalDist().inv_cdf(1 - error / looks) * math.sqrt(variance) < 0
+
+
+def _unit(values: NDArray[np.float64]) -> float:
+    """By how much one answer can differ: 1 where answers are right or wrong, else their range."""
+    return 1.0 if np.isin(values, (0.0, 1.0)).all() else float(np.ptp(values))
 
 
 def panel_of(full: Sequence[Evaluation]) -> dict[str, NDArray[np.float64]]:
@@ -66,5 +72,5 @@ def _carried(s: Scores, panel: NDArray[np.float64]) -> Scores:
     k, n = len(s.values), len(panel)
     rest = s.values - panel[:k]
     score = float(s.values.mean() + panel.mean() - panel[:k].mean())
-    variance = (float(rest.var()) + 1 / k) / k * (1 - k / n)
+    variance = (float(rest.var()) + _unit(s.values) ** 2 / k) / k * (1 - k / n)
     return replace(s, score=score, stderr=math.sqrt(variance), is_corrected=True)

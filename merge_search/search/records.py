@@ -16,7 +16,17 @@ from merge_search.objective import Objective, References
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
 
-__all__ = ["Record", "finished_records", "objective_of", "owners_of", "records", "references_of", "store_metrics"]
+__all__ = [
+    "Record",
+    "finished_records",
+    "objective_of",
+    "owners_of",
+    "questions_asked",
+    "records",
+    "references_of",
+    "seconds_spent",
+    "store_metrics",
+]
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,22 @@ def records(study: optuna.Study) -> list[Record]:
 def finished_records(study: optuna.Study) -> list[Record]:
     """Trials that count towards the budget: ended, and not lost with a killed process."""
     return [r for r in records(study) if r.outcome is not None and r.outcome is not Outcome.LOST]
+
+
+def questions_asked(study: optuna.Study) -> int:
+    """By all trials, over all runs: scored ones, fits and statistics; those of base and experts with their baselines."""
+    return sum(int(t.user_attrs.get("cost", (0, 0, 0))[2]) for t in study.get_trials(deepcopy=False))
+
+
+def seconds_spent(study: optuna.Study) -> float:
+    """Wall time of base, experts and all trials, over all runs.
+
+    Without trials that were lost with a killed process: they ended when the next run closed them, maybe days later.
+    """
+    trials = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("outcome") != Outcome.LOST]
+    took = [t.duration.total_seconds() for t in trials if t.duration is not None]
+    references = [data["evaluation"]["cost"] for key, data in study.user_attrs.items() if key.startswith("reference.")]
+    return sum(took) + sum(float(merge_s + evaluate_s) for merge_s, evaluate_s, _ in references)
 
 
 def store_metrics(study: optuna.Study, metrics: Sequence[MetricInfo]) -> None:

@@ -12,6 +12,7 @@ scores, per-question answers, outcome and cost. Kill the process at any time and
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState
 
 from merge_search.engine.learners.coefficients import FitSettings, Fitted
-from merge_search.errors import EvaluationError, NonFiniteError, RecipeError, SpaceError, WeightsError
+from merge_search.errors import EvaluationError, InputError, NonFiniteError, WeightsError
 from merge_search.evaluation import Cost, Evaluation, Split
 from merge_search.objective import Estimate, Objective, References
 from merge_search.outcome import Outcome
@@ -33,7 +34,16 @@ from merge_search.search.baselines import baselines, reference_recipes
 from merge_search.search.earlier import starts_from
 from merge_search.search.learning import LearnedSpace, warm_start
 from merge_search.search.prepare import Plan, prepare
-from merge_search.search.records import Record, finished_records, owners_of, records, references_of, store_metrics
+from merge_search.search.records import (
+    Record,
+    finished_records,
+    owners_of,
+    questions_asked,
+    records,
+    references_of,
+    seconds_spent,
+    store_metrics,
+)
 from merge_search.search.stopping import GAIN_ATTRIBUTE, expected_gain, reason_to_stop
 from merge_search.search.workbench import Scored, Workbench
 from merge_search.seeding import derive_seed
@@ -116,6 +126,7 @@ class _Driver:
         self._enqueue_start()
         total = self.plan.file.search.n_trials
         done = len(finished_records(self.study))
+        best_expert = selection.best_expert(self.study, self.objective, self.plan.context.experts, self.references)
         for text in self._start_notes(total):
             self.listener.note(text)
         self.listener.begin(total=total, finished=done)
@@ -124,17 +135,15 @@ class _Driver:
                 self._judge_constraints()
                 record = self._one_trial()
                 done += record.outcome is not Outcome.LOST
-                self.listener.trial(
-                    record, best=selection.best(self.study, self.objective), best_expert=self._best_expert()
-                )
+                best = selection.best(self.study, self.objective)
+                self.listener.trial(record, best=best, best_expert=best_expert)
         finally:
             self.listener.end()
         selection.validate(self.study, self.plan, self._score_for_validation, note=self.listener.note)
 
     def _start_notes(self, total: int) -> list[str]:
         """Whether the queue leaves trials for the sampler."""
-        trials = self.study.get_trials(deepcopy=False)
-        queued = [t for t in trials if "start" in t.user_attrs and "retry_of" not in t.user_attrs]
+        queued = [t for t in self.study.get_trials(deepcopy=False) if "start" in t.user_attrs]
         return checks.budget_notes(len(queued), total)
 
     def _judge_constraints(self) -> None:
@@ -153,15 +162,12 @@ class _Driver:
         if budget.stop is not None and (reason := reason_to_stop(finished_records(self.study), budget.stop)):
             self.listener.note(reason)
             return True
-        if budget.questions is not None and (asked := self._asked()) >= budget.questions:
+        if budget.questions is not None and (asked := questions_asked(self.study)) >= budget.questions:
             self.listener.note(f"{asked} of {budget.questions} questions are asked: the search ends here")
             return True
-        if budget.hours is not None:
-            trials = self.study.get_trials(deepcopy=False)
-            seconds = sum(t.duration.total_seconds() for t in trials if t.duration is not None)
-            if seconds >= 3600 * budget.hours:
-                self.listener.note(f"{seconds / 3600:.2f} of {budget.hours:g} hours are used: the search ends here")
-                return True
+        if budget.hours is not None and (seconds := seconds_spent(self.study)) >= 3600 * budget.hours:
+            self.listener.note(f"{seconds / 3600:.2f} of {budget.hours:g} hours are used: the search ends here")
+            return True
         return False
 
     # -- references ----------------------------------------------------------------------------------------------
@@ -190,14 +196,6 @@ class _Driver:
             return weights
         self.listener.note("racing is off: it needs one objective that is a weighted sum of means over questions")
         return None
-
-    def _best_expert(self) -> float | None:
-        """First objective of the best expert."""
-        values = []
-        for expert in self.plan.context.experts:
-            evaluation = Evaluation.from_attribute(self.study.user_attrs[f"reference.{expert}"]["evaluation"])
-            values.append(self.objective.values(evaluation, self.references)[0].value)
-        return max(values, key=lambda v: self.objective.key([v]), default=None)
 
     # -- trials --------------------------------------------------------------------------------------------------
 
@@ -265,10 +263,11 @@ class _Driver:
             point = samplers.suggest(trial, space.parameters)
             recipe = space.decode(point)
             if isinstance(space, LearnedSpace):
-                seed = derive_seed(
-                    self.plan.file.study.seed, "learner", trial.number
-                )  # other rows than the fit it goes on
-                settings = self._affordable(space.settings(point, seed=seed))
+                seed = derive_seed(self.plan.file.study.seed, "learner", trial.number)  # other rows each time
+                wanted = space.settings(point, seed=seed)
+                settings = self._affordable(wanted)
+                if settings != wanted:
+                    trial.set_user_attr(samplers.CUT_ATTRIBUTE, True)
         return recipe.model_copy(update={"models": self.bench.models}), settings
 
     def _affordable(self, settings: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -277,13 +276,11 @@ class _Driver:
         if settings is None or budget is None:
             return settings
         scoring = Evaluation.from_attribute(self.study.user_attrs["reference.base"]["evaluation"]).cost.questions
-        once, per_step = self.bench.fit_questions(FitSettings(**settings))
-        steps = min(settings["steps"], (budget - self._asked() - scoring - once) // per_step)
+        most, left = FitSettings(**settings), budget - questions_asked(self.study) - scoring
+        steps = bisect_right(
+            range(1, most.steps + 1), left, key=lambda n: self.bench.fit_questions(replace(most, steps=n))
+        )
         return {**settings, "steps": steps} if steps > 0 else None
-
-    def _asked(self) -> int:
-        """Questions so far, over all runs."""
-        return sum(t.user_attrs.get("cost", (0, 0, 0))[2] for t in self.study.get_trials(deepcopy=False))
 
     def _note_gain(self, trial: Trial) -> None:
         """Store what the stop rule reads: what the sampler's own suggestions promise."""
@@ -307,6 +304,7 @@ class _Driver:
             recipe, start = warm_start(recipe, self.study, self.objective)
         fitted = self.bench.fit(recipe, FitSettings(**settings), self.owners)
         self._keep_recipe(trial, fitted.recipe)
+        trial.set_user_attr("cost", [fitted.seconds, 0.0, fitted.questions])
         losses = {
             t: [float(a), float(b)] for t, a, b in zip(fitted.tasks, fitted.losses[0], fitted.losses[-1], strict=True)
         }
@@ -379,15 +377,19 @@ class _Driver:
             outcome, reason = Outcome.NON_FINITE, str(error)
         except EvaluationError as error:
             outcome, reason = Outcome.EVALUATOR_ERROR, str(error)
-        except (RecipeError, SpaceError) as error:
+        except InputError as error:
             outcome, reason = Outcome.MERGE_ERROR, str(error)
         else:
             return
         self.bench.recover()
         trial.set_user_attr("outcome", str(outcome))
         trial.set_user_attr("reason", reason[:2000])
-        trial.set_user_attr("cost", [0.0, time.perf_counter() - began, 0])
+        fit_s, _, asked = trial.user_attrs.get("cost", (0.0, 0.0, 0))  # of a fit that went well
+        trial.set_user_attr("cost", [fit_s, time.perf_counter() - began - fit_s, asked])
         self.study.tell(trial, state=TrialState.FAIL)
 
     def _score_for_validation(self, recipe: Recipe) -> Evaluation:
-        return self.bench.score(recipe, Split.VALIDATION).evaluation
+        try:
+            return self.bench.score(recipe, Split.VALIDATION).evaluation
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise EvaluationError(f"out of memory: {error}") from error

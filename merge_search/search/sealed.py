@@ -23,11 +23,14 @@ def open_test(plan: Plan) -> optuna.Study:
 
     Raises:
         StudyFileError: nothing to test yet; or the study went on and has another winner than the tested one.
+        StudyChangedError: the study file was changed since, so its test questions may have been asked in the search.
     """
     study = storage.load_study(plan.file)
     backend = storage.open_storage(plan.file.storage_url)
     with storage.driver_lock(backend, plan.file.storage_url, plan.file.study.name):
-        study.set_user_attr("test_winner", _sealed_for(study, plan))
+        sealed_for = _sealed_for(study, plan)
+        storage.check_identity(study, plan.identity(study.user_attrs["identity"]["models"]))
+        study.set_user_attr("test_winner", sealed_for)
         scored: dict[str, Any] = dict(study.user_attrs.get("test", {}))
         wanted = [r for r in selection.compared(study, plan.objective) if str(r.number) not in scored]
         bench = _bench(study, plan) if wanted else None
@@ -42,6 +45,7 @@ def open_test(plan: Plan) -> optuna.Study:
 def _bench(study: optuna.Study, plan: Plan) -> Workbench:
     """A workbench that can splice everything the study spliced, what needs statistics from data too."""
     bench = Workbench(plan, device=plan.file.device)
+    storage.check_identity(study, plan.identity(dict(bench.models.hashes)))
     bench.offer_statistics(owners_of(plan.objective, references_of(study, plan.metrics, plan.context.experts)))
     return bench
 

@@ -24,7 +24,7 @@ from merge_search.objective import Estimate, Objective, References
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
 from merge_search.search.checks import nearest_miss
-from merge_search.search.records import Record, records
+from merge_search.search.records import Record, records, references_of
 from merge_search.space import Parameter
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Standing",
     "best",
+    "best_expert",
     "candidates",
     "champions",
     "compared",
@@ -49,6 +50,12 @@ def best(study: optuna.Study, objective: Objective) -> Record | None:
     """Feasible merge with the best observed first objective among those that were asked all questions."""
     full = [r for r in candidates(study) if r.outcome is Outcome.OK]
     return max(full, key=lambda r: objective.key(r.values), default=None)
+
+
+def best_expert(study: optuna.Study, objective: Objective, experts: Sequence[str], known: References) -> float:
+    """First objective of the expert that is best in it, on the search questions."""
+    found = (Evaluation.from_attribute(study.user_attrs[f"reference.{e}"]["evaluation"]) for e in experts)
+    return max((objective.values(e, known)[0].value for e in found), key=lambda v: objective.key([v]))
 
 
 def candidates(study: optuna.Study) -> list[Record]:
@@ -145,7 +152,8 @@ class Standing:
 
     Attributes:
         role: ``base``, ``expert``, ``baseline`` or ``merge``.
-        values: Objective values; the references' validation scores define retention here.
+        values: Objective values; the references' scores on these questions define retention, those on the search
+            questions where no expert beats the base here.
         violations: Constraint -> amount by which it is violated on these questions (<= 0: it holds).
     """
 
@@ -178,6 +186,8 @@ def standings(
         return []
     metrics = list(objective.metrics.values())
     references = References.from_evaluations(metrics, by_label["base"], {e: by_label[e] for e in experts})
+    if objective.meaningless(references):  # so few questions that no expert beats the base: measure by the search's
+        references = references_of(study, metrics, experts)
     rows = []
     for record, evaluation in evaluations:
         label = record.label

@@ -128,7 +128,7 @@ def _file_lock(database: Path, name: str, message: str) -> Iterator[None]:
 def reclaim_lost_trials(study: optuna.Study) -> int:
     """Close trials that a killed driver left running and enqueue the same points again.
 
-    A trial without its recipe baseline mark or parameters had not begun: it is only closed. Returns how many
+    A trial that has neither parameters nor the mark of a baseline had not begun: it is only closed. Returns how many
     were closed. Call while holding `driver_lock`.
     """
     lost = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))

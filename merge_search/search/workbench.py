@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from merge_search.engine.learners.coefficients import (
     QUESTIONS_PER_ROW,
     FitSettings,
     Fitted,
+    drawn_rows,
     fit,
-    label_by_experts,
     task_losses,
 )
+from merge_search.engine.learners.labels import ExpertLabels
 from merge_search.engine.live import LiveModel
 from merge_search.engine.maps import FOLDER as MAPS
 from merge_search.engine.pool import ModelPool
@@ -75,13 +76,13 @@ class Workbench:
         self._statistics: DataStatistics | None = None
         self._charged = 0
         self.map_folder = maps_of(plan.file)
-        self._labelled: set[str] = set()
         self.pool = ModelPool(plan.context.models, device=device, map_folders=[self.map_folder])
         self.models = plan.context.models.model_copy(update={"hashes": self.pool.hashes()})
         self.live = LiveModel.load(self.pool.base_folder, device=self.pool.device, dtype=plan.file.models.dtype)
         self.engine = MergeEngine(self.pool)
         self.views = {name: view for name, view in self.live.views.items() if name in self.pool.groups}
         self.evaluators: list[Evaluator] = plan.evaluators
+        self._labels = ExpertLabels(plan.evaluators)
         for evaluator in self.evaluators:
             evaluator.bind(self.live.model, self.live.tokenizer, folder=str(self.pool.base_folder))
 
@@ -134,15 +135,14 @@ class Workbench:
         return Scored(self.ask(split, fidelity), digest, merge_s=seconds)
 
     def fit(self, recipe: Recipe, settings: FitSettings, owners: Mapping[str, str]) -> Fitted:
-        """Fit the coefficients of `recipe`; the live model holds the result.
+        """Fit the coefficients of `recipe`; the live model holds the result. It asks `fit_questions(settings)`.
 
         Args:
             owners: Task -> the expert whose answers are its labels, for all losses but ``gold``, ``choice`` and ``entropy``.
         """
         asked, kind = 0, _told_by_experts(settings.loss)
-        if kind in ("pseudo", "kl") and kind not in self._labelled:
-            asked = label_by_experts(self.engine, self.views, recipe, self.evaluators, owners, kind)
-            self._labelled.add(kind)
+        if kind in ("pseudo", "kl"):
+            asked = self._labels.ask(self.engine, self.views, recipe, owners, kind, self._fit_rows(settings))
         losses, folder = task_losses(self.evaluators, kind), self.map_folder
         live = (self.engine, self.live.model, self.views)
         if settings.loss == "block_output":
@@ -151,14 +151,28 @@ class Workbench:
             fitted = fit(*live, recipe, losses, settings, map_folder=folder)
         return replace(fitted, questions=fitted.questions + asked)
 
-    def fit_questions(self, settings: FitSettings) -> tuple[int, int]:
-        """What `fit` would ask: once before the first step, and in every step."""
-        kind = _told_by_experts(settings.loss)
-        rows = [task.n_rows for task in task_losses(self.evaluators, kind).values()]
-        once = sum(rows) if kind in ("pseudo", "kl") and kind not in self._labelled else 0
+    def fit_questions(self, settings: FitSettings) -> int:
+        """How many questions `fit` would ask now, of the experts too: more for more steps."""
+        kind, n_rows = _told_by_experts(settings.loss), self._n_fit_rows(settings)
+        asked = QUESTIONS_PER_ROW * settings.steps * sum(min(settings.batch_rows, n) for n in n_rows.values())
         if settings.loss == "block_output":
-            once += PASSES * sum(min(n, MOST_INPUTS) for n in rows)
-        return once, QUESTIONS_PER_ROW * sum(min(settings.batch_rows, n) for n in rows)
+            asked += PASSES * sum(n_rows.values())
+        if kind in ("pseudo", "kl"):
+            asked += self._labels.questions(kind, self._fit_rows(settings))
+        return asked
+
+    def _n_fit_rows(self, settings: FitSettings) -> dict[str, int]:
+        """How many rows of each task a fit chooses from."""
+        most = MOST_INPUTS if settings.loss == "block_output" else None
+        losses = task_losses(self.evaluators, _told_by_experts(settings.loss))
+        return {task: loss.n_rows if most is None else min(loss.n_rows, most) for task, loss in losses.items()}
+
+    def _fit_rows(self, settings: FitSettings) -> Mapping[str, Iterable[int]]:
+        """The rows of each task that a fit runs through the model: block outputs all they choose from."""
+        n_rows = self._n_fit_rows(settings)
+        if settings.loss == "block_output":
+            return {task: range(n) for task, n in n_rows.items()}
+        return drawn_rows(settings, n_rows)
 
     def recover(self) -> None:
         """Free what a failed trial left behind."""

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,13 @@ from merge_search.engine.engine import MergeEngine
 from merge_search.engine.learners.fineness import FINENESS, Fineness, Per, make_fineness
 from merge_search.engine.slopes import Parts, Slopes
 from merge_search.errors import InputError, NonFiniteError, nearest
-from merge_search.evaluation import Differentiable, Teachable
+from merge_search.evaluation import Differentiable
 from merge_search.recipe import Recipe
 from merge_search.seeding import derive_seed
 
-__all__ = ["FitSettings", "Fitted", "State", "TaskLoss", "expert_recipe", "fit", "label_by_experts", "task_losses"]
+__all__ = ["FitSettings", "Fitted", "State", "TaskLoss", "drawn_rows", "expert_recipe", "fit", "task_losses"]
 
 QUESTIONS_PER_ROW = 3  # one forward, and a backward that counts as two
-_LABEL_ROWS = 256
 _SMALLEST_LOSS = 1e-3  # a task that starts below it is solved: its weight does not grow further
 
 
@@ -266,60 +265,24 @@ class State:
 def _draw(settings: FitSettings, task: str, n_rows: int, step: int) -> list[int]:
     """The rows of a step: the next of an endless sequence of permutations, each a named stream."""
     size = min(settings.batch_rows, n_rows)
-    orders: dict[int, list[int]] = {}
-    rows = []
-    for k in range(step * size, (step + 1) * size):
-        epoch = k // n_rows
-        if epoch not in orders:
-            orders[epoch] = list(range(n_rows))
-            random.Random(derive_seed(settings.seed, "fit", task, epoch)).shuffle(orders[epoch])
-        rows.append(orders[epoch][k % n_rows])
-    return rows
+    places = (divmod(k, n_rows) for k in range(step * size, (step + 1) * size))
+    return [_order(settings.seed, task, epoch, n_rows)[at] for epoch, at in places]
+
+
+@lru_cache(maxsize=64)
+def _order(seed: int, task: str, epoch: int, n_rows: int) -> tuple[int, ...]:
+    rows = list(range(n_rows))
+    random.Random(derive_seed(seed, "fit", task, epoch)).shuffle(rows)
+    return tuple(rows)
+
+
+def drawn_rows(settings: FitSettings, n_rows: Mapping[str, int]) -> dict[str, set[int]]:
+    """The rows of each task that `fit` draws in all its steps. Those of fewer steps are among those of more."""
+    n_drawn = {task: settings.steps * min(settings.batch_rows, n) for task, n in n_rows.items()}
+    return {task: set(_order(settings.seed, task, 0, n)[: n_drawn[task]]) for task, n in n_rows.items()}
 
 
 def expert_recipe(recipe: Recipe, expert: str) -> Recipe:
     """The expert itself, of the models and dtype of `recipe`."""
     operator = {"name": "passthrough", "options": {"expert": expert}}
     return Recipe.model_validate({"models": recipe.models, "dtype": recipe.dtype, "operator": operator})
-
-
-def label_by_experts(
-    engine: MergeEngine,
-    views: Mapping[str, Tensor],
-    recipe: Recipe,
-    evaluators: Sequence[object],
-    owners: Mapping[str, str],
-    kind: str = "pseudo",
-) -> int:
-    """Let each task's own expert answer its fit rows, for the losses ``pseudo`` and ``kl``; returns the questions asked.
-
-    Args:
-        recipe: Any over the same models and dtype. The live model holds an expert afterwards.
-        owners: Task -> expert, for every task with rows to fit on.
-        kind: ``pseudo`` keeps the answers, ``kl`` how likely the expert finds them and others.
-    Raises:
-        InputError: a task has no owner, or an evaluator has no loss ``kl``.
-    """
-    asked = 0
-    for evaluator in evaluators:
-        if not isinstance(evaluator, Differentiable):
-            continue
-        if kind == "kl" and not isinstance(evaluator, Teachable):
-            raise InputError(
-                f"learner: {type(evaluator).__name__} has no loss kl (it cannot remember an expert's answers); take pseudo"
-            )
-        for task, n in evaluator.fit_tasks().items():
-            if not n:
-                continue
-            if owners.get(task) not in recipe.models.experts:
-                raise InputError(f"learner: task {task!r} needs an expert of its own to label its rows")
-            engine.apply(expert_recipe(recipe, owners[task]), views)
-            if isinstance(evaluator, Teachable) and kind == "kl":
-                asked += evaluator.remember(task)
-                continue
-            labels: list[Any] = []
-            for at in range(0, n, _LABEL_ROWS):
-                labels += evaluator.predict(task, range(at, min(n, at + _LABEL_ROWS)))
-            evaluator.set_pseudo_labels(task, labels)
-            asked += n
-    return asked

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from merge_search.errors import StudyFileError, nearest
-from merge_search.search.samplers.unit_cube import distributions, suggest
+from merge_search.search.samplers.unit_cube import CUT_ATTRIBUTE, distributions, suggest
 from merge_search.space import Parameter
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
-__all__ = ["SAMPLERS", "distributions", "make_sampler", "suggest"]
+__all__ = ["CUT_ATTRIBUTE", "SAMPLERS", "distributions", "make_sampler", "suggest"]
 
 _HERE = "merge_search.search.samplers"
 SAMPLERS: Mapping[str, tuple[str, str]] = {

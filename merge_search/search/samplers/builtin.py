@@ -21,7 +21,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from merge_search.errors import StudyFileError
-from merge_search.search.samplers.unit_cube import distributions, holds
+from merge_search.search.samplers.unit_cube import CUT_ATTRIBUTE, distributions, holds
 from merge_search.seeding import derive_seed
 from merge_search.space import Parameter
 
@@ -33,8 +33,9 @@ NSGA2_POPULATION = 20  # Optuna's 50 would be one random generation of most budg
 class StudyOfSpace:
     """A study as an Optuna sampler should see it; everything but the list of trials is the study's own.
 
-    Left out are finished trials without a valid value for every parameter, and complete ones that lack a
-    constraint which others have (Optuna's Gaussian process refuses to go on with them).
+    Left out are finished trials without a valid value for every parameter, trials that fitted fewer steps than their
+    points say, and complete ones that lack a constraint which others have (Optuna's Gaussian process refuses to go on
+    with them).
     """
 
     def __init__(self, study: Study, parameters: Mapping[str, Parameter]) -> None:
@@ -56,7 +57,8 @@ class StudyOfSpace:
     ) -> list[FrozenTrial]:
         found = self._study._get_trials(deepcopy=deepcopy, states=states, use_cache=use_cache)
         finished = (TrialState.COMPLETE, TrialState.PRUNED)
-        kept = [t for t in found if t.state not in finished or holds(self._parameters, t.params)]
+        is_known = [t.state not in finished or holds(self._parameters, t.params) for t in found]
+        kept = [t for t, known in zip(found, is_known, strict=True) if known and CUT_ATTRIBUTE not in t.user_attrs]
         constraints = {name for t in kept if t.state == TrialState.COMPLETE for name in t.constraints}
         return [t for t in kept if t.state != TrialState.COMPLETE or constraints <= t.constraints.keys()]
 

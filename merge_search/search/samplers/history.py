@@ -24,7 +24,7 @@ from torch import Tensor
 
 from merge_search.errors import StorageError
 from merge_search.outcome import Outcome
-from merge_search.search.samplers.unit_cube import UnitCube
+from merge_search.search.samplers.unit_cube import CUT_ATTRIBUTE, UnitCube
 
 __all__ = ["POINT_ATTRIBUTE", "History", "Quantity", "coordinates", "objective_variances", "read_history", "signs"]
 
@@ -90,9 +90,12 @@ def coordinates(cube: UnitCube, trial: FrozenTrial) -> list[float] | None:
     return cube.encode(trial.params) or stored or cube.encode(trial.system_attrs.get("fixed_params", {}))
 
 
-def read_history(study: Study, cube: UnitCube, *, without: int | None = None) -> History:
-    """Split the stored trials; `without` is the number of the trial that asks.
+def read_history(study: Study, cube: UnitCube, *, without: int | None = None, with_cut_short: bool = False) -> History:
+    """Split the stored trials.
 
+    Args:
+        without: Number of the trial that asks.
+        with_cut_short: Whether trials count that fitted fewer steps than their points say.
     Raises:
         StorageError: a complete trial of the space has no, or no usable, variance.
     """
@@ -102,7 +105,7 @@ def read_history(study: Study, cube: UnitCube, *, without: int | None = None) ->
     pending: list[list[float]] = []
     for trial in study.get_trials(deepcopy=False):
         x = coordinates(cube, trial) if trial.number != without else None
-        if x is None:
+        if x is None or (CUT_ATTRIBUTE in trial.user_attrs and not with_cut_short):
             continue
         if trial.state == TrialState.COMPLETE and all(map(math.isfinite, trial.values)):
             complete.append(trial)

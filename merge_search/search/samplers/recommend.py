@@ -90,7 +90,7 @@ class _Modelled(NamedTuple):
 def _posterior(study: Study, cube: UnitCube, kernel: KernelName, seed: int) -> _Modelled:
     """Of the trials of the space, larger is better; empty where there is too little to model."""
     nothing = _Modelled({}, np.zeros(0), np.zeros((0, 0)))
-    history = read_history(study, cube)
+    history = read_history(study, cube, with_cut_short=True)
     if len(history.numbers) < MIN_TRIALS or cube.n_columns == 0:
         return nothing
     try:

@@ -19,9 +19,13 @@ from merge_search.space import Categorical, Float, Integer, Parameter
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
-__all__ = ["UnitCube", "Value", "distributions", "holds", "suggest"]
+__all__ = ["CUT_ATTRIBUTE", "UnitCube", "Value", "distributions", "holds", "suggest"]
 
 Value = str | int | float | bool
+
+CUT_ATTRIBUTE = "cut_short"
+"""User attribute of a trial that fitted fewer steps than its point says, since the budget paid for no more: its score is
+one of the study's, and says nothing about its point."""
 
 
 def distributions(parameters: Mapping[str, Parameter]) -> dict[str, BaseDistribution]:

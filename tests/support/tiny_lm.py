@@ -1,0 +1,213 @@
+"""A tiny random language model, its tokenizer, documents and lm-eval tasks over them, for several test files.
+
+Importable as ``tiny_lm`` from every test: its folder is in pytest's ``pythonpath``.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from evaluators.isolation import quiet
+from evaluators.lm_eval import LmEval
+from merge_search.evaluation import SplitShares
+
+WORDS = [
+    "the",
+    "red",
+    "blue",
+    "green",
+    "dog",
+    "cat",
+    "bird",
+    "fish",
+    "runs",
+    "sleeps",
+    "eats",
+    "sings",
+    "fast",
+    "slow",
+    "today",
+    "now",
+]
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<nl>"]
+N, N_TRAIN, SEED = 40, 24, 7
+WHOLE = SplitShares(1.0, 0.0, 0.0)
+THIRDS = SplitShares(0.5, 0.25, 0.25)
+
+BASE = {"dataset_path": "json", "test_split": "test", "doc_to_text": "query", "num_fewshot": 0}
+MEAN = {"aggregation": "mean", "higher_is_better": True}
+CHOICE: dict[str, Any] = {
+    **BASE,
+    "output_type": "multiple_choice",
+    "doc_to_choice": "choices",
+    "doc_to_target": "gold",
+    "metric_list": [{"metric": "acc", **MEAN}, {"metric": "acc_norm", **MEAN}, {"metric": "brier_score"}],
+}
+GENERATE: dict[str, Any] = {
+    **BASE,
+    "output_type": "generate_until",
+    "doc_to_target": "word",
+    "generation_kwargs": {"until": ["</s>"], "max_gen_toks": 4, "do_sample": False},
+    "filter_list": [
+        {"name": "first", "filter": [{"function": "regex", "regex_pattern": r"(\w+)"}, {"function": "take_first"}]},
+        {
+            "name": "last",
+            "filter": [
+                {"function": "regex", "regex_pattern": r"(\w+)", "group_select": -1},
+                {"function": "take_first"},
+            ],
+        },
+    ],
+    "metric_list": [{"metric": "exact_match", **MEAN}],
+}
+WORD: dict[str, Any] = {
+    **BASE,
+    "output_type": "loglikelihood",
+    "doc_to_target": "{{' ' + word}}",
+    "metric_list": [
+        {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+        {"metric": "acc", **MEAN},
+    ],
+}
+ROLLING: dict[str, Any] = {
+    **BASE,
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "query",
+    "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+}
+TASKS: dict[str, dict[str, Any]] = {
+    "t_choice": CHOICE,
+    "t_generate": GENERATE,
+    "t_word": WORD,
+    "t_rolling": ROLLING,
+    "t_shots": {**CHOICE, "num_fewshot": 3, "fewshot_split": "train", "training_split": "train"},
+}
+"""To score: every kind of task, one with shots."""
+
+_TRAIN = {"training_split": "train"}
+FIT_TASKS: dict[str, dict[str, Any]] = {
+    "t_choice": {**CHOICE, **_TRAIN, "doc_to_choice": "few", "metric_list": [{"metric": "acc"}]},
+    "t_generate": {**GENERATE, **_TRAIN, "doc_to_target": "words"},
+    "t_word": {**WORD, **_TRAIN, "doc_to_target": "{{' ' + words}}"},
+    "t_rolling": {**ROLLING, **_TRAIN},
+}
+"""To fit on: every kind of task with rows of its own, answers and choices of several lengths."""
+
+
+def documents(n: int, seed: int) -> list[dict[str, Any]]:
+    """Rows with a query, four choices and the first few of them, the right one's number, a word, and one to three."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(n):
+        choices = [" ".join(rng.sample(WORDS, rng.randint(1, 4))) for _ in range(4)]
+        gold = rng.randrange(4)
+        rows.append(
+            {
+                "query": " ".join([*rng.choices(WORDS, k=rng.randint(1, 12)), WORDS[i % 16], WORDS[i // 16]]),
+                "choices": choices,
+                "few": choices[: rng.randint(max(2, gold + 1), 4)],
+                "gold": gold,
+                "word": rng.choice(WORDS),
+                "words": " ".join(rng.sample(WORDS, rng.randint(1, 3))),
+            }
+        )
+    return rows
+
+
+def write_tasks(
+    folder: Path,
+    tasks: dict[str, dict[str, Any]],
+    test: list[dict[str, Any]] | None = None,
+    train: list[dict[str, Any]] | None = None,
+) -> Path:
+    """Task files with their data beside them, named relative to the task file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("test", test or documents(N, 0)), ("train", train or documents(N_TRAIN, 1))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    files = {"test": "test.jsonl", "train": "train.jsonl"}
+    for name, task in tasks.items():
+        whole = {"task": name, "tag": "t_all", "dataset_kwargs": {"data_files": files}, **task}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
+    return folder
+
+
+def make_tokenizer() -> Any:
+    """One token a word, and one for a line break."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
+    words.normalizer = normalizers.Replace("\n", " <nl> ")
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return _with_special(words)
+
+
+def make_pieces() -> Any:
+    """A tokenizer like SentencePiece's: a space belongs to the word behind it, and decoding drops the first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    pieces = [(p, 0.0) for p in SPECIAL] + [("▁" + w, -1.0) for w in WORDS] + [(w, -1.5) for w in WORDS]
+    words = Tokenizer(models.Unigram(pieces, unk_id=3, byte_fallback=False))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    words.decoder = decoders.Metaspace(prepend_scheme="first")
+    return _with_special(words)
+
+
+def _with_special(words: Any) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    pad, bos, eos, unk, _ = SPECIAL
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unk)
+
+
+def make_model(kind: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """A model of two blocks of width 32, its weights random but large enough to have opinions."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes: dict[str, dict[str, Any]] = {
+        "llama": {"num_key_value_heads": 2, "intermediate_size": 48},
+        "gemma2": {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8, "final_logit_softcapping": 1.5},
+        "gpt2": {},
+    }
+    config = AutoConfig.for_model(
+        kind, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=96, initializer_range=0.4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        **{"vocab_size": len(SPECIAL + WORDS), **sizes[kind], **settings},
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+def evaluator(folder: Path, tasks: list[str], *, shares: SplitShares = WHOLE, **options: Any) -> LmEval:
+    return LmEval({"tasks": tasks, "include_path": str(folder), **options}, shares=shares, seed=SEED)
+
+
+def bound(folder: Path, tasks: list[str], model: Any = None, *, tokenizer: Any = None, **options: Any) -> LmEval:
+    e = evaluator(folder, tasks, **options)
+    with quiet(["transformers"]):
+        e.bind(model if model is not None else make_model(), tokenizer or make_tokenizer(), folder="tiny")
+    return e
+
+
+def docs(e: LmEval, task: str) -> list[Any]:
+    """The documents of a task's fit rows, in their order."""
+    return [row.doc for row in e._fit[task].rows]
+
+
+def remember_another(e: LmEval, model: Any, task: str) -> None:
+    """Let a model of other weights be the expert of all fit rows."""
+    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * p.std() * torch.randn(p.shape, generator=draw).to(p.dtype))
+        e.remember(task, range(e.fit_tasks()[task]))
+        for name, p in model.named_parameters():
+            p.copy_(kept[name])
