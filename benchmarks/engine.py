@@ -80,16 +80,19 @@ def make(shape: Mapping[str, int], device: torch.device) -> MemoryTensors:
 
 
 class _Squares(Mapping[tuple[str, str, str], Tensor]):
-    """Stands for statistics measured on data: squared weights of the expert, made when asked for."""
+    """Stands for statistics measured on data: squared weights of the expert, made when first asked for."""
 
     def __init__(self, experts: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.experts = experts
+        self.made: dict[tuple[str, str], Tensor] = {}
 
     def __getitem__(self, key: tuple[str, str, str]) -> Tensor:
         kind, expert, name = key
         if kind.startswith("map:"):
             raise KeyError(key)
-        return self.experts[expert][name].float().square()
+        if (expert, name) not in self.made:
+            self.made[expert, name] = self.experts[expert][name].float().square()
+        return self.made[expert, name]
 
     def __iter__(self) -> Iterator[tuple[str, str, str]]:
         return (("any", e, name) for e, tensors in self.experts.items() for name in tensors)

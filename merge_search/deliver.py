@@ -1,27 +1,20 @@
-"""From a stored trial, or a recipe alone, to a Hugging Face folder with the very weights that were scored."""
+"""From a stored trial to a Hugging Face folder with the very weights that were scored."""
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
-from merge_search.engine.engine import MergeEngine
-from merge_search.engine.export import check_destination, export_folder
+from merge_search.engine.export import check_destination
 from merge_search.engine.headers import read_checkpoint, resolve_model
 from merge_search.engine.layout import layout
-from merge_search.engine.maps import FOLDER as MAPS
-from merge_search.engine.maps import map_files
-from merge_search.engine.one_off import OneOffEngine
 from merge_search.engine.pool import ModelPool
 from merge_search.engine.statistics.provider import DataStatistics
-from merge_search.engine.statistics.store import FOLDER as STATISTICS
-from merge_search.engine.statistics.store import FolderStatistics
-from merge_search.errors import InputError, RecipeError, StudyFileError
-from merge_search.mergekit import read_mergekit, to_mergekit
-from merge_search.recipe import Models, Recipe
-from merge_search.report.table import card, recipe_card
+from merge_search.errors import InputError, StudyFileError
+from merge_search.merge_file import write_merge
+from merge_search.mergekit import to_mergekit
+from merge_search.recipe import Models
+from merge_search.report.table import card
 from merge_search.search.prepare import Plan
 from merge_search.search.records import Record, owners_of, records, references_of
 from merge_search.search.selection import champions, nothing_to_hand_over
@@ -31,7 +24,7 @@ from merge_search.search.workbench import maps_of, statistics_of
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Names in safetensors headers -> in recipes and mergekit files."""
 
-__all__ = ["export_mergekit", "export_trial", "merge_recipe"]
+__all__ = ["export_mergekit", "export_trial"]
 
 
 def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
@@ -52,7 +45,7 @@ def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
         return statistics_of(plan, pool, owners, None)
 
     device = plan.file.device
-    _write(recipe, out, text, maps_of(plan.file), statistics, device=device, expected=record.weights_sha256)
+    write_merge(recipe, out, text, maps_of(plan.file), statistics, device=device, expected=record.weights_sha256)
     return record
 
 
@@ -114,65 +107,3 @@ def export_mergekit(plan: Plan, out: Path, *, number: int | None = None) -> Reco
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     return record
-
-
-def merge_recipe(path: Path, out: Path, *, device: str = "auto") -> str:
-    """Make the folder `out` from a ``recipe.json`` or a mergekit YAML file; returns the sha256 of the weights.
-
-    Relative model paths are relative to the file.
-
-    Raises:
-        RecipeError: the file is no recipe, or says what cannot be expressed.
-        WeightsError: models missing or different from those of the recipe.
-        InputError: `out` is in use.
-    """
-    if not path.is_file():
-        raise RecipeError(f"no such file: {path}")
-    check_destination(out)
-    if path.suffix in (".yaml", ".yml"):
-        recipe = read_mergekit(path)
-    else:
-        recipe = Recipe.from_json(path.read_text(encoding="utf-8"), where=path.name)
-        recipe = recipe.model_copy(update={"models": _beside(path, recipe.models)})
-    beside = FolderStatistics(path.parent / STATISTICS)
-    return _write(recipe, out, recipe_card(recipe), path.parent / MAPS, lambda _: beside, device=device)
-
-
-def _beside(path: Path, models: Models) -> Models:
-    """Models whose relative places are relative to a file."""
-
-    def place(text: str) -> str:
-        folder = (path.parent / Path(text).expanduser()).resolve()
-        return str(folder) if folder.exists() else text
-
-    experts = {name: place(text) for name, text in models.experts.items()}
-    return models.model_copy(update={"base": place(models.base), "experts": experts})
-
-
-def _write(
-    recipe: Recipe,
-    out: Path,
-    text: str,
-    maps: Path,
-    statistics: Callable[[ModelPool], DataStatistics | FolderStatistics],
-    *,
-    device: str,
-    expected: str = "",
-) -> str:
-    """Merge once and export; maps and statistics that the recipe needs travel with it."""
-    pool = ModelPool(recipe.models, device=device, map_folders=[maps], once=not expected)
-    source = pool.statistics = statistics(pool)
-    recipe = recipe.model_copy(update={"models": recipe.models.model_copy(update={"hashes": pool.hashes()})})
-    # Bits that were scored are made again by the engine that made them, which may have been compiled.
-    engine = MergeEngine(pool) if expected else OneOffEngine(pool)
-    tensors = itertools.chain(engine.merged(recipe), pool.copied())
-    return export_folder(
-        out,
-        base_folder=pool.base_folder,
-        tensors=tensors,
-        recipe=recipe,
-        card=text,
-        extra=lambda: {**map_files([maps], recipe), **source.files()},
-        left_out=pool.aliases,
-        expected=expected,
-    )

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from merge_search.engine.balanced import balanced_masks, counts_of
+from merge_search.engine.byte_cache import ByteCache
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.facts import Facts, Scope
 from merge_search.engine.memory import MemoryTensors
 from merge_search.engine.order import row_ranks
 from merge_search.engine.pipeline import SHORT_RANKS
+from merge_search.engine.survey import MAJORITY_SAMPLE, Samples
 from merge_search.presets import preset
 from merge_search.recipe import Assess, Select
 
@@ -53,3 +55,47 @@ def test_ties_in_a_block_go_to_the_lowest_index_whatever_its_size(block_size):
     for block, kept in zip(scores.reshape(-1, block_size).tolist(), mask.reshape(-1, block_size).tolist(), strict=True):
         order = sorted(range(block_size), key=lambda i: (-block[i], i))
         assert [i in order[:keep] for i in range(block_size)] == kept
+
+
+def test_kept_tensors_are_counted_once_and_those_not_asked_for_go_first():
+    cache, entry = ByteCache(100), [torch.zeros(10)]
+    cache.put("a", entry)
+    cache.put("a", [torch.zeros(15)])
+    assert cache.held == 60
+    cache.put("b", entry)
+    assert cache.get("a") is not None
+    cache.put("c", entry)
+    assert (cache.get("b"), cache.get("c"), cache.held) == (None, entry, 100)
+    cache.drop("a")
+    cache.drop("a")
+    assert (cache.get("a"), cache.held) == (None, 40)
+    cache.put("d", [torch.zeros(26)])
+    assert (cache.get("d"), cache.held) == (None, 40)
+
+
+def test_of_scores_that_depend_on_the_coefficients_only_the_last_are_stored():
+    models = tensors((4, 6))
+    generator, kinds = torch.Generator().manual_seed(3), ("fisher@0.5", "fisher@0.25")
+    given = {(kind, e, "w"): torch.rand(4, 6, generator=generator) for kind in kinds for e in ("a", "b")}
+    models = MemoryTensors(
+        {"w": models.base("w")}, {e: {"w": models.expert(e, "w")} for e in ("a", "b")}, statistics=given
+    )
+    engine = MergeEngine(models, compile=False)
+    for coefficient, kind in ((0.5, kinds[0]), (0.25, kinds[1]), (0.5, kinds[0])):
+        (merged,) = dict(engine.merged(preset("df_merge", models.models, coefficients=coefficient))).values()
+        f = [given[kind, e, "w"].double() + 1e-12 for e in ("a", "b")]
+        delta = [(models.expert(e, "w") - models.base("w")).double() for e in ("a", "b")]
+        mean = coefficient * (f[0] * delta[0] + f[1] * delta[1]) / (f[0] + f[1])
+        assert torch.allclose(merged.double(), models.base("w").double() + 2 * mean, atol=1e-6)
+        assert engine._planner.facts.stored.held == 2 * 4 * 6 * 4
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (MAJORITY_SAMPLE + 1, 2)])
+def test_samples_are_evenly_spaced_and_kept(shape):
+    models = tensors(shape)
+    samples = Samples(Facts(models, cache_bytes=2**20))
+    base, b = samples.entries("w", ["b"])
+    step = 1 if models.base("w").numel() <= MAJORITY_SAMPLE else 3
+    assert torch.equal(base, models.base("w").reshape(-1)[::step])
+    assert torch.equal(b, models.expert("b", "w").reshape(-1)[::step])
+    assert samples.entries("w", ["a", "b"])[2].data_ptr() == samples.entries("w", ["b"])[1].data_ptr()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import subprocess
+
 import pytest
 import torch
 
+from merge_search.engine.compiler import _flags, find_compiler
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.fused import has_compiler
 from merge_search.engine.memory import MemoryTensors
@@ -54,6 +59,73 @@ def test_loops_give_the_bits_of_the_chunks_in_other_dtypes(name, dtype):
     expected = dict(MergeEngine(tensors, compile=False).merged(made))
     for n, out in MergeEngine(tensors, compile=True).merged(made):
         assert torch.equal(out, expected[n]), n
+
+
+@functools.cache
+def gcc() -> str:
+    """The compiler, if it says what it vectorised."""
+    compiler = find_compiler() or ""
+    asked = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    return compiler if "Free Software Foundation" in asked.stdout else ""
+
+
+def scalar_loops(source: str, folder) -> list[str]:
+    """Heads of the loops over elements that do not take a whole vector of them at a time."""
+    (folder / "loop.cpp").write_text(source)
+    command = [gcc(), *_flags(), "-fopt-info-vec-optimized", "-S", "loop.cpp", "-o", "loop.s"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stderr
+    taken = {int(line) for line in re.findall(r"loop\.cpp:(\d+):\d+: optimized:\s+loop vectorized", said)}
+    heads = [(at, line.strip()) for at, line in enumerate(source.splitlines(), 1) if "for (int32_t i = " in line]
+    assert heads
+    # A loop of loops counts as its innermost one.
+    return [head for at, head in heads if not taken & {at, at + 1}]
+
+
+@pytest.mark.slow
+def test_every_loop_is_vectorised(tmp_path):
+    if not gcc():
+        pytest.skip("needs gcc, which says what it vectorises")
+    sources = {}
+    for dtype, names in ((torch.bfloat16, PLAIN), (torch.float16, ["ties", "della"])):
+        tensors = models(dtype, shapes=((70, 130), (300,)))
+        for name in names:
+            engine = MergeEngine(tensors, compile=True)
+            for coefficient in (0.5, 0.6):  # the second candidate finds scores that are kept
+                list(engine.merged(preset(name, tensors.models, coefficients=coefficient)))
+            assert all(engine._runner._loops.values()), name
+            sources |= {loop.source: (name, dtype) for loop in engine._runner._loops.values()}
+    slow = {label: found for source, label in sources.items() if (found := scalar_loops(source, tmp_path))}
+    assert len(sources) > 20
+    assert not slow
+
+
+def test_a_loop_that_cannot_be_vectorised_is_told_apart(tmp_path):
+    if not gcc():
+        pytest.skip("needs gcc, which says what it vectorises")
+    source = compile_loop(lambda t, f, i, at: [t[0] * f[0]], [torch.float32], torch.float32, 1, 0).source
+    chained = source.replace("out[i] = ", "out[i] = (i ? out[i - 1] : 0) + ")
+    assert scalar_loops(source, tmp_path) == []
+    assert len(scalar_loops(chained, tmp_path)) == 1
+
+
+def test_halves_are_loaded_and_stored_as_torch_does():
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    wide = torch.empty(halves.numel())
+    body = lambda t, f, i, at: [t[0].to(torch.float32) * f[0]]  # noqa: E731
+    compile_loop(body, [torch.float16], torch.float32, 1, 0)([wide, halves], [1.0], [], 0)
+    expected = halves.float()
+    finite = expected.isfinite()
+    assert torch.equal(wide.view(torch.int32)[finite], expected.view(torch.int32)[finite])
+    assert torch.equal(wide[~finite].nan_to_num(7.0), expected[~finite].nan_to_num(7.0))
+    ordered = expected[finite].sort().values
+    middle = (ordered[1:] + ordered[:-1]) / 2  # exact in float32: ties of the rounding, and their neighbours
+    edges = [middle, middle.nextafter(torch.tensor(torch.inf)), middle.nextafter(torch.tensor(-torch.inf))]
+    numbers = torch.cat(
+        [*edges, torch.tensor([65504.0, 65519.996, 65520.0, -65520.0, torch.inf, 1e-40, 3e-8, 2.0**-25])]
+    )
+    out = torch.empty(numbers.numel(), dtype=torch.float16)
+    compile_loop(body, [torch.float32], torch.float16, 1, 0)([out, numbers], [1.0], [], 0)
+    assert torch.equal(out.view(torch.int16), numbers.half().view(torch.int16))
 
 
 def test_two_threads_give_the_bits_and_the_sums_of_one():

@@ -71,6 +71,14 @@ class Checkpoint:
             ) from None
         return tensor
 
+    def changes(self, name: str) -> bool:
+        """Whether it has this tensor."""
+        return name in self.info.tensors
+
+    def is_stored(self, name: str) -> bool:
+        """As `changes`: files hold what there is."""
+        return name in self.info.tensors
+
     def read(self, name: str) -> Tensor:
         """One tensor, read into memory of its own: its pages are freed with it, and it may be written into."""
         t = self.info.tensors.get(name)
@@ -135,11 +143,13 @@ class Expert:
         rows = self._rows.get(name)
         return self.checkpoint.tensor(name) if rows is None else self._with_rows(name, rows)
 
+    def is_stored(self, name: str) -> bool:
+        """Whether the files hold the tensor as it stands against the base."""
+        return not self.info.is_adapter and name not in self._rows
+
     def read(self, name: str) -> Tensor:
         """As `tensor`, in memory of its own wherever the files hold it as it is."""
-        if self.info.is_adapter or name in self._rows:
-            return self.tensor(name)
-        return self.checkpoint.read(name)
+        return self.checkpoint.read(name) if self.is_stored(name) else self.tensor(name)
 
     def _match_rows(self) -> None:
         ours, theirs = read_vocabulary(self.base.info.folder), read_vocabulary(self.info.folder)

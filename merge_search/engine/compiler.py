@@ -1,4 +1,7 @@
-"""The system's C++ compiler: source in, loaded library out; what was compiled once is found again."""
+"""The system's C++ compiler: source in, loaded library out; what was compiled once is found again.
+
+torch's own search for a compiler does as much, but a second passes until its module is imported.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import functools
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
-__all__ = ["CompilerError", "library"]
+__all__ = ["CompilerError", "find_compiler", "library"]
 
 
 class CompilerError(Exception):
@@ -27,11 +32,25 @@ def _flags() -> list[str]:
     return [*_FLAGS, "-mcpu=native"]
 
 
+def find_compiler() -> str | None:
+    """The program that ``CXX`` names, else the first of the usual ones; None if there is none."""
+    usual = ["clang++", "g++"] if sys.platform == "darwin" else ["g++", "clang++", "c++"]
+    found = (shutil.which(name) for name in ([os.environ["CXX"]] if os.environ.get("CXX") else usual))
+    return next((path for path in found if path), None)
+
+
 @functools.cache
 def _target(compiler: str) -> str:
     """The compiler's version and what it takes this processor for."""
     command = [compiler, *_flags(), "-v", "-E", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def _cache() -> Path:
+    """Where libraries are kept: beside torch's compiled graphs if their place is set, else in the user's own cache."""
+    if place := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return Path(place, "merge_search")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "merge-search")
 
 
 def library(source: str) -> ctypes.CDLL:
@@ -40,13 +59,12 @@ def library(source: str) -> ctypes.CDLL:
     Raises:
         CompilerError: it could not be done.
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
+    compiler = find_compiler()
+    if compiler is None:
+        raise CompilerError("there is no C++ compiler (g++, clang++ or what CXX names)")
     try:
-        compiler = get_cpp_compiler()
         key = hashlib.sha256("\n".join([source, *_flags(), _target(compiler)]).encode()).hexdigest()
-        file = Path(cache_dir(), "merge_search", f"{key}.so")
+        file = _cache() / f"{key}.so"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=file.parent) as work:
@@ -57,5 +75,5 @@ def library(source: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(file))
     except subprocess.CalledProcessError as error:
         raise CompilerError(f"the compiler failed: {error.stderr[-500:]}") from error
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
         raise CompilerError(f"the loop could not be compiled or loaded: {error}") from error

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from merge_search.engine.checkpoint import DTYPES, dtype_name, raw_bytes
 from merge_search.engine.fused import is_finite
-from merge_search.engine.hashing import hash_folder
+from merge_search.engine.hashing import HashInTurn
 from merge_search.engine.headers import DTYPE_BITS, CheckpointInfo, natural_key, read_checkpoint, read_json
 from merge_search.engine.layout import is_mergeable
 from merge_search.errors import InputError, NonFiniteError, WeightsError
@@ -63,7 +63,8 @@ def export_folder(
 
     Args:
         out: Must not exist, or be an empty folder.
-        tensors: Every tensor of the base once, in any order, the base's shape; cast where the dtype differs.
+        tensors: Every tensor of the base once, the base's shape; cast where the dtype differs. In any order; that of
+            their names is the cheapest.
         card: Text of README.md.
         extra: More files by name (``maps/x.safetensors`` lies in a folder): their text, or a file to copy.
         expected: sha256 that the tensors must have; '' for any.
@@ -83,16 +84,17 @@ def export_folder(
     shutil.rmtree(temporary, ignore_errors=True)  # of an earlier process with this id, so nobody's now
     try:
         temporary.mkdir()
-        _write_tensors(temporary, entries, tensors, shard_bytes)
+        written = HashInTurn([e.name for e in entries])
+        _write_tensors(temporary, entries, tensors, shard_bytes, written)
         _write_settings(temporary, base, entries)
         texts: dict[str, str | Path] = {
             "README.md": card,
-            "recipe.json": recipe.to_json() + "\n",
+            "recipe.json": recipe.to_json() + "\n",  # unless `extra` has another
             **(extra() if extra else {}),
         }
         for name, content in texts.items():
             _write_file(temporary / name, content)
-        digest = hash_folder(temporary)
+        digest = written.finish(read_checkpoint(temporary))
         if expected and digest != expected:
             raise WeightsError(
                 f"the merged weights must be the scored ones, sha256 {expected[:16]}..., got {digest[:16]}...; nothing was "
@@ -136,7 +138,7 @@ def check_destination(out: Path, n_bytes: int = 0) -> None:
 
 
 def _write_tensors(
-    folder: Path, entries: list[_Entry], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
+    folder: Path, entries: list[_Entry], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int, written: HashInTurn
 ) -> None:
     shards = _cut(entries, shard_bytes)
     names = _shard_names(len(shards))
@@ -146,7 +148,7 @@ def _write_tensors(
         for name, shard in zip(names, shards, strict=True):
             files.append((folder / name).open("wb"))
             places.update(_lay_out(files[-1], shard))
-        _fill(places, tensors)
+        _fill(places, tensors, written)
     finally:
         for file in files:
             file.close()
@@ -191,7 +193,10 @@ def _lay_out(file: BinaryIO, shard: list[_Entry]) -> dict[str, tuple[BinaryIO, i
     return {e.name: (file, 8 + len(text) + header[e.name]["data_offsets"][0], e) for e in shard}
 
 
-def _fill(places: dict[str, tuple[BinaryIO, int, _Entry]], tensors: Iterable[tuple[str, Tensor]]) -> None:
+def _fill(
+    places: dict[str, tuple[BinaryIO, int, _Entry]], tensors: Iterable[tuple[str, Tensor]], written: HashInTurn
+) -> None:
+    """Each tensor to its place; those that come in the order of names are hashed on the way."""
     left = dict(places)
     for name, tensor in tensors:
         if name not in left:
@@ -209,7 +214,9 @@ def _fill(places: dict[str, tuple[BinaryIO, int, _Entry]], tensors: Iterable[tup
                 f"export: {name!r} must be finite, found NaN or infinity as {entry.dtype}; nothing was written"
             )
         file.seek(position)
-        file.write(raw_bytes(tensor))
+        data = raw_bytes(tensor)
+        file.write(data)
+        written.add(name, entry.dtype, entry.shape, [data])
     if left:
         raise WeightsError(
             f"export: {len(left)} tensors of the base were not given ({', '.join(list(left)[:3])}); nothing was written"

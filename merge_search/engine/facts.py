@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,8 @@ from torch import Tensor
 
 from merge_search.engine import stages
 from merge_search.engine.assess import AssessContext, load, measure_of
+from merge_search.engine.byte_cache import ByteCache
+from merge_search.engine.elementary import log
 from merge_search.engine.fused import scalars, sweep
 from merge_search.engine.order import Table, TableBuilder, row_ranks
 from merge_search.engine.pipeline import SHORT_RANKS, Numbers, Pass, Source, Structure, Tensors, is_vector
@@ -22,34 +23,6 @@ from merge_search.recipe import Assess, Scalar, Select
 __all__ = ["ByteCache", "Facts", "Scope"]
 
 _CHUNK = 2**20
-
-
-class ByteCache:
-    """Tensors by key, the least recently used dropped once `limit` bytes are held."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.held = 0
-        self._entries: OrderedDict[Hashable, list[Tensor]] = OrderedDict()
-
-    def get(self, key: Hashable) -> list[Tensor] | None:
-        found = self._entries.get(key)
-        if found is not None:
-            self._entries.move_to_end(key)
-        return found
-
-    def put(self, key: Hashable, value: list[Tensor]) -> None:
-        size = _bytes(value)
-        if size > self.limit:
-            return
-        self._entries[key] = value
-        self.held += size
-        while self.held > self.limit:
-            self.held -= _bytes(self._entries.popitem(last=False)[1])
-
-
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(t.untyped_storage().nbytes() for t in {id(t): t for t in tensors}.values())
 
 
 @dataclass(frozen=True)
@@ -90,6 +63,7 @@ class Facts:
         self._offsets: dict[bool, dict[str, int]] = {}
         self._elements: int | None = None
         self._asked: set[Hashable] = set()
+        self._made_at: dict[Hashable, tuple[float, ...]] = {}  # coefficients that stored scores depend on
 
     def flats(self, name: str, experts: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
         """Base and experts of a tensor, flattened (views where the pool's tensors are contiguous)."""
@@ -211,10 +185,13 @@ class Facts:
     def context(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()) -> AssessContext:
         """A measure's view of a whole tensor, active experts only."""
         active = self.active(name, scope.experts)
-        base = self.tensors.base(name).to(self.tensors.device, torch.float32)
-        raw = [self.tensors.expert(e, name).to(base.device, torch.float32) - base for e in active]
+        base = self.tensors.base(name).to(self.tensors.device)
+        raw: list[Tensor] = []
+        if reads := measure_of(assess).reads_weights:
+            base = base.to(torch.float32)
+            raw = [self.tensors.expert(e, name).to(base.device, torch.float32) - base for e in active]
         deltas = raw
-        clip = self.clip(scope, name)
+        clip = self.clip(scope, name) if reads else {}
         if clip:
             n = scalars(clip, base.device)
             deltas = [
@@ -235,23 +212,27 @@ class Facts:
             self.tensors,
         )
 
-    def scores(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()) -> list[Tensor]:
-        """Stored scores of a measure that is not cheap: flat float32, one per active expert."""
+    def scores(
+        self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = (), *, logarithm: bool = False
+    ) -> list[Tensor]:
+        """Stored scores of a measure, or their logarithms: flat float32, one per active expert.
+
+        Of a measure that depends on the coefficients only the last scores are stored.
+        """
         options = tuple(sorted(self.options(assess).items()))
         at = coefficients if "scaled" in dict(options).values() else ()
-        key = (
-            "scores",
-            assess.measure,
-            options,
-            scope.key(),
-            scope.seed if assess.measure == "random" else 0,
-            name,
-            at,
-        )
+        seed = scope.seed if assess.measure == "random" else 0
+        key = ("scores", assess.measure, options, scope.key(), seed, name, logarithm)
+        if self._made_at.get(key, at) != at:
+            self.stored.drop(key)
         found = self.stored.get(key)
         if found is None:
             found = self._made_scores(assess, scope, name, coefficients)
+            if logarithm:
+                found = [torch.cat([log(part) for part in torch.split(t, _CHUNK)]) for t in found]
             self.stored.put(key, found)
+            if at:
+                self._made_at[key] = at
         return found
 
     def _made_scores(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...]) -> list[Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from merge_search.engine import stages
 from merge_search.engine.assess import load
+from merge_search.engine.compiler import CompilerError, library
 from merge_search.engine.native import Loop, Unsupported, compile_loop
 from merge_search.engine.pipeline import Given, Numbers, Pass, Structure
 from merge_search.engine.sums import survivor_sum_list, survivor_sums, votes
@@ -39,15 +40,13 @@ Graph = Callable[..., Tensor]
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile can work here; on a CPU it needs g++ at run time even if its cache is warm."""
+    """Whether passes can be compiled here; on a CPU the system's C++ compiler must be there, even if its cache is warm."""
     if device.type == "cuda":
         return True
     try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        get_cpp_compiler()
-    except Exception as error:  # what it raises changes between versions; all of it means no compiler
-        log.info("no C++ compiler, merging in chunks: %s", error)
+        library('extern "C" int merge_search_compiles() { return 1; }\n')
+    except CompilerError as error:
+        log.info("merging in chunks: %s", error)
         return False
     return True
 
@@ -111,7 +110,7 @@ class Runner:
 
     Args:
         device: Where arithmetic happens.
-        compile: Use torch.compile for tensors long enough to repay it.
+        compile: Compile passes over tensors long enough to repay it.
     """
 
     def __init__(self, device: torch.device, *, compile: bool) -> None:
@@ -175,7 +174,7 @@ class Runner:
                 self._loops[key] = _loop(p, names, wanted, [t.dtype for t in tensors + given])
             if loop := self._loops[key]:
                 floats, integers = _numbers(p.numbers)
-                sums = loop([t.contiguous() for t in tensors + given], floats, integers, p.index)
+                sums = loop([t if t.is_contiguous() else t.contiguous() for t in tensors + given], floats, integers, p.index)  # fmt: skip
                 return sums.reshape(len(wanted), -1) if wanted else sums
         return self._call_graph(p, key, tensors, given, names, wanted)
 

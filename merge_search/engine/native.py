@@ -20,14 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from merge_search.engine.compiler import CompilerError, library
+from merge_search.engine.tracing import Untraceable, trace
 
 __all__ = ["Loop", "Unsupported", "compile_loop", "is_traced"]
 
 _PART = 2**18  # elements a call takes: what a thread is given, and what is summed before it is added up
 _BLOCK = 2**10
+_LANES = 16  # enough that additions do not wait for each other
 _TRACED: ContextVar[bool] = ContextVar("merge_search_traced", default=False)
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ _C = {
     torch.float32: "float", torch.float64: "double", torch.int32: "int32_t", torch.int64: "int64_t",
     torch.int16: "int16_t", torch.int8: "int8_t", torch.uint8: "uint8_t", torch.bool: "bool",
 }  # fmt: skip
-_STORED = {**_C, torch.bfloat16: "uint16_t", torch.float16: "_Float16"}
+_STORED = {**_C, torch.bfloat16: "uint16_t", torch.float16: "uint16_t"}
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "f16"}  # loaded as float32
 
 _HEAD = """\
 #include <stdint.h>
@@ -70,6 +72,17 @@ static inline uint16_t to_bf16(float x) {
 }
 static inline float as_float(int32_t x) { float f; memcpy(&f, &x, 4); return f; }
 static inline int32_t as_int(float x) { int32_t i; memcpy(&i, &x, 4); return i; }
+static inline float from_f16(uint16_t x) {
+    int32_t u = (x & 0x7fff) << 13, e = x & 0x7c00;
+    float f = as_float(u + (e == 0x7c00 ? 224 << 23 : 112 << 23)), small = as_float(u + (113 << 23)) - 0x1p-14f;
+    return as_float(as_int(e == 0 ? small : f) | (x & 0x8000) << 16);
+}
+static inline uint16_t to_f16(float x) {
+    int32_t u = as_int(x), a = u & 0x7fffffff;
+    int32_t r = (a - (112 << 23) + 0xfff + ((a >> 13) & 1)) >> 13, small = as_int(as_float(a) + 0.5f) - (126 << 23);
+    r = a < 113 << 23 ? small : r < 0x7c00 ? r : 0x7c00;
+    return (uint16_t)((x != x ? 0x7e00 : r) | ((u >> 16) & 0x8000));
+}
 """
 
 _INFIX = {
@@ -106,7 +119,7 @@ class _Writer:
         if not isinstance(argument, Node):
             return _literal(argument, dtype)
         name, own = self.names[argument.name], argument.meta["val"].dtype
-        if own == dtype or (own in (torch.bfloat16, torch.float16) and dtype == torch.float32):
+        if own == dtype or (own in _SHORT and dtype == torch.float32):
             return name
         if dtype == torch.bool:
             return f"({name} != 0)"
@@ -229,6 +242,7 @@ class Loop:
         self.source, self.sums = source, sums
         self._call = loaded.merge
         self._call.restype = None
+        self._call.argtypes = [*[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 3, ctypes.c_int32, ctypes.c_void_p]
 
     def __call__(self, tensors: Sequence[Tensor], floats: Sequence[float], integers: Sequence[int], index: int) -> Tensor:  # fmt: skip
         """Run over all elements, by as many threads as torch has.
@@ -243,11 +257,11 @@ class Loop:
         pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
         f, i = (ctypes.c_float * len(floats))(*floats), (ctypes.c_int32 * len(integers))(*integers)
         parts = -(-n // _PART)
-        found = torch.zeros(parts, max(1, self.sums), dtype=torch.float64)
-        place, first = found.data_ptr(), ctypes.c_int32((index + 2**31) % 2**32 - 2**31)
+        found = torch.zeros(parts, self.sums, dtype=torch.float64) if self.sums else _NO_SUMS
+        place, first = found.data_ptr(), (index + 2**31) % 2**32 - 2**31
 
         def run(begin: int, end: int) -> None:
-            self._call(ctypes.c_int64(begin), ctypes.c_int64(end), ctypes.c_int64(n), pointers, f, i, first, ctypes.c_void_p(place))  # fmt: skip
+            self._call(begin, end, n, pointers, f, i, first, place)
 
         threads = min(torch.get_num_threads(), parts)
         if threads <= 1:
@@ -255,9 +269,10 @@ class Loop:
         else:
             edges = [parts * t // threads for t in range(threads + 1)]
             list(_pool(threads).map(run, edges[:-1], edges[1:]))
-        return found.sum(0)[: self.sums]
+        return found.sum(0)
 
 
+_NO_SUMS = torch.zeros(1, 0, dtype=torch.float64)
 _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
@@ -296,8 +311,11 @@ def _source(
     def flat(*values: Tensor) -> Sequence[Tensor]:
         return function(list(values[: len(dtypes)]), *values[len(dtypes) :])
 
-    with _tracing():
-        graph = make_fx(torch.func.functionalize(flat), tracing_mode="fake")(*examples, *numbers).graph
+    try:
+        with _tracing():
+            graph = trace(flat, [*examples, *numbers])
+    except Untraceable as error:
+        raise Unsupported(str(error)) from error
     graph.eliminate_dead_code()
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     loads: dict[str, str] = {}
@@ -305,20 +323,18 @@ def _source(
     for k, (node, dtype) in enumerate(zip(inputs, dtypes, strict=False)):
         place = k + (out is not None)
         arrays.append((f"const {_stored(dtype)}", f"p{place}"))
-        loads[node.name] = f"from_bf16(p{place}[i])" if dtype == torch.bfloat16 else f"(float)p{place}[i]" if dtype == torch.float16 else f"p{place}[i]"  # fmt: skip
+        loads[node.name] = f"from_{_SHORT[dtype]}(p{place}[i])" if dtype in _SHORT else f"p{place}[i]"
     loads |= dict(zip((n.name for n in inputs[len(dtypes) :]), ("f", "k", "index"), strict=True))
     writer = _Writer(loads)
     for node in graph.nodes:
         if node.op == "call_function":
             writer.write(node)
-        elif node.op == "get_attr":
-            raise Unsupported("a tensor that is not an argument")
     results: Any
     (results,) = (node.args[0] for node in graph.nodes if node.op == "output")
     if out is not None:
         arrays.insert(0, (_stored(out), "out"))
         value = writer.value(results[0], torch.float32)
-        writer.lines.append(f"out[i] = {'to_bf16' if out == torch.bfloat16 else f'({_stored(out)})'}({value});")
+        writer.lines.append(f"out[i] = {f'to_{_SHORT[out]}' if out in _SHORT else f'({_stored(out)})'}({value});")
     return _program(writer, arrays, floats, integers), len(writer.sums)
 
 
@@ -339,17 +355,17 @@ def _program(writer: _Writer, arrays: Sequence[tuple[str, str]], floats: int, in
     copies += [f"const int32_t k[{max(1, integers)}] = {{{', '.join(f'K[{j}]' for j in range(integers))}}};"]
     if count:
         store = [f"s[{j}][i - b] = {value};" for j, value in enumerate(writer.sums)]
-        copies += [f"float s[{count}][{_BLOCK}];", f"double lane[{count}][8] = {{}};"]
+        copies += [f"float s[{count}][{_BLOCK}];", f"double lane[{count}][{_LANES}] = {{}};"]
         loop = [
             f"for (int32_t b = 0; b < n; b += {_BLOCK}) {{",
             f"    const int32_t e = n - b < {_BLOCK} ? n : b + {_BLOCK};",
             f"    if (e - b < {_BLOCK}) memset(s, 0, sizeof s);",
             "    for (int32_t i = b; i < e; i++) {", *(f"        {line}" for line in [*lines, *store]), "    }",
             f"    for (int32_t j = 0; j < {count}; j++)",
-            f"        for (int32_t i = 0; i < {_BLOCK}; i += 8)",
-            "            for (int32_t l = 0; l < 8; l++) lane[j][l] += (double)s[j][i + l];",
+            f"        for (int32_t i = 0; i < {_BLOCK}; i += {_LANES})",
+            f"            for (int32_t l = 0; l < {_LANES}; l++) lane[j][l] += (double)s[j][i + l];",
             "}",
-            f"for (int32_t j = 0; j < {count}; j++)", "    for (int32_t l = 0; l < 8; l++) sums[j] += lane[j][l];",
+            f"for (int32_t j = 0; j < {count}; j++)", f"    for (int32_t l = 0; l < {_LANES}; l++) sums[j] += lane[j][l];",
         ]  # fmt: skip
     else:
         loop = ["for (int32_t i = 0; i < n; i++) {", *(f"    {line}" for line in lines), "}"]

@@ -95,8 +95,8 @@ def statistic_of(tensors: Tensors, kind: str, expert: str, name: str) -> Tensor:
 class Source(NamedTuple):
     """Where the scores of a pass come from.
 
-    kind: ``none`` (ones), ``cheap`` (`measure` is evaluated inside the pass), ``given`` (read from a tensor),
-    ``number`` (one per expert), ``same`` (mixing scores that are the selection scores).
+    kind: ``none`` (ones), ``cheap`` (`measure` is evaluated inside the pass), ``given`` (read from a tensor), ``given log``
+    (their logarithms, for softmax), ``number`` (one per expert), ``same`` (mixing scores that are the selection scores).
     """
 
     kind: str = "none"
@@ -107,8 +107,7 @@ class Source(NamedTuple):
 NO_SCORES = Source()
 
 
-@dataclass(frozen=True)
-class Structure:
+class Structure(NamedTuple):
     """Which rules one pass runs; everything that would change its code and nothing else.
 
     select: as `recipe.Select.kind`, or ``rank`` / ``rank_band`` / ``mask`` where ranks or masks are given.

@@ -18,13 +18,14 @@ from merge_search.engine.maps import n_rows, rows_of
 from merge_search.engine.masks import draw_limit, mask_keys
 from merge_search.engine.order import Table, dropped_count, kept_count
 from merge_search.engine.pipeline import Given, Numbers, Pass, Source, Structure, Tensors
-from merge_search.engine.survey import majority_sign, measure
+from merge_search.engine.survey import Samples, majority_sign, measure
 from merge_search.recipe import Assess, Recipe, value_for
 
 __all__ = ["Planner", "TensorSettings"]
 
 T = TypeVar("T")
 _SCORED = {"top_k", "threshold", "band", "rank_probability", "proportional", "soft_threshold", "n_m", "mass"}
+_LARGEST = torch.finfo(torch.float32).max
 _MIXED = {"score", "softmax", "argmax"}
 
 
@@ -45,6 +46,7 @@ class Planner:
         self.tensors = tensors
         self._runner = runner or Runner(tensors.device, compile=False)
         self.facts = Facts(tensors, cache_bytes=cache_bytes)
+        self._samples = Samples(self.facts)
         self._allocations: dict[str, Allocation] = {}
         self._surveys: dict[Hashable, Any] = {}
         self._means: dict[Hashable, dict[str, float]] = {}
@@ -157,10 +159,14 @@ class Planner:
 
     def _slot(self, assess: Assess, scope: Scope, p: Pass, slot: str, coefficients: tuple[float, ...]) -> Source:
         """Fill in the scores of `assess` under `slot`; returns where the pass finds them."""
-        source = self.facts.source(assess)
+        source, logarithm = self.facts.source(assess), slot == "b" and p.structure.splice == "softmax"
         if source.kind == "given" or (self._runner.compile and self.facts.keeps(assess, scope, p.name)):
-            p.given[slot] = self.facts.scores(assess, scope, p.name, coefficients)
-            return Source("given")
+            added = measure_of(assess).added
+            if slot == "b" and added and not logarithm:
+                p.numbers[slot] = [float(self.facts.options(assess)[added])]
+                assess = Assess(measure=assess.measure, options={**assess.options, added: 0.0})
+            p.given[slot] = self.facts.scores(assess, scope, p.name, coefficients, logarithm=logarithm)
+            return Source("given log" if logarithm else "given")
         if values := self.facts.numbers(assess, scope, p.name):
             p.numbers[slot] = values
         return source
@@ -171,7 +177,7 @@ class Planner:
         select, s = recipe.select, p.structure
         clip = self.facts.clip(scope, p.name)
         p.numbers.update(clip)
-        p = replace(p, structure=replace(s, winsorise=bool(clip), exclusive=select.exclusive, gate=select.gate > 0))
+        p = replace(p, structure=s._replace(winsorise=bool(clip), exclusive=select.exclusive, gate=select.gate > 0))
         if select.gate:
             p.numbers["gate"] = [select.gate]
         kind: str = "top_k" if select.kind == "mass" else select.kind
@@ -182,27 +188,27 @@ class Planner:
             p.given["rank"] = self.facts.ranks(recipe.assess, scope, p.name, coefficients)
             kind = {"top_k": "rank", "band": "rank_band"}.get(kind, kind)
             self._rank_numbers(recipe, p, densities, kind)
-            p = replace(p, structure=replace(p.structure, select=kind))
+            p = replace(p, structure=p.structure._replace(select=kind))
         else:
             source = Source()
             if kind in _SCORED:
                 source = self._slot(recipe.assess, scope, p, "a", coefficients)
-            p = replace(p, structure=replace(p.structure, select=kind, assess=source))
+            p = replace(p, structure=p.structure._replace(select=kind, assess=source))
             p = self._threshold_numbers(recipe, scope, p, densities, coefficients)
         if recipe.rescale.kind == "inverse_probability" and p.structure.select in ("rank_probability", "proportional"):
-            return replace(p, structure=replace(p.structure, rescale="probability"))
+            return replace(p, structure=p.structure._replace(rescale="probability"))
         if recipe.rescale.kind in ("inverse_density", "inverse_probability"):
             p.numbers["rho"] = [1.0 / d for d in densities]
-            return replace(p, structure=replace(p.structure, rescale="number"))
+            return replace(p, structure=p.structure._replace(rescale="number"))
         return p
 
     def _rank_numbers(self, recipe: Recipe, p: Pass, densities: tuple[float, ...], kind: str) -> None:
         columns = (p.shape[-1] if p.shape else 1) if recipe.select.scope == "row" else self.tensors.base(p.name).numel()
         if kind == "rank_probability":
             self._probability_numbers(recipe, p, densities)
-            p.numbers["density"] = list(densities)
-            p.numbers["epsilon"] = [min(recipe.select.epsilon, d, 1 - d) if columns > 1 else 0.0 for d in densities]
-            p.numbers["last"] = [float(max(1, columns - 1))]
+            epsilons = [min(recipe.select.epsilon, d, 1 - d) if columns > 1 else 0.0 for d in densities]
+            p.numbers["first"] = [d + e for d, e in zip(densities, epsilons, strict=True)]
+            p.numbers["fall"] = [2 * e / max(1, columns - 1) for e in epsilons]
             return
         counts = [kept_count(d, columns, recipe.select.rounding) for d in densities]
         drops = [dropped_count(recipe.select, columns, k) if kind == "rank_band" else 0 for k in counts]
@@ -234,7 +240,9 @@ class Planner:
         counts = [_count(recipe, t, d) for t, d in zip(mine, densities, strict=True)]
         if kind == "soft_threshold":
             n["low"] = [t.value(k) for t, k in zip(mine, counts, strict=True)]
-            n["span"] = [t.maximum - low for t, low in zip(mine, n["low"], strict=True)]
+            spans = [t.maximum - low for t, low in zip(mine, n["low"], strict=True)]
+            n["slope"] = [min(1.0 / x, _LARGEST) if x > 0 else 0.0 for x in spans]
+            n["flat"] = [float(x <= 0) for x in spans]
             return p
         drops = [dropped_count(select, t.n, k) if kind == "band" else 0 for t, k in zip(mine, counts, strict=True)]
         _cuts(n, "", mine, [drop + k for drop, k in zip(drops, counts, strict=True)])
@@ -272,20 +280,20 @@ class Planner:
             masks = [m.to(dtype if dtype.itemsize == 2 else torch.bfloat16) for m in found]  # booleans load slowly
             self.facts.stored.put(key, masks)
         p.given["mask"] = masks
-        return replace(p, structure=replace(p.structure, select="mask", exclusive=False))
+        return replace(p, structure=p.structure._replace(select="mask", exclusive=False))
 
     def _mixing(self, recipe: Recipe, scope: Scope, p: Pass, coefficients: tuple[float, ...]) -> Pass:
         splice, s = recipe.splice, p.structure
         if splice.kind not in _MIXED:
             return p
         if splice.kind == "softmax":
-            p.numbers["temperature"] = [splice.temperature]
+            p.numbers["sharpness"] = [min(max(1.0 / splice.temperature, 1e-30), _LARGEST)]
         mixing = splice.score or recipe.assess
         if measure_of(mixing).after_mask:
-            return replace(p, structure=replace(s, mixing=Source("number")))
+            return replace(p, structure=s._replace(mixing=Source("number")))
         if mixing == recipe.assess and s.assess.kind in ("cheap", "given"):
-            return replace(p, structure=replace(s, mixing=Source("same")))
-        return replace(p, structure=replace(s, mixing=self._slot(mixing, scope, p, "b", coefficients)))
+            return replace(p, structure=s._replace(mixing=Source("same")))
+        return replace(p, structure=s._replace(mixing=self._slot(mixing, scope, p, "b", coefficients)))
 
     def _rows(self, recipe: Recipe, p: Pass) -> Pass:
         if not any(e in recipe.maps for e in p.experts):
@@ -301,7 +309,7 @@ class Planner:
         p.given["rows"] = maps
         p.numbers["start"] = [(p.index + 2**31) % 2**32 - 2**31]
         p.numbers["columns"] = [max(1, self.tensors.base(p.name).numel() // max(1, rows))]
-        return replace(p, structure=replace(p.structure, rows=True))
+        return replace(p, structure=p.structure._replace(rows=True))
 
     # --- reductions over the survivors
 
@@ -323,20 +331,20 @@ class Planner:
             power = 1.0 if which == "l1" else 0.5
             pairs = zip(found[f"{which}_before"], found[f"{which}_after"], strict=True)
             p.numbers["rho"] = [(b / a) ** power if a > 0 else 1.0 for b, a in pairs]
-            s = replace(s, rescale="number")
+            s = s._replace(rescale="number")
         if boost:
             r, cap = recipe.splice.unique_boost, recipe.splice.boost_cap
             ratios = [
                 shared / alone if alone else cap for shared, alone in zip(found["shared"], found["alone"], strict=True)
             ]
             p.numbers["boost"] = [1.0 + r * min(ratio, cap) for ratio in ratios]
-            s = replace(s, boost=True)
+            s = s._replace(boost=True)
         return replace(p, structure=s)
 
     def _majority(self, recipe: Recipe, p: Pass) -> float:
         """`majority_sign`, remembered for the same masks."""
         return self._remembered(
-            "majority", p, _given_key(recipe, p), lambda: [majority_sign(p, self.facts, self._runner)]
+            "majority", p, _given_key(recipe, p), lambda: [majority_sign(p, self._samples, self._runner)]
         )[0]
 
     def survey(self, p: Pass, given_key: str, wanted: tuple[str, ...]) -> dict[str, list[float]]:
@@ -345,8 +353,8 @@ class Planner:
 
     def _remembered(self, what: Hashable, p: Pass, given_key: str, make: Callable[[], T]) -> T:
         """What depends on the masks of a pass alone."""
-        structure = replace(p.structure, emit="", mixing=Source())
-        key = (p.name, structure, repr(sorted(_mask_numbers(p).items())), given_key, what)
+        structure = p.structure._replace(emit="", mixing=Source())
+        key = (p.name, structure, _mask_numbers(p), given_key, what)
         if key not in self._surveys:
             if len(self._surveys) > 4096:
                 self._surveys.clear()
@@ -365,9 +373,9 @@ def _given_key(recipe: Recipe, p: Pass) -> str:
     return recipe.model_copy(update=blank).fingerprint
 
 
-def _mask_numbers(p: Pass) -> Numbers:
-    skip = {"scale", "temperature", "majority"} | (set() if p.structure.weighted else {"coefficient"})
-    return {k: v for k, v in p.numbers.items() if k not in skip}
+def _mask_numbers(p: Pass) -> tuple[tuple[str, tuple[float, ...]], ...]:
+    skip = {"scale", "sharpness", "majority"} | (set() if p.structure.weighted else {"coefficient"})
+    return tuple(sorted((k, tuple(v)) for k, v in p.numbers.items() if k not in skip))
 
 
 def _count(recipe: Recipe, t: Table, density: float) -> int:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from merge_search.engine.checkpoint import Checkpoint, Expert, tied_aliases
 from merge_search.engine.compatibility import check_models
-from merge_search.engine.hashing import hash_checkpoint
-from merge_search.engine.headers import ADAPTER_CONFIG, CheckpointInfo, resolve_model
+from merge_search.engine.hashing import hash_once
+from merge_search.engine.headers import CheckpointInfo, resolve_model
 from merge_search.engine.layout import layout
 from merge_search.engine.maps import MapStore
 from merge_search.errors import WeightsError
@@ -34,7 +34,6 @@ SCRATCH_TENSORS = 6  # float32 temporaries of the largest tensor while it is mer
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 ONCE = "streamed from files: each tensor is used once, and read when its turn comes"
 _log = logging.getLogger(__name__)
-_hashes: dict[tuple[object, ...], str] = {}
 
 
 class StatisticsSource(Protocol):
@@ -124,13 +123,22 @@ class ModelPool:
         """An expert's tensor on the device: the base's shape, its own dtype. Do not write into it."""
         return self._get(name, 1 + self._index(expert), self._experts[expert].tensor)
 
+    @property
+    def sources(self) -> tuple[Checkpoint, *tuple[Expert, ...]]:
+        """Where tensors come from: the base's files and the experts'."""
+        return self._base, *self._experts.values()
+
     @contextmanager
-    def holding(self, name: str) -> Iterator[None]:
-        """Read one tensor of base and experts into memory, once, for as long as the context lasts."""
+    def holding(self, name: str, tensors: Sequence[Tensor] = ()) -> Iterator[None]:
+        """Have one tensor of base and experts in memory for as long as the context lasts.
+
+        Args:
+            tensors: The base's and every expert's, if they were read before; else they are read now.
+        """
         if name in self._held:
             yield
             return
-        self._held[name] = self.read(name, tuple(self._experts))
+        self._held[name] = list(tensors) or self.read(name, tuple(self._experts))
         try:
             yield
         finally:
@@ -169,15 +177,15 @@ class ModelPool:
         return self.groups[name].kind in ("attention", "mlp") and len(self._base.info.tensors[name].shape) == 2
 
     def copied(self) -> Iterator[tuple[str, Tensor]]:
-        """Tensors of the base that are not merged, on the CPU."""
-        for name in self.copied_names:
+        """Tensors of the base that are not merged, on the CPU, in the order of their names."""
+        for name in sorted(self.copied_names):
             yield name, self._base.tensor(name)
 
     def hashes(self) -> dict[str, str]:
         """sha256 of every model's tensors (`hashing`), ``base`` for the base; computed once per process."""
         named = {"base": self._base.info, **{n: e.info for n, e in self._experts.items()}}
         with ThreadPoolExecutor(min(len(named), os.cpu_count() or 1)) as threads:
-            return dict(zip(named, threads.map(_hash_once, named.values()), strict=True))
+            return dict(zip(named, threads.map(hash_once, named.values()), strict=True))
 
     def check_hashes(self) -> None:
         """Raises `WeightsError` if the models are not those whose hashes `models.hashes` gives."""
@@ -225,8 +233,9 @@ class ModelPool:
 
     def _require_differences(self) -> None:
         """Raises `WeightsError` for an expert that equals the base; reads up to the first difference, without holding it."""
+        names = sorted(self.groups, key=lambda n: self._base.info.tensors[n].n_bytes)  # the cheapest first
         for expert, source in self._experts.items():
-            if not any(source.changes(n) and _differ(self._base.read(n), source.read(n)) for n in self.groups):
+            if not any(source.changes(n) and _differ(self._base.read(n), source.read(n)) for n in names):
                 raise self._nothing_to_merge(expert)
 
     def _nothing_to_merge(self, expert: str) -> WeightsError:
@@ -306,11 +315,3 @@ def _free_bytes(device: torch.device) -> int:
 def _field(file: Path, name: str) -> int:
     """Number behind `name` in a file of ``name number`` lines."""
     return next((int(line.split()[1]) for line in file.read_text().splitlines() if line.split()[:1] == [name]), 0)
-
-
-def _hash_once(info: CheckpointInfo) -> str:
-    files = (*info.files, info.folder / ADAPTER_CONFIG) if info.is_adapter else info.files
-    stamps = tuple((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-    if stamps not in _hashes:
-        _hashes[stamps] = hash_checkpoint(info)
-    return _hashes[stamps]

@@ -66,7 +66,7 @@ def survivors(
     raw = [e.to(torch.float32) - origin for e in experts]
     deltas = raw
     if s.winsorise:
-        deltas = [torch.sign(t) * torch.clamp(t.abs(), n["clip_low"][i], n["clip_high"][i]) for i, t in enumerate(raw)]
+        deltas = [_winsorised(t, n["clip_low"][i], n["clip_high"][i]) for i, t in enumerate(raw)]
     a = _scores(s.assess, "a", origin, deltas, raw, given, n)
     where = None
     if s.needs_index:
@@ -85,6 +85,13 @@ def survivors(
     elif s.rescale == "probability":
         x = [t / torch.clamp(p, min=_TINY) for t, p in zip(x, probability, strict=True)]
     return Survivors(kept, x, deltas, raw, a, where)
+
+
+def _winsorised(t: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    size = torch.clamp(t.abs(), low, high)
+    if is_traced():
+        return torch.where(t == 0, 0.0, (size.view(torch.int32) | (t.view(torch.int32) & _SIGN)).view(torch.float32))
+    return torch.sign(t) * size
 
 
 def survivors_of(x: Tensor, m: Tensor | None) -> Tensor:
@@ -111,8 +118,8 @@ def _as_float(m: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _scores(source: Source, slot: str, origin: Tensor, deltas: Sequence[Tensor], raw: Sequence[Tensor], given: Tensors, n: Scalars) -> list[Tensor]:  # fmt: skip
-    if source.kind == "given":
-        return list(given[slot])
+    if source.kind in ("given", "given log"):
+        return [t + n[slot][0] for t in given[slot]] if slot in n else list(given[slot])
     if source.kind == "cheap":
         return scores_of(source, origin, deltas, raw, n.get(slot, ()))
     if source.kind == "number":
@@ -141,7 +148,7 @@ def _select(
     if s.select == "rank_band":
         return [(rank[i] >= n["drop"][i]) & (rank[i] < n["count"][i]) for i in every], []
     if s.select == "soft_threshold":
-        return [_soft(a[i], n["low"][i], n["span"][i]) for i in every], []
+        return [_soft(a[i], n["low"][i], n["slope"][i], n["flat"][i]) for i in every], []
     if s.select == "all":
         return [None for _ in every], []
     assert where is not None
@@ -158,17 +165,17 @@ def _select(
         return [draw(where, n["key1"][i], n["key2"][i]) < n["limit"][i] for i in every], []
     u = [uniform(where, n["key1"][i], n["key2"][i]) for i in every]
     if s.select == "rank_probability":
-        last = n["last"][0]
-        p = [n["density"][i] + n["epsilon"][i] * ((last - 2.0 * rank[i]) / last) for i in every]
+        p = [n["first"][i] - n["fall"][i] * rank[i] for i in every]
     else:
         p = [torch.clamp(n["kappa"][i] * a[i], max=1.0) for i in every]
     return [u[i] < p[i] for i in every], p
 
 
-def _soft(a: Tensor, low: Tensor, span: Tensor) -> Tensor:
-    """relu(a - low) / span; where the range is empty, the top scores alone count, fully."""
-    flat = (span <= 0).to(torch.float32)
-    return torch.clamp(a - low, min=0.0) / (span + flat) + (a >= low) * flat
+def _soft(a: Tensor, low: Tensor, slope: Tensor, flat: Tensor) -> Tensor:
+    """relu(a - low) slope; where there is no range, `slope` is 0 and `flat` 1: the top scores alone count, fully."""
+    if is_traced():
+        return torch.where(a >= low, (a - low) * slope + flat, 0.0)
+    return torch.clamp(a - low, min=0.0) * slope + (a >= low) * flat
 
 
 def _exclusive(kept: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -209,6 +216,7 @@ def elect(s: Structure, x: Sequence[Tensor], n: Scalars) -> list[Tensor | None]:
     return [t * elected > 0 for t in _said(s, x, n)]
 
 
+_SIGN = -(2**31)
 _LEAST = 2.0**-149  # the smallest positive float32
 _TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _TIES = {"plus": 1.0, "minus": -1.0}
@@ -229,17 +237,21 @@ def combine(
     if s.splice == "count":
         count = _counted([_alive(kept[i], agreed[i], x[i]) for i in every])
         return _total(coefficient, x if not s.boost else y, agreed) / torch.clamp(count, min=1.0)
-    weight = [survivors_of(_as_float(kept[i], x[i]), agreed[i]) for i in every]
+    weight = [_weight(kept[i], agreed[i], x[i]) for i in every]
     if s.splice == "mask":
         return _over(_total(coefficient, y, agreed), _sum(weight))
     if s.splice == "coefficient":
-        return _over(_total(coefficient, y, agreed), _sum([coefficient[i] * weight[i] for i in every]))
+        return _over(_total(coefficient, y, agreed), _weighed(coefficient, weight, kept, agreed))
     b = list(a) if s.mixing.kind == "same" else _scores(s.mixing, "b", origin, deltas, raw, given, n)
+    if s.splice == "score" and s.mixing.kind == "number" and is_traced():
+        parts = y if s.boost else x
+        return _over(_total(coefficient, [b[i] * parts[i] for i in every], agreed), _weighed(b, weight, kept, agreed))
     if s.splice == "score":
         return _over(_sum([coefficient[i] * (b[i] * y[i]) for i in every]), _sum([b[i] * weight[i] for i in every]))
     alive = [_alive(kept[i], agreed[i], x[i]) for i in every]
     if s.splice == "softmax":
-        return _softmax([log(t) / n["temperature"][0] for t in b], alive, coefficient, y)
+        logits = b if s.mixing.kind == "given log" else [log(t) for t in b]
+        return _softmax([t * n["sharpness"][0] for t in logits], alive, coefficient, y)
     return _argmax(s, [t * w for t, w in zip(b, weight, strict=True)], alive, coefficient, y)
 
 
@@ -253,6 +265,26 @@ def _coefficient(s: Structure, i: int, given: Tensors, n: Scalars, where: Tensor
 
 def _alive(m: Tensor | None, c: Tensor | None, like: Tensor) -> Tensor:
     return _as_bool(m, like) if c is None else c  # only survivors agree
+
+
+def _weight(m: Tensor | None, c: Tensor | None, like: Tensor) -> Tensor:
+    """Soft or hard mask of those that agree, float32."""
+    if c is None or not _is_hard(m):
+        return survivors_of(_as_float(m, like), c)
+    return c.to(torch.float32)
+
+
+def _is_hard(m: Tensor | None) -> bool:
+    return m is None or m.dtype == torch.bool
+
+
+def _weighed(
+    factors: Sequence[Tensor], weight: Sequence[Tensor], kept: Sequence[Tensor | None], agreed: Sequence[Tensor | None]
+) -> Tensor:
+    """Sum of finite factors, each times its weight."""
+    if is_traced() and _is_hard(kept[0]) and agreed[0] is not None:
+        return _total(factors, [torch.ones_like(w) for w in weight], agreed)
+    return _sum([f * w for f, w in zip(factors, weight, strict=True)])
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
@@ -288,14 +320,16 @@ def _counted(alive: Sequence[Tensor]) -> Tensor:
 def _over(top: Tensor, bottom: Tensor) -> Tensor:
     """top / bottom; zero where bottom is zero."""
     zero = bottom == 0
-    return top / (bottom + zero) * ~zero
+    if is_traced():
+        return torch.where(zero, 0.0, top / bottom) + 0.0
+    return top / (bottom + zero) * ~zero + 0.0
 
 
 def _boost(
     y: Sequence[Tensor], kept: Sequence[Tensor | None], agreed: Sequence[Tensor | None], n: Scalars
 ) -> list[Tensor]:
     alive = [_alive(m, c, t) for m, c, t in zip(kept, agreed, y, strict=True)]
-    alone = _sum([m.to(torch.int32) for m in alive]) == 1
+    alone = _counted(alive) == 1.0
     return [torch.where(alone, t * n["boost"][i], t) for i, t in enumerate(y)]
 
 

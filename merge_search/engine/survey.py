@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from merge_search.engine.facts import Facts
 from merge_search.engine.fused import WHOLE, Runner
 from merge_search.engine.pipeline import Pass, Source
 
-__all__ = ["MAJORITY_SAMPLE", "majority_sign", "measure"]
+__all__ = ["MAJORITY_SAMPLE", "Samples", "majority_sign", "measure"]
 
 MAJORITY_SAMPLE = 2**11
 
@@ -22,25 +25,51 @@ def measure(p: Pass, facts: Facts, runner: Runner, wanted: tuple[str, ...]) -> d
     the compiled pass agree.
     """
     base, experts = facts.flats(p.name, p.experts)
-    plain = replace(p, structure=replace(p.structure, rescale="none", boost=False, mixing=Source()))
+    plain = replace(p, structure=p.structure._replace(rescale="none", boost=False, mixing=Source()))
     rows: list[list[float]] = runner.sums(plain, base, experts, wanted).tolist()
     return dict(zip(wanted, rows, strict=True))
 
 
-def majority_sign(p: Pass, facts: Facts, runner: Runner) -> float:
+class Samples:
+    """Evenly spaced entries of tensors, gathered once: a candidate that asks finds them side by side in memory."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._places: dict[tuple[str, int], Tensor] = {}
+
+    def entries(self, name: str, experts: Sequence[str]) -> list[Tensor]:
+        """Those of the base and of each expert: `MAJORITY_SAMPLE` or fewer, flat, on the engine's device."""
+        wanted = [("", name), *((e, name) for e in experts)]  # no expert is called ""
+        if any(key not in self._kept for key in wanted):
+            base, tensors = self.facts.flats(name, experts)
+            device, step = self.facts.tensors.device, _step(base.numel())
+            for key, t in zip(wanted, (base, *tensors), strict=True):
+                self._kept[key] = t[::step].to(device, copy=True).contiguous()
+        return [self._kept[key] for key in wanted]
+
+    def places(self, p: Pass) -> Tensor:
+        """Their positions, int32, from `p.index` on."""
+        key = (p.name, p.index)
+        if key not in self._places:
+            n = math.prod(p.shape)
+            found = torch.arange(p.index, p.index + n, _step(n), device=self.facts.tensors.device)
+            self._places[key] = found.to(torch.int32)
+        return self._places[key]
+
+
+def _step(n: int) -> int:
+    return max(1, -(-n // MAJORITY_SAMPLE))
+
+
+def majority_sign(p: Pass, samples: Samples, runner: Runner) -> float:
     """The sign that most entries of the tensor elect, plus if they are even.
 
     Long tensors are asked at `MAJORITY_SAMPLE` evenly spaced entries: only exact ties use the answer, and a reduction over
     all entries would double the cost of the pass.
     """
-    base, experts = facts.flats(p.name, p.experts)
-    step = max(1, -(-base.numel() // MAJORITY_SAMPLE))
-    device = facts.tensors.device
-    where = torch.arange(p.index, p.index + base.numel(), step, device=device).to(torch.int32)
-    given = {k: v if k in WHOLE else [t[::step].to(device) for t in v] for k, v in p.given.items()}
-    sampled = replace(p, given=given)
-    return (
-        -1.0
-        if runner.votes(sampled, base[::step].to(device), [e[::step].to(device) for e in experts], where) < 0
-        else 1.0
-    )
+    base, *experts = samples.entries(p.name, p.experts)
+    if p.given:
+        step, device = _step(math.prod(p.shape)), base.device
+        p = replace(p, given={k: v if k in WHOLE else [t[::step].to(device) for t in v] for k, v in p.given.items()})
+    return -1.0 if runner.votes(p, base, experts, samples.places(p)) < 0 else 1.0

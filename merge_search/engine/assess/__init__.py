@@ -43,7 +43,9 @@ class Measure:
         shared: All experts have the same scores.
         cheap: Element-wise; recomputed inside the pass.
         dear: Cheap in that sense, but costlier to make than to read: kept, where there is room, once asked for twice.
+        reads_weights: Its `scores` read more of base and deltas than the base's shape and device.
         after_mask: Its scores are made from the surviving deltas (mixing scores only).
+        added: The option that is added to every score: passes do that themselves, so that scores need no copy for it.
         bounded: Scores are finite and not negative, so that score-weighted means stay between the deltas.
         ordered: The order of the experts in the recipe matters.
         options: Names and defaults; None: no default.
@@ -56,9 +58,11 @@ class Measure:
     shared: bool = False
     cheap: bool = False
     dear: bool = False
+    reads_weights: bool = True
     after_mask: bool = False
     ordered: bool = False
     bounded: bool = False
+    added: str = ""
     options: Mapping[str, Scalar | None] = None  # type: ignore[assignment]
     reduce_options: tuple[str, ...] = ()
 
@@ -67,8 +71,9 @@ class AssessContext(NamedTuple):
     """What a measure may read. Scores of absent (zero-delta) experts are not asked for.
 
     Attributes:
-        base: float32, read only.
-        deltas: float32, winsorised if the recipe says so; raw: as they are. One per expert.
+        base: float32, read only; as it is stored where the measure does not read weights.
+        deltas: float32, winsorised if the recipe says so; raw: as they are. One per expert; none where the measure does
+            not read weights.
         numbers: 0-d float32 tensors from `numbers`, empty for measures without.
         options: The recipe's, completed by the defaults.
         experts, group, seed, tensors, coefficients: Of the whole tensor; absent (None) inside a pass.
@@ -128,11 +133,13 @@ MEASURES: dict[str, Measure] = {
         options={"kind": "dual", "a": 0.4, "c": 500.0, "bins": 10, "gain": 1.0, "bias": 0.0, "sign": 1.0},
         reduce_options=("bins",),
     ),
-    "random": _m("random", "counter-based uniform numbers: a control", bounded=True),
+    "random": _m("random", "counter-based uniform numbers: a control", reads_weights=False, bounded=True),
     "fisher": _m(
         "fisher",
         "diagonal Fisher information",
         needs_data=True,
+        reads_weights=False,
+        added="floor",
         options={"power": 1.0, "floor": 1e-6, "normalise": False, "at": "expert"},
     ),
     "gradient_product": _m("gradient_product", "|gradient x delta| per parameter", needs_data=True),
@@ -151,7 +158,11 @@ MEASURES: dict[str, Measure] = {
         options={"zero_shot": False},
     ),
     "external": _m(
-        "external", "scores from a file (LRP, any attribution)", needs_data=True, options={"name": "external"}
+        "external",
+        "scores from a file (LRP, any attribution)",
+        needs_data=True,
+        reads_weights=False,
+        options={"name": "external"},
     ),
 }
 """Measures by the name that recipes use."""
@@ -163,9 +174,10 @@ def measure_of(assess: Assess) -> Measure:
     Raises:
         RecipeError: unknown name or options, all at once.
     """
-    problems = options_problems(assess)
-    if problems:
-        raise RecipeError(problems)
+    if assess.options or assess.measure not in MEASURES:
+        problems = options_problems(assess)
+        if problems:
+            raise RecipeError(problems)
     return MEASURES[assess.measure]
 
 

@@ -27,5 +27,6 @@ def scores(context: AssessContext) -> list[Tensor]:
             f = f**power
         if context.options["normalise"]:
             f = f / torch.linalg.vector_norm(f.to(torch.float64)).clamp(min=1e-30).to(torch.float32)
-        result.append(f + option(context, "floor"))
+        floor = option(context, "floor")
+        result.append(f + floor if floor else f)
     return result
