@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from contextlib import closing
 from operator import itemgetter
 from pathlib import Path
 
@@ -85,13 +86,14 @@ def write_merge(
         whole = recipe.model_copy(update={"models": models})
         return {"recipe.json": whole.to_json() + "\n", **map_files([maps], recipe), **source.files()}
 
-    return export_folder(
-        out,
-        base_folder=pool.base_folder,
-        tensors=heapq.merge(engine.merged(recipe), pool.copied(), key=itemgetter(0)),
-        recipe=recipe,
-        card=text,
-        extra=others,
-        left_out=pool.aliases,
-        expected=expected,
-    )
+    with closing(engine.merged(recipe)) as merged:  # its threads end, whatever happens while tensors are written
+        return export_folder(
+            out,
+            base_folder=pool.base_folder,
+            tensors=heapq.merge(merged, pool.copied(), key=itemgetter(0)),
+            recipe=recipe,
+            card=text,
+            extra=others,
+            left_out=pool.aliases,
+            expected=expected,
+        )

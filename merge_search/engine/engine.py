@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Generator, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,7 +90,7 @@ class MergeEngine:
             raise RecipeError(problems, where=f"recipe {recipe.preset!r}" if recipe.preset else "recipe")
 
     @torch.no_grad()
-    def merged(self, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
+    def merged(self, recipe: Recipe) -> Generator[tuple[str, Tensor], None, None]:
         """(name, merged tensor) in checkpoint order; new tensors on the engine's device.
 
         Raises:

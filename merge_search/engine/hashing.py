@@ -112,11 +112,10 @@ class HashedReader:
         Raises:
             WeightsError: a file was changed meanwhile.
         """
-        if self._stamps not in _known:
-            digest = self._hash.finish(self._info)
-            if _stamps(self._info) != self._stamps:
-                raise WeightsError(f"{self._info.folder}: was changed while it was read; do not change files in use")
-            _known[self._stamps] = digest
+        digest = _known.get(self._stamps) or self._hash.finish(self._info)
+        if _stamps(self._info) != self._stamps:
+            raise WeightsError(f"{self._info.folder}: was changed while it was read; do not change files in use")
+        _known[self._stamps] = digest
 
 
 def hash_folder(folder: str | Path, names: Collection[str] | None = None) -> str:
@@ -145,7 +144,10 @@ def hash_once(info: CheckpointInfo) -> str:
 
 def _stamps(info: CheckpointInfo) -> tuple[object, ...]:
     files = (*info.files, info.folder / ADAPTER_CONFIG) if info.is_adapter else info.files
-    return tuple((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    try:
+        return tuple((str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    except OSError as error:
+        raise WeightsError(f"{info.folder}: cannot be read ({error}); do not change files in use") from None
 
 
 def _pieces(t: TensorHeader, buffer: memoryview) -> Iterable[memoryview]:

@@ -24,7 +24,7 @@ from torch.fx import Node
 from merge_search.engine.compiler import CompilerError, library
 from merge_search.engine.tracing import Untraceable, trace
 
-__all__ = ["Loop", "Unsupported", "compile_loop", "is_traced"]
+__all__ = ["CONVERSIONS", "Loop", "Unsupported", "compile_loop", "is_traced"]
 
 _PART = 2**18  # elements a call takes: what a thread is given, and what is summed before it is added up
 _BLOCK = 2**10
@@ -61,7 +61,7 @@ _C = {
 _STORED = {**_C, torch.bfloat16: "uint16_t", torch.float16: "uint16_t"}
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "f16"}  # loaded as float32
 
-_HEAD = """\
+CONVERSIONS = """\
 #include <stdint.h>
 #include <string.h>
 static inline float from_bf16(uint16_t x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
@@ -374,7 +374,7 @@ def _program(writer: _Writer, arrays: Sequence[tuple[str, str]], floats: int, in
     shared = "int64_t n, void *const *tensors, const float *F, const int32_t *K, int32_t index, double *sums"
     return "\n".join(
         [
-            _HEAD,
+            CONVERSIONS,
             f"static __attribute__((noinline)) void part({parameters}, int32_t start, int32_t n, const float *F, const int32_t *K, int32_t index, double *sums) {{",
             *(f"    {line}" for line in [*copies, *loop]),
             "}",

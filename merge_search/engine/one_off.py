@@ -12,7 +12,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -66,7 +66,7 @@ class OneOffEngine(MergeEngine):
             )
         self._threads = threads
 
-    def merged(self, recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
+    def merged(self, recipe: Recipe) -> Generator[tuple[str, Tensor], None, None]:
         """As `MergeEngine.merged`: the same bits, in the order of names. At its end `ModelPool.hashes` costs nothing."""
         self._require(recipe)
         names = sorted(self.tensors.groups)

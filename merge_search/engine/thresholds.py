@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merge_search.engine.compiler import CompilerError, library
-from merge_search.engine.native import _HEAD as CONVERSIONS
+from merge_search.engine.native import CONVERSIONS
 from merge_search.engine.order import _GOLDEN as GOLDEN
 from merge_search.engine.order import EVERYTHING, NOTHING, Keep, Table
 
