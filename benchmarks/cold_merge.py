@@ -11,7 +11,6 @@ resident memory are the operating system's for that process; mapped file pages c
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.metadata
 import json
 import os
@@ -193,16 +192,6 @@ def version(program: str, command: list[str]) -> str:
     return subprocess.run([str(python), "-c", ask], capture_output=True, text=True).stdout.strip()
 
 
-def append(file: Path, rows: list[dict[str, object]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not file.is_file()
-    with file.open("a", newline="") as f:
-        writer = csv.DictWriter(f, FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for models and results")
@@ -219,7 +208,7 @@ def main() -> None:
     make_models(options.work, options.layers)
     rows = compare(options)
     if options.out:
-        append(options.out, rows)
+        machine.append(options.out, FIELDS, rows)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ On a GPU weights are made there, seconds are the device's events, and `roofline`
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import resource
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import cold_merge
+import machine
 import torch
 from torch import Tensor
 
@@ -287,18 +287,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             print({k: v for k, v in found.items() if k != "compiled"}, flush=True)
             rows.append({k: v for k, v in {**known, "parameters": row["parameters"], **found}.items() if k in FIELDS})
             if options.out:
-                append(options.out, rows[-1])
+                machine.append(options.out, FIELDS, rows[-1:])
     return rows
-
-
-def append(file: Path, row: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not file.is_file()
-    with file.open("a", newline="") as f:
-        writer = csv.DictWriter(f, FIELDS)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def main() -> None:

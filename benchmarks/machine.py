@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import platform
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["commit", "place", "processor"]
+__all__ = ["append", "commit", "place", "processor"]
 
 
 def processor() -> str:
@@ -19,9 +21,15 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit that is measured, with ``-dirty`` where files were changed since; '' outside a repository."""
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    """The commit that is measured, with ``-dirty`` where files but the results were changed since; '' outside a repository."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True
+        ).stdout.strip()
+
+    is_changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if is_changed else "")
 
 
 def place() -> dict[str, str]:
@@ -32,3 +40,14 @@ def place() -> dict[str, str]:
         "date": time.strftime("%Y-%m-%d"), "commit": commit(), "machine": processor(),
         "torch": torch.__version__, "python": platform.python_version(),
     }  # fmt: skip
+
+
+def append(file: Path, fields: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
+    """Append rows to a CSV file; a new one begins with its header."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not file.is_file()
+    with file.open("a", newline="") as f:
+        writer = csv.DictWriter(f, fields)
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
