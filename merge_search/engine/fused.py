@@ -46,7 +46,7 @@ def has_compiler(device: torch.device) -> bool:
     try:
         library('extern "C" int merge_search_compiles() { return 1; }\n')
     except CompilerError as error:
-        log.info("merging in chunks: %s", error)
+        log.warning("merges run in chunks, many times slower than compiled; the same bits: %s", error)
         return False
     return True
 
