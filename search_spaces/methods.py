@@ -65,7 +65,7 @@ class Method:
     @property
     def is_sum(self) -> bool:
         """Whether strengths add up over the experts."""
-        return self.template.splice.kind == "sum"
+        return self.template.splice.kind == "sum" and self.template.operator is None
 
     def recipe(self, coefficients: PerExpert, densities: PerExpert | None) -> Recipe:
         """The method with these numbers; densities of None: the template's."""
@@ -203,7 +203,7 @@ def distinct(methods: Iterable[Method], n_experts: int) -> tuple[list[Method], l
         parts = (
             (form.assess, form.select, form.resolve, form.splice) if form else (t.assess, t.select, t.resolve, t.splice)
         )
-        others = (t.winsorise, t.allocate, t.rescale, *t.post)
+        others = (t.winsorise, t.allocate, t.rescale, t.operator, *t.post)
         key = (repr(parts), repr(others), method.scaling == "fixed")
         first = kept.setdefault(key, method)
         if first is not method and first.name != method.name:

@@ -225,6 +225,32 @@ def test_the_first_learned_trials_climb_to_the_finest_that_the_rows_allow(n_rows
     assert plain["learner.steps"] == 0
 
 
+def test_the_ladder_begins_at_the_recipe_it_is_given() -> None:
+    space = LearnedSpace(Line(), Learner(steps=[0, 5, 9]), n_rows=5000)
+    begin = Recipe(models=Line.models, coefficients={"x": 0.125})
+    *ladder, plain = space.initial_points(begin)
+    assert [p["c"] for p in ladder] == [0.125, 0.125]
+    assert plain["c"] == 0.5
+
+
+def test_the_ladder_of_a_study_stands_on_its_best_baseline(demo: Path, tmp_path: Path) -> None:
+    learner = {"per": "block", "steps": [0, 2], "step_size": 0.01, "batch_rows": 8}
+    path = write_study(tmp_path, demo, n_trials=9, learner=learner, finalists=1, baselines=["tsv_m"])
+    text = path.read_text().replace("- task_arithmetic\n", "- task_arithmetic\n  - tsv_m\n", 1)
+    path.write_text(text)
+    command("run", path)
+    study = optuna.load_study(study_name="learned", storage=f"sqlite:///{tmp_path / 'learned.db'}")
+    merges = [r for r in finished_records(study) if r.label in ("average", "task_arithmetic", "tsv_m")]
+    assert len(merges) == 3
+    best = max(merges, key=lambda r: r.values[0])
+    first = learned(path)[0]
+    assert structure_of(first.recipe) == structure_of(best.recipe)
+    point = study.trials[first.number].params
+    assert point["preset"] == ("tsv_m" if best.label == "tsv_m" else "task_arithmetic")
+    if best.label == "average":
+        assert point["coefficient"] == pytest.approx(1 / 3)
+
+
 def test_one_number_of_steps_is_spent_on_the_finest() -> None:
     space = LearnedSpace(Line(), Learner(steps=30), n_rows=5000)  # type: ignore[arg-type]
     assert [p["learner.per"] for p in space.initial_points()] == ["row"]

@@ -61,6 +61,8 @@ EXACT: dict[str, tuple[str, dict[str, Any], int]] = {
     "compatibility_axes": ("compatibility", {"assess": ["magnitude", "fisher"], "select": ["all", "top_k", "bernoulli"], "splice": ["sum", "argmax"], "coefficients": {"per": "expert"}}, 1 + 3 + 3),
     "uniform": ("uniform", {}, 3),
     "uniform_plain": ("uniform", {"presets": ["task_arithmetic"]}, 1),
+    "uniform_operators": ("uniform", {"presets": ["task_arithmetic", "tsv_m", "iso_c"]}, 2),
+    "compatibility_operators": ("compatibility", {"presets": ["tsv_m", "ties"], "density": {"per": "expert"}}, 1 + 3 * 7 + 3),
     "blockwise": ("blockwise", {}, 3 * 7),
     "blockwise_ties": ("blockwise", {"preset": "ties", "density": {"per": "expert"}}, 3 * 7 + 3),
     "module_kind": ("module_kind", {}, 3 * 5),

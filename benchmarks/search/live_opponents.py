@@ -61,7 +61,7 @@ def _alone(**changes: Any) -> Callable[[Zoo], Part]:
 
 
 def _two_levels(**changes: Any) -> Callable[[Zoo], Part]:
-    search = {"sampler": "botorch", "baselines": [], "learner": changes}
+    search = {"sampler": "botorch", "baselines": ["tsv_m"], "learner": changes}
     return lambda zoo: {"space": UNIFORM, "search": search}
 
 

@@ -1,7 +1,7 @@
 """The outer loop: ask, merge, evaluate, tell. The file to read first.
 
     references   base and every expert are scored once; they define retention
-    baselines    the same, then average, task arithmetic, published presets, the space's uniform recipes: trials 0..n
+    start        the same, then average, task arithmetic, published presets, the space's first points: trials 0..n
     search       the sampler proposes, until the study has `n_trials` finished trials, over all runs
     finalists    the best few by posterior mean, and what they are compared with, on the validation questions
 
@@ -30,8 +30,7 @@ from merge_search.objective import Estimate, Objective, References
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
 from merge_search.search import checks, racing, samplers, selection, storage
-from merge_search.search.baselines import baselines, reference_recipes
-from merge_search.search.earlier import starts_from
+from merge_search.search.baselines import reference_recipes
 from merge_search.search.learning import LearnedSpace, warm_start
 from merge_search.search.prepare import Plan, prepare
 from merge_search.search.records import (
@@ -44,6 +43,7 @@ from merge_search.search.records import (
     seconds_spent,
     store_metrics,
 )
+from merge_search.search.starting import Start
 from merge_search.search.stopping import GAIN_ATTRIBUTE, expected_gain, reason_to_stop
 from merge_search.search.workbench import Scored, Workbench
 from merge_search.seeding import derive_seed
@@ -123,16 +123,17 @@ class _Driver:
         self.owners = owners_of(self.objective, self.references)
         self.bench.offer_statistics(self.owners)
         self.race_weights = self._race_weights() if self.racing else None
-        self._enqueue_start()
+        start = Start(self.plan, self.bench, self.study, self.objective, self.listener.note)
         total = self.plan.file.search.n_trials
         done = len(finished_records(self.study))
         best_expert = selection.best_expert(self.study, self.objective, self.plan.context.experts, self.references)
-        for text in self._start_notes(total):
+        for text in start.notes(total):
             self.listener.note(text)
         self.listener.begin(total=total, finished=done)
         try:
             while done < total and not self._spent():
                 self._judge_constraints()
+                start.go_on()
                 record = self._one_trial()
                 done += record.outcome is not Outcome.LOST
                 best = selection.best(self.study, self.objective)
@@ -140,11 +141,6 @@ class _Driver:
         finally:
             self.listener.end()
         selection.validate(self.study, self.plan, self._score_for_validation, note=self.listener.note)
-
-    def _start_notes(self, total: int) -> list[str]:
-        """Whether the queue leaves trials for the sampler."""
-        queued = [t for t in self.study.get_trials(deepcopy=False) if "start" in t.user_attrs]
-        return checks.budget_notes(len(queued), total)
 
     def _judge_constraints(self) -> None:
         """Say, once the last baseline is scored, which constraints none of them meets."""
@@ -198,46 +194,6 @@ class _Driver:
         return None
 
     # -- trials --------------------------------------------------------------------------------------------------
-
-    def _enqueue_start(self) -> None:
-        """Queue baselines, what earlier studies found and the space's uniform recipes, once per study."""
-        queued = {t.user_attrs.get("start") for t in self.study.get_trials(deepcopy=False)}
-        is_done = bool(self.study.user_attrs.get("start_enqueued"))
-        seen = set() if is_done else self._enqueue_baselines(queued)
-        self._enqueue_earlier(queued)
-        if is_done:
-            return
-        for i, point in enumerate(self.plan.space.initial_points()):
-            fits_nothing = (
-                not isinstance(self.plan.space, LearnedSpace) or self.plan.space.settings(point, seed=0) is None
-            )
-            if fits_nothing and self.plan.space.decode(point).fingerprint in seen:
-                continue
-            if f"start.{i}" not in queued:
-                self.study.enqueue_trial(point, user_attrs={"start": f"start.{i}"})
-        self.study.set_user_attr("start_enqueued", True)
-
-    def _enqueue_baselines(self, queued: set[str | None]) -> set[str]:
-        """Fingerprints of all baselines; those not in `queued` are queued."""
-        seen: set[str] = set()
-        presets = baselines(self.plan.context, self.plan.baselines, can_measure=self.bench.can_measure)
-        for label, recipe in presets.items():
-            point = self.plan.space.encode(recipe)
-            attrs = {"label": label, "start": label, **({} if point else {"given_recipe": recipe.to_json()})}
-            if recipe.fingerprint not in seen and label not in queued:
-                self.study.enqueue_trial(point or {}, user_attrs=attrs)
-            seen.add(recipe.fingerprint)
-        return seen
-
-    def _enqueue_earlier(self, queued: set[str | None]) -> None:
-        """Queue the best recipes of earlier studies; every source once."""
-        told: list[str] = list(self.study.user_attrs.get("learned_from", []))
-        for name, known in starts_from(self.plan.file, self.bench.models, self.plan.space, told, self.listener.note):
-            for k in known:
-                if k.source not in queued:
-                    self.study.enqueue_trial(k.point, user_attrs={"start": k.source})
-            told.append(name)
-            self.study.set_user_attr("learned_from", told)
 
     def _one_trial(self) -> Record:
         trial = self.study.ask()
