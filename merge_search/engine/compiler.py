@@ -23,7 +23,9 @@ class CompilerError(Exception):
     """There is no compiler, it failed, or its result cannot be loaded."""
 
 
-_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fwrapv", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]  # fmt: skip
+# Without jump threading: it turns selections that depend on each other into branches, and the loop stays scalar.
+_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fwrapv", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno",
+          "-fno-thread-jumps"]  # fmt: skip
 
 
 def _flags() -> list[str]:

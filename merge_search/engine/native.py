@@ -22,13 +22,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from merge_search.engine.compiler import CompilerError, library
+from merge_search.engine.program import C_TYPES as _C
+from merge_search.engine.program import CONVERSIONS, PART, SHORT, STORED, Array, Body, program
 from merge_search.engine.tracing import Untraceable, trace
 
 __all__ = ["CONVERSIONS", "Loop", "Unsupported", "compile_loop", "is_traced"]
 
-_PART = 2**18  # elements a call takes: what a thread is given, and what is summed before it is added up
-_BLOCK = 2**10
-_LANES = 16  # enough that additions do not wait for each other
 _TRACED: ContextVar[bool] = ContextVar("merge_search_traced", default=False)
 
 log = logging.getLogger(__name__)
@@ -53,37 +52,6 @@ def _tracing() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------ the language
-
-_C = {
-    torch.float32: "float", torch.float64: "double", torch.int32: "int32_t", torch.int64: "int64_t",
-    torch.int16: "int16_t", torch.int8: "int8_t", torch.uint8: "uint8_t", torch.bool: "bool",
-}  # fmt: skip
-_STORED = {**_C, torch.bfloat16: "uint16_t", torch.float16: "uint16_t"}
-_SHORT = {torch.bfloat16: "bf16", torch.float16: "f16"}  # loaded as float32
-
-CONVERSIONS = """\
-#include <stdint.h>
-#include <string.h>
-static inline float from_bf16(uint16_t x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
-static inline uint16_t to_bf16(float x) {
-    uint32_t u; memcpy(&u, &x, 4);
-    uint32_t r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    return x != x ? (uint16_t)0x7fc0 : (uint16_t)r;
-}
-static inline float as_float(int32_t x) { float f; memcpy(&f, &x, 4); return f; }
-static inline int32_t as_int(float x) { int32_t i; memcpy(&i, &x, 4); return i; }
-static inline float from_f16(uint16_t x) {
-    int32_t u = (x & 0x7fff) << 13, e = x & 0x7c00;
-    float f = as_float(u + (e == 0x7c00 ? 224 << 23 : 112 << 23)), small = as_float(u + (113 << 23)) - 0x1p-14f;
-    return as_float(as_int(e == 0 ? small : f) | (x & 0x8000) << 16);
-}
-static inline uint16_t to_f16(float x) {
-    int32_t u = as_int(x), a = u & 0x7fffffff;
-    int32_t r = (a - (112 << 23) + 0xfff + ((a >> 13) & 1)) >> 13, small = as_int(as_float(a) + 0.5f) - (126 << 23);
-    r = a < 113 << 23 ? small : r < 0x7c00 ? r : 0x7c00;
-    return (uint16_t)((x != x ? 0x7e00 : r) | ((u >> 16) & 0x8000));
-}
-"""
 
 _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "bitwise_and": "&", "bitwise_or": "|", "bitwise_xor": "^",
@@ -119,7 +87,7 @@ class _Writer:
         if not isinstance(argument, Node):
             return _literal(argument, dtype)
         name, own = self.names[argument.name], argument.meta["val"].dtype
-        if own == dtype or (own in _SHORT and dtype == torch.float32):
+        if own == dtype or (own in SHORT and dtype == torch.float32):
             return name
         if dtype == torch.bool:
             return f"({name} != 0)"
@@ -162,7 +130,7 @@ class _Writer:
         if name == "arange":
             if len(arguments) != 1 or dtype != torch.int32:
                 raise Unsupported("a range that does not count elements")
-            return "start + i"
+            return "at"
         if name in _FILLED:
             return _literal(arguments[_FILLED[name]], dtype)  # type: ignore[arg-type]
         if name in ("ones_like", "zeros_like", "ones", "zeros"):
@@ -256,7 +224,7 @@ class Loop:
         n = tensors[0].numel()
         pointers = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
         f, i = (ctypes.c_float * len(floats))(*floats), (ctypes.c_int32 * len(integers))(*integers)
-        parts = -(-n // _PART)
+        parts = -(-n // PART)
         found = torch.zeros(parts, self.sums, dtype=torch.float64) if self.sums else _NO_SUMS
         place, first = found.data_ptr(), (index + 2**31) % 2**32 - 2**31
 
@@ -318,73 +286,16 @@ def _source(
         raise Unsupported(str(error)) from error
     graph.eliminate_dead_code()
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    loads: dict[str, str] = {}
-    arrays: list[tuple[str, str]] = []
-    for k, (node, dtype) in enumerate(zip(inputs, dtypes, strict=False)):
-        place = k + (out is not None)
-        arrays.append((f"const {_stored(dtype)}", f"p{place}"))
-        loads[node.name] = f"from_{_SHORT[dtype]}(p{place}[i])" if dtype in _SHORT else f"p{place}[i]"
-    loads |= dict(zip((n.name for n in inputs[len(dtypes) :]), ("f", "k", "index"), strict=True))
-    writer = _Writer(loads)
+    if unknown := {*dtypes, *([out] if out else [])} - set(STORED):
+        raise Unsupported(f"tensors of {unknown.pop()}")
+    reads = [Array(f"p{place}", dtype) for place, dtype in enumerate(dtypes)]
+    names = [*(f"x_{array.name}" for array in reads), "f", "k", "index"]
+    writer = _Writer(dict(zip((node.name for node in inputs), names, strict=True)))
     for node in graph.nodes:
         if node.op == "call_function":
             writer.write(node)
     results: Any
     (results,) = (node.args[0] for node in graph.nodes if node.op == "output")
-    if out is not None:
-        arrays.insert(0, (_stored(out), "out"))
-        value = writer.value(results[0], torch.float32)
-        writer.lines.append(f"out[i] = {f'to_{_SHORT[out]}' if out in _SHORT else f'({_stored(out)})'}({value});")
-    return _program(writer, arrays, floats, integers), len(writer.sums)
-
-
-def _stored(dtype: torch.dtype) -> str:
-    if dtype not in _STORED:
-        raise Unsupported(f"tensors of {dtype}")
-    return _STORED[dtype]
-
-
-def _program(writer: _Writer, arrays: Sequence[tuple[str, str]], floats: int, integers: int) -> str:
-    """C++: `merge` runs parts begin..end; sums are taken over blocks, in lanes that do not depend on the machine.
-
-    Args:
-        arrays: (C type, name) of the tensors, in the order of the call.
-    """
-    count, lines = len(writer.sums), writer.lines
-    copies = [f"const float f[{max(1, floats)}] = {{{', '.join(f'F[{j}]' for j in range(floats))}}};"]
-    copies += [f"const int32_t k[{max(1, integers)}] = {{{', '.join(f'K[{j}]' for j in range(integers))}}};"]
-    if count:
-        store = [f"s[{j}][i - b] = {value};" for j, value in enumerate(writer.sums)]
-        copies += [f"float s[{count}][{_BLOCK}];", f"double lane[{count}][{_LANES}] = {{}};"]
-        loop = [
-            f"for (int32_t b = 0; b < n; b += {_BLOCK}) {{",
-            f"    const int32_t e = n - b < {_BLOCK} ? n : b + {_BLOCK};",
-            f"    if (e - b < {_BLOCK}) memset(s, 0, sizeof s);",
-            "    for (int32_t i = b; i < e; i++) {", *(f"        {line}" for line in [*lines, *store]), "    }",
-            f"    for (int32_t j = 0; j < {count}; j++)",
-            f"        for (int32_t i = 0; i < {_BLOCK}; i += {_LANES})",
-            f"            for (int32_t l = 0; l < {_LANES}; l++) lane[j][l] += (double)s[j][i + l];",
-            "}",
-            f"for (int32_t j = 0; j < {count}; j++)", f"    for (int32_t l = 0; l < {_LANES}; l++) sums[j] += lane[j][l];",
-        ]  # fmt: skip
-    else:
-        loop = ["for (int32_t i = 0; i < n; i++) {", *(f"    {line}" for line in lines), "}"]
-    parameters = ", ".join(f"{kind} *__restrict {name}" for kind, name in arrays)
-    pointers = ", ".join(f"({kind} *)tensors[{place}] + at" for place, (kind, _) in enumerate(arrays))
-    shared = "int64_t n, void *const *tensors, const float *F, const int32_t *K, int32_t index, double *sums"
-    return "\n".join(
-        [
-            CONVERSIONS,
-            f"static __attribute__((noinline)) void part({parameters}, int32_t start, int32_t n, const float *F, const int32_t *K, int32_t index, double *sums) {{",
-            *(f"    {line}" for line in [*copies, *loop]),
-            "}",
-            f'extern "C" void merge(int64_t begin, int64_t end, {shared}) {{',
-            "    for (int64_t p = begin; p < end; p++) {",
-            f"        const int64_t at = p * {_PART};",
-            f"        const int32_t left = (int32_t)(n - at < {_PART} ? n - at : {_PART});",
-            f"        part({pointers}, (int32_t)at, left, F, K, index, sums + p * {max(1, count)});",
-            "    }",
-            "}",
-            "",
-        ]
-    )
+    stored = writer.value(results[0], torch.float32) if out else ""
+    body = Body(writer.lines, stored, writer.sums)
+    return program(body, reads, Array("out", out) if out else None, floats, integers), len(writer.sums)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from merge_search.engine.maps import n_rows, rows_of
 from merge_search.engine.masks import draw_limit, mask_keys
 from merge_search.engine.order import Table, dropped_count, kept_count
 from merge_search.engine.pipeline import Given, Numbers, Pass, Source, Structure, Tensors
+from merge_search.engine.settings import Known, TensorSettings, cuts
 from merge_search.engine.survey import Samples, majority_sign, measure
 from merge_search.recipe import Assess, Recipe, value_for
 
@@ -27,16 +28,6 @@ T = TypeVar("T")
 _SCORED = {"top_k", "threshold", "band", "rank_probability", "proportional", "soft_threshold", "n_m", "mass"}
 _LARGEST = torch.finfo(torch.float32).max
 _MIXED = {"score", "softmax", "argmax"}
-
-
-@dataclass(frozen=True)
-class TensorSettings:
-    """What a recipe says of one tensor: numbers of all its experts, in processing order."""
-
-    experts: tuple[str, ...]
-    coefficients: tuple[float, ...]
-    densities: tuple[float, ...]
-    scale: float
 
 
 class Planner:
@@ -50,6 +41,7 @@ class Planner:
         self._allocations: dict[str, Allocation] = {}
         self._surveys: dict[Hashable, Any] = {}
         self._means: dict[Hashable, dict[str, float]] = {}
+        self._known: Known | None = None
 
     # --- recipe level
 
@@ -64,12 +56,25 @@ class Planner:
             return tuple(recipe.models.experts)
         return tuple(sorted(recipe.models.experts))
 
+    def _of(self, recipe: Recipe) -> Known:
+        """What is known of the recipe that was asked about last; recipes are values, and do not change."""
+        if self._known is None or self._known.recipe is not recipe:
+            scope = Scope(self.processing_order(recipe), recipe.select, recipe.winsorise, recipe.seed)
+            self._known = Known(recipe, scope)
+        return self._known
+
     def scope(self, recipe: Recipe) -> Scope:
-        return Scope(self.processing_order(recipe), recipe.select, recipe.winsorise, recipe.seed)
+        return self._of(recipe).scope
 
     def settings(self, recipe: Recipe, name: str) -> TensorSettings:
         """Numbers of all experts for one tensor, after `Allocate`."""
-        group, experts = self.tensors.groups[name], self.processing_order(recipe)
+        known = self._of(recipe).settings
+        if name not in known:
+            known[name] = self._settings(recipe, name)
+        return known[name]
+
+    def _settings(self, recipe: Recipe, name: str) -> TensorSettings:
+        group, experts = self.tensors.groups[name], self.scope(recipe).experts
         scale = value_for(recipe.scale, group)
         if recipe.allocate.kind == "constant":
             return TensorSettings(
@@ -245,10 +250,11 @@ class Planner:
             n["flat"] = [float(x <= 0) for x in spans]
             return p
         drops = [dropped_count(select, t.n, k) if kind == "band" else 0 for t, k in zip(mine, counts, strict=True)]
-        _cuts(n, "", mine, [drop + k for drop, k in zip(drops, counts, strict=True)])
+        known = self._of(recipe)
+        n.update(cuts(known, mine, [drop + k for drop, k in zip(drops, counts, strict=True)]))
         n["stride"] = [t.stride for t in mine] if len({t.stride for t in mine}) > 1 else [mine[0].stride]
         if kind == "band":
-            _cuts(n, "2", mine, drops)
+            n.update(cuts(known, mine, drops, "2"))
         if measure_of(recipe.assess).shared and len(set(densities)) == 1:
             n.update({key: n[key][:1] for key in ("low", "high", "cut", "low2", "high2", "cut2") if key in n})
         index = self.facts.offset(p.name, vectors=select.vectors) if select.scope == "model" else 0
@@ -381,10 +387,3 @@ def _mask_numbers(p: Pass) -> tuple[tuple[str, tuple[float, ...]], ...]:
 def _count(recipe: Recipe, t: Table, density: float) -> int:
     n = t.n_positive if recipe.select.nonzero else t.n
     return t.count_for_mass(density) if recipe.select.kind == "mass" else kept_count(density, n, recipe.select.rounding)
-
-
-def _cuts(n: Numbers, suffix: str, tables: list[Table], counts: list[int]) -> None:
-    keeps = [t.keep(k) for t, k in zip(tables, counts, strict=True)]
-    n["low" + suffix] = [k.low for k in keeps]
-    n["high" + suffix] = [k.high for k in keeps]
-    n["cut" + suffix] = [k.cut for k in keeps]

@@ -210,9 +210,9 @@ def elect(s: Structure, x: Sequence[Tensor], n: Scalars) -> list[Tensor | None]:
         tie = n["majority"][0] if s.tie == "majority" else _TIES[s.tie]
         if is_traced():  # the form that is faster where it is used, as in `_top`
             plus = total > (torch.where(tie > 0, -_LEAST, 0.0) if isinstance(tie, Tensor) else -_LEAST * (tie > 0))
-            elected = torch.where(plus, 1.0, -1.0)
-        else:
-            elected = torch.sign(total) + (total == 0) * tie
+            flip = torch.where(plus, 0.0, -0.0).view(torch.int32)  # a sign bit: what is above zero without it agrees
+            return [(t.view(torch.int32) ^ flip) > 0 for t in _said(s, x, n)]
+        elected = torch.sign(total) + (total == 0) * tie
     return [t * elected > 0 for t in _said(s, x, n)]
 
 
