@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from merge_search.engine import balanced, facts
+from merge_search.engine.assess.cki import entropy
 from merge_search.engine.balanced import balanced_masks, counts_of
 from merge_search.engine.byte_cache import ByteCache
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.facts import Facts, Scope
 from merge_search.engine.memory import MemoryTensors
-from merge_search.engine.order import row_ranks
 from merge_search.engine.pipeline import SHORT_RANKS
+from merge_search.engine.ranks import row_ranks
 from merge_search.engine.survey import MAJORITY_SAMPLE, Samples
 from merge_search.presets import preset
 from merge_search.recipe import Assess, Select
@@ -55,6 +59,37 @@ def test_ties_in_a_block_go_to_the_lowest_index_whatever_its_size(block_size):
     for block, kept in zip(scores.reshape(-1, block_size).tolist(), mask.reshape(-1, block_size).tolist(), strict=True):
         order = sorted(range(block_size), key=lambda i: (-block[i], i))
         assert [i in order[:keep] for i in range(block_size)] == kept
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_masks_and_reductions_made_in_parts_are_those_of_the_whole(exclusive, monkeypatch):
+    models = tensors((50, 33))
+    scores = [models.expert(e, "w").abs() for e in ("a", "b")]
+    whole = balanced_masks(scores, [0.3, 0.6], 4, exclusive=exclusive)
+    scope = Scope(("a", "b"), Select(kind="soft_threshold"), 0.05, 0)
+    numbers = Facts(models, cache_bytes=0).numbers(Assess(measure="pcb"), scope, "w")
+    monkeypatch.setattr(balanced, "_PART", 100)  # three rows
+    monkeypatch.setattr(facts, "_CHUNK", 97)
+    in_parts = balanced_masks(scores, [0.3, 0.6], 4, exclusive=exclusive)
+    assert all(map(torch.equal, in_parts, whole))
+    assert Facts(models, cache_bytes=0).numbers(Assess(measure="pcb"), scope, "w") == numbers
+
+
+@pytest.mark.parametrize("bins", [1, 3, 10, 256])
+def test_the_entropy_counts_as_float64_comparisons_do(bins):
+    weights = torch.randn(5000, generator=torch.Generator().manual_seed(bins))
+    low, high = float(weights.min()), float(weights.max())
+    edges = [low + b * (high - low) / bins for b in range(1, bins + 1)]
+    near = torch.tensor(edges, dtype=torch.float64).to(torch.float32).clamp(low, high)
+    weights = torch.cat(
+        [weights, near, torch.nextafter(near, torch.tensor(low)), torch.nextafter(near, torch.tensor(high))]
+    )
+    counts = torch.zeros(bins + 1, dtype=torch.float64)
+    for w in weights.tolist():  # Python's floats are float64
+        counts[sum(w >= edge for edge in edges)] += 1
+    shares = (counts[:bins] / len(weights)).tolist()
+    assert entropy(weights, bins) == -sum(p * math.log(p) for p in shares if p > 0)
+    assert entropy(weights.double(), bins) == entropy(weights, bins)
 
 
 def test_kept_tensors_are_counted_once_and_those_not_asked_for_go_first():

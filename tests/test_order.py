@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from merge_search.engine.masks import indices
-from merge_search.engine.order import EXACT_LIMIT, kept_count, row_ranks, table
+from merge_search.engine.order import EXACT_LIMIT, kept_count, table
+from merge_search.engine.ranks import row_ranks
 
 
 def kept(scores: torch.Tensor, t, k: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 __all__ = ["balanced_masks", "counts_of"]
 
 _PAIRS = 16
+_PART = 2**18  # elements at a time
 
 
 def counts_of(density: float, columns: int, block_size: int) -> tuple[int, int]:
@@ -31,16 +32,26 @@ def balanced_masks(
         Flat boolean masks.
     Source: CABS, arXiv 2503.01874. Differs: the reference cuts blocks from the flattened tensor.
     """
-    free = torch.ones_like(scores[0], dtype=torch.bool)
-    masks = []
-    for score, density in zip(scores, densities, strict=True):
+    columns = max(1, scores[0].shape[-1])
+    rows = [score.reshape(-1, columns) for score in scores]
+    masks = [torch.empty(t.shape, dtype=torch.bool, device=t.device) for t in rows]
+    step = max(1, _PART // columns)
+    for start in range(0, rows[0].shape[0], step):  # what is made on the way is small, and its memory used again
+        part = slice(start, start + step)
+        _fill([m[part] for m in masks], [t[part] for t in rows], densities, block_size, exclusive=exclusive)
+    return [m.reshape(-1) for m in masks]
+
+
+def _fill(
+    masks: Sequence[Tensor], scores: Sequence[Tensor], densities: Sequence[float], block_size: int, *, exclusive: bool
+) -> None:
+    free = torch.ones_like(masks[0])
+    for mask, score, density in zip(masks, scores, densities, strict=True):
         keep, rest = counts_of(density, score.shape[-1], block_size)
         candidate = torch.where(free & (score > 0), score, -1.0)
-        mask = _largest(candidate, block_size, keep, rest) & (candidate > 0)
+        torch.logical_and(_largest(candidate, block_size, keep, rest), candidate > 0, out=mask)
         if exclusive:
             free &= ~mask
-        masks.append(mask.reshape(-1))
-    return masks
 
 
 def _largest(score: Tensor, block_size: int, keep: int, rest: int) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Hashable, Iterator, Mapping
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,8 +69,8 @@ class MergeEngine:
     def __init__(self, tensors: Tensors, *, compile: bool | str = "auto", cache_bytes: int = 2**32) -> None:
         self.tensors = tensors
         if compile == "auto":
-            size = sum(tensors.base(name).numel() for name in tensors.groups)
-            compile = size > _COMPILE_FROM_PARAMETERS or tensors.device.type == "cuda"
+            sizes = (tensors.base(name).numel() for name in tensors.groups)
+            compile = tensors.device.type == "cuda" or sum(sizes) > _COMPILE_FROM_PARAMETERS
         self._runner = Runner(tensors.device, compile=bool(compile) and has_compiler(tensors.device))
         self._planner = Planner(tensors, cache_bytes=cache_bytes, runner=self._runner)
         self._written: dict[str, _Written] = {}
@@ -98,12 +99,13 @@ class MergeEngine:
             NonFiniteError: NaN or infinity in a result.
         """
         self._require(recipe)
-        for name in self.tensors.groups:
-            base = self.tensors.base(name)
-            out = torch.empty(base.shape, dtype=output_dtype(recipe, base), device=self.tensors.device)
-            with torch.no_grad():
-                self._merge_into(recipe, name, out)
-            yield name, out
+        with self._in_turn(list(self.tensors.groups)):
+            for name in self.tensors.groups:
+                base = self.tensors.base(name)
+                out = torch.empty(base.shape, dtype=output_dtype(recipe, base), device=self.tensors.device)
+                with torch.no_grad():
+                    self._merge_into(recipe, name, out)
+                yield name, out
 
     @torch.no_grad()
     def apply(self, recipe: Recipe, views: Mapping[str, Tensor]) -> ApplyReport:
@@ -128,19 +130,32 @@ class MergeEngine:
         current = {name for name, key in keys.items() if self._is_current(name, views[name], key)}
         done: dict[str, Hashable] = {}
         try:
-            for name, key in keys.items():
-                if name in current:
-                    skipped += 1
-                else:
-                    self._written.pop(name, None)
-                    self._write(recipe, name, views[name])
-                    elements += views[name].numel()
-                done[name] = key
+            with self._in_turn([name for name in keys if name not in current]):
+                for name, key in keys.items():
+                    if name in current:
+                        skipped += 1
+                    else:
+                        self._written.pop(name, None)
+                        self._write(recipe, name, views[name])
+                        elements += views[name].numel()
+                    done[name] = key
         finally:  # versions are compared before and noted after all writes: views of one storage share a version counter
             for name, key in done.items():
                 if not views[name].is_inference():
                     self._written[name] = _Written(key, _place(views[name]), views[name]._version)
         return ApplyReport(len(done) - skipped, skipped, elements, time.perf_counter() - start)
+
+    @contextmanager
+    def _in_turn(self, names: Sequence[str]) -> Iterator[None]:
+        """Tell tensors that come from elsewhere in which order they are needed."""
+        expect = getattr(self.tensors, "expect", None)
+        if callable(expect):
+            expect(names)
+        try:
+            yield
+        finally:
+            if callable(expect):
+                expect(())
 
     def _common_key(self, recipe: Recipe) -> Hashable:
         """What every tensor's result depends on, besides its own `TensorSettings`."""

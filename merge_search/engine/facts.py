@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,35 +14,16 @@ from merge_search.engine.assess import AssessContext, load, measure_of
 from merge_search.engine.byte_cache import ByteCache
 from merge_search.engine.elementary import log
 from merge_search.engine.fused import scalars, sweep
-from merge_search.engine.order import Table, TableBuilder, row_ranks
+from merge_search.engine.order import Table, TableBuilder
 from merge_search.engine.pipeline import SHORT_RANKS, Numbers, Pass, Source, Structure, Tensors, is_vector
+from merge_search.engine.ranks import delta_ranks, row_ranks
+from merge_search.engine.scope import Scope
 from merge_search.errors import NonFiniteError
-from merge_search.recipe import Assess, Scalar, Select
+from merge_search.recipe import Assess, Scalar
 
 __all__ = ["ByteCache", "Facts", "Scope"]
 
 _CHUNK = 2**20
-
-
-@dataclass(frozen=True)
-class Scope:
-    """What scores are made from and ranked within, for one recipe.
-
-    experts: All of the recipe, in processing order. select: its `Select`. seed: of random scores.
-    """
-
-    experts: tuple[str, ...]
-    select: Select
-    winsorise: float
-    seed: int
-
-    def covers(self, shape: tuple[int, ...] | torch.Size) -> bool:
-        """Whether selection applies to tensors of this shape."""
-        return self.select.vectors or not is_vector(shape)
-
-    def key(self) -> tuple[Hashable, ...]:
-        scope = "model" if self.select.scope == "model" else "tensor"
-        return (self.experts, scope, self.select.vectors, self.winsorise)
 
 
 class Facts:
@@ -165,8 +145,18 @@ class Facts:
         measure, options = measure_of(assess), self.options(assess)
         key = (assess.measure, tuple(options[k] for k in measure.reduce_options), scope.key(), name)
         if key not in self._reduced:
-            self._reduced[key] = load(assess.measure).reduce(self.context(assess, scope, name))
+            self._reduced[key] = self._made_reduction(assess, scope, name)
         return self._reduced[key]
+
+    def _made_reduction(self, assess: Assess, scope: Scope, name: str) -> list[tuple[float, ...]]:
+        """In parts, where the measure can put them together: memory that is used again costs no page faults."""
+        module, n = load(assess.measure), self.tensors.base(name).numel()
+        if not hasattr(module, "pool") or n <= _CHUNK:
+            whole: list[tuple[float, ...]] = module.reduce(self.context(assess, scope, name))
+            return whole
+        slices = [slice(start, start + _CHUNK) for start in range(0, n, _CHUNK)]
+        parts = [module.reduce(self.context(assess, scope, name, part=part)) for part in slices]
+        return [module.pool(mine) for mine in zip(*parts, strict=True)]
 
     def _pooled(self, assess: Assess, scope: Scope, name: str) -> list[tuple[float, ...]]:
         key = (assess.measure, "pooled", scope.key())
@@ -182,14 +172,26 @@ class Facts:
         active = self.active(name, scope.experts)
         return [r for e, r in zip(scope.experts, self._reduced[key], strict=True) if e in active]
 
-    def context(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()) -> AssessContext:
-        """A measure's view of a whole tensor, active experts only."""
+    def context(
+        self,
+        assess: Assess,
+        scope: Scope,
+        name: str,
+        coefficients: tuple[float, ...] = (),
+        *,
+        part: slice | None = None,
+    ) -> AssessContext:
+        """A measure's view of a tensor, or of a part of it, flat; active experts only."""
         active = self.active(name, scope.experts)
-        base = self.tensors.base(name).to(self.tensors.device)
+        base = self.tensors.base(name)
+        experts = [self.tensors.expert(e, name) for e in active] if measure_of(assess).reads_weights else []
+        if part is not None:
+            base, *experts = (t.reshape(-1)[part] for t in (base, *experts))
+        base = base.to(self.tensors.device)
         raw: list[Tensor] = []
         if reads := measure_of(assess).reads_weights:
             base = base.to(torch.float32)
-            raw = [self.tensors.expert(e, name).to(base.device, torch.float32) - base for e in active]
+            raw = [t.to(base.device, torch.float32) - base for t in experts]
         deltas = raw
         clip = self.clip(scope, name) if reads else {}
         if clip:
@@ -238,11 +240,14 @@ class Facts:
     def _made_scores(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...]) -> list[Tensor]:
         if measure_of(assess).cheap:
             p, base, experts = self._assessment(assess, scope, name)
-            parts = [a for _, a in _assessed(p, base, experts, self.tensors.device)]
-            return [torch.cat([part[i] for part in parts]) for i in range(len(p.experts))]
+            made = [torch.empty(base.numel(), device=self.tensors.device) for _ in p.experts]
+            for start, part in _assessed(p, base, experts, self.tensors.device):
+                for out, a in zip(made, part, strict=True):
+                    out[start : start + a.numel()] = a
+            return made
         context = self.context(assess, scope, name, coefficients)
-        made = load(assess.measure).scores(context)
-        return [t.to(torch.float32).broadcast_to(context.base.shape).reshape(-1) for t in made]
+        scores = load(assess.measure).scores(context)
+        return [t.to(torch.float32).broadcast_to(context.base.shape).reshape(-1) for t in scores]
 
     def keeps(self, assess: Assess, scope: Scope, name: str) -> bool:
         """Whether a cheap measure's scores are worth storing: dear, asked for before, and with room for those of all tensors."""
@@ -324,6 +329,11 @@ class Facts:
             if not active:
                 continue
             start = self.offset(name, vectors=scope.select.vectors) if scope.select.scope == "model" else 0
+            if assess.measure == "magnitude" and not self.clip(scope, name):
+                base, experts = self.flats(name, active)
+                for e, own in zip(active, experts, strict=True):
+                    builders[e].add_deltas(base, own, self.largest_delta(e, name), start)
+                continue
             for at, scores in self._score_chunks(assess, scope, name, coefficients):
                 for e, a in zip(active, scores, strict=True):
                     if e == active[0] or not shared or len(names) > 1:
@@ -351,20 +361,21 @@ class Facts:
         key = ("ranks", assess.measure, options, scope.key(), scope.select.scope, scope.seed, name, at)
         found = self.stored.get(key)
         if found is None:
-            shape = self.tensors.base(name).shape if scope.select.scope == "row" else (-1,)
-            scores = self.whole_scores(assess, scope, name, coefficients)
-            length = shape[-1] if scope.select.scope == "row" and shape else scores[0].numel()
-            made = {
-                id(a): _packed(row_ranks(a.reshape(shape)).reshape(-1), length)
-                for a in {id(a): a for a in scores}.values()
-            }
-            found = [made[id(a)] for a in scores]
+            found = self._made_ranks(assess, scope, name, coefficients)
             self.stored.put(key, found)
         return found
 
-
-def _packed(ranks: Tensor, length: int) -> Tensor:
-    return ranks.to(torch.int16) if length <= SHORT_RANKS else ranks.to(torch.float32)
+    def _made_ranks(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...]) -> list[Tensor]:
+        shape = self.tensors.base(name).shape if scope.select.scope == "row" else torch.Size((-1,))
+        length = shape[-1] if scope.select.scope == "row" and shape else self.tensors.base(name).numel()
+        dtype = torch.int16 if length <= SHORT_RANKS else torch.float32
+        if assess.measure == "magnitude" and not self.clip(scope, name):
+            base, own = self.flats(name, self.active(name, scope.experts))
+            rows = [t.to(self.tensors.device).reshape(shape) for t in (base, *own)]
+            return [delta_ranks(rows[0], t, dtype).reshape(-1) for t in rows[1:]]
+        scores = self.whole_scores(assess, scope, name, coefficients)
+        made = {id(a): row_ranks(a.reshape(shape), dtype).reshape(-1) for a in {id(a): a for a in scores}.values()}
+        return [made[id(a)] for a in scores]
 
 
 def _assessed(

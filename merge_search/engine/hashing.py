@@ -10,13 +10,14 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Collection, Iterable
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 from merge_search.engine.headers import ADAPTER_CONFIG, CheckpointInfo, TensorHeader, read_checkpoint
 from merge_search.errors import WeightsError
 
-__all__ = ["HashInTurn", "HashedReader", "WeightsHash", "hash_checkpoint", "hash_folder", "hash_once"]
+__all__ = ["HashInTurn", "HashedReader", "WeightsHash", "hash_checkpoint", "hash_folder", "hash_once", "pieces"]
 
 CHUNK_BYTES = 1 << 18  # small enough to be still in the processor's cache when it is hashed
 # What of an adapter's config changes the expert that it makes.
@@ -70,7 +71,7 @@ class HashInTurn:
         while self._waiting and (before is None or self._waiting[0] < before):
             t = info.tensors[self._waiting.popleft()]
             buffer = memoryview(bytearray(min(t.n_bytes, CHUNK_BYTES)))
-            self._result.add(t.name, t.dtype, t.shape, _pieces(t, buffer))
+            self._result.add(t.name, t.dtype, t.shape, pieces(t, buffer))
 
     def finish(self, info: CheckpointInfo) -> str:
         """The hash; what was left out is read from the files. An adapter's scales follow, as ``|adapter_config``."""
@@ -100,11 +101,11 @@ class HashedReader:
         """
         t = self._info.tensors[name]
         self._hash.read(self._info, before=name)
-        pieces = _pieces(t, buffer)
+        data = pieces(t, buffer)
         if self._hash.is_next(name):
-            self._hash.add(name, t.dtype, t.shape, pieces)
+            self._hash.add(name, t.dtype, t.shape, data)
         else:
-            deque(pieces, maxlen=0)
+            deque(data, maxlen=0)
 
     def finish(self) -> None:
         """Read what was not asked for, so that `hash_once` knows the hash of what was read.
@@ -150,22 +151,37 @@ def _stamps(info: CheckpointInfo) -> tuple[object, ...]:
         raise WeightsError(f"{info.folder}: cannot be read ({error}); do not change files in use") from None
 
 
-def _pieces(t: TensorHeader, buffer: memoryview) -> Iterable[memoryview]:
-    """A tensor's bytes in pieces, through `buffer`; where it is as long as the tensor, it holds it in the end."""
+def pieces(t: TensorHeader, buffer: memoryview) -> Iterable[memoryview]:
+    """A tensor's bytes in pieces of `CHUNK_BYTES`, through `buffer`; where it is as long as the tensor, it holds it in the end.
+
+    Raises:
+        WeightsError: the file was changed or cannot be read.
+    """
     try:
         with t.file.open("rb", buffering=0) as f:
             f.seek(t.start)
             done = 0
             while done < t.n_bytes:
                 start = done % len(buffer)
-                n = f.readinto(buffer[start : start + min(CHUNK_BYTES, t.n_bytes - done)])
-                if not n:
+                piece = buffer[start : start + min(CHUNK_BYTES, t.n_bytes - done)]
+                if not _fill(f, piece):
                     raise WeightsError(
                         f"{t.file}: was cut off while it was read, in tensor {t.name!r}; do not change files in use"
                     )
-                yield buffer[start : start + n]
-                done += n
+                yield piece
+                done += len(piece)
     except OSError as error:
         raise WeightsError(
             f"{t.file}: tensor {t.name!r} cannot be read ({error}); do not change files in use, or copy the file again"
         ) from None
+
+
+def _fill(file: RawIOBase, buffer: memoryview) -> bool:
+    """Read until the buffer is full; False if the file ends before."""
+    done = 0
+    while done < len(buffer):
+        n = file.readinto(buffer[done:])
+        if not n:
+            return False
+        done += n
+    return True

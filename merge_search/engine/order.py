@@ -26,13 +26,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from merge_search.engine.ranks import BITS, count_deltas, count_scores, counts_at_once
 from merge_search.recipe import Select
 
-__all__ = ["EXACT_LIMIT", "Keep", "Table", "TableBuilder", "dropped_count", "kept_count", "row_ranks", "table"]
+__all__ = ["EXACT_LIMIT", "Keep", "Table", "TableBuilder", "dropped_count", "kept_count", "table"]
 
 EXACT_LIMIT = 2**16
-_BITS = 20
-_SHIFT = 32 - _BITS
+_SHIFT = 32 - BITS
 _FLUSH = 2**22
 _GOLDEN = 0x9E3779B1 - 2**32  # odd and near 2**32 / golden ratio: multiples spread evenly over the circle
 
@@ -163,28 +163,42 @@ class TableBuilder:
 
     def add(self, scores: Tensor, start: int | None = None) -> None:
         """Take the next scores. float32, any shape, read in memory order; `start`: position of the first, if not the next."""
-        flat = scores.reshape(-1) + 0.0  # -0.0 becomes 0.0
+        flat = scores.reshape(-1)
         start = self._next if start is None else start
         self._next = start + flat.numel()
         if not flat.numel():
             return
         self._maximum = max(self._maximum, float(flat.max()))
         if self._exact:
-            self._chunks.append(flat)
+            self._chunks.append(flat + 0.0)  # -0.0 becomes 0.0
             self._starts.append(start)
             return
-        bits = flat.view(torch.int32)
-        self._chunks.append(((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> _SHIFT) + 2 ** (_BITS - 1))
+        self._chunks.append(flat)
         self._waiting += flat.numel()
-        if self._waiting >= _FLUSH:
+        if self._waiting >= _FLUSH or counts_at_once(flat):
             self._flush()
 
+    def add_deltas(self, base: Tensor, own: Tensor, largest: float, start: int | None = None) -> None:
+        """`add` of |own - base|, of which `largest` is the largest. Flat, finite; subtracted in float32."""
+        if self._exact:
+            device = own.device
+            self.add((own.to(torch.float32) - base.to(device, torch.float32)).abs(), start)
+            return
+        self._next = (self._next if start is None else start) + own.numel()
+        self._maximum = max(self._maximum, largest)
+        count_deltas(base, own, self._histogram_on(own.device))
+
     def _flush(self) -> None:
-        """Count the bins that wait: each count makes a whole histogram, too dear for every chunk."""
+        """Count the scores that wait."""
         if self._chunks:
-            counts = torch.bincount(torch.cat(self._chunks), minlength=2**_BITS)
-            self._counts = counts if self._counts is None else self._counts.add_(counts)
+            flat = self._chunks[0] if len(self._chunks) == 1 else torch.cat(self._chunks)
+            count_scores(flat, self._histogram_on(flat.device))
         self._chunks, self._waiting = [], 0
+
+    def _histogram_on(self, device: torch.device) -> Tensor:
+        if self._counts is None:
+            self._counts = torch.zeros(2**BITS, dtype=torch.int64, device=device)
+        return self._counts
 
     def finish(self) -> Table:
         if not self._exact:
@@ -210,7 +224,7 @@ class TableBuilder:
 
 def _edges(bins: NDArray[np.int64]) -> NDArray[np.float32]:
     """Smallest float32 of each histogram bin."""
-    keys = ((bins - 2 ** (_BITS - 1)) << _SHIFT).clip(-(2**31), 2**31 - 1).astype(np.int32)
+    keys = ((bins - 2 ** (BITS - 1)) << _SHIFT).clip(-(2**31), 2**31 - 1).astype(np.int32)
     edges = np.where(keys < 0, keys ^ np.int32(0x7FFFFFFF), keys).astype(np.int32).view(np.float32)
     return np.where(np.isnan(edges), np.float32(np.inf), edges)
 
@@ -223,15 +237,3 @@ def table(scores: Tensor | Sequence[Tensor]) -> Table:
     for part in parts:
         builder.add(part)
     return builder.finish()
-
-
-def row_ranks(scores: Tensor) -> Tensor:
-    """Rank of every element within its row, 0 the largest, ties by lowest index. int32, same shape.
-
-    A row is the last axis; a one-dimensional tensor is one row.
-    """
-    if scores.ndim == 0:
-        return torch.zeros((), dtype=torch.int32, device=scores.device)
-    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
-    places = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device).expand(scores.shape)
-    return torch.empty_like(order, dtype=torch.int32).scatter_(-1, order, places)

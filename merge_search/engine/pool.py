@@ -1,7 +1,8 @@
 """Base and experts, resident: a candidate never reads a file.
 
-Three placements, the first that fits: ``resident`` (on the device), ``pinned`` (in page-locked host memory, moved
-tensor by tensor), ``mapped`` (from the files, through the system's page cache). `ModelPool.plan` says which and why.
+Three placements, the first that fits: ``resident`` (on the device), ``pinned`` (in page-locked host memory), ``mapped``
+(from the files, through the system's page cache). What is not resident comes to a GPU tensor by tensor, the next one's
+copies beside the merge of the one before (`transfer`). `ModelPool.plan` says which and why.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from torch import Tensor
 
 from merge_search.engine.checkpoint import Checkpoint, Expert, tied_aliases
 from merge_search.engine.compatibility import check_models
+from merge_search.engine.finite import file_problems, refuse, tensor_problem
 from merge_search.engine.hashing import hash_once
 from merge_search.engine.headers import CheckpointInfo, resolve_model
 from merge_search.engine.layout import layout
 from merge_search.engine.maps import MapStore
+from merge_search.engine.transfer import Transfers
 from merge_search.errors import WeightsError
+from merge_search.memory import free_host_bytes
 from merge_search.recipe import Group, Models
 
 __all__ = ["ModelPool", "StatisticsSource"]
@@ -56,8 +60,9 @@ class ModelPool:
         device: ``auto`` (a GPU if there is one), or torch's word for a device.
         memory: GiB that the pool may take on its device; None: what is free, less what one live model needs.
         map_folders: Where the maps of recipes are looked for.
-        once: Each tensor will be used once: nothing is held but what `holding` names, and finiteness is left to whoever
-            reads the tensors. For one merge from files to files.
+        once: Each tensor will be used once: nothing is held but what `holding` names. For one merge from files to files.
+            Finiteness is checked in the files, if they fit in free memory together; else it is left to whoever reads the
+            tensors.
 
     Attributes:
         groups: Group of every tensor that is merged, in the order of the checkpoint; a tensor stored twice
@@ -102,7 +107,10 @@ class ModelPool:
         self.placement, self.plan = ("mapped", ONCE) if once else self._choose(memory)
         _log.info("%s", self.plan)
         self._held: dict[str, list[Tensor]] = {}
+        moves = self.device.type == "cuda" and not once and self.placement != "resident"
+        self._transfers = Transfers(self._in_host_memory, self.device) if moves else None
         if once:
+            self._require_finite_files()
             self._require_differences()
         else:
             self._load()
@@ -123,6 +131,11 @@ class ModelPool:
         """An expert's tensor on the device: the base's shape, its own dtype. Do not write into it."""
         return self._get(name, 1 + self._index(expert), self._experts[expert].tensor)
 
+    def expect(self, names: Sequence[str]) -> None:
+        """In which order tensors will be asked for, so that those in host memory come to the GPU ahead; empty: in none."""
+        if self._transfers is not None:
+            self._transfers.expect(names)
+
     @property
     def sources(self) -> tuple[Checkpoint, *tuple[Expert, ...]]:
         """Where tensors come from: the base's files and the experts'."""
@@ -138,7 +151,9 @@ class ModelPool:
         if name in self._held:
             yield
             return
-        self._held[name] = list(tensors) or self.read(name, tuple(self._experts))
+        own = list(tensors) or self.read(name, tuple(self._experts))
+        moved = {id(t): t.to(self.device) for t in own}  # what experts share with the base stays one
+        self._held[name] = [moved[id(t)] for t in own]
         try:
             yield
         finally:
@@ -147,18 +162,19 @@ class ModelPool:
     def read(self, name: str, experts: Sequence[str]) -> list[Tensor]:
         """The base's tensor and those of `experts`, on the device; read anew unless they are held."""
         held = self._held.get(name)
+        if self._transfers is not None:
+            held = self._transfers.get(name)
         if held is not None:
-            return [held[i].to(self.device, non_blocking=True) for i in (0, *(1 + self._index(e) for e in experts))]
+            return [held[i].to(self.device) for i in (0, *(1 + self._index(e) for e in experts))]
         base = self._base.read(name).to(self.device)
         sources = [self._experts[e] for e in experts]
         return [base, *(s.read(name).to(self.device) if s.changes(name) else base for s in sources)]
 
     def require_finite(self, name: str) -> None:
         """Raises `WeightsError` naming the file if a tensor of the base or of an expert is not finite."""
-        base, *own = self.read(name, tuple(self._experts))
-        _check_finite(base, name, "base", self._base.info)
-        for (expert, source), tensor in zip(self._experts.items(), own, strict=True):
-            _check_finite(tensor, name, f"expert {expert!r}", source.info)
+        tensors = self.read(name, tuple(self._experts))
+        found = [tensor_problem(t, name, *origin) for t, origin in zip(tensors, self._named_sources, strict=True)]
+        refuse([p for p in found if p])
 
     def statistic(self, kind: str, expert: str, name: str) -> Tensor | None:
         """``map:<sha256>``: a recipe's map, shape (rows,), on the device; else what `statistics` says.
@@ -204,22 +220,28 @@ class ModelPool:
         return list(self._experts).index(expert)
 
     def _get(self, name: str, index: int, read: Callable[[str], Tensor]) -> Tensor:
+        if self._transfers is not None:
+            return self._transfers.get(name)[index]
         held = self._held.get(name)
-        if held is not None:
-            return held[index].to(self.device, non_blocking=True)
-        return read(name).to(self.device)
+        return (read(name) if held is None else held[index]).to(self.device)
+
+    def _in_host_memory(self, name: str) -> list[Tensor]:
+        if (held := self._held.get(name)) is not None:
+            return held
+        base = self._base.tensor(name)
+        return [base, *(e.tensor(name) if e.changes(name) else base for e in self._experts.values())]
 
     def _load(self) -> None:
         """Place every tensor, once; finiteness and equality are checked on the way."""
-        differs = dict.fromkeys(self._experts, False)
+        differs, problems = dict.fromkeys(self._experts, False), list[str]()
         for name in self.groups:
             base = self._place(self._base.tensor(name))
-            _check_finite(base, name, "base", self._base.info)
+            problems.append(tensor_problem(base, name, "base", self._base))
             tensors = [base]
             for expert, source in self._experts.items():
                 own = self._place(source.tensor(name)) if source.changes(name) else base
                 if own is not base:
-                    _check_finite(own, name, f"expert {expert!r}", source.info)
+                    problems.append(tensor_problem(own, name, f"expert {expert!r}", source))
                     if _differ(base, own):
                         differs[expert] = True
                     elif own.dtype == base.dtype:
@@ -227,9 +249,24 @@ class ModelPool:
                 tensors.append(own)
             if self.placement != "mapped":
                 self._held[name] = tensors
+        refuse([p for p in problems if p])
         for expert, is_different in differs.items():
             if not is_different:
                 raise self._nothing_to_merge(expert)
+
+    def _require_finite_files(self) -> None:
+        """Raises `WeightsError` for all NaN and infinity in the files; does not look where they do not fit in free memory.
+
+        What fits is read from the disk once, by this look, and by the merge from the page cache. Larger models would be
+        read twice, which takes longer than most merges: their tensors are checked when their turn comes.
+        """
+        if sum(source.info.n_bytes for source in self.sources) <= MARGIN * _free_bytes(torch.device("cpu")):
+            refuse(file_problems(self._named_sources, self.groups))
+
+    @property
+    def _named_sources(self) -> list[tuple[str, Checkpoint | Expert]]:
+        """`sources`, with the words of messages."""
+        return [("base", self._base), *((f"expert {n!r}", e) for n, e in self._experts.items())]
 
     def _require_differences(self) -> None:
         """Raises `WeightsError` for an expert that equals the base; reads up to the first difference, without holding it."""
@@ -286,32 +323,6 @@ def _differ(base: Tensor, own: Tensor) -> bool:
     return not torch.equal(own.to(wide), base.to(wide))
 
 
-def _check_finite(tensor: Tensor, name: str, who: str, info: CheckpointInfo) -> None:
-    if bool(torch.isfinite(tensor).all()):
-        return
-    n_bad = int((~torch.isfinite(tensor)).sum())
-    file = info.tensors[name].file if name in info.tensors else info.folder
-    raise WeightsError(
-        f"{file}: weights must be finite, found NaN or infinity in {n_bad} of {tensor.numel()} entries of {who}, "
-        f"tensor {name!r}; train or download it again"
-    )
-
-
 def _free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken: the GPU's free memory, or the machine's within this container's limit."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if not meminfo.is_file():  # not Linux: no portable word for what is available, so assume half
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    free = 1024 * _field(meminfo, "MemAvailable:")
-    limit = group / "memory.max"
-    if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
-        used = int((group / "memory.current").read_text()) - _field(group / "memory.stat", "inactive_file")
-        free = min(free, int(text) - used)
-    return max(free, 0)
-
-
-def _field(file: Path, name: str) -> int:
-    """Number behind `name` in a file of ``name number`` lines."""
-    return next((int(line.split()[1]) for line in file.read_text().splitlines() if line.split()[:1] == [name]), 0)
+    """Memory that can still be taken, of a GPU or of the machine."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_host_bytes()

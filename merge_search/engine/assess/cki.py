@@ -26,13 +26,13 @@ from merge_search.recipe import Scalar
 
 __all__ = ["entropy", "numbers", "reduce", "scores"]
 
-_CHUNK = 2**22
+_CHUNK = 2**18
 
 
 def entropy(weights: Tensor, bins: int) -> float:
     """Entropy in nats of a histogram of `bins` equal half-open bins between minimum and maximum.
 
-    The maximum itself falls outside, as in the released code. Edges and comparisons are float64.
+    The maximum itself falls outside, as in the released code. Edges are float64, and comparisons with them exact.
     """
     flat = weights.reshape(-1)
     low, high = (float(v) for v in torch.aminmax(flat))
@@ -42,11 +42,20 @@ def entropy(weights: Tensor, bins: int) -> float:
     edges = torch.tensor(
         [low + b * step for b in range(1, bins)] + [low + bins * step], dtype=torch.float64, device=flat.device
     )
+    if flat.dtype != torch.float64:
+        edges = _not_below(edges)
     counts = torch.zeros(bins + 1, dtype=torch.int64, device=flat.device)
     for chunk in torch.split(flat, _CHUNK):
-        counts += torch.bincount(torch.bucketize(chunk.to(torch.float64), edges, right=True), minlength=bins + 1)
+        counts += torch.bincount(torch.bucketize(chunk.to(edges.dtype), edges, right=True), minlength=bins + 1)
     shares: list[float] = (counts[:bins].to(torch.float64) / flat.numel()).tolist()
     return -sum(p * math.log(p) for p in shares if p > 0)
+
+
+def _not_below(edges: Tensor) -> Tensor:
+    """The smallest float32 that is not below each edge: float32 numbers lie on the same side of it as of the edge."""
+    nearest = edges.to(torch.float32)
+    above = torch.nextafter(nearest, torch.tensor(math.inf, device=edges.device))
+    return torch.where(nearest.to(torch.float64) < edges, above, nearest)
 
 
 def _local(deltas: Sequence[Tensor]) -> list[Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.assess import AssessContext
-from merge_search.engine.order import row_ranks
+from merge_search.engine.ranks import row_ranks
 
 __all__ = ["scores"]
 

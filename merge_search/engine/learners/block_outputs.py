@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -45,6 +45,8 @@ MOST_INPUTS = 1024
 """Rows of a task whose hidden states are held, for the merge and for the expert. The paper takes 16 to 64."""
 PASSES = 4
 """Forward passes of every such row beside the steps: its first hidden states, and every block by merge and expert."""
+FIRST_PASSES = 2
+"""Those of them before the first block is fitted: by merge and expert."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def fit_blocks(
     *,
     map_folder: str | Path | None = None,
     cache_bytes: int | None = None,
+    on_asked: Callable[[int], None] | None = None,
 ) -> Fitted:
     """As `coefficients.fit`, from the inside: each block takes `settings.steps` steps, one block after the other.
 
@@ -121,6 +124,7 @@ def fit_blocks(
         losses: By task. They are called without a graph and for the sake of the forward pass alone: its inputs are what
             is learned from, its value is not looked at.
         owners: Task -> the expert to follow.
+        on_asked: Called with the questions that follow: of the first hidden states, then of each block.
     Returns:
         `Fitted.losses` are means over the blocks, each relative to the expert's outputs.
     Raises:
@@ -132,40 +136,33 @@ def fit_blocks(
     Determinism: as `coefficients.fit`.
     """
     _require(losses, owners, recipe, settings)
+    tell = on_asked or (lambda _: None)
     began = time.perf_counter()
     parts = Parts(engine, recipe, cache_bytes=cache_bytes)
     fineness = make_fineness(settings.per, parts, recipe, map_folder=map_folder)
     blocks = _blocks(model)
     n_rows = {task: min(loss.n_rows, MOST_INPUTS) for task, loss in losses.items()}
-    inputs = {task: _Inputs(owners[task]) for task in losses}
-    engine.apply(recipe, views)
-    order = _capture(blocks, losses, inputs, n_rows)
-    for expert, mine in _by_owner(inputs).items():
-        engine.apply(expert_recipe(recipe, expert), views)
-        for task in mine:
-            inputs[task].expert = [_first(blocks[order[0]], losses[task], row) for row in range(n_rows[task])]
-    engine.apply(recipe, views)
+    at_first, in_blocks = _questions(list(n_rows.values()), settings)
+    tell(at_first)
+    order, inputs = _enter(engine, views, recipe, blocks, losses, owners, n_rows)
     vector, history = torch.nn.Parameter(fineness.start.clone()), []
-    for at, block in enumerate(blocks[i] for i in order):
-        own = {p.untyped_storage().data_ptr() for p in block.parameters()}
-        part = {n: view for n, view in views.items() if view.untyped_storage().data_ptr() in own}
-        one = _Block(block, at, part, inputs, settings)
+    for at, i in enumerate(order):
+        tell(in_blocks * (at + 1) // len(order) - in_blocks * at // len(order))
+        one = _Block(blocks[i], at, _own_views(blocks[i], views), inputs, settings)
         one.follow_experts(engine, recipe)
-        if any(parts.get(name)[0] for name in part if name in engine.tensors.groups):
+        if any(parts.get(name)[0] for name in one.views if name in engine.tensors.groups):
             history.append(one.fit(model, parts, fineness, vector))
         one.advance()
     if not history:
         raise RecipeError("no expert of the recipe changes a block of the live model: there is nothing to learn")
     learned = fineness.recipe(vector.detach()) if settings.steps else recipe
     engine.apply(learned, views)
-    asked = PASSES * sum(n_rows.values())
-    asked += QUESTIONS_PER_ROW * settings.steps * sum(min(settings.batch_rows, n) for n in n_rows.values())
     return Fitted(
         learned,
         tuple(losses),
         np.mean(history, axis=0, dtype=np.float64).reshape(settings.steps, len(losses)),
         fineness.start.numel(),
-        asked,
+        at_first + in_blocks,
         time.perf_counter() - began,
     )
 
@@ -225,6 +222,39 @@ def _require(losses: Mapping[str, TaskLoss], owners: Mapping[str, str], recipe: 
         problems.append("block outputs are fitted block after block: take a fineness of block or finer, not 'expert'")
     if problems:
         raise InputError(problems, where="learner")
+
+
+def _questions(n_rows: Sequence[int], settings: FitSettings) -> tuple[int, int]:
+    """Questions of the first hidden states, and of all blocks together."""
+    steps = QUESTIONS_PER_ROW * settings.steps * sum(min(settings.batch_rows, n) for n in n_rows)
+    return FIRST_PASSES * sum(n_rows), (PASSES - FIRST_PASSES) * sum(n_rows) + steps
+
+
+def _enter(
+    engine: MergeEngine,
+    views: Mapping[str, Tensor],
+    recipe: Recipe,
+    blocks: Sequence[torch.nn.Module],
+    losses: Mapping[str, TaskLoss],
+    owners: Mapping[str, str],
+    n_rows: Mapping[str, int],
+) -> tuple[list[int], dict[str, _Inputs]]:
+    """The order of the blocks, and what enters the first one, by merge and experts; `recipe` is live afterwards."""
+    inputs = {task: _Inputs(owners[task]) for task in losses}
+    engine.apply(recipe, views)
+    order = _capture(blocks, losses, inputs, n_rows)
+    for expert, mine in _by_owner(inputs).items():
+        engine.apply(expert_recipe(recipe, expert), views)
+        for task in mine:
+            inputs[task].expert = [_first(blocks[order[0]], losses[task], row) for row in range(n_rows[task])]
+    engine.apply(recipe, views)
+    return order, inputs
+
+
+def _own_views(block: torch.nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the block's own weights."""
+    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    return {name: view for name, view in views.items() if view.untyped_storage().data_ptr() in own}
 
 
 def _by_owner(inputs: Mapping[str, _Inputs]) -> dict[str, list[str]]:

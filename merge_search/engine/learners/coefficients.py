@@ -152,6 +152,7 @@ def fit(
     map_folder: str | Path | None = None,
     cache_bytes: int | None = None,
     on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+    on_asked: Callable[[int], None] | None = None,
 ) -> Fitted:
     """Fit the coefficients of `recipe`, begun at its own.
 
@@ -162,6 +163,7 @@ def fit(
         map_folder: Where maps of ``per="row"`` are written, as ``<sha256>.safetensors``; it must outlive the recipe.
         cache_bytes: For parts of the recipe (`slopes.Parts`).
         on_step: Called with the step and its losses.
+        on_asked: Called with the questions of each step before it: what a fit that fails has asked is known, too.
     Raises:
         RecipeError: the merge is not linear in its coefficients; nothing was written.
         InputError: no tasks.
@@ -178,8 +180,11 @@ def fit(
     slopes = Slopes(parts, model, views, rows=fineness.needs_rows)
     engine.apply(recipe, views)
     state = State(parts, fineness, slopes, views, settings, torch.nn.Parameter(fineness.start.clone()))
+    per_step = QUESTIONS_PER_ROW * sum(min(settings.batch_rows, task.n_rows) for task in losses.values())
     history = []
     for step in range(settings.steps):
+        if on_asked is not None:
+            on_asked(per_step)
         found = state.step(step, losses)
         history.append(list(found.values()))
         if on_step is not None:
@@ -187,13 +192,12 @@ def fit(
     state.finish()
     learned = fineness.recipe(state.vector.detach()) if settings.steps else recipe
     engine.apply(learned, views)
-    rows = sum(min(settings.batch_rows, task.n_rows) for task in losses.values())
     return Fitted(
         learned,
         tuple(losses),
         np.array(history, dtype=np.float64).reshape(settings.steps, len(losses)),
         fineness.start.numel(),
-        QUESTIONS_PER_ROW * rows * settings.steps,
+        per_step * settings.steps,
         time.perf_counter() - began,
     )
 

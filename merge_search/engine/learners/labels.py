@@ -26,10 +26,13 @@ class ExpertLabels:
 
     Args:
         evaluators: Those with a differentiable loss answer for their tasks, others are left alone.
+    Attributes:
+        asked: Questions put to experts so far, those of a call of `ask` that failed, too.
     """
 
     def __init__(self, evaluators: Sequence[object]) -> None:
         self._evaluators = evaluators
+        self.asked = 0
         self._known: dict[tuple[str, str], set[int]] = defaultdict(set)
 
     def questions(self, kind: str, rows: Mapping[str, Iterable[int]]) -> int:
@@ -57,16 +60,16 @@ class ExpertLabels:
         Determinism: rows are asked in ascending order. Where an answer depends in its last bits on the rows in one batch
             with it, it depends on which were answered before.
         """
-        asked = 0
+        before = self.asked
         for evaluator, task, new in self._unanswered(kind, rows):
             price = _price(evaluator, task, kind)
             if owners.get(task) not in recipe.models.experts:
                 raise InputError(f"learner: task {task!r} needs an expert of its own to label its rows")
             engine.apply(expert_recipe(recipe, owners[task]), views)
+            self.asked += price * len(new)
             _answer(evaluator, task, new, kind)
             self._known[kind, task].update(new)
-            asked += price * len(new)
-        return asked
+        return self.asked - before
 
     def _unanswered(
         self, kind: str, rows: Mapping[str, Iterable[int]]
