@@ -9,5 +9,6 @@ CATALOGUE = {
     "drift": "evaluators.drift:Drift",
     "latency": "evaluators.latency:Latency",
     "lm_eval": "evaluators.lm_eval:LmEval",
+    "size": "evaluators.size:Size",
 }
 """Name in a study file -> ``"module:Class"``."""

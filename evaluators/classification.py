@@ -2,7 +2,7 @@
 
     evaluate:
       - evaluator: classification
-        include_path: data/                      # what data, train, labels and head are relative to
+        include_path: data/                      # what data, train, labels and head are relative to; none: the study file's folder
         tasks:
           sst2: {data: [sst2/val.jsonl, sst2/test.jsonl], train: sst2/train.jsonl, head: sst2/head.safetensors}
           trec6: {data: trec6/test.jsonl, head: trec6/head.safetensors, labels: trec6/task.json, pooling: mean}
@@ -25,6 +25,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,6 +53,7 @@ class Classification:
         options: As in the module's notes.
         shares: Where a task has ``train`` rows, its fit share is scored with the rest of the search split.
         seed: Not used: splits and orders are functions of the documents.
+        folder: Where files lie that no folder of ``include_path`` is named for; None: the current directory.
 
     Raises:
         StudyFileError: options, files, labels, rows or heads are wrong, or a split is too small: all at once.
@@ -60,9 +62,11 @@ class Classification:
     weights on one device give equal answers. Global random generators are not used.
     """
 
-    def __init__(self, options: Mapping[str, Any], *, shares: SplitShares, seed: int) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], *, shares: SplitShares, seed: int, folder: Path | None = None
+    ) -> None:
         self._options = read_options(options)
-        self._tasks = {t.name: t for t in read_tasks(self._options, shares)}
+        self._tasks = {t.name: t for t in read_tasks(self._options, shares, folder)}
         self._encoder: EncoderHeads | None = None
         self._tokens: dict[tuple[str, Split], list[list[int]]] = {}
         self._batches: dict[tuple[str, Split, int, int], list[Batch]] = {}

@@ -11,7 +11,7 @@ A text file holds one text a line; a JSON-lines file one object a line, its text
     KL(base || merge) = sum_w p_base(w) (log p_base(w) - log p_merge(w))        in nats
 
 is averaged over them: one number per text, 0 for the base itself (up to the rounding of what is kept). The base's answers are taken when the model is bound
-(it holds the base's weights then) and kept in half precision in main memory: 2 bytes x texts x positions x vocabulary.
+(it holds the base's weights then) and kept in half precision in main memory: 2 bytes x texts x positions x vocabulary. More than is free is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -29,11 +30,16 @@ from pydantic import Field
 from evaluators.plain_texts import TextOptions, read_options, split_texts, text_hash
 from merge_search.errors import EvaluationError, NonFiniteError, StudyFileError
 from merge_search.evaluation import Cost, Evaluation, MetricInfo, Scores, Split, SplitShares, window
+from merge_search.memory import free_host_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Drift"]
+
+HALF = 2  # bytes of a kept number
+GIB = 2**30
+MARGIN = 0.8  # of the free memory: the search needs some, too
 
 
 class Options(TextOptions):
@@ -50,6 +56,7 @@ class Drift:
         options: As in the module's notes.
         shares: Texts are split like questions; the fit share of the search split is asked with the rest of it.
         seed: Not used: splits and order are functions of the texts.
+        folder: Where files lie that no folder of ``include_path`` is named for; None: the current directory.
 
     Raises:
         StudyFileError: options, files or rows are wrong, or a split has fewer than two texts.
@@ -57,9 +64,11 @@ class Drift:
     Determinism: equal weights on one device give equal answers. Global random generators are not used.
     """
 
-    def __init__(self, options: Mapping[str, Any], *, shares: SplitShares, seed: int) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], *, shares: SplitShares, seed: int, folder: Path | None = None
+    ) -> None:
         self._options = read_options(Options, options)
-        self._texts = split_texts(self._options, shares)
+        self._texts = split_texts(self._options, shares, folder)
         self._model: Any = None
         self._rows: dict[Split, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
@@ -77,20 +86,38 @@ class Drift:
         """Tokenise every text and keep the base's answers: `model` must hold the base's weights.
 
         Raises:
-            StudyFileError: the model gives no logits over a vocabulary (an encoder), or a text has fewer than two tokens.
+            StudyFileError: the model gives no logits over a vocabulary (an encoder), a text has fewer than two tokens, or
+                the base's answers do not fit into memory.
         """
         import torch
 
         self._model, self._rows = model, {}
+        rows: dict[Split, tuple[list[Tensor], list[Tensor]]] = {}
         for split, texts in self._texts.items():
             tokens = [tokenizer(t, truncation=True, max_length=self._options.max_length)["input_ids"] for t in texts]
             short = next((t for t, ids in zip(texts, tokens, strict=True) if len(ids) < 2), None)
             if short is not None:
                 raise StudyFileError(f"evaluator drift: a text must have at least two tokens, found {short!r}")
-            asked = [torch.tensor([ids]) for ids in tokens]
             places = [_places(len(ids) - 1, self._options.positions) for ids in tokens]
+            rows[split] = [torch.tensor([ids]) for ids in tokens], places
+        self._require_memory(rows)
+        for split, (asked, places) in rows.items():
             base = [b.to(torch.float16) for b in self._answers(asked, places)]
             self._rows[split] = list(zip(asked, places, base, strict=True))
+
+    def _require_memory(self, rows: Mapping[Split, tuple[list[Tensor], list[Tensor]]]) -> None:
+        """Raises `StudyFileError` where the base's answers to all texts would take more than `MARGIN` of the free memory."""
+        asked, places = next(iter(rows.values()))
+        vocabulary = next(self._answers(asked[:1], places[:1])).shape[1]
+        counts = [len(at) for _, found in rows.values() for at in found]
+        need, free = HALF * vocabulary * sum(counts), free_host_bytes()
+        if need > MARGIN * free:
+            fits = int(MARGIN * free) // (HALF * vocabulary * max(counts))
+            raise StudyFileError(
+                f"evaluator drift: the base's answers to {len(counts)} texts at {max(counts)} positions each over {vocabulary} "
+                f"outcomes take {need / GIB:.3g} GiB of memory, and {free / GIB:.3g} GiB are free; limit: {fits} would fit, or "
+                "name fewer positions"
+            )
 
     def evaluate(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
         """Mean KL(base || merge) of the texts in `window(n, fidelity, after)`, and their values.

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 
-from merge_search.errors import StudyFileError, nearest
+from merge_search.errors import StudyFileError, nearest, sentences
 from merge_search.evaluation import Split, SplitShares, question_order, split_of
 
 __all__ = ["HeadFile", "Options", "Row", "TaskRows", "read_options", "read_tasks"]
@@ -104,28 +104,20 @@ def read_options(options: Mapping[str, Any]) -> Options:
     try:
         return Options.model_validate(options)
     except ValidationError as error:
-        raise StudyFileError([_sentence(e) for e in error.errors()]) from None
+        raise StudyFileError(sentences(error, Options)) from None
 
 
-def _sentence(error: Any) -> str:
-    loc = tuple(part for part in error["loc"] if part != "[key]")
-    at = ".".join(map(str, loc)) or "options"
-    if error["type"] == "extra_forbidden":
-        return f"{at}: unknown key{nearest(str(loc[-1]), (Options if len(loc) == 1 else TaskOptions).model_fields)}"
-    if error["type"] == "missing":
-        return f"{at}: is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{at}: {message[0].lower() + message[1:]}, got {error['input']!r}"
-
-
-def read_tasks(options: Options, shares: SplitShares) -> list[TaskRows]:
+def read_tasks(options: Options, shares: SplitShares, folder: Path | None = None) -> list[TaskRows]:
     """Read heads' headers and all rows, and split them.
+
+    Args:
+        folder: In place of an ``include_path`` that is not given; None: the current directory.
 
     Raises:
         StudyFileError: every problem found in any task.
     """
     problems: list[str] = []
-    tasks = [_Reader(options, name, problems).read(shares) for name in options.tasks]
+    tasks = [_Reader(options, name, problems, folder).read(shares) for name in options.tasks]
     if problems:
         raise StudyFileError(problems)
     return [t for t in tasks if t is not None]
@@ -134,9 +126,10 @@ def read_tasks(options: Options, shares: SplitShares) -> list[TaskRows]:
 class _Reader:
     """Reads one task; notes what is wrong in `problems` and goes on."""
 
-    def __init__(self, options: Options, name: str, problems: list[str]) -> None:
+    def __init__(self, options: Options, name: str, problems: list[str], folder: Path | None) -> None:
         self.options, self.name, self.task = options, name, options.tasks[name]
         self.problems = problems
+        self.folders = [Path(f).expanduser() for f in options.include_path] or [folder or Path.cwd()]
 
     def read(self, shares: SplitShares) -> TaskRows | None:
         before = len(self.problems)
@@ -162,8 +155,7 @@ class _Reader:
 
     def _file(self, field: str, text: str) -> Path | None:
         """The file that `text` names: absolute, or in the first of the ``include_path`` folders that has it."""
-        folders = [Path(f).expanduser() for f in self.options.include_path] or [Path.cwd()]
-        candidates = [folder / Path(text).expanduser() for folder in folders]
+        candidates = [folder / Path(text).expanduser() for folder in self.folders]
         for path in candidates:
             if path.is_file():
                 return path

@@ -18,6 +18,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -50,14 +51,17 @@ class Latency:
         options: As in the module's notes.
         shares: Texts are split like questions.
         seed: Not used.
+        folder: Where files lie that no folder of ``include_path`` is named for; None: the current directory.
 
     Raises:
         StudyFileError: options, files or rows are wrong, or a split has fewer than two texts.
     """
 
-    def __init__(self, options: Mapping[str, Any], *, shares: SplitShares, seed: int) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], *, shares: SplitShares, seed: int, folder: Path | None = None
+    ) -> None:
         self._options = read_options(Options, options)
-        self._texts = split_texts(self._options, shares)
+        self._texts = split_texts(self._options, shares, folder)
         self._model: Any = None
         self._rows: dict[Split, list[Any]] = {}
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluators.isolation import isolated_generators
@@ -41,13 +42,16 @@ class LmEval:
     Args:
         options: See `LmEvalOptions`.
         shares: Shares of the splits; a document's hash decides where it belongs.
+        folder: What task files named by a path are relative to; None: the current directory.
         seed: Draws the shots, and whatever a task that samples its answers draws.
 
     Raises:
         StudyFileError: every problem with options, task files, tasks and metrics; splits with fewer than two questions.
     """
 
-    def __init__(self, options: Mapping[str, Any], *, shares: SplitShares, seed: int) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], *, shares: SplitShares, seed: int, folder: Path | None = None
+    ) -> None:
         self.options = LmEvalOptions.parse(options)
         self.shares = shares
         self.seed = seed
@@ -56,7 +60,7 @@ class LmEval:
         self._live: LiveRequests | None = None
         self._loss: LiveLoss | None = None
         with isolated_generators(seed), quiet_lm_eval():
-            tasks, problems = load_tasks(self.options)
+            tasks, problems = load_tasks(self.options, folder)
             for name, task in tasks.items():
                 source = fit_source(task, self.options.fit)
                 withheld = shares.fit if source == "search" else 0.0

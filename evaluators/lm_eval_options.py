@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from merge_search.errors import StudyFileError, nearest
+from merge_search.errors import StudyFileError, sentences
 
 __all__ = ["LmEvalOptions"]
 
@@ -84,21 +84,8 @@ class LmEvalOptions(BaseModel):
         try:
             parsed = cls.model_validate(dict(options))
         except ValidationError as error:
-            raise StudyFileError([_sentence(e) for e in error.errors()], where="") from None
+            raise StudyFileError(sentences(error, cls)) from None
         missing = [f"include_path: no folder {p}" for p in parsed.include_path if not Path(p).is_dir()]
         if missing:
             raise StudyFileError(missing)
         return parsed
-
-
-def _sentence(error: Any) -> str:
-    name = ".".join(map(str, error["loc"]))
-    match error["type"]:
-        case "extra_forbidden":
-            return f"lm_eval has no option {name!r}{nearest(name, LmEvalOptions.model_fields)}"
-        case "missing":
-            return f"{name}: is missing"
-        case _:
-            text = error["msg"].removeprefix("Value error, ")
-            found = "" if "got" in text else f", got {error['input']!r}"
-            return f"{name}: {text[0].lower() + text[1:]}{found}"

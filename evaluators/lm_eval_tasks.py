@@ -53,13 +53,17 @@ def quiet_lm_eval() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def load_tasks(options: LmEvalOptions) -> tuple[dict[str, Any], list[str]]:
+def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict[str, Any], list[str]]:
     """Task objects by name, in the order asked for, with their documents; and every problem found.
 
     Groups and tags are expanded to their tasks; a task named twice is loaded once.
+
+    Args:
+        folder: What task files named by a path are relative to before ``include_path``; None: the current directory.
     """
     manager = _manager(options.include_path, defaults=False)
-    specs = [_path(name, options.include_path) if name not in manager.task_index else name for name in options.tasks]
+    folders = [str(folder or ""), *options.include_path]
+    specs = [_path(name, folders) if name not in manager.task_index else name for name in options.tasks]
     broken = list(_broken_files(options.include_path))
     is_local = [_is_known(manager.task_index, spec) for spec in specs]
     if not all(is_local) and broken:
@@ -111,7 +115,7 @@ def _path(name: str, folders: Sequence[str]) -> str:
     """The absolute path of a task file, or the name as it is."""
     if not name.endswith((".yaml", ".yml")):
         return name
-    for folder in ["", *folders]:
+    for folder in folders:
         path = (Path(folder) / Path(name).expanduser()).resolve()
         if path.is_file():
             return str(path)

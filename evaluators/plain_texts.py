@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from merge_search.errors import StudyFileError, nearest
+from merge_search.errors import StudyFileError, sentences
 from merge_search.evaluation import Split, SplitShares, question_order, split_of
 
 __all__ = ["SCORED", "TextOptions", "read_options", "split_texts", "text_hash"]
@@ -29,7 +29,7 @@ class TextOptions(BaseModel):
     """Files: one text a line, or JSON lines (``.jsonl``) with the text under `key`."""
     key: str = "text"
     include_path: list[str] = []
-    """Folders that `texts` are relative to."""
+    """Folders that `texts` are relative to; none: the study file's."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Texts, the first in the order of questions."""
     max_length: Annotated[int, Field(ge=2)] = 128
@@ -41,7 +41,7 @@ class TextOptions(BaseModel):
         return [value] if isinstance(value, str) else value
 
 
-Kind = TypeVar("Kind", bound=TextOptions)
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def read_options(kind: type[Kind], options: Mapping[str, Any]) -> Kind:
@@ -49,23 +49,19 @@ def read_options(kind: type[Kind], options: Mapping[str, Any]) -> Kind:
     try:
         return kind.model_validate(dict(options))
     except ValidationError as error:
-        raise StudyFileError([_sentence(kind, e) for e in error.errors()]) from None
+        raise StudyFileError(sentences(error, kind)) from None
 
 
-def _sentence(kind: type[TextOptions], error: Any) -> str:
-    name = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return f"{name}: unknown key{nearest(name, kind.model_fields)}"
-    return f"{name}: is missing" if error["type"] == "missing" else f"{name}: {error['msg']}, got {error['input']!r}"
-
-
-def split_texts(options: TextOptions, shares: SplitShares) -> dict[Split, list[str]]:
+def split_texts(options: TextOptions, shares: SplitShares, folder: Path | None = None) -> dict[Split, list[str]]:
     """The different texts of all files by split, each in the order of questions.
+
+    Args:
+        folder: In place of an ``include_path`` that is not given; None: the current directory.
 
     Raises:
         StudyFileError: a file is missing, a row has no text, or a split has fewer than two texts.
     """
-    texts = sorted(dict.fromkeys(_read(options)), key=lambda t: question_order(text_hash(t)))[: options.limit]
+    texts = sorted(dict.fromkeys(_read(options, folder)), key=lambda t: question_order(text_hash(t)))[: options.limit]
     found: dict[Split, list[str]] = {split: [] for split in SCORED}
     for text in texts:
         split = split_of(text_hash(text), shares)
@@ -83,11 +79,12 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read(options: TextOptions) -> Iterator[str]:
+def _read(options: TextOptions, folder: Path | None) -> Iterator[str]:
     problems: list[str] = []
     for name in options.texts:
-        folders = [Path(p) for p in options.include_path] or [Path.cwd()]
-        path = next((f / name for f in folders if (f / name).is_file()), None)
+        folders = [Path(p) for p in options.include_path] or [folder or Path.cwd()]
+        places = [f / Path(name).expanduser() for f in folders]
+        path = next((p for p in places if p.is_file()), None)
         if path is None:
             problems.append(
                 f"texts: no file {name} in {', '.join(map(str, folders))}; include_path says where they lie"

@@ -52,7 +52,7 @@ def run(study: StudyArgument, device: DeviceOption = None) -> None:
 @app.command()
 def validate(study: StudyArgument) -> None:
     """Check a study file, its models, tasks and metrics, before any weight is loaded."""
-    plan = _plan(study)
+    plan = _plan(study, look_for_earlier=True)
     dimension = len(plan.space.parameters)
     out.print(
         f"{study.name}: no problem found. {len(plan.context.experts)} experts, {plan.context.n_blocks} blocks, "
@@ -163,11 +163,11 @@ def _version(
         raise typer.Exit
 
 
-def _plan(study: Path, device: str | None = None) -> Plan:
+def _plan(study: Path, device: str | None = None, *, look_for_earlier: bool = False) -> Plan:
     from merge_search.search.prepare import prepare
     from merge_search.study_file import read_study_file
 
-    return prepare(_on(read_study_file(study), device))
+    return prepare(_on(read_study_file(study), device), look_for_earlier=look_for_earlier)
 
 
 def _on(file: StudyFile, device: str | None) -> StudyFile:

@@ -18,7 +18,11 @@ A message says what must hold, what was found, where, and what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 __all__ = [
     "EvaluationError",
@@ -33,6 +37,7 @@ __all__ = [
     "TrialError",
     "WeightsError",
     "nearest",
+    "sentences",
 ]
 
 
@@ -97,3 +102,54 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(words)}" if 0 < len(words) <= 40 else ""
+
+
+_SHOWN = 70
+"""Characters of a wrong value that are worth repeating: a whole section is not."""
+
+
+def sentences(
+    error: ValidationError,
+    kind: type,
+    *,
+    root: str = "options",
+    at: Callable[[tuple[str | int, ...]], str] | None = None,
+) -> list[str]:
+    """One sentence per problem that pydantic found: the place, what is wrong, what was found, the nearest known key.
+
+    Args:
+        kind: The model that was validated; unknown keys are compared with those of its section.
+        root: What to call the whole.
+        at: What to call a place (keys and indices from the outside in); None: these, joined with dots.
+    """
+    out: list[str] = []
+    for e in error.errors():
+        place = tuple(part for part in e["loc"] if part != "[key]")
+        message = e["msg"].removeprefix("Value error, ")
+        if e["type"] == "extra_forbidden":
+            text = f"unknown key{nearest(str(place[-1]), _keys(kind, place[:-1]))}"
+        elif e["type"] == "missing":
+            text = "is missing"
+        else:
+            found = repr(e["input"])
+            shown = "" if "got" in message or len(found) > _SHOWN else f", got {found}"
+            text = message[0].lower() + message[1:] + shown
+        where = ".".join(map(str, place)) or root if at is None else at(place)
+        out.append(f"{where}: {text}")
+    return list(dict.fromkeys(out))  # a choice between models reports what they share once for each
+
+
+def _keys(kind: Any, place: tuple[str | int, ...]) -> list[str]:
+    """Names that the section of `kind` at `place` knows."""
+    for part in place:
+        fields = getattr(kind, "model_fields", {})
+        found = _models_in(fields[part].annotation if part in fields else kind)
+        kind = next((m for m in found if m.__name__ == part), found[0] if found else None)
+    return [name for name, field in getattr(kind, "model_fields", {}).items() if not field.exclude]
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    """Models in ``Model``, ``Model | None``, ``dict[str, list[Model]]``."""
+    if hasattr(annotation, "model_fields"):
+        return [annotation]
+    return [m for a in get_args(annotation) for m in _models_in(a)]

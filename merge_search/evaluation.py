@@ -240,7 +240,8 @@ class Evaluator(Protocol):
 
     Built as ``Kind(options, shares=..., seed=...)`` from an entry of the study file's ``evaluate`` list
     without ``evaluator``; problems with options, tasks or metrics are raised there, all at once, as one
-    `StudyFileError`, before any weight is loaded. Building must leave the global random generators alone.
+    `StudyFileError`, before any weight is loaded. One that reads files may take ``folder=``, the study file's, too: what
+    relative paths are relative to. Building must leave the global random generators alone.
     """
 
     def metrics(self) -> list[MetricInfo]:

@@ -125,7 +125,7 @@ def _pairing(evaluations: Sequence[Evaluation]) -> float:
 def variance_of(scores: Scores) -> float:
     """Variance of a mean of per-question values (see the module's notes)."""
     n = len(scores.values)
-    if scores.is_corrected:
+    if scores.is_corrected or (n == 1 and scores.stderr == 0):  # the latter is counted: no sample, no noise
         return scores.stderr**2
     if np.isin(scores.values, (0.0, 1.0)).all():
         p = (scores.values.sum() + 0.5) / (n + 1)

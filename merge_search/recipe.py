@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from merge_search.errors import RecipeError
+from merge_search.errors import RecipeError, sentences
 
 __all__ = [
     "Allocate",
@@ -327,8 +327,7 @@ class Recipe(_Value):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
-            raise RecipeError(problems, where=where) from None
+            raise RecipeError(sentences(error, cls, root="recipe"), where=where) from None
 
     @classmethod
     def from_json(cls, text: str, *, where: str = "recipe") -> Recipe:

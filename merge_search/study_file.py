@@ -12,7 +12,7 @@
     search:  {sampler: botorch, n_trials: 40}
     device:  auto
 
-Relative paths (models, include_path, SQLite files) are relative to the study file. All problems are reported
+Relative paths (models, evaluators' files, SQLite files) are relative to the study file. All problems are reported
 at once, each with its line.
 """
 
@@ -21,12 +21,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from merge_search.errors import StudyFileError, nearest
+from merge_search.errors import StudyFileError, sentences
 
 __all__ = ["StudyFile", "read_study_file"]
 
@@ -169,7 +169,7 @@ class Stop(_Section):
 
     patience: Annotated[int, Field(ge=1)] = 8
     """Suggestions in a row that must promise too little."""
-    share: Annotated[float, Field(gt=0)] = 0.1
+    share: Annotated[float, Field(gt=0)] = 0.2
     """Too little: a smaller expected gain than this share of the best trial's standard error."""
 
 
@@ -287,7 +287,7 @@ def read_study_file(path: str | Path) -> StudyFile:
     try:
         file = StudyFile.model_validate({**data, "path": path})
     except ValidationError as error:
-        problems += [_sentence(e, lines) for e in error.errors()]
+        problems += sentences(error, StudyFile, at=lambda place: _with_line(place, lines))
     if problems:
         raise StudyFileError(problems, where=where)
     return file
@@ -318,34 +318,6 @@ def _duplicates(node: yaml.Node, at: tuple[str | int, ...] = ()) -> Iterator[tup
             yield from _duplicates(value, (*at, i))
 
 
-def _sentence(error: Mapping[str, Any], lines: Mapping[tuple[str | int, ...], int]) -> str:
-    loc = tuple(error["loc"])
-    known_at = next((loc[:n] for n in range(len(loc), -1, -1) if loc[:n] in lines), ())
-    place = f"line {lines.get(known_at, 1)}: {'.'.join(map(str, loc)) or 'study file'}"
-    match error["type"]:
-        case "extra_forbidden":
-            return f"{place}: unknown key{nearest(str(loc[-1]), _keys(loc[:-1]))}"
-        case "missing":
-            return f"{place}: is missing"
-        case _:
-            found = error.get("input")
-            shown = f", got {found!r}" if isinstance(found, str | int | float | bool) or found is None else ""
-            message = error["msg"].removeprefix("Value error, ")
-            return f"{place}: {message[0].lower() + message[1:]}{shown if 'got' not in message else ''}"
-
-
-def _keys(loc: tuple[str | int, ...]) -> list[str]:
-    model: Any = StudyFile
-    for part in loc:
-        if isinstance(part, int):  # the model of a list's entries is known already
-            continue
-        fields = getattr(model, "model_fields", {})
-        if part not in fields:
-            break
-        model = _section(fields[part].annotation)
-    return [k for k in getattr(model, "model_fields", {}) if k != "path"]
-
-
-def _section(annotation: Any) -> Any:
-    """The model in ``Model``, ``Model | None`` or ``list[Model]``."""
-    return next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), annotation)
+def _with_line(place: tuple[str | int, ...], lines: Mapping[tuple[str | int, ...], int]) -> str:
+    known_at = next((place[:n] for n in range(len(place), -1, -1) if place[:n] in lines), ())
+    return f"line {lines.get(known_at, 1)}: {'.'.join(map(str, place)) or 'study file'}"

@@ -29,7 +29,7 @@ from search_spaces.axes import per_cell
 from search_spaces.composed import Composed
 from search_spaces.grouping import DensityRange, Range
 from search_spaces.methods import MEASURES, Method, Stages, canonical, distinct, of_preset, of_stages, preset_problems
-from search_spaces.options import Options, read_options, sentences
+from search_spaces.options import Options, read_options, sentences_at
 
 __all__ = ["Compatibility"]
 
@@ -150,7 +150,7 @@ def _entries(kind: type[V], key: str, at: str, entries: Sequence[Entry], problem
         try:
             value = kind.model_validate({**usual, **given})
         except ValidationError as error:
-            problems += [_with_kinds(s, str(given[key]), key, kind) for s in sentences(error, kind, place)]
+            problems += [_with_kinds(s, str(given[key]), key, kind) for s in sentences_at(error, kind, place)]
             continue
         extra = _flat({k: v for k, v in given.items() if k != key})
         name = f"{given[key]}({', '.join(extra)})" if extra else str(given[key])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, TypeVar, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from merge_search.errors import SpaceError, nearest
+from merge_search.errors import SpaceError, sentences
 
-__all__ = ["Bounds", "DensityBounds", "Options", "read_options", "sentences"]
+__all__ = ["Bounds", "DensityBounds", "Options", "read_options", "sentences_at"]
 
 
 def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -46,38 +46,9 @@ def read_options(kind: type[O], options: Mapping[str, Any], *, at: tuple[str, ..
     try:
         return kind.model_validate(dict(options))
     except ValidationError as error:
-        raise SpaceError(sentences(error, kind, at)) from None
+        raise SpaceError(sentences_at(error, kind, at)) from None
 
 
-def sentences(error: ValidationError, kind: type[BaseModel], at: Iterable[str] = ("space",)) -> list[str]:
-    """One sentence per problem: the place, what is wrong, what was found, the nearest known key."""
-    out: list[str] = []
-    for e in error.errors():
-        place = ".".join(map(str, (*at, *e["loc"])))
-        if e["type"] == "extra_forbidden":
-            text = f"{place}: unknown key{nearest(str(e['loc'][-1]), _keys(kind, e['loc'][:-1]))}"
-        elif e["type"] == "missing":
-            text = f"{place}: is missing"
-        else:
-            message = e["msg"].removeprefix("Value error, ")
-            found = "" if "got" in message else f", got {e['input']!r}"
-            text = f"{place}: {message[0].lower() + message[1:]}{found}"
-        if text not in out:
-            out.append(text)
-    return out
-
-
-def _keys(kind: Any, loc: tuple[str | int, ...]) -> list[str]:
-    for part in loc:
-        fields = getattr(kind, "model_fields", None)
-        if fields is not None and part in fields:
-            kind = fields[part].annotation
-        inner = _models_in(kind)
-        kind = next((m for m in inner if m.__name__ == part), inner[0] if inner else kind)
-    return list(getattr(kind, "model_fields", {}))
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [m for a in get_args(annotation) for m in _models_in(a)]
+def sentences_at(error: ValidationError, kind: type[BaseModel], at: tuple[str, ...] = ("space",)) -> list[str]:
+    """One sentence per problem, each place from `at` on."""
+    return sentences(error, kind, at=lambda place: ".".join(map(str, (*at, *place))))

@@ -22,7 +22,7 @@ __all__ = ["Uniform"]
 
 
 class UniformOptions(Options):
-    presets: Annotated[tuple[str, ...], Field(min_length=1)] = ("task_arithmetic", "ties", "dare", "della")
+    presets: Annotated[tuple[str, ...], Field(min_length=1)] = ("task_arithmetic", "ties", "dare", "della", "tsv_m")
     bounds: Bounds = (0.0, 1.5)
     density: DensityBounds = (0.05, 1.0)
 

@@ -146,7 +146,7 @@ def _verdict(rows: list[Standing], objective: Objective, split: str) -> str:
         others = max(rivals, key=lambda r: objective.key(r.values), default=None)
         best = f" Best of the others: {_title(others)}." if others else ""
         return f"No searched merge has {split} scores.{best}"
-    merge = max(merges, key=lambda r: (-r.excess, objective.key(r.values)))
+    merge = max(merges, key=lambda r: (-r.excess, objective.key([r.expected])))
     rival = max([r for r in rivals if r.feasible] or rivals, key=lambda r: objective.key(r.values))
     missed = "".join(f" It misses {text!r} there." for text, v in merge.violations.items() if v.value > 0)
     metrics = list(objective.skills.values())

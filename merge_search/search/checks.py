@@ -46,7 +46,9 @@ def _racing_problems(search: Search, objective: Objective) -> list[str]:
     for m in objective.metrics.values():
         n = m.n_questions.get(Split.SEARCH, 0)
         asked = [window(n, look * search.fidelity).stop for look in looks]
-        if len(set(asked)) < len(asked):
+        if n == 1:
+            out.append(f"search.racing: {m.name!r} is one number and cannot be compared in parts; leave racing out")
+        elif len(set(asked)) < len(asked):
             out.append(
                 f"search.racing: every look must ask more questions than the one before, found {asked[:-1]}, at last "
                 f"{asked[-1]}, of the {n} search questions of {m.name!r}; name fewer looks or ask more questions"

@@ -9,13 +9,16 @@ the earlier study had other questions. What a recipe of an earlier study needs a
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
 
-from merge_search.errors import MergeSearchError, StorageError, StudyFileError
+from merge_search.errors import MergeSearchError, StorageError, StudyFileError, nearest
 from merge_search.recipe import Models, PerGroup, Recipe
 from merge_search.search.records import objective_of
 from merge_search.search.selection import candidates
@@ -23,7 +26,9 @@ from merge_search.search.storage import open_storage
 from merge_search.space import SearchSpace
 from merge_search.study_file import Earlier, StudyFile, read_study_file
 
-__all__ = ["Known", "best_recipes", "open_earlier", "renamed", "starts_from"]
+__all__ = ["Known", "best_recipes", "earlier_problems", "open_earlier", "renamed", "starts_from"]
+
+SQLITE = "sqlite:///"
 
 
 @dataclass(frozen=True)
@@ -40,18 +45,58 @@ def open_earlier(file: StudyFile, source: Earlier) -> optuna.Study:
     Raises:
         StudyFileError: no such study, or it is this one.
     """
-    if source.file:
-        other = read_study_file(file.folder / source.file)
-        name, url = other.study.name, other.storage_url
-    else:
-        name, url = source.study, file.absolute_url(source.storage)
-    if (name, url) == (file.study.name, file.storage_url):
-        raise StudyFileError(f"search.learn_from: {name!r} is this study itself; name another one")
+    name, url = _place_of(file, source)
     storage = open_storage(url, must_exist=True)
     try:
         return optuna.load_study(study_name=name, storage=storage)
     except KeyError:
-        raise StudyFileError(f"search.learn_from: storage {url} has no study {name!r}") from None
+        raise StudyFileError(_no_study(name, url)) from None
+
+
+def _place_of(file: StudyFile, source: Earlier) -> tuple[str, str]:
+    """Name and storage URL of an entry of ``search.learn_from``. Raises as `open_earlier`."""
+    if source.file:
+        other = read_study_file(file.folder / Path(source.file).expanduser())
+        name, url = other.study.name, other.storage_url
+    else:
+        name, url = source.study, file.absolute_url(source.storage)
+    if (name, url) == (file.study.name, file.storage_url):
+        raise StudyFileError(f"{name!r} is this study itself; name another one")
+    return name, url
+
+
+def _no_study(name: str, url: str, known: Sequence[str] = ()) -> str:
+    return f"storage {url} has no study {name!r}{nearest(name, known)}"
+
+
+def earlier_problems(file: StudyFile) -> list[str]:
+    """Why entries of ``search.learn_from`` cannot be read; nothing is written.
+
+    A database that is no SQLite file is not asked.
+    """
+    out = []
+    for i, source in enumerate(file.search.learn_from):
+        try:
+            name, url = _place_of(file, source)
+            if url.startswith(SQLITE):
+                _require_study(name, url)
+        except (StudyFileError, StorageError) as error:
+            out.append(f"search.learn_from.{i}: {error}")
+    return out
+
+
+def _require_study(name: str, url: str) -> None:
+    """Raises `StudyFileError` unless the SQLite file is a storage with that study."""
+    path = Path(url.removeprefix(SQLITE))
+    if not path.is_file():
+        raise StudyFileError(f"there is no database {path}")
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+            known = [row[0] for row in connection.execute("SELECT study_name FROM studies")]
+    except sqlite3.Error as error:
+        raise StudyFileError(f"{path} cannot be read as the storage of a study: {error}") from None
+    if name not in known:
+        raise StudyFileError(_no_study(name, url, known))
 
 
 def starts_from(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +20,9 @@ from merge_search.presets import PRESETS
 from merge_search.recipe import Models
 from merge_search.search.baselines import ALWAYS
 from merge_search.search.checks import search_problems
+from merge_search.search.earlier import earlier_problems
 from merge_search.search.learning import LearnedSpace
-from merge_search.search.samplers import SAMPLERS
+from merge_search.search.samplers import SAMPLERS, check_sampler
 from merge_search.space import SearchSpace, SpaceContext
 from merge_search.study_file import Learner, StatisticsSection, StudyFile
 
@@ -96,8 +98,12 @@ def prepare_models(file: StudyFile, problems: _Problems) -> SpaceContext | None:
     return SpaceContext(models, tuple(layout(info).values()), seed=file.study.seed, dtype=file.models.dtype)
 
 
-def prepare(file: StudyFile) -> Plan:
+def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     """Check the whole study.
+
+    Args:
+        look_for_earlier: Also that the studies of ``search.learn_from`` are there. A study that goes on does not need
+            them any more.
 
     Raises:
         StudyFileError: listing every problem with models, space, tasks, metrics, sampler and baselines.
@@ -116,16 +122,15 @@ def prepare(file: StudyFile) -> Plan:
         if learner is not None and not problems.found:
             space = LearnedSpace(space, learner, n_rows=min(_fit_rows(evaluators).values()))
         problems.found += search_problems(file.search, space.parameters, objective)
-    if file.search.sampler not in SAMPLERS:
-        problems.found.append(
-            f"search.sampler: no sampler is called {file.search.sampler!r}{nearest(file.search.sampler, SAMPLERS)}"
-        )
+    problems.attempt(lambda: _check_sampler(file, 1 if objective is None else len(objective.names)))
     names = _baseline_names(file, problems)
     problems.found += [
         f"models.experts: {name!r} is the name of a baseline that is tried, too; give the expert another name"
         for name in file.models.experts
         if name in {*ALWAYS, *names}
     ]
+    if look_for_earlier:
+        problems.found += earlier_problems(file)
     if problems.found:
         raise StudyFileError(problems.found, where=file.path.name)
     assert context is not None
@@ -162,11 +167,19 @@ def _evaluator(file: StudyFile, index: int) -> Evaluator:
         options["include_path"] = [str((file.folder / Path(p).expanduser()).resolve()) for p in paths]
     shares = SplitShares(file.splits.search, file.splits.validation, file.splits.test, file.splits.fit)
     kind = catalogue.load("evaluators", entry.evaluator, folder=file.folder)
+    place = {"folder": file.folder} if "folder" in inspect.signature(kind).parameters else {}
     try:
-        evaluator: Evaluator = kind(options, shares=shares, seed=file.study.seed)
+        evaluator: Evaluator = kind(options, shares=shares, seed=file.study.seed, **place)
     except InputError as error:
         raise StudyFileError([f"evaluate.{index}: {p}" for p in error.problems]) from None
     return evaluator
+
+
+def _check_sampler(file: StudyFile, n_objectives: int) -> None:
+    name = file.search.sampler
+    if name not in SAMPLERS:
+        raise StudyFileError(f"search.sampler: no sampler is called {name!r}{nearest(name, SAMPLERS)}")
+    check_sampler(name, file.search.sampler_options, n_objectives=n_objectives)
 
 
 def _fit_rows(evaluators: list[Evaluator]) -> dict[str, int]:

@@ -19,7 +19,6 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import optuna
-import torch
 from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState
 
@@ -45,7 +44,7 @@ from merge_search.search.records import (
 )
 from merge_search.search.starting import Start
 from merge_search.search.stopping import GAIN_ATTRIBUTE, expected_gain, reason_to_stop
-from merge_search.search.workbench import Scored, Workbench
+from merge_search.search.workbench import Scored, Workbench, is_memory_error, memory_errors_said
 from merge_search.seeding import derive_seed
 from merge_search.study_file import StudyFile
 
@@ -175,7 +174,8 @@ class _Driver:
             if key in self.study.user_attrs:
                 continue
             try:
-                scored = self.bench.score(recipe, Split.SEARCH, self.fidelity)
+                with memory_errors_said(f"while {name!r} is scored"):
+                    scored = self.bench.score(recipe, Split.SEARCH, self.fidelity)
             except (NonFiniteError, EvaluationError) as error:
                 raise WeightsError(
                     f"{name!r} itself cannot be scored, so nothing can be compared with it: {error}"
@@ -219,7 +219,8 @@ class _Driver:
             point = samplers.suggest(trial, space.parameters)
             recipe = space.decode(point)
             if isinstance(space, LearnedSpace):
-                seed = derive_seed(self.plan.file.study.seed, "learner", trial.number)  # other rows each time
+                number = trial.user_attrs.get("retry_of", trial.number)  # other rows each time, but for a second try
+                seed = derive_seed(self.plan.file.study.seed, "learner", number)
                 wanted = space.settings(point, seed=seed)
                 settings = self._affordable(wanted)
                 if settings != wanted:
@@ -324,10 +325,12 @@ class _Driver:
     @contextmanager
     def _recorded(self, trial: Trial) -> Iterator[None]:
         """A failure ends the trial with its outcome and reason, not the study."""
-        began = time.perf_counter()
+        began, before = time.perf_counter(), self.bench.asked
         try:
             yield
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_memory_error(error):
+                raise
             outcome, reason = Outcome.OUT_OF_MEMORY, str(error)
         except NonFiniteError as error:
             outcome, reason = Outcome.NON_FINITE, str(error)
@@ -340,12 +343,10 @@ class _Driver:
         self.bench.recover()
         trial.set_user_attr("outcome", str(outcome))
         trial.set_user_attr("reason", reason[:2000])
-        fit_s, _, asked = trial.user_attrs.get("cost", (0.0, 0.0, 0))  # of a fit that went well
-        trial.set_user_attr("cost", [fit_s, time.perf_counter() - began - fit_s, asked])
+        fit_s = trial.user_attrs.get("cost", (0.0,))[0]  # of a fit that went well
+        trial.set_user_attr("cost", [fit_s, time.perf_counter() - began - fit_s, self.bench.asked - before])
         self.study.tell(trial, state=TrialState.FAIL)
 
     def _score_for_validation(self, recipe: Recipe) -> Evaluation:
-        try:
+        with memory_errors_said("on the validation questions"):
             return self.bench.score(recipe, Split.VALIDATION).evaluation
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise EvaluationError(f"out of memory: {error}") from error

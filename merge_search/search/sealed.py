@@ -11,7 +11,7 @@ from merge_search.evaluation import Split
 from merge_search.search import selection, storage
 from merge_search.search.prepare import Plan
 from merge_search.search.records import owners_of, references_of
-from merge_search.search.workbench import Workbench
+from merge_search.search.workbench import Workbench, memory_errors_said
 
 __all__ = ["open_test"]
 
@@ -37,7 +37,8 @@ def open_test(plan: Plan) -> optuna.Study:
         for record in wanted:
             assert bench is not None
             recipe = record.recipe.model_copy(update={"models": bench.models})
-            scored[str(record.number)] = bench.score(recipe, Split.TEST).evaluation.to_attribute()
+            with memory_errors_said(f"while {record.name} is tested"):
+                scored[str(record.number)] = bench.score(recipe, Split.TEST).evaluation.to_attribute()
             study.set_user_attr("test", scored)
     return study
 

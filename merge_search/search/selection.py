@@ -1,8 +1,14 @@
 """After the search: the best few by posterior mean meet the baselines on questions the search never saw.
 
 The best of many noisy values is too good by several points (the winner's curse); the posterior mean of a model
-that knows the noise is nearly honest. So the finalists are chosen by posterior mean, scored again on the
-validation split beside the best baseline, and the winner is the one that is best there and meets the constraints there.
+that knows the noise is nearly honest. So the finalists are chosen by posterior mean and scored again on the
+validation split beside the average and the best baseline. The winner meets the constraints there and is best by all
+answers: with m, s^2 the posterior of the search and y, v the value and variance on validation,
+
+    expected = ((m + shift) / s^2 + y / v) / (1 / s^2 + 1 / v),    shift = mean(y - m) over base, experts and baselines:
+
+how much easier the validation questions are. By validation alone, often the smaller part of the questions, a lucky merge
+would win too often.
 
 With several objectives there is no winner but a front: the merges that no other merge beats in everything. Finalists are
 spread over the front of the search questions; what is handed over is the front of the validation questions.
@@ -12,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +37,7 @@ if TYPE_CHECKING:
     from merge_search.search.prepare import Plan
 
 __all__ = [
+    "POSTERIOR_ATTRIBUTE",
     "Standing",
     "best",
     "best_expert",
@@ -41,9 +48,14 @@ __all__ = [
     "front",
     "nothing_to_hand_over",
     "standings",
+    "to_validate",
     "validate",
     "winner",
 ]
+
+
+POSTERIOR_ATTRIBUTE = "search_posterior"
+"""Study attribute: trial -> [mean, sd] of the one objective by the search questions, for what has validation scores."""
 
 
 def best(study: optuna.Study, objective: Objective) -> Record | None:
@@ -76,14 +88,16 @@ def finalists(
     One objective: by posterior mean over all trials. Several: evenly along the front, by the first objective.
     """
     merges = {r.number: r for r in candidates(study) if not r.label}
-    if not merges:
-        return []
     if len(objective.names) > 1:
         return _spread(front([r for r in merges.values() if r.outcome is Outcome.OK], objective), n)
+    return [merges[number] for number in _posterior(study, parameters, seed) if number in merges][:n]
+
+
+def _posterior(study: optuna.Study, parameters: Mapping[str, Parameter], seed: int) -> dict[int, tuple[float, float]]:
+    """Mean and standard deviation of the one objective by trial, the best mean first."""
     from merge_search.search.samplers.recommend import recommend
 
-    ranking = recommend(study, parameters, seed=seed)
-    return [merges[r.number] for r in ranking if r.number in merges][:n]
+    return {r.number: (r.mean, r.sd) for r in recommend(study, parameters, seed=seed)}
 
 
 def front(found: Sequence[Record], objective: Objective) -> list[Record]:
@@ -100,19 +114,26 @@ def _spread(ordered: list[Record], n: int) -> list[Record]:
     return [ordered[i] for i in dict.fromkeys(rows.tolist())]
 
 
+def to_validate(
+    study: optuna.Study, objective: Objective, parameters: Mapping[str, Parameter], *, seed: int, n: int
+) -> list[Record]:
+    """Finalists, then base, experts, the average and the baseline with the best search score."""
+    found = {r.number: r for r in finalists(study, objective, parameters, seed=seed, n=n)}
+    labels = {"average"} | {k.removeprefix("reference.") for k in study.user_attrs if k.startswith("reference.")}
+    top = _best_preset(study, objective)
+    kept = [r for r in records(study) if r.is_scored and (r.label in labels or (top and r.number == top.number))]
+    return list((found | {r.number: r for r in kept}).values())
+
+
 def validate(
     study: optuna.Study, plan: Plan, score: Callable[[Recipe], Evaluation], *, note: Callable[[str], None]
 ) -> None:
-    """Score finalists, base, experts and the best baseline on the validation split; each is stored at once."""
+    """Score what is `to_validate` on the validation split, each stored at once; then store what the search says of it."""
     scored: dict[str, Any] = dict(study.user_attrs.get("validation", {}))
-    file = plan.file
-    wanted = finalists(study, plan.objective, plan.space.parameters, seed=file.study.seed, n=file.search.finalists)
-    if not wanted and (text := nearest_miss(study)):
+    parameters, seed = plan.space.parameters, plan.file.study.seed
+    wanted = to_validate(study, plan.objective, parameters, seed=seed, n=plan.file.search.finalists)
+    if all(r.label for r in wanted) and (text := nearest_miss(study)):
         note(text)
-    numbers = {r.number for r in wanted}
-    wanted += [
-        r for r in records(study) if r.is_scored and r.label and r.number not in numbers and _compared(r, study, plan)
-    ]
     for record in wanted:
         if str(record.number) in scored:
             continue
@@ -123,14 +144,9 @@ def validate(
             continue
         scored[str(record.number)] = evaluation.to_attribute()
         study.set_user_attr("validation", scored)
-
-
-def _compared(record: Record, study: optuna.Study, plan: Plan) -> bool:
-    """References, and the baseline with the best search score."""
-    if f"reference.{record.label}" in study.user_attrs:
-        return True
-    top = _best_preset(study, plan.objective)
-    return top is not None and top.number == record.number
+    if len(plan.objective.names) == 1:
+        known = _posterior(study, parameters, seed)
+        study.set_user_attr(POSTERIOR_ATTRIBUTE, {n: list(known[int(n)]) for n in scored if int(n) in known})
 
 
 def _best_preset(study: optuna.Study, objective: Objective) -> Record | None:
@@ -155,6 +171,7 @@ class Standing:
         values: Objective values; the references' scores on these questions define retention, those on the search
             questions where no expert beats the base here.
         violations: Constraint -> amount by which it is violated on these questions (<= 0: it holds).
+        expected: First objective by all that is known: on validation with the search's answers (see the module's notes).
     """
 
     record: Record
@@ -163,6 +180,7 @@ class Standing:
     values: tuple[float, ...]
     stderrs: tuple[float, ...]
     violations: Mapping[str, Estimate]
+    expected: float
 
     @property
     def feasible(self) -> bool:
@@ -195,19 +213,37 @@ def standings(
         estimates = objective.values(evaluation, references)
         values, errors = tuple(e.value for e in estimates), tuple(e.stderr for e in estimates)
         violations = objective.violations(evaluation, references)
-        rows.append(Standing(record, role, evaluation, values, errors, violations))
+        rows.append(Standing(record, role, evaluation, values, errors, violations, values[0]))
+    if split == "validation":
+        rows = _with_search(rows, study.user_attrs.get(POSTERIOR_ATTRIBUTE, {}))
     order = ["base", "expert", "baseline", "merge"]
-    return sorted(rows, key=lambda s: (order.index(s.role), -objective.key(s.values), s.record.number))
+    return sorted(rows, key=lambda s: (order.index(s.role), -objective.key([s.expected]), s.record.number))
+
+
+def _with_search(rows: list[Standing], stored: Mapping[str, Sequence[float]]) -> list[Standing]:
+    """The rows with `expected` from the stored posteriors of the search; without one it stays the value here."""
+    known = {int(number): (mean, sd) for number, (mean, sd) in stored.items()}
+    fixed = [s.values[0] - known[s.record.number][0] for s in rows if s.record.label and s.record.number in known]
+    shift = float(np.mean(fixed)) if fixed else 0.0
+
+    def expected(s: Standing) -> float:
+        mean, sd = known.get(s.record.number, (0.0, math.inf))
+        if not 0 < sd < math.inf or not 0 < s.stderrs[0] < math.inf:
+            return s.values[0]
+        search, here = 1 / sd**2, 1 / s.stderrs[0] ** 2
+        return ((mean + shift) * search + s.values[0] * here) / (search + here)
+
+    return [replace(s, expected=expected(s)) for s in rows]
 
 
 def winner(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Record | None:
-    """The merge that is best on validation, a published baseline if need be; before validation, the best observed.
+    """The merge that is expected to be best, a published baseline if need be; before validation, the best observed.
 
     Constraints come first: where no merge meets them on the validation questions, the one that is nearest to it.
     """
     merges = [s for s in standings(study, objective, experts) if s.role in ("merge", "baseline")]
     if merges:
-        return max(merges, key=lambda s: (-s.excess, objective.key(s.values))).record
+        return max(merges, key=lambda s: (-s.excess, objective.key([s.expected]))).record
     return best(study, objective)
 
 

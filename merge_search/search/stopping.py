@@ -11,6 +11,11 @@ The rule reads stored trials alone: a stopped study that is resumed stays stoppe
 
 It needs no posterior of the sampler's own: the process is ours, so it also judges what TPE, CMA-ES or chance suggest.
 Constraints are not in it: the gain of a point that may be infeasible is an upper bound, and the search goes on for longer.
+
+On the recorded landscape of 18 coefficients (200 questions a task), where searches gain little after 80 candidates, 8 suggestions
+in a row below a share of 0.2 stop none of ten searches before 60, and six that were followed to 120 at 75 to 91: what is
+recommended then is truly 0.2 points better than after 120 (standard error 0.1, the worst 0.3 points worse). A share of 0.1 stops two
+of the six, at 107 and 109; shares of 0.25 and 0.3 stop at 53 to 72 and lose 0.4 points (the worst 1.3).
 """
 
 from __future__ import annotations

@@ -128,8 +128,8 @@ def _file_lock(database: Path, name: str, message: str) -> Iterator[None]:
 def reclaim_lost_trials(study: optuna.Study) -> int:
     """Close trials that a killed driver left running and enqueue the same points again.
 
-    A trial that has neither parameters nor the mark of a baseline had not begun: it is only closed. Returns how many
-    were closed. Call while holding `driver_lock`.
+    A trial that has neither parameters nor the mark of a baseline had not begun: it is only closed. ``retry_of`` of the
+    new ones is the number of the first try. Returns how many were closed. Call while holding `driver_lock`.
     """
     lost = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     storage = study._storage
@@ -139,7 +139,8 @@ def reclaim_lost_trials(study: optuna.Study) -> int:
         keep = {k: v for k, v in trial.user_attrs.items() if k in ("label", "given_recipe")}
         params = trial.params or trial.system_attrs.get("fixed_params", {})
         if params or keep:
-            study.enqueue_trial(params, user_attrs={**keep, "retry_of": trial.number})
+            first = trial.user_attrs.get("retry_of", trial.number)
+            study.enqueue_trial(params, user_attrs={**keep, "retry_of": first})
     return len(lost)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from merge_search.recipe import Recipe
 from merge_search.search.prepare import Plan
 from merge_search.study_file import StudyFile
 
-__all__ = ["Scored", "Workbench", "maps_of", "statistics_of"]
+__all__ = ["Scored", "Workbench", "is_memory_error", "maps_of", "memory_errors_said", "statistics_of"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Workbench:
     def __init__(self, plan: Plan, *, device: str) -> None:
         self._plan = plan
         self._statistics: DataStatistics | None = None
-        self._charged = 0
+        self._answered = self._charged = 0
         self.map_folder = maps_of(plan.file)
         self.pool = ModelPool(plan.context.models, device=device, map_folders=[self.map_folder])
         self.models = plan.context.models.model_copy(update={"hashes": self.pool.hashes()})
@@ -83,8 +84,9 @@ class Workbench:
         self.views = {name: view for name, view in self.live.views.items() if name in self.pool.groups}
         self.evaluators: list[Evaluator] = plan.evaluators
         self._labels = ExpertLabels(plan.evaluators)
-        for evaluator in self.evaluators:
-            evaluator.bind(self.live.model, self.live.tokenizer, folder=str(self.pool.base_folder))
+        with memory_errors_said("while the evaluators prepare their questions"):
+            for evaluator in self.evaluators:
+                evaluator.bind(self.live.model, self.live.tokenizer, folder=str(self.pool.base_folder))
 
     def offer_statistics(self, owners: Mapping[str, str]) -> None:
         """Let recipes use measures and operators that need data; each statistic is measured when first asked for.
@@ -115,19 +117,29 @@ class Workbench:
         Raises:
             NonFiniteError, EvaluationError, torch.OutOfMemoryError, MemoryError.
         """
-        began = time.perf_counter()
-        parts = [_evaluate(e, split, fidelity, after) for e in self.evaluators]
+        began, parts = time.perf_counter(), []
+        for evaluator in self.evaluators:
+            parts.append(_evaluate(evaluator, split, fidelity, after))
+            self._answered += parts[-1].cost.questions
         scores = {name: s for part in parts for name, s in part.scores.items()}
-        cost = Cost(0.0, time.perf_counter() - began, self._measured() + sum(p.cost.questions for p in parts))
+        cost = Cost(0.0, time.perf_counter() - began, self._uncharged())
         evaluation = Evaluation(split, fidelity, scores, cost)
         evaluation.check_finite()
         return evaluation
 
-    def _measured(self) -> int:
-        """Questions that statistics asked since the last call: charged to the evaluation that follows."""
-        asked = 0 if self._statistics is None else self._statistics.questions
-        new, self._charged = asked - self._charged, asked
+    @property
+    def asked(self) -> int:
+        """Questions put to the live model so far: scores, statistics, experts' answers, fits, the unfinished ones, too."""
+        measured = 0 if self._statistics is None else self._statistics.questions
+        return self._answered + self._labels.asked + measured
+
+    def _uncharged(self) -> int:
+        """Questions since the last call: charged to what ends now."""
+        new, self._charged = self.asked - self._charged, self.asked
         return new
+
+    def _count(self, questions: int) -> None:
+        self._answered += questions
 
     def score(self, recipe: Recipe, split: Split, fidelity: float = 1.0) -> Scored:
         """Splice and ask."""
@@ -137,19 +149,21 @@ class Workbench:
     def fit(self, recipe: Recipe, settings: FitSettings, owners: Mapping[str, str]) -> Fitted:
         """Fit the coefficients of `recipe`; the live model holds the result. It asks `fit_questions(settings)`.
 
+        `Fitted.questions` holds those of statistics, too, that the recipe needs and that are measured now.
+
         Args:
             owners: Task -> the expert whose answers are its labels, for all losses but ``gold``, ``choice`` and ``entropy``.
         """
-        asked, kind = 0, _told_by_experts(settings.loss)
+        kind = _told_by_experts(settings.loss)
         if kind in ("pseudo", "kl"):
-            asked = self._labels.ask(self.engine, self.views, recipe, owners, kind, self._fit_rows(settings))
+            self._labels.ask(self.engine, self.views, recipe, owners, kind, self._fit_rows(settings))
         losses, folder = task_losses(self.evaluators, kind), self.map_folder
         live = (self.engine, self.live.model, self.views)
         if settings.loss == "block_output":
-            fitted = fit_blocks(*live, recipe, losses, owners, settings, map_folder=folder)
+            fitted = fit_blocks(*live, recipe, losses, owners, settings, map_folder=folder, on_asked=self._count)
         else:
-            fitted = fit(*live, recipe, losses, settings, map_folder=folder)
-        return replace(fitted, questions=fitted.questions + asked)
+            fitted = fit(*live, recipe, losses, settings, map_folder=folder, on_asked=self._count)
+        return replace(fitted, questions=self._uncharged())
 
     def fit_questions(self, settings: FitSettings) -> int:
         """How many questions `fit` would ask now, of the experts too: more for more steps."""
@@ -175,11 +189,32 @@ class Workbench:
         return drawn_rows(settings, n_rows)
 
     def recover(self) -> None:
-        """Free what a failed trial left behind."""
+        """Free what a failed trial left behind; what it asked is charged to it, and to nothing that follows."""
+        self._uncharged()
         self.engine.forget()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def memory_errors_said(when: str) -> Iterator[None]:
+    """Out of memory inside becomes an `EvaluationError` that says `when`, and what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_memory_error(error):
+            raise
+        raise EvaluationError(
+            f"out of memory {when} ({error or type(error).__name__}): give evaluate a smaller batch_size or max_length, "
+            "models a dtype of fewer bytes (bfloat16), or take a device with more memory"
+        ) from error
+
+
+def is_memory_error(error: Exception) -> bool:
+    """Whether a device or the machine had no memory left."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "can't allocate memory" in str(error)  # how torch says it on a CPU
 
 
 def _told_by_experts(loss: str) -> str:
@@ -194,7 +229,7 @@ def _evaluate(evaluator: Evaluator, split: Split, fidelity: float, after: float)
     except (MergeSearchError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        if "can't allocate memory" in str(error):  # how torch says it on a CPU
+        if is_memory_error(error):
             raise MemoryError(str(error)) from error
         name = type(evaluator).__name__
         raise EvaluationError(f"evaluator {name} failed: {type(error).__name__}: {error}") from error

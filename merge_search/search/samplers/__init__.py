@@ -8,18 +8,18 @@ BoTorch are imported only when the sampler that needs them is made.
 from __future__ import annotations
 
 import importlib
-import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from merge_search.errors import StudyFileError, nearest
+from merge_search.search.samplers.options import BotorchOptions, check_options
 from merge_search.search.samplers.unit_cube import CUT_ATTRIBUTE, distributions, suggest
 from merge_search.space import Parameter
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
-__all__ = ["CUT_ATTRIBUTE", "SAMPLERS", "distributions", "make_sampler", "suggest"]
+__all__ = ["CUT_ATTRIBUTE", "SAMPLERS", "check_sampler", "distributions", "make_sampler", "suggest"]
 
 _HERE = "merge_search.search.samplers"
 SAMPLERS: Mapping[str, tuple[str, str]] = {
@@ -51,13 +51,25 @@ def make_sampler(
     """
     if name not in SAMPLERS:
         raise StudyFileError(f"sampler must be a known name, got {name!r}{nearest(name, SAMPLERS)}")
+    check_sampler(name, options, n_objectives=n_objectives)
+    return _make(name)(parameters, seed=seed, n_objectives=n_objectives, **options)
+
+
+def check_sampler(name: str, options: Mapping[str, Any], *, n_objectives: int = 1) -> None:
+    """Whether a known sampler can be made so; torch is not loaded for it.
+
+    Raises:
+        StudyFileError: options it does not have or cannot take, more objectives than it can handle.
+    """
+    if name == "botorch":
+        check_options(BotorchOptions, options)
+        return
+    if reserved := sorted({"parameters", "seed", "n_objectives"} & set(options)):
+        raise StudyFileError(f"search.sampler_options: {', '.join(reserved)} must be left out: the study gives them")
+    _make(name)({}, seed=0, n_objectives=n_objectives, **options)
+
+
+def _make(name: str) -> Callable[..., BaseSampler]:
     module, attribute = SAMPLERS[name]
-    make = getattr(importlib.import_module(module), attribute)
-    known = inspect.signature(make).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())  # Optuna's, checked against Optuna's class
-    unknown = sorted(set(options) - set(known))
-    if unknown and not takes_any:
-        allowed = sorted(set(known) - {"parameters", "seed", "n_objectives"})
-        raise StudyFileError(f"options of sampler {name!r} must be among {allowed}, got {unknown}")
-    sampler: BaseSampler = make(parameters, seed=seed, n_objectives=n_objectives, **options)
-    return sampler
+    make: Callable[..., BaseSampler] = getattr(importlib.import_module(module), attribute)
+    return make

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from botorch.acquisition import AcquisitionFunction
@@ -41,15 +41,15 @@ from torch import Tensor
 
 from merge_search.search.samplers.cost import log_cost
 from merge_search.search.samplers.history import History, Quantity
-from merge_search.search.samplers.kernels import KernelName, Surrogate, fit, make_kernel
+from merge_search.search.samplers.kernels import Surrogate, fit, make_kernel
+from merge_search.search.samplers.options import KernelName, MultiObjective
 from merge_search.search.samplers.unit_cube import UnitCube
 
-__all__ = ["MultiObjective", "propose", "quasi_random"]
+__all__ = ["propose", "quasi_random"]
 
 # NOTE: otherwise the first use compiles C++ for minutes, for the same values at the same speed.
 multi_objective_logei._load_attempted = True
 
-MultiObjective = Literal["auto", "hypervolume", "parego"]
 N_RAW = 768
 N_SOURCES = 5  # points of B
 WIDTH = 0.2  # of the widest steps, as a share of the box; the narrowest are a tenth of it

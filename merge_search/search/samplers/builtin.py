@@ -9,7 +9,6 @@ trials that belong to the space. Failed trials are invisible to all of them; con
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Container, Mapping
 from typing import Any, cast
@@ -21,6 +20,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from merge_search.errors import StudyFileError
+from merge_search.search.samplers.options import check_options, optuna_options
 from merge_search.search.samplers.unit_cube import CUT_ATTRIBUTE, distributions, holds
 from merge_search.seeding import derive_seed
 from merge_search.space import Parameter
@@ -122,9 +122,7 @@ class SeededSampler(BaseSampler):
 
 def _checked(kind: type[BaseSampler], options: Mapping[str, Any]) -> Callable[[int], BaseSampler]:
     """A builder of `kind`, tried once, so that wrong options are found before the first trial."""
-    known = set(inspect.signature(kind).parameters) - {"seed", "independent_sampler", "constraints_func"}
-    if unknown := sorted(set(options) - known):
-        raise StudyFileError(f"options of {kind.__name__} must be among {sorted(known)}, got {unknown}")
+    check_options(optuna_options(kind), options)
 
     def make(seed: int) -> BaseSampler:
         return kind(seed=seed, **options)  # type: ignore[call-arg]
@@ -143,9 +141,9 @@ def _one_objective(name: str, n_objectives: int) -> None:
         )
 
 
-def random(parameters: Mapping[str, Parameter], *, seed: int, n_objectives: int = 1) -> BaseSampler:
+def random(parameters: Mapping[str, Parameter], *, seed: int, n_objectives: int = 1, **options: Any) -> BaseSampler:
     """Independent uniform draws."""
-    return SeededSampler(parameters, _checked(optuna.samplers.RandomSampler, {}), seed=seed)
+    return SeededSampler(parameters, _checked(optuna.samplers.RandomSampler, options), seed=seed)
 
 
 def tpe(parameters: Mapping[str, Parameter], *, seed: int, n_objectives: int = 1, **options: Any) -> BaseSampler:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from botorch.fit import fit_gpytorch_mll
@@ -34,12 +33,12 @@ from gpytorch.priors import LogNormalPrior
 from torch import Tensor
 
 from merge_search.search.samplers.history import Quantity
+from merge_search.search.samplers.options import KernelName
 from merge_search.search.samplers.unit_cube import UnitCube
 from merge_search.space import Categorical
 
-__all__ = ["FIT_STEPS", "KernelName", "Surrogate", "fit", "make_kernel", "shared_scales"]
+__all__ = ["FIT_STEPS", "Surrogate", "fit", "make_kernel", "shared_scales"]
 
-KernelName = Literal["tied", "plain"]
 FIT_STEPS = "learner.steps"
 """Category of learned spaces: gradient steps that a trial's coefficients are fitted by; 0 leaves them as they are."""
 START_MIXED = 0.3  # variance of a difference between choices, against what they share

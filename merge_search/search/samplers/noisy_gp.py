@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
@@ -19,10 +19,10 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from merge_search.errors import StudyFileError
-from merge_search.search.samplers.acquisition import MultiObjective, propose, quasi_random
+from merge_search.search.samplers.acquisition import propose, quasi_random
 from merge_search.search.samplers.history import POINT_ATTRIBUTE, History, read_history
-from merge_search.search.samplers.kernels import KernelName
 from merge_search.search.samplers.numerics import NUMERICAL_ERRORS, numerics
+from merge_search.search.samplers.options import BotorchOptions, KernelName, MultiObjective, check_options
 from merge_search.search.samplers.recommend import Recommendation, recommend
 from merge_search.search.samplers.unit_cube import UnitCube, distributions
 from merge_search.seeding import derive_seed
@@ -72,20 +72,10 @@ class NoisyGPSampler(BaseSampler):
         multi_objective: MultiObjective = "auto",
         cost_power: float = 0.0,
     ) -> None:
-        problems = [
-            f"{option} must be one of {', '.join(known)}, got {value!r}"
-            for option, value, known in (
-                ("kernel", kernel, get_args(KernelName)),
-                ("multi_objective", multi_objective, get_args(MultiObjective)),
-            )
-            if value not in known
-        ]
-        if n_startup is not None and n_startup < 1:
-            problems.append(f"n_startup must be at least 1, got {n_startup}")
-        if not 0 <= cost_power <= 1:
-            problems.append(f"cost_power must lie in [0, 1], got {cost_power}")
-        if problems:
-            raise StudyFileError(problems, where="sampler 'botorch'")
+        check_options(
+            BotorchOptions,
+            {"n_startup": n_startup, "kernel": kernel, "multi_objective": multi_objective, "cost_power": cost_power},
+        )
         self._cube = UnitCube(parameters)
         self._space = distributions(parameters)
         self._seed = seed

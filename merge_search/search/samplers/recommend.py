@@ -17,8 +17,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from merge_search.errors import StorageError
 from merge_search.search.samplers.history import objective_variances, read_history, signs
-from merge_search.search.samplers.kernels import KernelName, fit, make_kernel
+from merge_search.search.samplers.kernels import fit, make_kernel
 from merge_search.search.samplers.numerics import NUMERICAL_ERRORS, numerics
+from merge_search.search.samplers.options import KernelName
 from merge_search.search.samplers.unit_cube import UnitCube
 from merge_search.seeding import derive_seed
 from merge_search.space import Parameter
