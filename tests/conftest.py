@@ -40,6 +40,38 @@ def own_dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     datasets.config.HF_DATASETS_CACHE = before
 
 
+@pytest.fixture(scope="session")
+def scored_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """lm-eval task files of `tiny_lm.TASKS` with their data. Tests only read it."""
+    from tiny_lm import TASKS, write_tasks
+
+    return write_tasks(tmp_path_factory.mktemp("scored"), TASKS)
+
+
+@pytest.fixture(scope="session")
+def fit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """lm-eval task files of `tiny_lm.FIT_TASKS` with their data. Tests only read it."""
+    from tiny_lm import FIT_TASKS, write_tasks
+
+    return write_tasks(tmp_path_factory.mktemp("fit"), FIT_TASKS)
+
+
+@pytest.fixture
+def encoder_folder(tmp_path: Path) -> Path:
+    """Rows and heads of the two classification tasks of `tiny_encoder`. A test's own: it may change them."""
+    from tiny_encoder import write_two_tasks
+
+    return write_two_tasks(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def llama_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``base``, ``a``, ``b``, ``c``: llama checkpoints of five layers with random weights."""
+    from mergekit_files import write_llamas
+
+    return write_llamas(tmp_path_factory.mktemp("llamas"))
+
+
 @pytest.fixture
 def make_models(tmp_path: Path) -> Any:
     """``make_models("llama", dtype="bfloat16", **config)`` -> (pool, live model) of a tiny base and experts a, b.
@@ -76,3 +108,11 @@ def make_models(tmp_path: Path) -> Any:
         return ModelPool(models, device="cpu"), LiveModel.load(tmp_path / "base")
 
     return make
+
+
+@pytest.fixture
+def bench(make_models: Any, tmp_path: Path) -> Any:
+    """A `token_bench.Bench`: tiny models whose statistics come from random token rows."""
+    from token_bench import Bench
+
+    return Bench(*make_models(), tmp_path / "study.statistics")

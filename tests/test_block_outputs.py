@@ -75,6 +75,28 @@ def test_blocks_come_nearer_to_the_experts_and_the_recipe_alone_makes_the_live_m
         assert torch.equal(merged, live.views[name]), name
 
 
+def test_a_fit_that_fails_at_a_block_has_told_what_it_asked_until_then(make_models) -> None:
+    """All first hidden states, then a share for each block that was begun."""
+    pool, live = make_models()
+    recipe = Recipe(models=pool.models, coefficients={"a": 0.2, "b": 0.2})
+    asked: list[int] = []
+
+    def fail_at_the_last(questions: int) -> None:
+        asked.append(questions)
+        if len(asked) == 3:
+            raise MemoryError
+
+    settings = FitSettings(per="block", steps=4, batch_rows=9, loss="block_output")
+    live_parts = (live.model, live.views, recipe, forward_only(live), OWNERS, settings)
+    with pytest.raises(MemoryError):
+        fit_blocks(MergeEngine(pool), *live_parts, on_asked=fail_at_the_last)
+    assert asked[0] == 2 * 2 * N_ROWS
+    asked.clear()
+    fitted = fit_blocks(MergeEngine(pool), *live_parts, on_asked=asked.append)
+    assert len(asked) == 1 + 2
+    assert sum(asked) == fitted.questions == 4 * 2 * N_ROWS + 3 * 4 * 2 * 9
+
+
 def test_errors_are_distances_of_hidden_states_of_the_whole_models_relative_to_the_experts(
     make_models, tmp_path: Path
 ) -> None:

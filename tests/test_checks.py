@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_encoder
 import yaml
 
 from merge_search.errors import StudyFileError
@@ -16,6 +18,7 @@ from merge_search.outcome import Outcome
 from merge_search.search.checks import MAX_DIMENSIONS, budget_notes, constraint_notes, search_problems
 from merge_search.search.prepare import prepare
 from merge_search.search.records import Record
+from merge_search.search.samplers import check_sampler
 from merge_search.space import Float, Parameter
 from merge_search.study_file import Search, read_study_file
 
@@ -93,25 +96,28 @@ def test_constraints_that_fail_only_together_are_said() -> None:
     assert "a >= 0.8 by 0.1, b >= 0.8 by 0.1" in note
 
 
-def refused(folder: Path, demo: Path, **changes: Any) -> str:
-    """What a study of drift alone is refused with, before any weight."""
-    data: dict[str, Any] = {
+def drift_study(demo: Path) -> dict[str, Any]:
+    """A study of drift alone."""
+    drift = {
+        "evaluator": "drift",
+        "include_path": str(demo / "tasks"),
+        "texts": "demo_maths/train.jsonl",
+        "key": "query",
+    }
+    return {
         "study": {"name": "n"},
         "models": {"base": str(demo / "models" / "base"), "experts": {"maths": str(demo / "models" / "maths")}},
         "space": {"type": "uniform", "presets": ["task_arithmetic"]},
-        "evaluate": [
-            {
-                "evaluator": "drift",
-                "include_path": str(demo / "tasks"),
-                "texts": "demo_maths/train.jsonl",
-                "key": "query",
-            }
-        ],
+        "evaluate": [drift],
         "objective": {"minimise": "drift/kl"},
         "device": "cpu",
     }
+
+
+def refused(folder: Path, demo: Path, **changes: Any) -> str:
+    """What a study of drift alone is refused with, before any weight."""
     path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(data | changes))
+    path.write_text(yaml.safe_dump(drift_study(demo) | changes))
     with pytest.raises(StudyFileError) as caught:
         prepare(read_study_file(path))
     return str(caught.value)
@@ -160,3 +166,90 @@ def test_an_expert_cannot_be_called_like_a_baseline(demo: Path, tmp_path: Path) 
         prepare(read_study_file(path))
     path.write_text(yaml.safe_dump({**data, "search": {"baselines": []}}))
     assert prepare(read_study_file(path)).context.experts == ("stories", "ties")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "problem"),
+    [
+        ("botorch", {"n_startups": 3}, "search.sampler_options.n_startups: unknown key; did you mean 'n_startup'?"),
+        ("botorch", {"kernel": "flat"}, "search.sampler_options.kernel: input should be 'tied' or 'plain', got 'flat'"),
+        ("tpe", {"n_startup": 3}, "search.sampler_options.n_startup: unknown key; did you mean 'n_startup_trials'?"),
+        ("tpe", {"n_startup_trials": "ten"}, "n_startup_trials: input should be a valid integer, got 'ten'"),
+        ("tpe", {"gamma": 3}, "search.sampler_options.gamma: unknown key"),  # Optuna's takes a function there
+        ("gp", {"deterministic": True}, "did you mean 'deterministic_objective'?"),
+        ("cmaes", {"popsize": 1.5}, "search.sampler_options.popsize: input should be a valid integer, got 1.5"),
+        ("nsga2", {"mutation_probe": 0.1}, "did you mean 'mutation_prob'?"),
+        ("nsga2", {"population_size": 1}, "population_size"),  # what Optuna's class itself refuses
+        ("random", {"n": 1}, "search.sampler_options.n: unknown key"),
+        ("tpe", {"seed": 1}, "search.sampler_options: seed must be left out"),
+    ],
+)
+def test_wrong_options_of_a_sampler_are_refused_before_any_weight(
+    demo: Path, tmp_path: Path, sampler: str, options: dict[str, Any], problem: str
+) -> None:
+    assert problem in refused(tmp_path, demo, search={"sampler": sampler, "sampler_options": options})
+
+
+def test_a_sampler_of_one_objective_is_refused_for_two(demo: Path, tmp_path: Path) -> None:
+    (drift,) = drift_study(demo)["evaluate"]
+    two = {"evaluate": [drift, {**drift, "evaluator": "latency"}], "objective": {"minimise": ["drift", "latency"]}}
+    assert "sampler 'cmaes' needs one objective" in refused(tmp_path, demo, **two, search={"sampler": "cmaes"})
+
+
+def test_options_that_can_be_said_are_taken() -> None:
+    for name, options in {
+        "botorch": {"n_startup": 8, "kernel": "plain", "multi_objective": "parego", "cost_power": 1},
+        "tpe": {"n_startup_trials": 5, "group": False},
+        "gp": {"deterministic_objective": True},
+        "cmaes": {"n_startup_trials": 2},
+        "nsga2": {"population_size": 8, "mutation_prob": 0.1},
+        "random": {},
+    }.items():
+        check_sampler(name, options)
+
+
+def test_validate_looks_for_earlier_studies_and_a_study_that_goes_on_does_not(demo: Path, tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**drift_study(demo), "search": {"learn_from": ["gone.yaml"]}}))
+    prepare(read_study_file(path))
+    with pytest.raises(StudyFileError, match=r"search\.learn_from\.0: .*no such file: .*gone\.yaml"):
+        prepare(read_study_file(path), look_for_earlier=True)
+
+
+def test_files_of_evaluators_are_relative_to_the_study_file(
+    demo: Path, encoder_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = encoder_folder / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    texts = {"texts": "animal.jsonl", "key": "text"}
+    tasks = {**tiny_encoder.options(encoder_folder)}
+    del tasks["include_path"]
+    data = drift_study(demo) | {
+        "evaluate": [
+            {"evaluator": "drift", **texts},
+            {"evaluator": "latency", **texts, "texts": str(encoder_folder / "animal.jsonl")},
+            {"evaluator": "classification", **tasks},
+        ],
+    }
+    path = encoder_folder / "study.yaml"
+    path.write_text(yaml.safe_dump(data))
+    plan = prepare(read_study_file(path))
+    n = {m.name: sum(m.n_questions.values()) for m in plan.metrics}
+    assert n["drift/kl"] == n["latency/seconds"] == 60
+    assert n["colour/acc"] > 0
+    data["evaluate"][0]["texts"] = "animl.jsonl"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(StudyFileError, match=f"no file animl.jsonl in {encoder_folder};"):
+        prepare(read_study_file(path))
+
+
+def test_task_files_of_lm_eval_are_relative_to_the_study_file(
+    demo: Path, scored_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(scored_folder, tmp_path / "mine" / "tasks")
+    path = tmp_path / "mine" / "study.yaml"
+    entry = {"evaluator": "lm_eval", "tasks": ["tasks/t_choice.yaml"]}
+    path.write_text(yaml.safe_dump({**drift_study(demo), "evaluate": [entry], "objective": {"maximise": "t_choice"}}))
+    assert prepare(read_study_file(path)).metrics[0].task == "t_choice"

@@ -66,6 +66,24 @@ def test_drift_is_the_mean_divergence_of_next_tokens(texts: dict[str, Any], make
         drift.evaluate(Split.SEARCH)
 
 
+def test_answers_that_do_not_fit_into_memory_are_refused_with_the_limit_that_does(
+    texts: dict[str, Any], make_models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, live = make_models()
+    given = {**texts, "positions": 3, "max_length": 12}
+    one_text = 2 * 3 * 24  # bytes x positions x vocabulary
+    monkeypatch.setattr("evaluators.drift.free_host_bytes", lambda: 30 * one_text)
+    drift = Drift(given, shares=SHARES, seed=0)
+    with pytest.raises(StudyFileError, match="40 texts at 3 positions each over 24 outcomes take") as caught:
+        drift.bind(live.model, Tokens(), folder="")
+    limit = int(str(caught.value).partition("limit: ")[2].split()[0])
+    assert limit == 24  # 80 % of what is free
+    fits = Drift({**given, "limit": limit}, shares=SHARES, seed=0)
+    fits.bind(live.model, Tokens(), folder="")
+    kept = sum(base.nbytes for rows in fits._rows.values() for _, _, base in rows)
+    assert kept == limit * one_text
+
+
 def test_equal_texts_count_once_and_splits_are_disjoint(texts: dict[str, Any]) -> None:
     drift = Drift(texts, shares=SHARES, seed=0)
     found = [t for group in drift._texts.values() for t in group]

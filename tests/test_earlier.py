@@ -11,7 +11,7 @@ import pytest
 from merge_search.errors import StudyFileError
 from merge_search.evaluation import MetricInfo, Split
 from merge_search.recipe import Models, Recipe
-from merge_search.search.earlier import best_recipes, renamed, starts_from
+from merge_search.search.earlier import best_recipes, earlier_problems, renamed, starts_from
 from merge_search.search.records import store_metrics
 from merge_search.search.storage import open_storage
 from merge_search.study_file import Search, StudyFile, read_study_file
@@ -98,6 +98,39 @@ def test_two_earlier_studies_of_one_name_are_two(file: StudyFile) -> None:
     both = file.model_copy(update={"search": search})
     found = dict(starts_from(both, NEW, OneNumber(), [], print))  # type: ignore[arg-type]
     assert len({k.source for points in found.values() for k in points}) == 2
+
+
+def test_studies_that_are_not_there_are_told_apart_without_writing_anything(file: StudyFile) -> None:
+    (file.folder / "notes.db").write_text("no database at all, but a text that is long enough for a header " * 20)
+    (file.folder / "old.yaml").write_text(
+        "study: {name: olt, storage: 'sqlite:///old.db'}\nmodels: {base: b, experts: {m: m}}\nevaluate: [{evaluator: x}]\n"
+    )
+    before = (file.folder / "old.db").read_bytes()
+    entries: list[Any] = [
+        {"study": "old", "storage": "sqlite:///old.db"},
+        {"study": "old", "storage": "postgresql+psycopg://nobody@nowhere/db"},
+        {"study": "od", "storage": "sqlite:///old.db"},
+        {"study": "old", "storage": "sqlite:///gone.db"},
+        {"study": "old", "storage": "sqlite:///notes.db"},
+        {"study": "new", "storage": "sqlite:///new.db"},
+        "gone.yaml",
+        "old.yaml",
+    ]
+    found = earlier_problems(file.model_copy(update={"search": Search.model_validate({"learn_from": entries})}))
+    wanted = {
+        2: "has no study 'od'; did you mean 'old'?",
+        3: f"there is no database {file.folder / 'gone.db'}",
+        4: "notes.db cannot be read as the storage of a study",
+        5: "'new' is this study itself",
+        6: "no such file",
+        7: "has no study 'olt'; did you mean 'old'?",
+    }
+    assert len(found) == len(wanted)
+    for problem, (i, text) in zip(found, wanted.items(), strict=True):
+        assert problem.startswith(f"search.learn_from.{i}: ")
+        assert text in problem
+    assert (file.folder / "old.db").read_bytes() == before
+    assert {p.name for p in file.folder.glob("*.db")} == {"old.db", "notes.db"}
 
 
 def test_baselines_do_not_travel(file: StudyFile) -> None:

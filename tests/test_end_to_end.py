@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,9 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import optuna
 import pytest
 import yaml
+from command_line import alone, here
 from optuna.trial import TrialState
 
 from merge_search.search.records import Record, finished_records, records
@@ -54,15 +55,6 @@ def write_study(folder: Path, data: dict[str, Any]) -> Path:
     return path
 
 
-def command(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    result = subprocess.run(
-        [sys.executable, "-m", "merge_search", *map(str, arguments)], capture_output=True, text=True, env=env
-    )
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result
-
-
 def load(folder: Path) -> optuna.Study:
     return optuna.load_study(study_name="tiny", storage=f"sqlite:///{folder / 'tiny.db'}")
 
@@ -71,7 +63,7 @@ def load(folder: Path) -> optuna.Study:
 def finished(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A study that ran to its end, and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
-    result = command("run", write_study(folder, study_text(demo)))
+    result = alone("run", write_study(folder, study_text(demo)))
     return folder, result.stdout + result.stderr
 
 
@@ -105,7 +97,7 @@ def test_the_table_has_base_experts_baseline_and_merge(finished: tuple[Path, str
 
 def test_running_again_changes_nothing(finished: tuple[Path, str]) -> None:
     before = load(finished[0]).trials
-    text = command("run", finished[0] / "study.yaml")
+    text = here("run", finished[0] / "study.yaml")
     assert load(finished[0]).trials == before
     assert f"resuming: {N_TRIALS} of {N_TRIALS}" in text.stderr
 
@@ -114,7 +106,7 @@ def test_more_trials_go_on_from_the_stored_ones(finished: tuple[Path, str], demo
     for name in ("tiny.db", "tiny.db-wal"):
         if (finished[0] / name).exists():
             (tmp_path / name).write_bytes((finished[0] / name).read_bytes())
-    command("run", write_study(tmp_path, study_text(demo, search={"n_trials": N_TRIALS + 2})))
+    here("run", write_study(tmp_path, study_text(demo, search={"n_trials": N_TRIALS + 2})))
     before, after = load(finished[0]).trials, load(tmp_path).trials
     assert after[:N_TRIALS] == before[:N_TRIALS]
     assert len(finished_records(load(tmp_path))) == N_TRIALS + 2
@@ -124,7 +116,7 @@ def test_a_changed_study_is_refused_with_the_difference(finished: tuple[Path, st
     path = finished[0] / "other.yaml"
     data = study_text(demo, space={"coefficients": {"per": "expert", "bounds": [0, 2]}})
     path.write_text(yaml.safe_dump(data, sort_keys=False))
-    result = command("run", path, check=False)
+    result = here("run", path, check=False)
     assert result.returncode == 1
     assert "space.coefficients.bounds: was [0, 1.5], is now [0, 2]" in result.stderr
 
@@ -132,7 +124,7 @@ def test_a_changed_study_is_refused_with_the_difference(finished: tuple[Path, st
 def test_the_exported_model_is_the_scored_model(finished: tuple[Path, str], tmp_path: Path) -> None:
     folder = finished[0]
     out = tmp_path / "best"
-    command("export", folder / "study.yaml", out, "--trial", "6")
+    alone("export", folder / "study.yaml", out, "--trial", "6")
     record = records(load(folder))[6]
     code = f"""
 import json
@@ -156,15 +148,15 @@ print(json.dumps([live.hash(), evaluator.evaluate(Split.SEARCH).to_attribute()["
 
 
 def test_a_recipe_alone_gives_the_same_folder(finished: tuple[Path, str], tmp_path: Path) -> None:
-    command("export", finished[0] / "study.yaml", tmp_path / "a")
-    command("merge", tmp_path / "a" / "recipe.json", tmp_path / "b")
+    here("export", finished[0] / "study.yaml", tmp_path / "a")
+    alone("merge", tmp_path / "a" / "recipe.json", tmp_path / "b")
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
     assert (tmp_path / "a" / "config.json").read_bytes() == (tmp_path / "b" / "config.json").read_bytes()
 
 
 def test_an_export_never_overwrites(finished: tuple[Path, str], tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
-    result = command("export", finished[0] / "study.yaml", tmp_path, check=False)
+    result = here("export", finished[0] / "study.yaml", tmp_path, check=False)
     assert result.returncode != 0
     assert "not empty" in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.txt"]
@@ -182,7 +174,7 @@ def test_kill_9_in_mid_trial_loses_nothing_and_repeats_nothing(demo: Path, tmp_p
         process.send_signal(signal.SIGKILL)
         process.wait()
     kept: list[Record] = finished_records(load(tmp_path))
-    command("run", path)
+    here("run", path)
     study = load(tmp_path)
     done = finished_records(study)
     assert len(done) == N_TRIALS
@@ -208,8 +200,10 @@ def _wait_for(folder: Path, n: int, process: subprocess.Popen[bytes]) -> None:
 
 def test_weights_that_overflow_are_a_typed_failure_and_the_study_goes_on(demo: Path, tmp_path: Path) -> None:
     space = {"coefficients": {"per": "expert", "bounds": [0, 1e9]}, "presets": ["task_arithmetic"]}
-    search = {"n_trials": 16, "sampler": "random", "baselines": []}
-    command("run", write_study(tmp_path, study_text(demo, models={"dtype": "float16"}, space=space, search=search)))
+    search = {"n_trials": 16, "sampler": "random", "baselines": [], "finalists": 1}
+    data = study_text(demo, models={"dtype": "float16"}, space=space, search=search)
+    data["evaluate"][0]["limit"] = 20  # half precision is slow on a CPU
+    here("run", write_study(tmp_path, data))
     done = finished_records(load(tmp_path))
     assert len(done) == 16
     failed = [r for r in done if not r.is_scored]
@@ -220,7 +214,10 @@ def test_weights_that_overflow_are_a_typed_failure_and_the_study_goes_on(demo: P
         assert record.values == ()
 
 
-def test_all_problems_of_a_study_come_before_any_weight(demo: Path, tmp_path: Path) -> None:
+def test_all_problems_of_a_study_come_before_any_weight(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm_eval.tasks.manager, "__file__", str(tmp_path / "none" / "manager.py"))  # no 6 s index
     data = study_text(
         demo,
         models={"experts": {"maths": str(tmp_path / "nowhere"), "stories": str(demo / "models" / "stories")}},
@@ -228,7 +225,7 @@ def test_all_problems_of_a_study_come_before_any_weight(demo: Path, tmp_path: Pa
         evaluate=[{"evaluator": "lm_eval", "tasks": ["demo_math"], "include_path": str(demo / "tasks")}],
         search={"sampler": "botroch"},
     )
-    result = command("run", write_study(tmp_path, data), check=False)
+    result = here("run", write_study(tmp_path, data), check=False)
     assert result.returncode == 2
     for part in (
         "expert 'maths'",

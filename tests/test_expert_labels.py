@@ -77,6 +77,26 @@ def test_experts_answer_for_their_tasks_and_learning_from_the_answers_makes_the_
     assert np.mean(np.array(evaluator.answers(range(N_ROWS))) == wanted) > before + 0.1
 
 
+def test_experts_that_fail_to_answer_are_asked_all_the_same(make_models) -> None:
+    """What one task's expert answered counts although the next one's fails, and is not asked again."""
+    pool, live = make_models()
+
+    class Fails(Answers):
+        def fit_tasks(self) -> dict[str, int]:
+            return {"other": self.n}
+
+        def predict(self, task: str, rows: Any) -> list[int]:
+            raise MemoryError
+
+    recipe = Recipe(models=pool.models, coefficients={"a": 0.0, "b": 0.5})
+    labels = ExpertLabels([Answers(live), Fails(live)])
+    rows = {"next": range(7), "other": range(5)}
+    for asked in (7 + 5, 7 + 5 + 5):
+        with pytest.raises(MemoryError):
+            labels.ask(MergeEngine(pool), live.views, recipe, {"next": "a", "other": "b"}, "pseudo", rows)
+        assert labels.asked == asked
+
+
 @pytest.mark.parametrize(
     ("n_rows", "batch_rows", "steps"), [(50, 8, 0), (50, 8, 5), (50, 8, 7), (10, 32, 1), (7, 3, 9)]
 )

@@ -139,7 +139,7 @@ def test_a_table_is_read_as_it_was_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["random", "cmaes", "mergekit_evolve", "df_merge", "botorch:n_startup=50"])
 def test_every_opponent_begins_with_the_same_baselines_and_the_same_answers(landscape: Any, name: str) -> None:
-    opponents = module("opponents")
+    opponents = module("replay_opponents")
     problem = opponents.Problem(landscape, seed=0)
     trace = opponents.opponent(name)(problem, [6, 9])
     assert [b.label for b in trace.tried[:5]] == LABELS
@@ -149,7 +149,7 @@ def test_every_opponent_begins_with_the_same_baselines_and_the_same_answers(land
 
 
 def test_mergekit_evolve_alone_has_no_baselines_and_starts_at_the_average(landscape: Any) -> None:
-    opponents = module("opponents")
+    opponents = module("replay_opponents")
     trace = opponents.mergekit_evolve_alone(opponents.Problem(landscape, seed=0), [60])
     native = np.array(trace.tried[:8]) * 1.5
     assert np.abs(native.mean(axis=0) - 1 / 2).max() < 4 / 6 / math.sqrt(8)
@@ -158,7 +158,7 @@ def test_mergekit_evolve_alone_has_no_baselines_and_starts_at_the_average(landsc
 
 def test_an_unknown_opponent_is_refused_with_the_known_ones() -> None:
     with pytest.raises(KeyError, match="mergekit_evolve"):
-        module("opponents").opponent("magic")
+        module("replay_opponents").opponent("magic")
 
 
 def test_differences_are_paired_by_landscape_and_seed() -> None:

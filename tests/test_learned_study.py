@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 import yaml
+from command_line import here
 
 from merge_search.recipe import Models, Recipe
 from merge_search.search.learning import LearnedSpace, structure_of
@@ -19,15 +17,6 @@ from merge_search.space import Categorical, Float
 from merge_search.study_file import Learner
 
 EXPERTS = ["maths", "stories", "spelling"]
-
-
-def command(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    result = subprocess.run(
-        [sys.executable, "-m", "merge_search", *map(str, arguments)], capture_output=True, text=True, env=env
-    )
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result
 
 
 def write_study(folder: Path, demo: Path, **search: Any) -> Path:
@@ -60,7 +49,7 @@ def learned(path: Path) -> list[Record]:
 def finished(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     learner = {"per": "row", "steps": [0, 4, 6], "step_size": 0.1, "batch_rows": 8}
     path = write_study(tmp_path_factory.mktemp("learned"), demo, n_trials=9, learner=learner)
-    command("run", path)
+    here("run", path)
     return path
 
 
@@ -80,7 +69,7 @@ def test_a_learned_trial_stores_a_map_and_what_it_cost_and_the_next_goes_on_from
 def test_a_fit_takes_the_steps_that_the_budget_still_pays_for(demo: Path, tmp_path: Path, loss: str) -> None:
     learner = {"per": "block", "steps": [0, 200], "step_size": 0.1, "batch_rows": 8, "loss": loss}
     path = write_study(tmp_path, demo, n_trials=30, finalists=1, learner=learner, questions=2000)
-    command("run", path)
+    here("run", path)
     (only,) = learned(path)
     assert all(isinstance(c, dict) for c in only.recipe.coefficients.values())
     study = optuna.load_study(study_name="learned", storage=f"sqlite:///{path.parent / 'learned.db'}")
@@ -97,17 +86,17 @@ def asked_by_the_learner(record: Record) -> int:
 
 def test_trials_learn_from_the_experts_alone_and_ask_them_for_the_rows_they_draw(demo: Path, tmp_path: Path) -> None:
     learner = {"per": "block", "steps": 4, "step_size": 0.1, "batch_rows": 8, "loss": "kl", "warm_start": False}
-    command("run", write_study(tmp_path, demo, n_trials=8, finalists=1, learner=learner))
+    here("run", write_study(tmp_path, demo, n_trials=8, finalists=1, learner=learner))
     path = write_study(tmp_path, demo, n_trials=9, finalists=1, learner=learner)
     first, second, *rest = learned(path)
-    command("run", path)
+    here("run", path)
     resumed = learned(path)[-1]
     assert resumed.number > max(r.number for r in (second, *rest))
     steps = 3 * 8 * len(EXPERTS) * 4
     labels = 4 * 8 * (2 + 1 + 2)  # two questions for an answer that is generated, one for a chosen one
     assert asked_by_the_learner(first) == steps + labels
     assert steps < asked_by_the_learner(second) < steps + labels  # some rows were answered for the first
-    assert asked_by_the_learner(resumed) == steps + labels  # a new process knows none
+    assert asked_by_the_learner(resumed) == steps + labels  # a new run knows none
     losses = first.attributes["learner"]["losses"]
     assert sum(b for _, b in losses.values()) < sum(a for a, _ in losses.values())
 
@@ -115,7 +104,7 @@ def test_trials_learn_from_the_experts_alone_and_ask_them_for_the_rows_they_draw
 def test_block_outputs_are_learned_from_the_experts_alone_which_answer_once(demo: Path, tmp_path: Path) -> None:
     learner = {"per": "block", "steps": 4, "step_size": 0.1, "batch_rows": 8, "loss": "block_output"}
     path = write_study(tmp_path, demo, n_trials=8, finalists=1, learner={**learner, "warm_start": False})
-    command("run", path)
+    here("run", path)
     first, second = (asked_by_the_learner(r) for r in learned(path)[:2])
     rows = 64 * len(EXPERTS)  # all that are held go through the blocks
     assert second == 3 * 8 * len(EXPERTS) * 4 + 4 * rows
@@ -124,17 +113,17 @@ def test_block_outputs_are_learned_from_the_experts_alone_which_answer_once(demo
 
 def test_an_exported_map_travels_with_its_recipe(finished: Path, tmp_path: Path) -> None:
     row = learned(finished)[0]
-    command("export", finished, tmp_path / "a", "--trial", str(row.number))
+    here("export", finished, tmp_path / "a", "--trial", str(row.number))
     assert len(list((tmp_path / "a" / "maps").iterdir())) == len(set(row.recipe.maps.values()))
     (tmp_path / "a").rename(tmp_path / "elsewhere")
-    command("merge", tmp_path / "elsewhere" / "recipe.json", tmp_path / "b")
+    here("merge", tmp_path / "elsewhere" / "recipe.json", tmp_path / "b")
     name = "model.safetensors"
     assert (tmp_path / "elsewhere" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_a_map_cannot_be_said_in_mergekits_language(finished: Path, tmp_path: Path) -> None:
     row = learned(finished)[0]
-    result = command("export", finished, tmp_path / "merge.yml", "--mergekit", "--trial", str(row.number), check=False)
+    result = here("export", finished, tmp_path / "merge.yml", "--mergekit", "--trial", str(row.number), check=False)
     assert result.returncode == 2
     assert "mergekit has no coefficients by row" in result.stderr
     assert not (tmp_path / "merge.yml").exists()
@@ -142,20 +131,20 @@ def test_a_map_cannot_be_said_in_mergekits_language(finished: Path, tmp_path: Pa
 
 def test_a_recipe_that_needs_data_travels_with_its_statistics(demo: Path, tmp_path: Path) -> None:
     path = write_study(tmp_path, demo, n_trials=7, baselines=["fisher"])
-    command("run", path)
+    here("run", path)
     study = optuna.load_study(study_name="learned", storage=f"sqlite:///{tmp_path / 'learned.db'}")
     fisher = next(r for r in finished_records(study) if r.label == "fisher")
     assert fisher.is_scored
-    command("export", path, tmp_path / "a", "--trial", str(fisher.number))
+    here("export", path, tmp_path / "a", "--trial", str(fisher.number))
     (tmp_path / "learned.statistics").rename(tmp_path / "gone")
-    command("merge", tmp_path / "a" / "recipe.json", tmp_path / "b")
+    here("merge", tmp_path / "a" / "recipe.json", tmp_path / "b")
     name = "model.safetensors"
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_a_budget_in_questions_ends_the_search(demo: Path, tmp_path: Path) -> None:
     path = write_study(tmp_path, demo, n_trials=100, questions=700, racing={"looks": [0.3, 0.6], "error": 0.2})
-    result = command("run", path)
+    result = here("run", path)
     study = optuna.load_study(study_name="learned", storage=f"sqlite:///{tmp_path / 'learned.db'}")
     done = finished_records(study)
     asked = [r.cost.questions for r in done]
@@ -167,7 +156,7 @@ def test_a_budget_in_questions_ends_the_search(demo: Path, tmp_path: Path) -> No
 
 
 def test_a_loss_that_a_task_lacks_is_refused_with_those_it_has(demo: Path, tmp_path: Path) -> None:
-    result = command("validate", write_study(tmp_path, demo, learner={"loss": ["gold", "choice"]}), check=False)
+    result = here("validate", write_study(tmp_path, demo, learner={"loss": ["gold", "choice"]}), check=False)
     assert result.returncode != 0
     assert "task 'demo_maths' has no loss 'choice'; it has gold, pseudo, kl" in result.stderr
     assert "demo_stories" not in result.stderr
@@ -175,7 +164,7 @@ def test_a_loss_that_a_task_lacks_is_refused_with_those_it_has(demo: Path, tmp_p
 
 def test_a_learner_without_rows_is_refused_with_the_number_that_would_do(demo: Path, tmp_path: Path) -> None:
     learner = {"steps": 5, "batch_rows": 100}
-    result = command("run", write_study(tmp_path, demo, learner=learner), check=False)
+    result = here("run", write_study(tmp_path, demo, learner=learner), check=False)
     assert result.returncode == 2
     assert "at least one batch of 100 rows to fit on, found 64" in result.stderr
 
@@ -238,7 +227,7 @@ def test_the_ladder_of_a_study_stands_on_its_best_baseline(demo: Path, tmp_path:
     path = write_study(tmp_path, demo, n_trials=9, learner=learner, finalists=1, baselines=["tsv_m"])
     text = path.read_text().replace("- task_arithmetic\n", "- task_arithmetic\n  - tsv_m\n", 1)
     path.write_text(text)
-    command("run", path)
+    here("run", path)
     study = optuna.load_study(study_name="learned", storage=f"sqlite:///{tmp_path / 'learned.db'}")
     merges = [r for r in finished_records(study) if r.label in ("average", "task_arithmetic", "tsv_m")]
     assert len(merges) == 3

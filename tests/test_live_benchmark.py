@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import sys
 import xml.etree.ElementTree as ET
@@ -36,7 +37,7 @@ def record(number: int, questions: int) -> Record:
 
 
 def test_a_trial_counts_at_a_checkpoint_only_if_its_last_question_does(load: object) -> None:
-    anytime: ModuleType = load("anytime")  # type: ignore[operator]
+    anytime: ModuleType = load("live_anytime")  # type: ignore[operator]
     done = [record(0, 600), record(1, 29_400), record(2, 600)]
     assert [r.number for r in anytime.within(done, 30_000)] == [0, 1]
     assert [r.number for r in anytime.within(done, 29_999)] == [0]
@@ -82,3 +83,19 @@ def test_the_drawing_has_a_line_and_a_name_for_every_opponent(load: object, tmp_
     assert len(list(root.iter(f"{space}polygon"))) == 2
     assert any(t.startswith("a < b ") for t in texts)
     assert {"6,000", "15,000"} <= set(texts)
+
+
+def test_names_in_the_drawing_never_lie_on_each_other(load: object, tmp_path: Path) -> None:
+    """Fourteen lines that end within a hundredth, one of them early, and a level among them."""
+    plot: ModuleType = load("live_plot")  # type: ignore[operator]
+    curves = [
+        plot.Curve(f"c{i}", [(600.0, 0.6), (6000.0, 0.7 + i / 1400)], [(0.6, 0.6), (0.7, 0.8)]) for i in range(13)
+    ]
+    curves.append(plot.Curve("early", [(600.0, 0.65)], [(0.6, 0.7)]))
+    plot.draw_curves(tmp_path / "x.svg", "title", curves, {"average": 0.705})
+    texts = list(ET.parse(tmp_path / "x.svg").getroot().iter("{http://www.w3.org/2000/svg}text"))
+    places = [(float(t.attrib["x"]), float(t.attrib["y"])) for t in texts]
+    names = sorted(y for x, y in places if x > plot.WIDTH - plot.RIGHT)
+    assert len(names) == len(curves) + 1
+    assert all(b - a >= 12 for a, b in itertools.pairwise(names))  # the font's size
+    assert all(plot.TOP <= y <= plot.HEIGHT - plot.BOTTOM + 12 for y in names)

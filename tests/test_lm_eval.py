@@ -37,11 +37,6 @@ from merge_search.evaluation import Evaluation, Split, question_order, split_of
 pytestmark = pytest.mark.usefixtures("own_dataset_cache")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tasks(tmp_path_factory.mktemp("tasks"), TASKS)
-
-
 def by_lm_eval(folder: Path, tasks: list[str], model: Any, tokenizer: Any = None, **options: Any) -> dict[str, Any]:
     """What `simple_evaluate` says of the same model."""
     from lm_eval import simple_evaluate
@@ -81,10 +76,10 @@ def assert_equal_digits(ours: Evaluation, theirs: dict[str, Any], *, varied: boo
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_every_kind_of_task_scores_as_in_lm_eval_to_the_last_digit(folder: Path, seed: int) -> None:
+def test_every_kind_of_task_scores_as_in_lm_eval_to_the_last_digit(scored_folder: Path, seed: int) -> None:
     model = make_model(seed=seed)
-    ours = bound(folder, list(TASKS), model, tree_packing=False).evaluate(Split.SEARCH)
-    theirs = by_lm_eval(folder, list(TASKS), model)
+    ours = bound(scored_folder, list(TASKS), model, tree_packing=False).evaluate(Split.SEARCH)
+    theirs = by_lm_eval(scored_folder, list(TASKS), model)
     assert_equal_digits(ours, theirs)
     assert set(ours.scores) == {
         *(f"{t}/{m}" for t in ("t_choice", "t_shots") for m in ("acc", "acc_norm", "brier_score")),
@@ -95,25 +90,25 @@ def test_every_kind_of_task_scores_as_in_lm_eval_to_the_last_digit(folder: Path,
     assert ours.cost.evaluate_s > 0
 
 
-def test_each_split_scores_as_in_lm_eval_on_its_documents_and_together_they_are_all(folder: Path) -> None:
+def test_each_split_scores_as_in_lm_eval_on_its_documents_and_together_they_are_all(scored_folder: Path) -> None:
     model = make_model()
     tasks = ["t_choice", "t_generate", "t_word", "t_rolling"]
-    e = bound(folder, tasks, model, shares=THIRDS, tree_packing=False)
+    e = bound(scored_folder, tasks, model, shares=THIRDS, tree_packing=False)
     seen: list[str] = []
     for split in (Split.SEARCH, Split.VALIDATION, Split.TEST):
         ours = e.evaluate(split)
         ids = sorted(q.doc_id for q in e.tasks[0].select(split, 1.0))
-        theirs = by_lm_eval(folder, tasks, model, samples=dict.fromkeys(tasks, ids))
+        theirs = by_lm_eval(scored_folder, tasks, model, samples=dict.fromkeys(tasks, ids))
         assert_equal_digits(ours, theirs, varied=False)
         assert all(split_of(i, THIRDS) is split for i in ours.scores["t_choice/acc"].ids)
         seen += ours.scores["t_choice/acc"].ids
-    whole = bound(folder, tasks, model).evaluate(Split.SEARCH).scores["t_choice/acc"].ids
+    whole = bound(scored_folder, tasks, model).evaluate(Split.SEARCH).scores["t_choice/acc"].ids
     assert sorted(seen) == sorted(whole)
     assert len(whole) == N
 
 
-def test_fewer_questions_are_a_prefix_of_more(folder: Path) -> None:
-    e = bound(folder, ["t_choice", "t_shots"], shares=THIRDS)
+def test_fewer_questions_are_a_prefix_of_more(scored_folder: Path) -> None:
+    e = bound(scored_folder, ["t_choice", "t_shots"], shares=THIRDS)
     n = len(e.evaluate(Split.SEARCH).scores["t_choice/acc"].ids)
     previous: tuple[str, ...] = ()
     for fidelity, asked in [(1e-6, 2), (0.5, math.ceil(n / 2)), (1.0, n)]:
@@ -130,12 +125,12 @@ def test_fewer_questions_are_a_prefix_of_more(folder: Path) -> None:
         np.testing.assert_allclose(small.scores[name].values, whole.scores[name].values[:k], atol=1e-5)
 
 
-def test_the_smallest_share_is_two_questions_with_a_standard_error(folder: Path) -> None:
-    scores = bound(folder, ["t_choice", "t_shots"]).evaluate(Split.SEARCH, 1e-6).scores
+def test_the_smallest_share_is_two_questions_with_a_standard_error(scored_folder: Path) -> None:
+    scores = bound(scored_folder, ["t_choice", "t_shots"]).evaluate(Split.SEARCH, 1e-6).scores
     assert all(len(s.values) == 2 and math.isfinite(s.stderr) for s in scores.values())
 
 
-def test_global_generators_are_left_alone_and_answers_repeat(folder: Path) -> None:
+def test_global_generators_are_left_alone_and_answers_repeat(scored_folder: Path) -> None:
     random.seed(5)
     np.random.seed(5)
     torch.manual_seed(5)
@@ -143,7 +138,7 @@ def test_global_generators_are_left_alone_and_answers_repeat(folder: Path) -> No
     random.seed(5)
     np.random.seed(5)
     torch.manual_seed(5)
-    e = bound(folder, list(TASKS))
+    e = bound(scored_folder, list(TASKS))
     first, second = e.evaluate(Split.SEARCH), e.evaluate(Split.SEARCH)
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
     for name, s in first.scores.items():
@@ -165,24 +160,26 @@ def test_a_task_that_samples_its_answers_repeats_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tree_packing", [True, False])
-def test_weights_changed_in_place_are_scored_as_a_fresh_evaluator_does(folder: Path, tree_packing: bool) -> None:
+def test_weights_changed_in_place_are_scored_as_a_fresh_evaluator_does(scored_folder: Path, tree_packing: bool) -> None:
     model, other = make_model(seed=0), make_model(seed=1)
-    e = bound(folder, list(TASKS), model, tree_packing=tree_packing)
+    e = bound(scored_folder, list(TASKS), model, tree_packing=tree_packing)
     before = e.evaluate(Split.SEARCH)
     with torch.no_grad():
         for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
             mine.copy_(theirs)
     after = e.evaluate(Split.SEARCH)
-    fresh = bound(folder, list(TASKS), other, tree_packing=tree_packing).evaluate(Split.SEARCH)
+    fresh = bound(scored_folder, list(TASKS), other, tree_packing=tree_packing).evaluate(Split.SEARCH)
     for name, s in after.scores.items():
         assert s.values.tolist() == fresh.scores[name].values.tolist()
         assert s.score == fresh.scores[name].score
         assert s.values.tolist() != before.scores[name].values.tolist()
 
 
-def test_packed_choices_give_lm_evals_log_likelihoods(folder: Path) -> None:
+def test_packed_choices_give_lm_evals_log_likelihoods(scored_folder: Path) -> None:
     model = make_model()
-    packed, alone = (bound(folder, ["t_choice", "t_shots"], model, tree_packing=p, batch_size=8) for p in (True, False))
+    packed, alone = (
+        bound(scored_folder, ["t_choice", "t_shots"], model, tree_packing=p, batch_size=8) for p in (True, False)
+    )
     assert packed._live is not None
     assert packed._live.packed is not None
     a, b = packed.evaluate(Split.SEARCH).scores, alone.evaluate(Split.SEARCH).scores
@@ -199,27 +196,29 @@ def test_packed_choices_give_lm_evals_log_likelihoods(folder: Path) -> None:
                 assert i.resps[0][1] == j.resps[0][1]
 
 
-def test_packing_is_not_used_where_it_is_not_known_to_be_equal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    half = bound(folder, ["t_choice"], make_model(dtype=torch.bfloat16))
+def test_packing_is_not_used_where_it_is_not_known_to_be_equal(
+    scored_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = bound(scored_folder, ["t_choice"], make_model(dtype=torch.bfloat16))
     eager = make_model()
     eager.set_attn_implementation("eager")
     assert half._live is not None
     assert half._live.packed is None
     assert half.evaluate(Split.SEARCH).scores["t_choice/acc"].score >= 0
-    other = bound(folder, ["t_choice"], eager)
+    other = bound(scored_folder, ["t_choice"], eager)
     assert other._live is not None
     assert other._live.packed is None
 
     from evaluators import lm_eval_packed
 
     monkeypatch.setattr(lm_eval_packed, "TOLERANCE", 0.0)
-    strict = bound(folder, ["t_choice"])
+    strict = bound(scored_folder, ["t_choice"])
     assert strict._live is not None
     assert strict._live.packed is None
 
 
-def test_the_right_answers_probability_is_the_softmax_over_the_choices(folder: Path) -> None:
-    e = bound(folder, ["t_choice"], tree_packing=False)
+def test_the_right_answers_probability_is_the_softmax_over_the_choices(scored_folder: Path) -> None:
+    e = bound(scored_folder, ["t_choice"], tree_packing=False)
     scores = e.evaluate(Split.SEARCH).scores
     probability = scores["t_choice/acc"].probability
     assert probability is not None
@@ -229,8 +228,8 @@ def test_the_right_answers_probability_is_the_softmax_over_the_choices(folder: P
     assert scores["t_choice/acc_norm"].probability is None
 
 
-def test_perplexities_have_errors_that_a_bootstrap_confirms(folder: Path) -> None:
-    scores = bound(folder, ["t_word", "t_rolling"]).evaluate(Split.SEARCH).scores
+def test_perplexities_have_errors_that_a_bootstrap_confirms(scored_folder: Path) -> None:
+    scores = bound(scored_folder, ["t_word", "t_rolling"]).evaluate(Split.SEARCH).scores
     rng = np.random.default_rng(0)
     nll = scores["t_word/perplexity"].values
     draws = np.exp(rng.choice(nll, (4000, N)).mean(axis=1))
@@ -249,12 +248,12 @@ def test_f1_and_matthews_correlation_have_a_repeatable_error(tmp_path: Path) -> 
         assert 0.02 < scores[f"t_two/{name}"].stderr < 0.3
 
 
-def test_a_chat_template_gives_lm_evals_scores(folder: Path) -> None:
+def test_a_chat_template_gives_lm_evals_scores(scored_folder: Path) -> None:
     template = "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} {% endfor %}today "
     model, tokenizer = make_model(seed=3), make_tokenizer()
     tokenizer.chat_template = template
     e = evaluator(
-        folder,
+        scored_folder,
         ["t_shots", "t_generate"],
         apply_chat_template=True,
         system_instruction="the red dog",
@@ -262,13 +261,18 @@ def test_a_chat_template_gives_lm_evals_scores(folder: Path) -> None:
     )
     e.bind(model, tokenizer, folder="tiny")
     theirs = by_lm_eval(
-        folder, ["t_shots", "t_generate"], model, tokenizer, apply_chat_template=True, system_instruction="the red dog"
+        scored_folder,
+        ["t_shots", "t_generate"],
+        model,
+        tokenizer,
+        apply_chat_template=True,
+        system_instruction="the red dog",
     )
     assert_equal_digits(e.evaluate(Split.SEARCH), theirs)
     prompt = e.tasks[0].questions[0].instances[0].args[0]
     assert prompt.startswith("<s> system the red dog")
     tokenizer.chat_template = None
-    unbound = evaluator(folder, ["t_shots"], apply_chat_template=True)
+    unbound = evaluator(scored_folder, ["t_shots"], apply_chat_template=True)
     with pytest.raises(
         StudyFileError, match=r"'t_shots': its prompts do not fit the model in tiny: ValueError: .*chat"
     ):
@@ -277,9 +281,9 @@ def test_a_chat_template_gives_lm_evals_scores(folder: Path) -> None:
 
 @pytest.mark.parametrize("task", ["t_choice", "t_generate", "t_rolling"])
 @pytest.mark.parametrize("tree_packing", [True, False])
-def test_broken_weights_are_a_failure_not_a_score(folder: Path, task: str, tree_packing: bool) -> None:
+def test_broken_weights_are_a_failure_not_a_score(scored_folder: Path, task: str, tree_packing: bool) -> None:
     model = make_model()
-    e = bound(folder, [task], model, tree_packing=tree_packing)
+    e = bound(scored_folder, [task], model, tree_packing=tree_packing)
     good = e.evaluate(Split.SEARCH)
     kept = model.model.layers[0].mlp.down_proj.weight.detach().clone()
     with torch.no_grad():
@@ -302,10 +306,10 @@ def out_of_memory_above(rows: int) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("tree_packing", [True, False])
-def test_out_of_memory_halves_the_batch_twice_and_then_passes_through(folder: Path, tree_packing: bool) -> None:
+def test_out_of_memory_halves_the_batch_twice_and_then_passes_through(scored_folder: Path, tree_packing: bool) -> None:
     model = make_model()
-    e = bound(folder, ["t_choice", "t_generate"], model, batch_size=16, tree_packing=tree_packing)
-    small = bound(folder, ["t_choice", "t_generate"], model, batch_size=4, tree_packing=tree_packing).evaluate(
+    e = bound(scored_folder, ["t_choice", "t_generate"], model, batch_size=16, tree_packing=tree_packing)
+    small = bound(scored_folder, ["t_choice", "t_generate"], model, batch_size=4, tree_packing=tree_packing).evaluate(
         Split.SEARCH
     )
     hook = model.model.register_forward_pre_hook(out_of_memory_above(4), with_kwargs=True)
@@ -319,9 +323,9 @@ def test_out_of_memory_halves_the_batch_twice_and_then_passes_through(folder: Pa
     e.evaluate(Split.SEARCH)
 
 
-def test_an_error_inside_the_model_names_the_task_and_its_cause(folder: Path) -> None:
+def test_an_error_inside_the_model_names_the_task_and_its_cause(scored_folder: Path) -> None:
     model = make_model()
-    e = bound(folder, ["t_choice"], model)
+    e = bound(scored_folder, ["t_choice"], model)
 
     def hook(*_: Any) -> None:
         raise RuntimeError("the kernel is upset")
@@ -337,13 +341,13 @@ def test_an_error_inside_the_model_names_the_task_and_its_cause(folder: Path) ->
     with pytest.raises(EvaluationError, match="0 <= after < fidelity <= 1, got fidelity=0"):
         e.evaluate(Split.SEARCH, 0)
     with pytest.raises(EvaluationError, match="bind a model"):
-        evaluator(folder, ["t_choice"]).evaluate(Split.SEARCH)
+        evaluator(scored_folder, ["t_choice"]).evaluate(Split.SEARCH)
 
 
-def test_nothing_is_printed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_printed(scored_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        bound(folder, list(TASKS)).evaluate(Split.SEARCH)
+        bound(scored_folder, list(TASKS)).evaluate(Split.SEARCH)
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
 

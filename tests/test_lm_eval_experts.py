@@ -26,11 +26,6 @@ from merge_search.errors import EvaluationError
 pytestmark = pytest.mark.usefixtures("own_dataset_cache")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tasks(tmp_path_factory.mktemp("tasks"), FIT_TASKS)
-
-
 def test_answers_are_learned_in_the_tokens_that_were_generated_although_decoding_loses_the_space(
     tmp_path: Path,
 ) -> None:
@@ -61,9 +56,9 @@ def test_answers_are_learned_in_the_tokens_that_were_generated_although_decoding
 
 
 @pytest.mark.parametrize("task", FIT_TASKS)
-def test_the_divergence_from_an_expert_is_zero_at_the_expert_and_not_elsewhere(folder: Path, task: str) -> None:
+def test_the_divergence_from_an_expert_is_zero_at_the_expert_and_not_elsewhere(fit_folder: Path, task: str) -> None:
     model = make_model()
-    e = bound(folder, [task], model)
+    e = bound(fit_folder, [task], model)
     with pytest.raises(
         EvaluationError, match=f"{task!r} has no expert's answers to compare with .*: call remember first"
     ):
@@ -74,9 +69,9 @@ def test_the_divergence_from_an_expert_is_zero_at_the_expert_and_not_elsewhere(f
     assert e.loss(task, range(N_TRAIN), "kl").item() > 1e-2
 
 
-def test_the_divergence_is_that_of_the_softmax_over_choices(folder: Path) -> None:
+def test_the_divergence_is_that_of_the_softmax_over_choices(fit_folder: Path) -> None:
     model = make_model()
-    e = bound(folder, ["t_choice"], model)
+    e = bound(fit_folder, ["t_choice"], model)
     rows = [3, 0, 3]
 
     def shares() -> list[torch.Tensor]:
@@ -94,9 +89,9 @@ def test_the_divergence_is_that_of_the_softmax_over_choices(folder: Path) -> Non
     assert e.loss("t_choice", rows, "kl").item() == pytest.approx(np.mean(expected), rel=5e-3)
 
 
-def test_pseudo_labels_are_what_the_model_answers(folder: Path) -> None:
+def test_pseudo_labels_are_what_the_model_answers(fit_folder: Path) -> None:
     model = make_model()
-    e = bound(folder, ["t_choice", "t_generate"], model)
+    e = bound(fit_folder, ["t_choice", "t_generate"], model)
     for task in ("t_choice", "t_generate"):
         labels = dict(enumerate(e.predict(task, range(N_TRAIN))))
         e.set_pseudo_labels(task, labels)

@@ -19,24 +19,19 @@ pytestmark = pytest.mark.usefixtures("own_dataset_cache")
 WITH_FIT = SplitShares(0.6, 0.2, 0.2, fit=0.3)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tasks(tmp_path_factory.mktemp("tasks"), FIT_TASKS)
-
-
-def test_fit_rows_are_the_training_split_and_then_nothing_is_withheld(folder: Path) -> None:
+def test_fit_rows_are_the_training_split_and_then_nothing_is_withheld(fit_folder: Path) -> None:
     train = {d["query"] for d in documents(N_TRAIN, 1)}
-    e = evaluator(folder, ["t_choice"], shares=WITH_FIT)
+    e = evaluator(fit_folder, ["t_choice"], shares=WITH_FIT)
     assert e.fit_tasks() == {"t_choice": N_TRAIN}
     assert {d["query"] for d in docs(e, "t_choice")} == train
     n = e.metrics()[0].n_questions
     assert Split.FIT not in n
-    withheld = evaluator(folder, ["t_choice"], shares=WITH_FIT, fit="search")
+    withheld = evaluator(fit_folder, ["t_choice"], shares=WITH_FIT, fit="search")
     m = withheld.metrics()[0].n_questions
     assert withheld.fit_tasks() == {"t_choice": m[Split.FIT]}
     assert m[Split.FIT] > 0
     assert m[Split.FIT] + m[Split.SEARCH] == n[Split.SEARCH]
-    assert evaluator(folder, ["t_choice"], fit="search").fit_tasks() == {"t_choice": 0}
+    assert evaluator(fit_folder, ["t_choice"], fit="search").fit_tasks() == {"t_choice": 0}
 
 
 def test_tasks_without_a_training_split_fit_on_a_share_of_their_questions(tmp_path: Path) -> None:
@@ -70,8 +65,8 @@ def test_rows_that_are_also_questions_or_have_no_right_choice_are_left_out(
     assert "task 't_choice': 1 rows to fit on have no right choice: left out" in caplog.text
 
 
-def test_fewer_fit_rows_are_the_first_of_more_in_the_order_of_questions(folder: Path) -> None:
-    few, many = (evaluator(folder, ["t_choice"], fit_limit=n) for n in (5, 4000))
+def test_fewer_fit_rows_are_the_first_of_more_in_the_order_of_questions(fit_folder: Path) -> None:
+    few, many = (evaluator(fit_folder, ["t_choice"], fit_limit=n) for n in (5, 4000))
     assert few.fit_tasks() == {"t_choice": 5}
     ids = [r.id for r in many._fit["t_choice"].rows]
     assert [r.id for r in few._fit["t_choice"].rows] == ids[:5]
@@ -98,13 +93,13 @@ def test_shots_never_show_the_row_itself(tmp_path: Path) -> None:
     assert e.evaluate(Split.SEARCH).scores["t_shots/acc"].values.tolist() == before
 
 
-def test_the_fingerprint_follows_the_rows_to_fit_on(folder: Path, tmp_path: Path) -> None:
-    here = evaluator(folder, ["t_choice"]).fingerprint()
+def test_the_fingerprint_follows_the_rows_to_fit_on(fit_folder: Path, tmp_path: Path) -> None:
+    here = evaluator(fit_folder, ["t_choice"]).fingerprint()
     assert evaluator(write_tasks(tmp_path / "a", FIT_TASKS), ["t_choice"]).fingerprint() == here
     other = write_tasks(tmp_path / "b", FIT_TASKS, train=documents(N_TRAIN, 2))
     assert evaluator(other, ["t_choice"]).fingerprint() != here
-    assert evaluator(folder, ["t_choice"], fit="search").fingerprint() != here
-    assert evaluator(folder, ["t_choice"], fit_limit=9).fingerprint() != here
+    assert evaluator(fit_folder, ["t_choice"], fit="search").fingerprint() != here
+    assert evaluator(fit_folder, ["t_choice"], fit_limit=9).fingerprint() != here
 
 
 def test_an_expert_knows_its_own_training_rows_far_better_than_the_base(demo: Path) -> None:

@@ -31,11 +31,6 @@ from merge_search.evaluation import Differentiable
 pytestmark = pytest.mark.usefixtures("own_dataset_cache")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tasks(tmp_path_factory.mktemp("tasks"), FIT_TASKS)
-
-
 def token_log_p(model: Any, context: str, answer: str) -> torch.Tensor:
     """log p of the answer's tokens by one plain forward pass. Shape (tokens,)."""
     tokenizer = make_tokenizer()
@@ -58,10 +53,10 @@ def expected_gold(model: Any, task: str, doc: dict[str, Any]) -> float:
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("task", list(FIT_TASKS))
 def test_the_gold_loss_is_the_mean_negative_log_likelihood_of_the_answers_tokens(
-    folder: Path, task: str, kind: str
+    fit_folder: Path, task: str, kind: str
 ) -> None:
     model = make_model(kind)
-    e = bound(folder, [task], model)
+    e = bound(fit_folder, [task], model)
     rows = [3, 0, 7, 3]
     with torch.no_grad():
         expected = np.mean([expected_gold(model, task, docs(e, task)[i]) for i in rows])
@@ -71,9 +66,9 @@ def test_the_gold_loss_is_the_mean_negative_log_likelihood_of_the_answers_tokens
     assert isinstance(e, Differentiable)
 
 
-def test_losses_over_choices_follow_lm_evals_log_likelihoods(folder: Path) -> None:
+def test_losses_over_choices_follow_lm_evals_log_likelihoods(fit_folder: Path) -> None:
     model = make_model()
-    e = bound(folder, ["t_choice"], model)
+    e = bound(fit_folder, ["t_choice"], model)
     rows = list(range(10))
     gold, entropy, best = [], [], []
     with torch.no_grad():
@@ -96,9 +91,9 @@ def test_losses_over_choices_follow_lm_evals_log_likelihoods(folder: Path) -> No
         *(("t_choice", kind) for kind in ("entropy", "choice", "pseudo")),
     ],
 )
-def test_gradients_are_the_slopes_of_the_loss(folder: Path, task: str, kind: str) -> None:
+def test_gradients_are_the_slopes_of_the_loss(fit_folder: Path, task: str, kind: str) -> None:
     model = make_model(dtype=torch.float64)
-    e = bound(folder, [task], model)
+    e = bound(fit_folder, [task], model)
     if kind == "pseudo":
         e.set_pseudo_labels(task, dict.fromkeys(range(N_TRAIN), 1))
     if kind == "kl":
@@ -119,9 +114,9 @@ def test_gradients_are_the_slopes_of_the_loss(folder: Path, task: str, kind: str
         assert weight.grad[at].item() == pytest.approx(slope, rel=0.02), name
 
 
-def test_only_parameters_that_need_gradients_get_them_and_dropout_is_off(folder: Path) -> None:
+def test_only_parameters_that_need_gradients_get_them_and_dropout_is_off(fit_folder: Path) -> None:
     model = make_model(attention_dropout=0.5)
-    e = bound(folder, ["t_generate"], model)
+    e = bound(fit_folder, ["t_generate"], model)
     loss = e.loss("t_generate", range(8)).item()
     model.train()
     for parameter in model.parameters():
@@ -132,11 +127,11 @@ def test_only_parameters_that_need_gradients_get_them_and_dropout_is_off(folder:
     assert again.item() == loss
     assert head.grad.abs().sum() > 0
     assert all(p.grad is None for p in model.parameters() if p is not head)
-    assert bound(folder, ["t_word"], make_model(dtype=torch.bfloat16)).loss("t_word", [0]).dtype == torch.float32
+    assert bound(fit_folder, ["t_word"], make_model(dtype=torch.bfloat16)).loss("t_word", [0]).dtype == torch.float32
 
 
-def test_a_rows_loss_does_not_depend_on_the_rows_beside_it(folder: Path) -> None:
-    e = bound(folder, list(FIT_TASKS))
+def test_a_rows_loss_does_not_depend_on_the_rows_beside_it(fit_folder: Path) -> None:
+    e = bound(fit_folder, list(FIT_TASKS))
     with torch.no_grad():
         for task in FIT_TASKS:
             alone = np.mean([e.loss(task, [i]).item() for i in range(9)])
@@ -144,26 +139,26 @@ def test_a_rows_loss_does_not_depend_on_the_rows_beside_it(folder: Path) -> None
             assert e.loss(task, range(9)).item() == e.loss(task, np.arange(9)).item()
 
 
-def test_weights_changed_in_place_change_the_loss_and_global_generators_stay(folder: Path) -> None:
+def test_weights_changed_in_place_change_the_loss_and_global_generators_stay(fit_folder: Path) -> None:
     model = make_model()
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    e = bound(folder, ["t_choice", "t_generate"], model)
+    e = bound(fit_folder, ["t_choice", "t_generate"], model)
     before = e.loss("t_choice", range(5)).item()
     e.predict("t_generate", range(5))
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
     after = e.loss("t_choice", range(5)).item()
     assert after != before
-    assert after == bound(folder, ["t_choice"], model).loss("t_choice", range(5)).item()
+    assert after == bound(fit_folder, ["t_choice"], model).loss("t_choice", range(5)).item()
     assert random.getstate() == states[0]
     assert np.random.get_state()[1].tolist() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_rows_give_the_losses_and_gradients_of_plain_ones(folder: Path, dtype: torch.dtype) -> None:
+def test_packed_rows_give_the_losses_and_gradients_of_plain_ones(fit_folder: Path, dtype: torch.dtype) -> None:
     model = make_model(dtype=dtype)
-    packed, plain = (bound(folder, list(FIT_TASKS), model, tree_packing=p) for p in (True, False))
+    packed, plain = (bound(fit_folder, list(FIT_TASKS), model, tree_packing=p) for p in (True, False))
     sizes: list[int] = []
     handle = model.model.register_forward_pre_hook(
         lambda _m, _a, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -187,18 +182,18 @@ def test_packed_rows_give_the_losses_and_gradients_of_plain_ones(folder: Path, d
 
 
 def test_rows_are_not_packed_where_that_gives_other_numbers(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fit_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from evaluators import lm_eval_loss
 
     model = make_model("gpt2")
-    expected = bound(folder, ["t_word"], model, tree_packing=False).loss("t_word", range(N_TRAIN)).item()
-    assert bound(folder, ["t_word"], model).loss("t_word", range(N_TRAIN)).item() == expected
+    expected = bound(fit_folder, ["t_word"], model, tree_packing=False).loss("t_word", range(N_TRAIN)).item()
+    assert bound(fit_folder, ["t_word"], model).loss("t_word", range(N_TRAIN)).item() == expected
     monkeypatch.setattr(lm_eval_loss, "obstacle", lambda _: None)
     original = model.forward
     monkeypatch.setattr(model, "forward", lambda position_ids=None, **k: original(**k))  # a model that knows better
     with caplog.at_level(logging.WARNING):
-        assert bound(folder, ["t_word"], model).loss("t_word", range(N_TRAIN)).item() == expected
+        assert bound(fit_folder, ["t_word"], model).loss("t_word", range(N_TRAIN)).item() == expected
     assert "rows are not packed: log-likelihoods differ" in caplog.text
 
 
@@ -232,9 +227,9 @@ def test_a_generated_answer_ends_with_its_line_break_or_the_end_of_text(
         assert e.loss("t_generate", [0]).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_is_longer_than_the_model_takes_loses_its_beginning_as_in_lm_eval(folder: Path) -> None:
+def test_what_is_longer_than_the_model_takes_loses_its_beginning_as_in_lm_eval(fit_folder: Path) -> None:
     model = make_model()
-    e = bound(folder, ["t_word"], model, max_length=5)
+    e = bound(fit_folder, ["t_word"], model, max_length=5)
     doc = max(docs(e, "t_word"), key=lambda d: len(d["query"].split()))
     row = docs(e, "t_word").index(doc)
     kept = (doc["query"] + " " + doc["words"]).split()[-6:]
@@ -244,10 +239,10 @@ def test_what_is_longer_than_the_model_takes_loses_its_beginning_as_in_lm_eval(f
         assert e.loss("t_word", [row]).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_cannot_be_asked_is_said(folder: Path) -> None:
+def test_what_cannot_be_asked_is_said(fit_folder: Path) -> None:
     with pytest.raises(EvaluationError, match="call bind before asking for losses"):
-        evaluator(folder, ["t_choice"]).loss("t_choice", [0])
-    e = bound(folder, list(FIT_TASKS))
+        evaluator(fit_folder, ["t_choice"]).loss("t_choice", [0])
+    e = bound(fit_folder, list(FIT_TASKS))
     with pytest.raises(EvaluationError, match="no task is called 't_choise'; did you mean 't_choice'"):
         e.loss("t_choise", [0])
     with pytest.raises(EvaluationError, match=f"has {N_TRAIN} rows to fit on .* asked for 0 to {N_TRAIN}"):
@@ -270,12 +265,12 @@ def test_what_cannot_be_asked_is_said(folder: Path) -> None:
     with pytest.raises(EvaluationError, match="must be texts, got 3"):
         e.set_pseudo_labels("t_generate", {0: 3})
     with pytest.raises(StudyFileError, match="fit_limit"):
-        evaluator(folder, ["t_choice"], fit_limit=0)
+        evaluator(fit_folder, ["t_choice"], fit_limit=0)
 
 
-def test_broken_weights_and_broken_training_rows_are_typed(folder: Path, tmp_path: Path) -> None:
+def test_broken_weights_and_broken_training_rows_are_typed(fit_folder: Path, tmp_path: Path) -> None:
     model = make_model()
-    e = bound(folder, ["t_choice"], model)
+    e = bound(fit_folder, ["t_choice"], model)
     with torch.no_grad():
         model.lm_head.weight[0] = math.nan
     for kind in ("gold", "entropy"):

@@ -32,14 +32,9 @@ from merge_search.evaluation import Split
 pytestmark = pytest.mark.usefixtures("own_dataset_cache")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tasks(tmp_path_factory.mktemp("tasks"), TASKS)
-
-
-def test_metrics_name_the_main_one_first_with_its_direction_and_chance(folder: Path) -> None:
+def test_metrics_name_the_main_one_first_with_its_direction_and_chance(scored_folder: Path) -> None:
     infos = evaluator(
-        folder,
+        scored_folder,
         ["t_choice", "t_word", "t_generate"],
         metrics={"t_word": "acc", "t_generate": "exact_match,last"},
         shares=THIRDS,
@@ -56,7 +51,7 @@ def test_metrics_name_the_main_one_first_with_its_direction_and_chance(folder: P
     assert by_name["t_word/acc"].higher_is_better
     assert sum(by_name["t_word/acc"].n_questions.values()) == N
     assert (
-        evaluator(folder, ["t_generate"], metrics={"t_generate": "exact_match,first"}).metrics()[0].metric
+        evaluator(scored_folder, ["t_generate"], metrics={"t_generate": "exact_match,first"}).metrics()[0].metric
         == "exact_match"
     )
 
@@ -67,7 +62,7 @@ def test_metrics_name_the_main_one_first_with_its_direction_and_chance(folder: P
         ({"tasks": ["t_choise"]}, r"no task, tag or group called 't_choise'; did you mean 't_choice'\?"),
         ({"metrics": {"t_choice": "f2"}}, r"metrics.t_choice: the task reports no metric 'f2'; known: acc, acc_norm, brier_score"),
         ({"metrics": {"t_chose": "acc"}}, r"no task of this evaluator is called 't_chose'; did you mean 't_choice'\?"),
-        ({"batch_siz": 4}, r"no option 'batch_siz'; did you mean 'batch_size'\?"),
+        ({"batch_siz": 4}, r"batch_siz: unknown key; did you mean 'batch_size'\?"),
         ({"batch_size": "auto"}, "batch_size: must be a number, got 'auto'"),
         ({"batch_size": 0}, "batch_size: input should be greater than or equal to 1, got 0"),
         ({"tasks": []}, "tasks: list should have at least 1 item"),
@@ -76,18 +71,18 @@ def test_metrics_name_the_main_one_first_with_its_direction_and_chance(folder: P
     ],
 )  # fmt: skip
 def test_what_cannot_be_scored_is_said_before_a_model_is_loaded(
-    folder: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    scored_folder: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import lm_eval.tasks
 
-    monkeypatch.setattr(lm_eval.tasks.manager, "__file__", str(folder / "none" / "manager.py"))  # no 6 s index
+    monkeypatch.setattr(lm_eval.tasks.manager, "__file__", str(scored_folder / "none" / "manager.py"))  # no 6 s index
     with pytest.raises(StudyFileError, match=message):
-        evaluator(folder, **{"tasks": ["t_choice"], "shares": THIRDS, **options})
+        evaluator(scored_folder, **{"tasks": ["t_choice"], "shares": THIRDS, **options})
 
 
-def test_all_problems_are_reported_at_once(folder: Path, tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(scored_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(StudyFileError) as caught:
-        evaluator(folder, ["t_choice"], batch_size="auto", limit="many", colour=1)
+        evaluator(scored_folder, ["t_choice"], batch_size="auto", limit="many", colour=1)
     assert len(caught.value.problems) == 3
     few = write_tasks(
         tmp_path, {"t_a": CHOICE, "t_b": {**CHOICE, "doc_to_text": "{{ nothing.at.all }}"}}, documents(3, 0)
@@ -118,12 +113,12 @@ def test_broken_task_files_are_not_skipped_in_silence(
 
 
 def test_data_files_are_found_beside_the_task_file_from_any_directory(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scored_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "common").mkdir()
     for name in ("test.jsonl", "train.jsonl"):
-        (tmp_path / "common" / name).write_text((folder / name).read_text())
+        (tmp_path / "common" / name).write_text((scored_folder / name).read_text())
     (tmp_path / "common" / "_base.yaml").write_text(
         yaml.safe_dump({**CHOICE, "dataset_kwargs": {"data_files": {"test": ["te*.jsonl"]}}})
     )
@@ -142,7 +137,7 @@ def test_data_files_are_found_beside_the_task_file_from_any_directory(
     (tmp_path / "sub" / "c.yaml").write_text(
         yaml.safe_dump({"task": "t_none", **CHOICE, "dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}})
     )
-    expected = evaluator(folder, ["t_choice"]).tasks[0].questions
+    expected = evaluator(scored_folder, ["t_choice"]).tasks[0].questions
     e = evaluator(tmp_path, ["t_included", "t_one_file"])
     assert [[q.id for q in t.questions] for t in e.tasks] == [[q.id for q in expected]] * 2
     with pytest.raises(StudyFileError, match=r"'t_none' cannot be loaded: FileNotFoundError.*gone.jsonl"):
@@ -150,28 +145,28 @@ def test_data_files_are_found_beside_the_task_file_from_any_directory(
 
 
 def test_tags_groups_and_paths_are_expanded_to_tasks(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scored_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tasks(tmp_path, {"t_choice": CHOICE, "t_word": TASKS["t_word"]})
     (tmp_path / "g.yaml").write_text("group: t_group\ntask: [t_word, {group: t_inner, task: [t_choice]}]\n")
     assert [t.name for t in evaluator(tmp_path, ["t_group", "t_word"]).tasks] == ["t_word", "t_choice"]
-    assert {t.name for t in evaluator(folder, ["t_all"]).tasks} == set(TASKS)
-    monkeypatch.chdir(folder)
-    by_path = [str(folder / "t_word.yaml"), "t_choice.yaml"]
+    assert {t.name for t in evaluator(scored_folder, ["t_all"]).tasks} == set(TASKS)
+    monkeypatch.chdir(scored_folder)
+    by_path = [str(scored_folder / "t_word.yaml"), "t_choice.yaml"]
     e = LmEval({"tasks": by_path}, shares=WHOLE, seed=SEED)
     assert [t.name for t in e.tasks] == ["t_word", "t_choice"]
 
 
-def test_a_limit_takes_the_first_documents_of_the_hash_order(folder: Path) -> None:
-    whole = evaluator(folder, ["t_shots"]).tasks[0].questions
-    some = evaluator(folder, ["t_shots"], limit=10).tasks[0].questions
+def test_a_limit_takes_the_first_documents_of_the_hash_order(scored_folder: Path) -> None:
+    whole = evaluator(scored_folder, ["t_shots"]).tasks[0].questions
+    some = evaluator(scored_folder, ["t_shots"], limit=10).tasks[0].questions
     assert [q.id for q in some] == [q.id for q in whole][:10]
     assert [q.doc_id for q in some] != list(range(10))
     assert [i.args for q in some for i in q.instances] == [i.args for q in whole[:10] for i in q.instances]
 
 
 def test_the_option_num_fewshot_yields_to_a_task_that_says_zero(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    scored_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     silent = {k: v for k, v in TASKS["t_shots"].items() if k != "num_fewshot"}
     write_tasks(tmp_path, {"t_zero": {**TASKS["t_shots"], "num_fewshot": 0}, "t_silent": silent})
@@ -180,16 +175,16 @@ def test_the_option_num_fewshot_yields_to_a_task_that_says_zero(
     lengths = [len(t.questions[0].instances[0].args[0].split()) for t in e.tasks]
     assert lengths[1] > lengths[0]
     assert "'t_zero' says num_fewshot: 0" in caplog.text
-    theirs = evaluator(folder, ["t_shots"])
+    theirs = evaluator(scored_folder, ["t_shots"])
     assert len(theirs.tasks[0].questions[0].instances[0].args[0].split()) > lengths[1]
 
 
-def test_the_fingerprint_follows_questions_prompts_and_metrics_not_places(folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_follows_questions_prompts_and_metrics_not_places(scored_folder: Path, tmp_path: Path) -> None:
     def fingerprint(task: dict[str, Any], rows: list[dict[str, Any]] | None = None, **options: Any) -> str:
         place = write_tasks(tmp_path / str(len(list(tmp_path.iterdir()))), {"t_choice": task}, rows)
         return evaluator(place, ["t_choice"], **options).fingerprint()
 
-    same = evaluator(folder, ["t_choice"]).fingerprint()
+    same = evaluator(scored_folder, ["t_choice"]).fingerprint()
     assert fingerprint(CHOICE) == same
     assert fingerprint(CHOICE, batch_size=4, tree_packing=False) == same
     changed = [
@@ -205,7 +200,7 @@ def test_the_fingerprint_follows_questions_prompts_and_metrics_not_places(folder
         fingerprint(TASKS["t_shots"]),
     ]
     assert len({same, *changed}) == 1 + len(changed)
-    e = evaluator(folder, ["t_choice"], apply_chat_template=True)
+    e = evaluator(scored_folder, ["t_choice"], apply_chat_template=True)
     before = e.fingerprint()
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}now "
@@ -214,12 +209,12 @@ def test_the_fingerprint_follows_questions_prompts_and_metrics_not_places(folder
 
 
 def test_answers_longer_than_the_model_are_refused_and_cut_prompts_are_told(
-    folder: Path, caplog: pytest.LogCaptureFixture
+    scored_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(StudyFileError, match="max_gen_toks=4 of its generation_kwargs must be less than max_length=3"):
-        bound(folder, ["t_generate"], max_length=3)
+        bound(scored_folder, ["t_generate"], max_length=3)
     with caplog.at_level(logging.WARNING, "evaluators"):
-        bound(folder, ["t_shots"], max_length=20).evaluate(Split.SEARCH)
+        bound(scored_folder, ["t_shots"], max_length=20).evaluate(Split.SEARCH)
     assert "'t_shots': 160 of 160 prompts are longer than the model's max_length=20" in caplog.text
 
 
@@ -236,8 +231,8 @@ def test_a_tasks_own_function_that_fails_is_an_evaluation_error(tmp_path: Path) 
         bound(tmp_path, ["t_own"])
 
 
-def test_the_tokenizer_handed_in_is_not_changed(folder: Path) -> None:
+def test_the_tokenizer_handed_in_is_not_changed(scored_folder: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
-    evaluator(folder, ["t_choice"]).bind(make_model(), tokenizer, folder="tiny")
+    evaluator(scored_folder, ["t_choice"]).bind(make_model(), tokenizer, folder="tiny")
     assert tokenizer.pad_token is None

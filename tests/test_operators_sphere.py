@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from operator_runs import near, random_deltas, total
 from torch import Tensor
 
 from merge_search.engine.operators import OPERATORS, OperatorContext, completed_options, load_operator
@@ -31,21 +32,6 @@ def run(name: str, deltas: Sequence[Tensor], base: Tensor | None = None, **rest:
     )
     assert isinstance(merged, Tensor)
     return merged
-
-
-def total(parts: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(parts)).sum(0)
-
-
-def random_deltas(n: int, shape: tuple[int, ...], seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [1e-2 * torch.randn(shape, generator=generator) for _ in range(n)]
-
-
-def near(found: Tensor, wanted: Any, atol: float = 1e-6) -> None:
-    torch.testing.assert_close(
-        found, torch.as_tensor(wanted, dtype=found.dtype).reshape(found.shape), atol=atol, rtol=1e-4
-    )
 
 
 def circle(degrees: float, length: float = 1.0) -> Tensor:

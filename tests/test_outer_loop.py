@@ -15,6 +15,7 @@ import optuna
 import pytest
 import sqlalchemy
 import yaml
+from command_line import ENV, alone, here
 from optuna.trial import TrialState
 
 from merge_search.search.records import finished_records, records
@@ -22,14 +23,6 @@ from merge_search.search.storage import open_storage
 
 EXPERTS = ["maths", "stories", "spelling"]
 SWAPPED = {"search": 0.2, "validation": 0.2, "test": 0.6}  # what was searched on would be tested on
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-
-
-def command(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "merge_search", *map(str, arguments)]
-    result = subprocess.run(line, capture_output=True, text=True, env=ENV)
-    assert not check or result.returncode == 0, result.stdout + result.stderr
-    return result
 
 
 def write_study(folder: Path, demo: Path, name: str = "loop", **sections: Any) -> Path:
@@ -71,7 +64,7 @@ def two(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
         objective={"maximise": "mean", "minimise": "drift/kl", "constraints": ["demo_maths >= 0.999", "drift <= 50"]},
         search={"n_trials": 9, "sampler": "random", "baselines": [], "finalists": 2},
     )
-    result = command("run", path)
+    result = here("run", path)
     return path, result.stdout + result.stderr
 
 
@@ -105,7 +98,7 @@ def test_the_right_answers_probability_is_kept_per_question(two: tuple[Path, str
 
 def test_report_lists_trials_and_front_without_torch(two: tuple[Path, str]) -> None:
     path, _ = two
-    text = command("report", path, "--trials", "5").stdout
+    text = here("report", path, "--trials", "5").stdout
     assert "front (search questions)" in text
     assert "9 trials, 0 of them failed" in text
     code = f"import sys; from merge_search.cli import main\ntry: main(['report', {str(path)!r}])\nexcept SystemExit: print('torch' in sys.modules)"
@@ -116,11 +109,11 @@ def test_report_lists_trials_and_front_without_torch(two: tuple[Path, str]) -> N
 def test_the_stop_rule_ends_a_search_and_resuming_does_not_begin_it_again(demo: Path, tmp_path: Path) -> None:
     stop = {"patience": 2, "share": 50}
     path = write_study(tmp_path, demo, search={"n_trials": 60, "sampler": "random", "stop": stop})
-    text = command("run", path).stderr
+    text = here("run", path).stderr
     assert "the search stops: none of the last 2 suggestions" in text
     done = len(finished_records(load(path)))
     assert done < 60
-    again = command("run", path)
+    again = here("run", path)
     assert "the search stops" in again.stderr
     assert len(finished_records(load(path))) == done
     assert "95 % interval" in again.stdout
@@ -129,7 +122,7 @@ def test_the_stop_rule_ends_a_search_and_resuming_does_not_begin_it_again(demo: 
 def test_an_earlier_studys_best_are_tried_after_the_baselines_and_scored_afresh(demo: Path, tmp_path: Path) -> None:
     objective = {"maximise": ["mean", "demo_spelling"]}
     path = write_study(tmp_path, demo, name="old", objective=objective, search={"n_trials": 9, "sampler": "random"})
-    command("run", path)
+    here("run", path)
     _test_opens_the_front(path)
     old = [r for r in finished_records(load(path)) if not r.label]
     best = max(old, key=lambda r: (r.values[0], -r.number))
@@ -140,7 +133,7 @@ def test_an_earlier_studys_best_are_tried_after_the_baselines_and_scored_afresh(
     data["models"] |= models
     new = tmp_path / "new.yaml"
     new.write_text(yaml.safe_dump(data, sort_keys=False))
-    text = command("run", new).stderr
+    text = here("run", new).stderr
     assert "1 recipe(s) of study 'old' are tried first" in text
     assert "gone.yaml" in text
     found = next(r for r in records(load(new)) if r.attributes.get("start") == f"old.yaml trial {best.number}")
@@ -153,17 +146,17 @@ def _test_opens_the_front(path: Path) -> None:
     """With several objectives the test is sealed for the whole front, and an export asks for a number."""
     changed = path.with_name("changed.yaml")
     changed.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "splits": SWAPPED}))
-    refused = command("test", changed, check=False)
+    refused = here("test", changed, check=False)
     assert refused.returncode == 1
     assert "splits.test: was 0.2, is now 0.6" in refused.stderr
     assert "test_winner" not in load(path).user_attrs
-    text = command("test", path).stdout
+    text = here("test", path).stdout
     opened = load(path).user_attrs["test_winner"]
     assert isinstance(opened, list)
     assert set(map(str, opened)) <= load(path).user_attrs["test"].keys()
     assert "beats in everything on the test questions" in text
     if len(opened) > 1:
-        result = command("export", path, path.parent / "out", check=False)
+        result = here("export", path, path.parent / "out", check=False)
         assert result.returncode == 2
         assert "choose one with --trial" in result.stderr
 
@@ -212,13 +205,13 @@ def test_on_postgresql_kill_9_loses_nothing_and_a_second_driver_is_refused(
         _wait_for(storage, n, first)
         if n == 2:
             first.send_signal(signal.SIGSTOP)  # holds its lock, and cannot finish meanwhile
-            second = command("run", path, check=False)
+            second = alone("run", path, check=False)
             assert second.returncode == 1
             assert "is being run by another process" in second.stderr
         first.send_signal(signal.SIGKILL)
         first.wait()
     kept = [r.number for r in finished_records(optuna.load_study(study_name="loop", storage=storage))]
-    text = command("run", path).stderr
+    text = alone("run", path).stderr
     assert "of a killed run closed and queued again" in text
     done = finished_records(optuna.load_study(study_name="loop", storage=storage))
     assert len(done) == 12

@@ -74,6 +74,42 @@ def test_rows_are_ordered_by_role_then_score(study: optuna.Study) -> None:
     ]  # fmt: skip
 
 
+def test_a_merge_that_is_lucky_on_validation_alone_does_not_win(study: optuna.Study) -> None:
+    """The search's own error equals that of a score of 74 here, so trial 5 lies halfway: (0.74 + m + shift) / 2.
+
+    Validation is 0.01 harder for the baselines: shift = mean(0.50 - 0.51, 0.60 - 0.61, 0.66 - 0.67). Trial 5 is expected at
+    (0.74 + 0.69) / 2 = 0.715, trial 3 at about (0.71 + 0.77) / 2 = 0.74.
+    """
+    error = next(s for s in selection.standings(study, OBJECTIVE, ("x",)) if s.record.number == 5).stderrs[0]
+    means = {"0": 0.51, "1": 0.61, "2": 0.67, "3": 0.78, "5": 0.70}
+    study.set_user_attr(selection.POSTERIOR_ATTRIBUTE, {k: [m, error] for k, m in means.items()})
+    rows = {s.record.number: s for s in selection.standings(study, OBJECTIVE, ("x",))}
+    assert rows[5].expected == pytest.approx(0.715)
+    assert rows[3].expected == pytest.approx(0.74, abs=0.001)
+    assert rows[4].expected == pytest.approx(0.64)  # nothing is known of it but its validation score
+    winner = selection.winner(study, OBJECTIVE, ("x",))
+    assert winner is not None
+    assert winner.number == 3
+
+
+def test_a_sure_validation_score_outweighs_a_vague_search(study: optuna.Study) -> None:
+    study.set_user_attr(selection.POSTERIOR_ATTRIBUTE, {"3": [0.99, 10.0], "5": [0.01, 10.0]})
+    winner = selection.winner(study, OBJECTIVE, ("x",))
+    assert winner is not None
+    assert winner.number == 5
+
+
+def test_finalists_meet_base_experts_average_and_the_best_baseline(study: optuna.Study) -> None:
+    for label, search in (("ties", 66), ("dare", 64)):
+        trial = study.ask()
+        trial.set_user_attr("label", label)
+        trial.set_user_attr("noise", {"value": 0.002})
+        trial.set_user_attr("outcome", "ok")
+        study.tell(trial, search / 100)
+    found = selection.to_validate(study, OBJECTIVE, {"c": Float(0, 1)}, seed=0, n=1)
+    assert [r.label for r in found] == ["", "base", "x", "average", "ties"]
+
+
 def test_a_baseline_can_win(study: optuna.Study) -> None:
     scores = dict(study.user_attrs["validation"])
     scores["2"] = evaluation(90)

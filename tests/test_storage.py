@@ -54,6 +54,16 @@ def test_a_lost_trial_is_closed_and_its_point_tried_again(url: str) -> None:
     assert reclaim_lost_trials(study) == 0
 
 
+def test_a_point_that_is_lost_twice_still_names_its_first_try(url: str) -> None:
+    study = study_in(url)
+    study.ask().suggest_float("x", 0, 1)
+    for _ in range(2):
+        assert reclaim_lost_trials(study) == 1
+        again = study.ask()
+        assert again.user_attrs["retry_of"] == 0
+        again.suggest_float("x", 0, 1)
+
+
 def test_a_lost_baseline_keeps_its_recipe_and_label(url: str) -> None:
     study = study_in(url)
     study.enqueue_trial({}, user_attrs={"label": "average", "given_recipe": "{}"})
@@ -87,10 +97,11 @@ def test_the_night_between_a_kill_and_the_next_run_is_not_charged(url: str) -> N
 @pytest.mark.parametrize("error", [EvaluationError("no answer"), InputError("no loss is called so")])
 def test_a_failed_trial_ends_alone_and_is_charged_what_its_fit_asked(url: str, error: Exception) -> None:
     driver = object.__new__(_Driver)
-    driver.study, driver.bench = study_in(url), SimpleNamespace(recover=lambda: None)  # type: ignore[assignment]
+    bench = SimpleNamespace(asked=50, recover=lambda: None)
+    driver.study, driver.bench = study_in(url), bench  # type: ignore[assignment]
     trial = driver.study.ask()
     with driver._recorded(trial):
-        trial.set_user_attr("cost", [0.0, 0.0, 300])
+        bench.asked += 300
         raise error
     (record,) = finished_records(driver.study)
     assert record.reason == str(error)

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from evaluators import drift, labelled_text, latency, lm_eval_options
+from evaluators import drift, labelled_text, latency, lm_eval_options, size
 from merge_search import study_file
 from merge_search.study_file import StudyFile, read_study_file
 
@@ -36,6 +36,7 @@ EVALUATORS: dict[str, list[type[BaseModel]]] = {
     "classification": [labelled_text.Options, labelled_text.TaskOptions],
     "drift": [drift.Options],
     "latency": [latency.Options],
+    "size": [size.Options],
 }
 
 

@@ -9,8 +9,12 @@ import pytest
 import torch
 import yaml
 
-from merge_search.search.records import finished_records
+from merge_search import catalogue
+from merge_search.errors import EvaluationError, MergeSearchError
+from merge_search.search.prepare import prepare
+from merge_search.search.records import finished_records, questions_asked
 from merge_search.search.run import run
+from merge_search.search.sealed import open_test
 from merge_search.study_file import read_study_file
 
 EVALUATOR = '''
@@ -43,6 +47,31 @@ class Norm:
         value = 1 / (1 + float(self.weight.norm()))
         values = np.clip(value + np.linspace(-0.01, 0.01, 10), 0, 1)
         return Evaluation(split, fidelity, {"norm/small": Scores((), values, float(values.mean()), 0.01)}, Cost(questions=10))
+
+class Learned(Norm):
+    """With a loss, the norm itself; it fails on request, by the number of the call."""
+
+    asked: list = []
+    loss_fails: dict = {}
+
+    def fit_tasks(self):
+        return {"norm": 40}
+
+    def losses(self, task):
+        return ("gold",)
+
+    def predict(self, task, rows):
+        return [0] * len(rows)
+
+    def set_pseudo_labels(self, task, labels):
+        pass
+
+    def loss(self, task, rows, kind="gold"):
+        self.asked.append(tuple(rows))
+        failure = self.loss_fails.get(len(self.asked))
+        if failure is not None:
+            raise failure
+        return self.weight.square().mean()
 '''
 
 
@@ -60,6 +89,35 @@ class Quiet:
     def end(self) -> None: ...
 
 
+LEARNER = {"steps": 5, "per": "block", "step_size": 0.01, "batch_rows": 4, "warm_start": False}
+
+
+def write_study(folder: Path, demo: Path, kind: str = "Norm", **search: Any) -> Path:
+    (folder / "mine.py").write_text(EVALUATOR)
+    data = {
+        "study": {"name": "s"},
+        "models": {"base": str(demo / "models" / "base"), "experts": {"maths": str(demo / "models" / "maths")}},
+        "space": {"type": "uniform", "presets": ["task_arithmetic"]},
+        "evaluate": [{"evaluator": f"mine.py:{kind}"}],
+        "objective": {"maximise": "norm"},
+        "search": {"n_trials": 7, "sampler": "random", "baselines": [], **search},
+        "device": "cpu",
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return path
+
+
+def evaluator(folder: Path, kind: str = "Norm", *, calls: Any = None, losses: Any = None) -> Any:
+    """The study's own, made to fail at these numbers of calls."""
+    found = catalogue.load("evaluators", f"mine.py:{kind}", folder=folder)
+    norm = catalogue.load("evaluators", "mine.py:Norm", folder=folder)
+    norm.calls, norm.fails = 0, calls or {}
+    if kind == "Learned":
+        found.asked, found.loss_fails = [], losses or {}
+    return found
+
+
 @pytest.mark.parametrize(
     ("failure", "outcome"),
     [
@@ -70,23 +128,8 @@ class Quiet:
     ],
 )
 def test_a_failure_is_typed_and_the_study_goes_on(demo: Path, tmp_path: Path, failure: Exception, outcome: str) -> None:
-    (tmp_path / "mine.py").write_text(EVALUATOR)
-    models = {"base": str(demo / "models" / "base"), "experts": {"maths": str(demo / "models" / "maths")}}
-    data = {
-        "study": {"name": "s"},
-        "models": models,
-        "space": {"type": "uniform", "presets": ["task_arithmetic"]},
-        "evaluate": [{"evaluator": "mine.py:Norm"}],
-        "objective": {"maximise": "norm"},
-        "search": {"n_trials": 7, "sampler": "random", "baselines": []},
-        "device": "cpu",
-    }
-    path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(data, sort_keys=False))
-    from merge_search import catalogue
-
-    norm = catalogue.load("evaluators", "mine.py:Norm", folder=tmp_path)
-    norm.calls, norm.fails = 0, {4: failure}
+    path = write_study(tmp_path, demo)
+    evaluator(tmp_path, calls={4: failure})
     study = run(read_study_file(path), Quiet())
     done = finished_records(study)
     assert len(done) == 7
@@ -94,3 +137,66 @@ def test_a_failure_is_typed_and_the_study_goes_on(demo: Path, tmp_path: Path, fa
     assert bad.outcome == outcome
     assert str(failure) in bad.reason
     assert study.user_attrs["validation"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "outcome"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "out_of_memory"),
+        (EvaluationError("no answer"), "evaluator_error"),
+    ],
+)
+def test_a_fit_that_fails_is_charged_what_it_asked_until_then(
+    demo: Path, tmp_path: Path, failure: Exception, outcome: str
+) -> None:
+    path = write_study(tmp_path, demo, "Learned", n_trials=6, learner=LEARNER)
+    mine = evaluator(tmp_path, "Learned", losses={3: failure})
+    study = run(read_study_file(path), Quiet())
+    (bad,) = [r for r in finished_records(study) if not r.is_scored]
+    assert bad.outcome == outcome
+    rows = [len(rows) for rows in mine.asked]
+    assert rows[:3] == [4, 4, 4]
+    assert bad.cost.questions == 3 * (4 + 4 + 4)
+    scored = [r for r in finished_records(study) if r.is_scored]
+    assert questions_asked(study) == 3 * sum(rows) + 10 * len(scored), "and nothing that follows is charged for it"
+
+
+def test_a_race_that_fails_at_its_second_look_is_charged_for_the_first(demo: Path, tmp_path: Path) -> None:
+    path = write_study(tmp_path, demo, racing={"looks": [0.5], "error": 0.01})
+    evaluator(tmp_path, calls={n: ValueError("no") for n in range(6, 30, 2)})
+    done = finished_records(run(read_study_file(path), Quiet()))
+    bad = [r for r in done if r.outcome == "evaluator_error"]
+    assert bad
+    assert all(r.cost.questions == 10 for r in bad)
+
+
+@pytest.mark.parametrize("failure", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_out_of_memory_on_base_or_experts_is_a_sentence(demo: Path, tmp_path: Path, failure: Exception) -> None:
+    path = write_study(tmp_path, demo)
+    evaluator(tmp_path, calls={2: failure})
+    with pytest.raises(MergeSearchError, match=r"'maths' itself cannot be scored.*out of memory.*smaller batch_size"):
+        run(read_study_file(path), Quiet())
+
+
+def test_out_of_memory_on_the_test_questions_is_a_sentence_and_loses_nothing(demo: Path, tmp_path: Path) -> None:
+    path = write_study(tmp_path, demo)
+    mine = evaluator(tmp_path)
+    study = run(read_study_file(path), Quiet())
+    mine.fails = {mine.calls + 2: MemoryError()}
+    with pytest.raises(MergeSearchError, match=r"out of memory while .* is tested.*smaller batch_size"):
+        open_test(prepare(read_study_file(path)))
+    assert len(study.user_attrs["test"]) == 1
+    open_test(prepare(read_study_file(path)))
+    assert len(study.user_attrs["test"]) > 1
+
+
+def test_a_trial_that_is_tried_again_draws_the_same_rows(demo: Path, tmp_path: Path) -> None:
+    path = write_study(tmp_path, demo, "Learned", n_trials=5, learner=LEARNER)
+    mine = evaluator(tmp_path, "Learned", losses={3: KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        run(read_study_file(path), Quiet())
+    done = finished_records(run(read_study_file(path), Quiet()))
+    again = next(r for r in done if "learner" in r.attributes)
+    assert again.attributes["retry_of"] < again.number
+    assert mine.asked[:3] == mine.asked[3:6]

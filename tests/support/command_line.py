@@ -1,0 +1,50 @@
+"""merge-search's commands, in a process of their own or, without importing everything again, in this one."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+__all__ = ["ENV", "alone", "here"]
+
+Done = subprocess.CompletedProcess[str]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def alone(*arguments: str | Path, check: bool = True) -> Done:
+    """As a user starts it."""
+    line = [sys.executable, "-m", "merge_search", *map(str, arguments)]
+    return _checked(subprocess.run(line, capture_output=True, text=True, env=ENV), check=check)
+
+
+def here(*arguments: str | Path, check: bool = True) -> Done:
+    """In this process: same arguments, exit status and texts."""
+    import optuna
+
+    from merge_search.cli import main
+
+    out, err, verbosity = io.StringIO(), io.StringIO(), optuna.logging.get_verbosity()
+    line = list(map(str, arguments))
+    with (
+        mock.patch.dict(os.environ, {"COLUMNS": ENV["COLUMNS"]}),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main(line)
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        finally:
+            optuna.logging.set_verbosity(verbosity)
+    return _checked(Done(line, status, out.getvalue(), err.getvalue()), check=check)
+
+
+def _checked(done: Done, *, check: bool) -> Done:
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
