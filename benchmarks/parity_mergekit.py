@@ -31,7 +31,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,63 +67,71 @@ FIELDS = [
 
 def cases(base: str, experts: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, mergekit file) of every comparison."""
-    first, second, *_ = experts
+    for part in (_linear_cases, _masked_cases, _sphere_cases, _other_cases, _random_cases):
+        yield from part(base, experts)
 
-    def weighted(**more: Any) -> list[dict[str, Any]]:
-        return [{"model": e, "parameters": {"weight": w, **more}} for e, w in zip(experts, WEIGHTS, strict=False)]
 
-    plain = [{"model": e} for e in experts]
-    pair = weighted()[:2]
-    with_base = {"base_model": base}
-    gradient = [{"model": e, "parameters": {"weight": [w, 1 - w, w]}} for e, w in zip(experts, WEIGHTS, strict=False)]
-    filters = [
+def _file(method: str, models: list[dict[str, Any]], base: str | None = None, **parameters: Any) -> dict[str, Any]:
+    """A mergekit file of one method for the whole model."""
+    with_base = {"base_model": base} if base else {}
+    return {"merge_method": method, **with_base, "models": models, **({"parameters": parameters} if parameters else {})}
+
+
+def _plain(experts: list[str]) -> list[dict[str, Any]]:
+    return [{"model": e} for e in experts]
+
+
+def _weighted(experts: list[str], weights: Sequence[Any] = WEIGHTS, **more: Any) -> list[dict[str, Any]]:
+    return [{"model": e, "parameters": {"weight": w, **more}} for e, w in zip(experts, weights, strict=False)]
+
+
+def _linear_cases(base: str, experts: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    gradients = [[w, 1 - w, w] for w in WEIGHTS]
+    yield "linear", _file("linear", _weighted(experts))
+    yield "linear, gradients", _file("linear", _weighted(experts, gradients))
+    yield "task_arithmetic", _file("task_arithmetic", _weighted(experts), base, **{"lambda": 0.8})
+
+
+def _masked_cases(base: str, experts: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    opposed = _weighted(experts, (0.5, -0.3, 0.7), density=0.37)
+    yield "ties", _file("ties", _weighted(experts, density=0.37), base)
+    yield "ties, not normalised", _file("ties", _weighted(experts, density=0.5), base, normalize=False)
+    yield "ties, a negative weight", _file("ties", opposed, base)
+    yield "breadcrumbs", _file("breadcrumbs", _weighted(experts, density=0.85, gamma=0.01), base)
+    yield "breadcrumbs_ties", _file("breadcrumbs_ties", _weighted(experts, density=0.5, gamma=0.03), base)
+
+
+def _sphere_cases(base: str, experts: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    by_place = [
         {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
         {"filter": "mlp", "value": [1, 0.2]},
         {"value": 0.4},
     ]
-    yield "linear", {"merge_method": "linear", "models": weighted()}
-    yield "linear, gradients", {"merge_method": "linear", "models": gradient}
-    yield (
-        "task_arithmetic",
-        {"merge_method": "task_arithmetic", **with_base, "models": weighted(), "parameters": {"lambda": 0.8}},
-    )
-    yield "ties", {"merge_method": "ties", **with_base, "models": weighted(density=0.37)}
-    yield (
-        "ties, not normalised",
-        {"merge_method": "ties", **with_base, "models": weighted(density=0.5), "parameters": {"normalize": False}},
-    )
-    opposed = [
-        {**m, "parameters": {**m["parameters"], "weight": w}}
-        for m, w in zip(weighted(density=0.37), (0.5, -0.3, 0.7), strict=False)
-    ]
-    yield "ties, a negative weight", {"merge_method": "ties", **with_base, "models": opposed}
-    yield "breadcrumbs", {"merge_method": "breadcrumbs", **with_base, "models": weighted(density=0.85, gamma=0.01)}
-    yield (
-        "breadcrumbs_ties",
-        {"merge_method": "breadcrumbs_ties", **with_base, "models": weighted(density=0.5, gamma=0.03)},
-    )
-    yield "slerp", {"merge_method": "slerp", **with_base, "models": [{"model": first}], "parameters": {"t": filters}}
-    yield "nuslerp", {"merge_method": "nuslerp", **with_base, "models": pair}
-    yield "nuslerp, no base", {"merge_method": "nuslerp", "models": pair}
-    rows = {"nuslerp_flatten": False, "nuslerp_row_wise": True}
-    yield "nuslerp, row-wise", {"merge_method": "nuslerp", **with_base, "models": pair, "parameters": rows}
-    yield "multislerp", {"merge_method": "multislerp", **with_base, "models": weighted()}
-    yield "multislerp, no base", {"merge_method": "multislerp", "models": weighted()}
-    yield "karcher", {"merge_method": "karcher", "models": plain}
-    yield "model_stock", {"merge_method": "model_stock", **with_base, "models": plain}
-    yield (
-        "model_stock, filter-wise",
-        {"merge_method": "model_stock", **with_base, "models": plain, "parameters": {"filter_wise": True}},
-    )
-    yield "sce", {"merge_method": "sce", **with_base, "models": plain, "parameters": {"select_topk": 0.3}}
-    yield "nearswap", {"merge_method": "nearswap", **with_base, "models": plain[:1], "parameters": {"t": 0.001}}
-    yield "arcee_fusion", {"merge_method": "arcee_fusion", **with_base, "models": plain[:1]}
-    halves = [
-        {"sources": [{"model": m, "layer_range": r}]} for m, r in ((first, [0, 2]), (second, [2, _n_layers(base)]))
-    ]
-    yield "passthrough", {"merge_method": "passthrough", "slices": halves}
+    pair = _weighted(experts)[:2]
+    yield "slerp", _file("slerp", _plain(experts)[:1], base, t=by_place)
+    yield "nuslerp", _file("nuslerp", pair, base)
+    yield "nuslerp, no base", _file("nuslerp", pair)
+    yield "nuslerp, row-wise", _file("nuslerp", pair, base, nuslerp_flatten=False, nuslerp_row_wise=True)
+    yield "multislerp", _file("multislerp", _weighted(experts), base)
+    yield "multislerp, no base", _file("multislerp", _weighted(experts))
+    yield "karcher", _file("karcher", _plain(experts))
+
+
+def _other_cases(base: str, experts: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    plain, (first, second, *_) = _plain(experts), experts
+    yield "model_stock", _file("model_stock", plain, base)
+    yield "model_stock, filter-wise", _file("model_stock", plain, base, filter_wise=True)
+    yield "sce", _file("sce", plain, base, select_topk=0.3)
+    yield "nearswap", _file("nearswap", plain[:1], base, t=0.001)
+    yield "arcee_fusion", _file("arcee_fusion", plain[:1], base)
+    halves = (first, [0, 2]), (second, [2, _n_layers(base)])
+    slices = [{"sources": [{"model": m, "layer_range": r}]} for m, r in halves]
+    yield "passthrough", {"merge_method": "passthrough", "slices": slices}
+
+
+def _random_cases(base: str, experts: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     for method in sorted(RANDOM):
-        yield method, {"merge_method": method, **with_base, "models": weighted(density=0.4)}
+        yield method, _file(method, _weighted(experts, density=0.4), base)
 
 
 def _n_layers(folder: str) -> int:

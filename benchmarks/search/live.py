@@ -5,7 +5,7 @@
 
 Every opponent runs through the product itself: same engine, same questions, same splits, same budget in questions (the
 cost of so many candidates; a gradient step on n rows counts 3 n). One study per zoo, opponent and seed, or one per
-checkpoint where a learner divides its budget; the recommendation at each checkpoint is scored on rows that no search ever saw (`anytime`, `zoo`). Rows are appended to
+checkpoint where a learner divides its budget; the recommendation at each checkpoint is scored on rows that no search ever saw (`live_anytime`, `zoo`). Rows are appended to
 ``benchmarks/results/search_live.csv``; rows that are there are not run again. ``--summary`` prints means over seeds and
 paired differences and draws ``benchmarks/results/search_live.*`` from the rows alone.
 """
@@ -13,9 +13,7 @@ paired differences and draws ``benchmarks/results/search_live.*`` from the rows 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,13 +25,13 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from anytime import Row, Task, anytime_rows
+from live_anytime import Row, Task, anytime_rows
 from live_opponents import IMPORTANT, OPPONENTS, learns
 from live_summary import draw, print_summary, read_rows
+from tables import append, commit
 from zoo import ZOOS, Zoo
 
-HERE = Path(__file__).parent
-OUT = HERE.parent / "results" / "search_live.csv"
+OUT = Path(__file__).parent.parent / "results" / "search_live.csv"
 FIELDS = ["zoo", "opponent", "seed", "candidates", "questions", "validation", "trials", "test_mean", "test_se",
           "references", "winner", "wall_s", "cpu_s", "commit"]  # fmt: skip
 
@@ -42,7 +40,7 @@ def rows_of(task: Task) -> list[Row]:
     """In a process of its own: all rows of one study."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="optuna")
     if OPPONENTS[task.opponent] is None:
-        from finetune import finetuned_rows
+        from live_finetune import finetuned_rows
 
         return finetuned_rows(task)
     return anytime_rows(task)
@@ -53,16 +51,6 @@ def limited(zoo: Zoo, limit: int | None) -> Zoo:
     if limit is None:
         return zoo
     return replace(zoo, limit=limit, candidate=2 * limit * len(zoo.experts) // 5)
-
-
-def commit() -> str:
-    """Of the tree, with a mark where it has changes."""
-    git = ["git", "-C", str(HERE)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "-uno", "--", ":!../results"], capture_output=True, text=True
-    )
-    return head + ("+" if changed.stdout.strip() else "")
 
 
 def tasks(args: argparse.Namespace, scores: Path) -> Iterator[tuple[Task, set[int]]]:
@@ -96,15 +84,8 @@ def chosen(only: list[str] | None) -> list[str]:
 def measure(args: argparse.Namespace, scores: Path) -> int:
     """Run what is missing; returns how many studies failed."""
     began, version, failures = time.perf_counter(), commit(), 0
-    is_new = not args.out.exists()
     wanted = dict(tasks(args, scores))
-    with (
-        args.out.open("a", newline="") as file,
-        ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool,
-    ):
-        writer = csv.DictWriter(file, FIELDS)
-        if is_new:
-            writer.writeheader()
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(rows_of, task): task for task in wanted}
         for future in as_completed(futures):
             task = futures[future]
@@ -118,8 +99,7 @@ def measure(args: argparse.Namespace, scores: Path) -> int:
                 continue
             for row in rows:
                 if row["candidates"] in wanted[task]:
-                    writer.writerow({**row, "commit": version})
-                    file.flush()
+                    append(args.out, FIELDS, [{**row, "commit": version}])
                     print({k: v for k, v in row.items() if k != "references"}, flush=True)
             if args.minutes and time.perf_counter() - began > 60 * args.minutes:
                 for other in futures:

@@ -1,7 +1,7 @@
 """Ways of searching, as parts of study files: all share engine, questions and the budget in questions.
 
 Learners' settings are the product's defaults unless a row says otherwise, so that no figure rests on a choice made on
-test rows. "fine-tuning" is no study: `finetune.py`.
+test rows. "fine-tuning" is no study: `live_finetune.py`.
 """
 
 from __future__ import annotations

@@ -11,10 +11,11 @@ from xml.sax.saxutils import escape
 __all__ = ["Curve", "draw_curves"]
 
 WIDTH, HEIGHT = 940, 560
-LEFT, RIGHT, TOP, BOTTOM = 70, 220, 50, 60
+LEFT, RIGHT, TOP, BOTTOM = 70, 230, 64, 60
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7f7f7f", "#8c564b", "#6a3d9a", "#b8a100",
            "#17becf", "#e377c2", "#2f4f4f", "#a65628")  # fmt: skip
-LABEL_GAP = 14.0
+LABEL_GAP = 15.0
+GREY = "#666666"
 Place = Callable[[float], float]
 
 
@@ -33,12 +34,19 @@ class Curve:
 
 
 def draw_curves(
-    path: Path, title: str, curves: Sequence[Curve], levels: Mapping[str, float], *, emphasis: str = ""
+    path: Path,
+    title: str,
+    curves: Sequence[Curve],
+    levels: Mapping[str, float],
+    *,
+    subtitle: str = "",
+    emphasis: str = "",
 ) -> None:
     """Write the drawing.
 
     Args:
         levels: Horizontal lines, by name.
+        subtitle: What is drawn, in small print under the title.
         emphasis: Name of the curve that is drawn thicker.
     """
     xs = [x for c in curves for x, _ in c.points]
@@ -56,15 +64,17 @@ def draw_curves(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         f'<text x="{LEFT}" y="26" font-size="16">{escape(title)}</text>',
+        f'<text x="{LEFT}" y="46" fill="{GREY}">{escape(subtitle)}</text>',
         *_axes(sorted(set(xs)), low, high, x_at, y_at),
     ]
-    for name, value in levels.items():
+    for value in levels.values():
         parts.append(_line([(LEFT, y_at(value)), (WIDTH - RIGHT, y_at(value))], "#999999", 1, dash="4 4"))
-        parts.append(f'<text x="{LEFT + 6}" y="{y_at(value) - 4:.1f}" fill="#666666">{escape(name)} {value:.3f}</text>')
     colours = {c.name: COLOURS[i % len(COLOURS)] for i, c in enumerate(curves)}
     for c in curves:
         parts += _curve(c, colours[c.name], x_at, y_at, width=3.5 if c.name == emphasis else 1.6)
-    parts += _labels(curves, colours, y_at)
+    ends = [(c.name, *c.points[-1], colours[c.name]) for c in curves]
+    ends += [(name, max(xs), value, GREY) for name, value in levels.items()]
+    parts += _labels(ends, x_at, y_at)
     path.write_text("\n".join([*parts, "</svg>"]) + "\n")
 
 
@@ -93,16 +103,20 @@ def _curve(curve: Curve, colour: str, x_at: Place, y_at: Place, *, width: float)
         yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{width + 0.8:.1f}" fill="{colour}"/>'
 
 
-def _labels(curves: Sequence[Curve], colours: Mapping[str, str], y_at: Place) -> Iterator[str]:
-    """Names at the right ends, the best on top, moved apart where they would overlap."""
-    ends = sorted(((y_at(c.points[-1][1]), c.name, c.points[-1][1]) for c in curves), key=lambda e: e[0])
-    floor = TOP - LABEL_GAP
+def _labels(ends: Sequence[tuple[str, float, float, str]], x_at: Place, y_at: Place) -> Iterator[str]:
+    """Names of lines (name, last x, last y, colour) in the right margin, the best on top, moved apart to be legible.
+
+    A line that ends early is led to the margin by a dotted one.
+    """
+    floor, margin = TOP - LABEL_GAP, WIDTH - RIGHT
     lowest = HEIGHT - BOTTOM - LABEL_GAP * (len(ends) - 1)
-    for i, (y, name, value) in enumerate(ends):
+    for i, (name, last, value, colour) in enumerate(sorted(ends, key=lambda e: -e[2])):
+        x, y = x_at(last), y_at(value)
         floor = max(min(y, lowest + LABEL_GAP * i), floor + LABEL_GAP)
-        x = WIDTH - RIGHT
-        yield _line([(x + 2, y), (x + 14, floor)], colours[name], 1)
-        yield f'<text x="{x + 18}" y="{floor + 4:.1f}" fill="{colours[name]}">{escape(name)} {value:.3f}</text>'
+        if x < margin:
+            yield _line([(x, y), (margin, y)], colour, 1, dash="1 4")
+        yield _line([(margin + 2, y), (margin + 14, floor)], colour, 1)
+        yield f'<text x="{margin + 18}" y="{floor + 4:.1f}" fill="{colour}">{escape(name)} {value:.3f}</text>'
 
 
 def _line(points: Sequence[tuple[float, float]], colour: str, width: float, *, dash: str = "") -> str:

@@ -7,11 +7,11 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from live_opponents import TWO_LEVELS
 from live_plot import Curve, draw_curves
-from scipy.stats import t as student
+from tables import half_interval, standard_error
 
 __all__ = ["difference", "draw", "print_summary", "read_rows", "spread"]
 
@@ -38,7 +38,7 @@ def cells(rows: Sequence[Row], zoo: str) -> Cells:
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and its standard error over seeds (NaN for one)."""
-    return mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return mean(values), standard_error(values)
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float, int]:
@@ -49,9 +49,8 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[
     common = sorted(ours.keys() & theirs.keys())
     if not common:
         return math.nan, math.nan, 0
-    centre, se = spread([ours[s] - theirs[s] for s in common])
-    n = len(common)
-    return centre, se * float(student.ppf(0.975, n - 1)) if n > 1 else math.nan, n
+    gaps = [ours[s] - theirs[s] for s in common]
+    return mean(gaps), half_interval(gaps), len(gaps)
 
 
 def print_summary(rows: Sequence[Row]) -> None:
@@ -107,9 +106,13 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
             values = [list(by[c].values()) for c in at]
             points = [(budgets[c], mean(v)) for c, v in zip(at, values, strict=True)]
             curves.append(Curve(name, points, [(min(v), max(v)) for v in values]))
-        levels = _references(rows, zoo)
+        levels = {name.replace("_", " "): value for name, value in _references(rows, zoo).items()}
         path = out / f"search_live_{zoo}.svg"
-        draw_curves(path, f"{zoo} zoo: sealed test after a budget of questions", curves, levels, emphasis=TWO_LEVELS)
+        title = f"{zoo} zoo: sealed test after a budget of questions"
+        subtitle = (
+            "mean score of the tasks on rows that no search saw; line: mean over seeds; band: worst seed to best seed"
+        )
+        draw_curves(path, title, curves, levels, subtitle=subtitle, emphasis=TWO_LEVELS)
         written.append(path)
     return written
 

@@ -289,7 +289,7 @@ def record_ends(name: str, *, rounds: int, out: Path) -> None:
     """
     from fit_landscapes import fit_landscape
     from landscapes import load
-    from opponents import ends
+    from replay_opponents import ends
 
     path = out / f"{name}.npz"
     with np.load(path, allow_pickle=False) as data:

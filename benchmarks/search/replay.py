@@ -9,7 +9,7 @@ the true mean score and true retention of the candidate that the opponent recomm
 Opponents with the same landscape and seed are asked the same questions, so differences are paired. A run that was
 interrupted is finished by `--resume`: what the file has for this commit is not run again.
 
-Opponents: see `opponents.py`; ``botorch:kernel=plain,n_startup=12/observed`` is a sampler with options and another way of
+Opponents: see `replay_opponents.py`; ``botorch:kernel=plain,n_startup=12/observed`` is a sampler with options and another way of
 recommending. The plot needs matplotlib, which the package does not depend on.
 """
 
@@ -19,7 +19,6 @@ import argparse
 import csv
 import math
 import os
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -31,13 +30,12 @@ from typing import Any
 import numpy as np
 import torch
 from landscapes import load, names
-from opponents import OTHERS, Problem, opponent
-from scipy.stats import t as student
+from replay_opponents import OTHERS, Problem, opponent
+from tables import append, commit, half_interval, standard_error
 
 from merge_search.search.samplers import SAMPLERS
 
-HERE = Path(__file__).parent
-OUT = HERE.parent / "results" / "search_replay.csv"
+OUT = Path(__file__).parent.parent / "results" / "search_replay.csv"
 FIELDS = ["landscape", "opponent", "seed", "candidates", "true_mean", "true_retention", "observed", "recommended",
           "cpu_s", "commit"]  # fmt: skip
 SKIPPED = ("nsga2",)
@@ -74,20 +72,13 @@ def _play(job: Job) -> list[Row]:
     return play(*job)
 
 
-def run(jobs: Sequence[Job], out: Path, *, commit: str, processes: int) -> None:
+def run(jobs: Sequence[Job], out: Path, *, version: str, processes: int) -> None:
     """Append the rows of every job as soon as it ends."""
-    out.parent.mkdir(exist_ok=True)
-    is_new = not out.exists()
-    with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if is_new:
-            writer.writeheader()
-        for rows in _results(jobs, processes):
-            writer.writerows([{**row, "commit": commit} for row in rows])
-            file.flush()
-            last = rows[-1]
-            print(f"{last['landscape']} {last['opponent']} seed {last['seed']}: {last['true_mean']:.4f} after "
-                  f"{last['candidates']}, {last['cpu_s']} s", flush=True)  # fmt: skip
+    for rows in _results(jobs, processes):
+        append(out, FIELDS, [{**row, "commit": version} for row in rows])
+        last = rows[-1]
+        print(f"{last['landscape']} {last['opponent']} seed {last['seed']}: {last['true_mean']:.4f} after "
+              f"{last['candidates']}, {last['cpu_s']} s", flush=True)  # fmt: skip
 
 
 def _results(jobs: Sequence[Job], processes: int) -> Iterable[list[Row]]:
@@ -123,21 +114,12 @@ def summary(rows: Sequence[Row], against: str) -> list[Row]:
         out.append(
             {
                 "candidates": n, "opponent": name, "searches": len(values), "mean": values[:, 0].mean(),
-                "se": _half(values[:, 0], 1.0), "retention": values[:, 1].mean(),
+                "se": standard_error(values[:, 0].tolist()), "retention": values[:, 1].mean(),
                 "optimism": (values[:, 2] - values[:, 0]).mean(), "pairs": len(both),
-                "difference": difference.mean() if len(both) else math.nan, "half": _half(difference, None),
+                "difference": difference.mean() if len(both) else math.nan, "half": half_interval(difference.tolist()),
             }
         )  # fmt: skip
     return out
-
-
-def _half(values: Any, factor: float | None) -> float:
-    """Standard error times `factor`; None: half a 95 % interval."""
-    n = len(values)
-    if n < 2:
-        return math.nan
-    factor = float(student.ppf(0.975, n - 1)) if factor is None else factor
-    return float(factor * values.std(ddof=1) / math.sqrt(n))
 
 
 def print_summary(rows: Sequence[Row], against: str) -> None:
@@ -198,8 +180,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout.strip()
+    version = commit()
     if not args.show:
         with_categories = {name for name in args.landscapes if load(name).cube.categories}
         seeds = range(args.first_seed, args.first_seed + args.seeds)
@@ -211,9 +192,9 @@ def main() -> None:
             if not (name in OTHERS and landscape in with_categories)
         ]
         if args.resume and args.out.exists():
-            done = {(r["landscape"], r["opponent"], r["seed"]) for r in read(args.out) if r["commit"] == commit}
+            done = {(r["landscape"], r["opponent"], r["seed"]) for r in read(args.out) if r["commit"] == version}
             jobs = [job for job in jobs if job[:3] not in done]
-        run(jobs, args.out, commit=commit, processes=args.jobs)
+        run(jobs, args.out, version=version, processes=args.jobs)
     rows = [r for r in read(args.out) if r["landscape"] in args.landscapes]
     print_summary(rows, args.against)
     plot(rows, args.out.with_suffix(".png"), args.against)

@@ -9,9 +9,7 @@ study of noisy trials at random points. ``mission`` is a mixed space: a category
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import torch
+from tables import append, commit
 
 from merge_search.search.samplers import SAMPLERS, make_sampler, suggest
 from merge_search.search.samplers.unit_cube import UnitCube
@@ -95,27 +94,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    OUT.parent.mkdir(exist_ok=True)
-    is_new = not OUT.exists()
+    version = commit()
     measured(args.samplers[0], blocks(3), (8, 1, 0, 0), 1)  # imports
-    with OUT.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if is_new:
-            writer.writeheader()
-        for sampler in args.samplers:
-            for case, space, trials, m, constraints, running in cases():
-                if m > 1 and sampler == "cmaes":
-                    continue
-                seconds = measured(sampler, space, (trials, m, constraints, running), args.repeats)
-                row = {
-                    "sampler": sampler, "case": case, "columns": UnitCube(space).n_columns, "trials": trials,
-                    "cpu_s": round(statistics.median(seconds), 2), "cpu_s_max": round(max(seconds), 2), "commit": commit,
-                }  # fmt: skip
-                writer.writerow(row)
-                file.flush()
-                print(row, flush=True)
+    for sampler in args.samplers:
+        for case, space, trials, m, constraints, running in cases():
+            if m > 1 and sampler == "cmaes":
+                continue
+            seconds = measured(sampler, space, (trials, m, constraints, running), args.repeats)
+            row = {
+                "sampler": sampler, "case": case, "columns": UnitCube(space).n_columns, "trials": trials,
+                "cpu_s": round(statistics.median(seconds), 2), "cpu_s_max": round(max(seconds), 2), "commit": version,
+            }  # fmt: skip
+            append(OUT, FIELDS, [row])
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anytime import Bench, Row, Silent, Task, main_mean, make_plan, row_of
+from live_anytime import Bench, Row, Silent, Task, main_mean, make_plan, row_of
 from torch import Tensor
 from zoo import search_study
 
