@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import yaml
 from command_line import here
+from small_spaces import CONTEXT, build
 
+from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split
+from merge_search.objective import Objective
+from merge_search.presets import preset
 from merge_search.recipe import Models, Recipe
-from merge_search.search.learning import LearnedSpace, structure_of
+from merge_search.search.learning import LearnedSpace, best_start, structure_of
 from merge_search.search.records import Record, finished_records
 from merge_search.space import Categorical, Float
 from merge_search.study_file import Learner
@@ -222,22 +227,56 @@ def test_the_ladder_begins_at_the_recipe_it_is_given() -> None:
     assert plain["c"] == 0.5
 
 
-def test_the_ladder_of_a_study_stands_on_its_best_baseline(demo: Path, tmp_path: Path) -> None:
+OBJECTIVE = Objective(["t"], [], [], [MetricInfo("t", "acc", True, {Split.SEARCH: 100})])
+
+
+def merges(**answers: list[int]) -> optuna.Study:
+    """A study of scored baselines: preset -> right or wrong, by question."""
+    study = optuna.create_study(direction="maximize")
+    for name, right in answers.items():
+        trial, values = study.ask(), np.array(right, dtype=float)
+        scores = {"t/acc": Scores((), values, float(values.mean()), float(values.std() / 10))}
+        recipe = preset(name, CONTEXT.models, seed=CONTEXT.seed, dtype=CONTEXT.dtype)
+        for key, value in {
+            "label": name, "evaluation": Evaluation(Split.SEARCH, 1.0, scores).to_attribute(), "outcome": "ok",
+            "recipe": recipe.to_json(), "noise": {"value": 0.002},
+        }.items():  # fmt: skip
+            trial.set_user_attr(key, value)
+        study.tell(trial, float(values.mean()))
+    return study
+
+
+@pytest.mark.parametrize(
+    ("tsv_m", "begins_at"),
+    [([1] * 80 + [0] * 20, "tsv_m"), ([0] + [1] * 62 + [0] * 37, "average"), ([1] * 50 + [0] * 50, "average")],
+)
+def test_the_ladder_begins_at_plain_deltas_unless_another_structure_is_clearly_better(
+    tsv_m: list[int], begins_at: str
+) -> None:
+    space = LearnedSpace(build("uniform", presets=["task_arithmetic", "tsv_m"]), Learner(), n_rows=5000)
+    average, task_arithmetic = [1] * 60 + [0] * 40, [1] * 55 + [0] * 45
+    study = merges(
+        average=average, task_arithmetic=task_arithmetic, tsv_m=tsv_m, sce=[1] * 100
+    )  # sce: not in the space
+    found = best_start(study, OBJECTIVE, space)
+    assert found is not None
+    assert found.preset == begins_at
+
+
+def test_without_a_scored_merge_the_ladder_begins_at_the_spaces_first_recipe() -> None:
+    space = LearnedSpace(build("uniform", presets=["task_arithmetic", "tsv_m"]), Learner(), n_rows=5000)
+    assert best_start(optuna.create_study(), OBJECTIVE, space) is None
+
+
+def test_the_ladder_of_a_study_begins_at_a_scored_baseline(demo: Path, tmp_path: Path) -> None:
     learner = {"per": "block", "steps": [0, 2], "step_size": 0.01, "batch_rows": 8}
-    path = write_study(tmp_path, demo, n_trials=9, learner=learner, finalists=1, baselines=["tsv_m"])
-    text = path.read_text().replace("- task_arithmetic\n", "- task_arithmetic\n  - tsv_m\n", 1)
-    path.write_text(text)
+    path = write_study(tmp_path, demo, n_trials=8, learner=learner, finalists=1)
     here("run", path)
     study = optuna.load_study(study_name="learned", storage=f"sqlite:///{tmp_path / 'learned.db'}")
-    merges = [r for r in finished_records(study) if r.label in ("average", "task_arithmetic", "tsv_m")]
-    assert len(merges) == 3
-    best = max(merges, key=lambda r: r.values[0])
-    first = learned(path)[0]
-    assert structure_of(first.recipe) == structure_of(best.recipe)
-    point = study.trials[first.number].params
-    assert point["preset"] == ("tsv_m" if best.label == "tsv_m" else "task_arithmetic")
-    if best.label == "average":
-        assert point["coefficient"] == pytest.approx(1 / 3)
+    scored = [r for r in finished_records(study) if r.label in ("average", "task_arithmetic")]
+    best = max(scored, key=lambda r: r.values[0])
+    ((_, strength), *_) = best.recipe.coefficients.items()
+    assert study.trials[learned(path)[0].number].params["coefficient"] == pytest.approx(strength * best.recipe.scale)
 
 
 def test_one_number_of_steps_is_spent_on_the_finest() -> None:

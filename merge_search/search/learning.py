@@ -9,8 +9,8 @@ the coefficients of the best finished trial of the same structure, where that is
 
 The first learned trials are a ladder: from the fewest steps to the most, from coarse coefficients to the finest that
 the rows are enough for, each begun where the one before ended. It stands on the best merge known before it, a baseline
-as a rule: with few steps the structure matters (from TSV-M's parts five encoders went to 0.84 with the questions that
-took plain deltas to 0.82), with many it hardly does. Few steps go further with few numbers (on a real base with three
+as a rule (`best_start`): with few steps the structure matters (from TSV-M's parts five encoders went to 0.84 with the
+questions that took plain deltas to 0.82). Few steps go further with few numbers (on a real base with three
 experts 25 steps per tensor beat 25 per row), and a small budget holds the first rungs only.
 
 Fit rows come from a task's own training split where it has one, else from ``splits.fit``: never from scored questions.
@@ -27,7 +27,7 @@ from merge_search.engine.parts import linearity_problems
 from merge_search.objective import Objective
 from merge_search.recipe import Recipe
 from merge_search.search.records import Record
-from merge_search.search.selection import candidates
+from merge_search.search.selection import candidates, paired_difference
 from merge_search.space import Categorical, Float, Parameter, Point, SearchSpace
 from merge_search.study_file import Learner
 
@@ -37,6 +37,8 @@ PREFIX = "learner."
 ROWS_FOR = {"row": 1000, "tensor": 400, "block_kind": 300, "block": 200, "expert": 0}
 """Rows per task from which a fineness paid on real models; finer with fewer overfits."""
 FINEST_FIRST = tuple(ROWS_FOR)
+CLEARLY = 2.0
+"""Standard errors by which another structure than the usual must be better for the ladder to begin there."""
 
 
 class LearnedSpace:
@@ -121,10 +123,21 @@ class LearnedSpace:
 
 
 def best_start(study: optuna.Study, objective: Objective, space: LearnedSpace) -> Recipe | None:
-    """The best merge that was scored so far, of those that the space holds and a learner can fit."""
-    known = [r for r in candidates(study) if not linearity_problems(r.recipe) and space.encode(r.recipe) is not None]
-    best = max(known, key=lambda r: objective.key(r.values), default=None)
-    return None if best is None else best.recipe
+    """Where the ladder begins: the best merge so far of those that the space holds and a learner can fit.
+
+    A structure other than that of the space's first method must be clearly better, by `CLEARLY` standard errors on the
+    same questions: given enough questions, plain deltas are learned a little further than TSV-M's parts of them.
+    """
+    inner = space.space
+    points = {r.number: inner.encode(r.recipe) for r in candidates(study) if not linearity_problems(r.recipe)}
+    forms = {number: structure_of(inner.decode(point)) for number, point in points.items() if point is not None}
+    known = sorted((r for r in candidates(study) if r.number in forms), key=lambda r: -objective.key(r.values))
+    if not known:
+        return None
+    first = next((structure_of(inner.decode(p)) for p in inner.initial_points()), None)
+    best, usual = known[0], next((r for r in known if forms[r.number] == first), known[0])
+    difference, error = paired_difference(best.evaluation, usual.evaluation, [m.name for m in objective.main.values()])
+    return best.recipe if abs(difference) > CLEARLY * error else usual.recipe
 
 
 def structure_of(recipe: Recipe) -> str:
