@@ -8,10 +8,10 @@ the coefficients of the best finished trial of the same structure, where that is
       learner: {per: [block, tensor, row], steps: [0, 50, 100, 200], step_size: [0.03, 0.3], loss: gold}
 
 The first learned trials are a ladder: from the fewest steps to the most, from coarse coefficients to the finest that
-the rows are enough for, each begun where the one before ended. It stands on the best merge known before it, a baseline
-as a rule (`best_start`): with few steps the structure matters (from TSV-M's parts five encoders went to 0.84 with the
-questions that took plain deltas to 0.82). Few steps go further with few numbers (on a real base with three
-experts 25 steps per tensor beat 25 per row), and a small budget holds the first rungs only.
+the rows are enough for, each begun where the one before ended. Where another structure's baseline is clearly better than
+the space's first, it stands on that (`better_start`): with few steps the structure matters (from TSV-M's parts five
+encoders went to 0.84 with the questions that took plain deltas to 0.82). Few steps go further with few numbers (on a
+real base with three experts 25 steps per tensor beat 25 per row), and a small budget holds the first rungs only.
 
 Fit rows come from a task's own training split where it has one, else from ``splits.fit``: never from scored questions.
 """
@@ -31,7 +31,7 @@ from merge_search.search.selection import candidates, paired_difference
 from merge_search.space import Categorical, Float, Parameter, Point, SearchSpace
 from merge_search.study_file import Learner
 
-__all__ = ["LearnedSpace", "best_start", "structure_of", "warm_start"]
+__all__ = ["LearnedSpace", "better_start", "structure_of", "warm_start"]
 
 PREFIX = "learner."
 ROWS_FOR = {"row": 1000, "tensor": 400, "block_kind": 300, "block": 200, "expert": 0}
@@ -122,22 +122,24 @@ class LearnedSpace:
         return {PREFIX + k: v for k, v in values.items() if PREFIX + k in self.parameters}
 
 
-def best_start(study: optuna.Study, objective: Objective, space: LearnedSpace) -> Recipe | None:
-    """Where the ladder begins: the best merge so far of those that the space holds and a learner can fit.
+def better_start(study: optuna.Study, objective: Objective, space: LearnedSpace) -> Recipe | None:
+    """The best merge so far if its structure is clearly better than the space's first; None: begin at that as usual.
 
-    A structure other than that of the space's first method must be clearly better, by `CLEARLY` standard errors on the
-    same questions: given enough questions, plain deltas are learned a little further than TSV-M's parts of them.
+    Clearly: by `CLEARLY` standard errors on the same questions. Given enough questions, plain deltas are learned a little
+    further than TSV-M's parts of them, so they are not left for a difference that may be chance. Only merges count that
+    the space holds and a learner can fit.
     """
     inner = space.space
     points = {r.number: inner.encode(r.recipe) for r in candidates(study) if not linearity_problems(r.recipe)}
     forms = {number: structure_of(inner.decode(point)) for number, point in points.items() if point is not None}
     known = sorted((r for r in candidates(study) if r.number in forms), key=lambda r: -objective.key(r.values))
-    if not known:
-        return None
     first = next((structure_of(inner.decode(p)) for p in inner.initial_points()), None)
-    best, usual = known[0], next((r for r in known if forms[r.number] == first), known[0])
-    difference, error = paired_difference(best.evaluation, usual.evaluation, [m.name for m in objective.main.values()])
-    return best.recipe if abs(difference) > CLEARLY * error else usual.recipe
+    usual = next((r for r in known if forms[r.number] == first), None)
+    if usual is None or usual is known[0]:
+        return known[0].recipe if known and usual is None else None
+    names = [m.name for m in objective.main.values()]
+    difference, error = paired_difference(known[0].evaluation, usual.evaluation, names)
+    return known[0].recipe if abs(difference) > CLEARLY * error else None
 
 
 def structure_of(recipe: Recipe) -> str:

@@ -3,7 +3,7 @@
     baselines        base, experts, average, task arithmetic, published presets
     earlier studies  their best recipes (``search.learn_from``)
     first points     the space's uniform recipes and, with a learner, its ladder: queued once all of the above are
-                     scored, since the ladder stands on the best of them
+                     scored, since the ladder may stand on one of them
 
 Every entry is queued once per study; a killed run goes on where it was.
 """
@@ -18,7 +18,7 @@ from merge_search.objective import Objective
 from merge_search.search import checks
 from merge_search.search.baselines import baselines
 from merge_search.search.earlier import starts_from
-from merge_search.search.learning import LearnedSpace, best_start
+from merge_search.search.learning import LearnedSpace, better_start
 from merge_search.search.prepare import Plan
 from merge_search.search.workbench import Workbench
 
@@ -85,7 +85,7 @@ class Start:
         space = self.plan.space
         if not isinstance(space, LearnedSpace):
             return [p for p in space.initial_points() if space.decode(p).fingerprint not in self._known]
-        points = space.initial_points(best_start(self.study, self.objective, space))
+        points = space.initial_points(better_start(self.study, self.objective, space))
         return [
             p for p in points if space.settings(p, seed=0) is not None or space.decode(p).fingerprint not in self._known
         ]
