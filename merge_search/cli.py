@@ -29,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 out = Console()
+VALIDATION = "validation questions (± one standard error), ordered by these and the search's answers together"
 err = Console(stderr=True)
 
 StudyArgument = Annotated[Path, typer.Argument(help="The study file (YAML).", show_default=False)]
@@ -128,7 +129,7 @@ def report(
     if len(objective.names) > 1:
         _show(front_table(stored, objective), "front (search questions)")
     if stored.user_attrs.get("validation"):
-        _show(summary_table(stored, objective, experts), "validation questions (± one standard error)")
+        _show(summary_table(stored, objective, experts), VALIDATION)
     if stored.user_attrs.get("test"):
         _show(sealed_table(stored, objective, experts), "test questions (± one standard error)")
 
@@ -180,7 +181,7 @@ def _print_result(study: optuna.Study, path: Path) -> None:
 
     objective, experts = objective_of(study)
     table = summary_table(study, objective, experts)
-    _show(table, "validation questions (± one standard error)")
+    _show(table, VALIDATION)
     choice = "it: " if len(objective.names) == 1 else "one: "
     tail = "" if len(objective.names) == 1 else " --trial N"
     out.print(f"Write {choice}merge-search export {path} OUT{tail}", highlight=False)

@@ -262,6 +262,19 @@ def test_the_ladder_begins_at_plain_deltas_unless_another_structure_is_clearly_b
     assert ("" if found is None else found.preset) == begins_at
 
 
+def test_a_structure_that_was_raced_or_is_better_in_nothing_that_is_asked_changes_no_start() -> None:
+    space = LearnedSpace(build("uniform", presets=["task_arithmetic", "tsv_m"]), Learner(), n_rows=5000)
+    study = merges(average=[1] * 20 + [0] * 80, tsv_m=[1] * 90 + [0] * 10)
+    assert better_start(study, OBJECTIVE, space) is not None
+    least = Objective([], ["t"], [], [MetricInfo("t", "acc", False, {Split.SEARCH: 100})])
+    assert better_start(study, least, space) is None
+    raced = merges(average=[1] * 20 + [0] * 80)
+    trial = merges(tsv_m=[1] * 9 + [0]).trials[0]  # asked ten questions, then stopped
+    trial.user_attrs["outcome"] = "raced"
+    raced.add_trial(trial)
+    assert better_start(raced, OBJECTIVE, space) is None
+
+
 def test_without_a_scored_merge_the_ladder_begins_at_the_spaces_first_recipe() -> None:
     space = LearnedSpace(build("uniform", presets=["task_arithmetic", "tsv_m"]), Learner(), n_rows=5000)
     assert better_start(optuna.create_study(), OBJECTIVE, space) is None

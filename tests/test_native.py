@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from merge_search.engine.compiler import _flags, find_compiler
+from merge_search.engine.compiler import _flags, find_compiler, library
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.fused import has_compiler
 from merge_search.engine.memory import MemoryTensors
@@ -59,6 +59,15 @@ def test_loops_give_the_bits_of_the_chunks_in_other_dtypes(name, dtype):
     expected = dict(MergeEngine(tensors, compile=False).merged(made))
     for n, out in MergeEngine(tensors, compile=True).merged(made):
         assert torch.equal(out, expected[n]), n
+
+
+def test_a_compiler_that_refuses_a_flag_of_gcc_is_used_without_it(tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"
+    refuse = 'case "$*" in *-fno-thread-jumps*) echo unknown argument >&2; exit 1;; esac'
+    compiler.write_text(f'#!/bin/sh\n{refuse}\nexec {find_compiler()} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert library('extern "C" int seven() { return 7; }\n').seven() == 7
 
 
 @functools.cache

@@ -270,6 +270,24 @@ class TestRecommend:
         assert (first.number, first.mean, first.sd) == (0, 0.8, pytest.approx(0.1))
         assert first.p_best > 0.95
 
+    def test_different_recipes_at_one_point_keep_what_was_measured_and_equal_ones_share_it(self):
+        """Fits that begin elsewhere end elsewhere: the mean of their scores is not what any of them is worth."""
+        study = line_study()
+        for point in grid(2):
+            add(study, point, 0.5)
+        for value, recipe in ((0.6, "a"), (0.8, "b")):
+            add(study, {"x": 0.5, "y": 0.5}, value, fingerprint=recipe)
+        for value in (0.4, 0.44):
+            add(study, {"x": 0.9, "y": 0.1}, value, fingerprint="c")
+        found = {r.number: r for r in recommend(study, LINE, seed=0)}
+        assert [(found[n].mean, found[n].sd) for n in (4, 5)] == [
+            (0.6, pytest.approx(0.01)),
+            (0.8, pytest.approx(0.01)),
+        ]
+        assert found[6].mean == pytest.approx(found[7].mean)
+        assert found[6].sd < 0.01
+        assert next(iter(found)) == 5
+
     def test_short_and_infeasible_trials_are_not_recommended(self):
         study = line_study()
         a, b, c, d = grid(2)

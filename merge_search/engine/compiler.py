@@ -23,15 +23,16 @@ class CompilerError(Exception):
     """There is no compiler, it failed, or its result cannot be loaded."""
 
 
-# Without jump threading: it turns selections that depend on each other into branches, and the loop stays scalar.
-_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fwrapv", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno",
-          "-fno-thread-jumps"]  # fmt: skip
+_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fwrapv", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]  # fmt: skip
+# gcc's jump threading turns selections that depend on each other into branches, and the loop stays scalar. Clang refuses
+# the flag.
+_GCC_ALONE = "-fno-thread-jumps"
 
 
 def _flags() -> list[str]:
     if platform.machine().lower() in ("x86_64", "amd64"):
-        return [*_FLAGS, "-march=native", "-mprefer-vector-width=512"]
-    return [*_FLAGS, "-mcpu=native"]
+        return [*_FLAGS, _GCC_ALONE, "-march=native", "-mprefer-vector-width=512"]
+    return [*_FLAGS, _GCC_ALONE, "-mcpu=native"]
 
 
 def find_compiler() -> str | None:
@@ -42,9 +43,18 @@ def find_compiler() -> str | None:
 
 
 @functools.cache
-def _target(compiler: str) -> str:
-    """The compiler's version and what it takes this processor for."""
-    command = [compiler, *_flags(), "-v", "-E", "-x", "c++", os.devnull]
+def _target(compiler: str) -> tuple[list[str], str]:
+    """The flags that the compiler takes; its version and what it takes this processor for."""
+    flags = _flags()
+    try:
+        return flags, _said(compiler, flags)
+    except subprocess.CalledProcessError:
+        flags.remove(_GCC_ALONE)
+        return flags, _said(compiler, flags)
+
+
+def _said(compiler: str, flags: list[str]) -> str:
+    command = [compiler, *flags, "-v", "-E", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
@@ -65,14 +75,15 @@ def library(source: str) -> ctypes.CDLL:
     if compiler is None:
         raise CompilerError("there is no C++ compiler (g++, clang++ or what CXX names)")
     try:
-        key = hashlib.sha256("\n".join([source, *_flags(), _target(compiler)]).encode()).hexdigest()
+        flags, target = _target(compiler)
+        key = hashlib.sha256("\n".join([source, *flags, target]).encode()).hexdigest()
         file = _cache() / f"{key}.so"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=file.parent) as work:
                 code, made = Path(work, "loop.cpp"), Path(work, "loop.so")
                 code.write_text(source)
-                subprocess.run([compiler, *_flags(), str(code), "-o", str(made)], capture_output=True, text=True, check=True)  # fmt: skip
+                subprocess.run([compiler, *flags, str(code), "-o", str(made)], capture_output=True, text=True, check=True)  # fmt: skip
                 made.replace(file)
         return ctypes.CDLL(str(file))
     except subprocess.CalledProcessError as error:

@@ -25,6 +25,7 @@ import optuna
 
 from merge_search.engine.parts import linearity_problems
 from merge_search.objective import Objective
+from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
 from merge_search.search.records import Record
 from merge_search.search.selection import candidates, paired_difference
@@ -125,21 +126,24 @@ class LearnedSpace:
 def better_start(study: optuna.Study, objective: Objective, space: LearnedSpace) -> Recipe | None:
     """The best merge so far if its structure is clearly better than the space's first; None: begin at that as usual.
 
-    Clearly: by `CLEARLY` standard errors on the same questions. Given enough questions, plain deltas are learned a little
-    further than TSV-M's parts of them, so they are not left for a difference that may be chance. Only merges count that
-    the space holds and a learner can fit.
+    Clearly: in the mean of the tasks' metrics (where higher is better) by `CLEARLY` standard errors on the same questions.
+    Given enough questions, plain deltas are learned a little further than TSV-M's parts of them, so they are not left for
+    a difference that may be chance. Only merges count that the space holds and a learner can fit.
     """
     inner = space.space
-    points = {r.number: inner.encode(r.recipe) for r in candidates(study) if not linearity_problems(r.recipe)}
+    full = [r for r in candidates(study) if r.outcome is Outcome.OK and not linearity_problems(r.recipe)]
+    points = {r.number: inner.encode(r.recipe) for r in full}
     forms = {number: structure_of(inner.decode(point)) for number, point in points.items() if point is not None}
-    known = sorted((r for r in candidates(study) if r.number in forms), key=lambda r: -objective.key(r.values))
+    known = sorted((r for r in full if r.number in forms), key=lambda r: -objective.key(r.values))
     first = next((structure_of(inner.decode(p)) for p in inner.initial_points()), None)
     usual = next((r for r in known if forms[r.number] == first), None)
     if usual is None or usual is known[0]:
         return known[0].recipe if known and usual is None else None
-    names = [m.name for m in objective.main.values()]
+    names = [m.name for m in objective.skills.values() if m.higher_is_better]
+    if not names:
+        return None
     difference, error = paired_difference(known[0].evaluation, usual.evaluation, names)
-    return known[0].recipe if abs(difference) > CLEARLY * error else None
+    return known[0].recipe if difference > CLEARLY * error else None
 
 
 def structure_of(recipe: Recipe) -> str:

@@ -348,5 +348,9 @@ class _Driver:
         self.study.tell(trial, state=TrialState.FAIL)
 
     def _score_for_validation(self, recipe: Recipe) -> Evaluation:
-        with memory_errors_said("on the validation questions"):
-            return self.bench.score(recipe, Split.VALIDATION).evaluation
+        try:
+            with memory_errors_said("on the validation questions"):
+                return self.bench.score(recipe, Split.VALIDATION).evaluation
+        except EvaluationError:
+            self.bench.recover()
+            raise

@@ -1,4 +1,4 @@
-"""The sealed test questions: opened once per study, for what the validation questions chose."""
+"""The sealed test questions: opened once per study, for what the search and validation questions chose."""
 
 from __future__ import annotations
 

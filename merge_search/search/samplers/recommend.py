@@ -6,7 +6,7 @@ The best of many noisy values is several points too good; the best posterior mea
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,8 +47,9 @@ def recommend(
     """Feasible trials at full fidelity of a single-objective study, best posterior mean first.
 
     The Gaussian process of the sampler is fitted to all complete trials of the space, short ones included with
-    their larger variance. Trials outside the space (base, experts, published presets), and all trials while there
-    are fewer than three of the space, keep their measured value and its variance: nothing else is known of them.
+    their larger variance. Trials outside the space (base, experts, published presets), all trials while there are fewer
+    than three of the space, and those that share a point but not the recipe (fits that began elsewhere) keep their
+    measured value and its variance: nothing else is known of them.
 
     Args:
         study: One objective; see `history` for what its trials must hold.
@@ -70,7 +71,8 @@ def recommend(
     mean = np.array([t.values[0] for t in trials])
     covariance = np.diag(_variances(trials))
     modelled = _posterior(study, UnitCube(parameters), kernel, derive_seed(seed, "recommend"))
-    rows = [i for i, t in enumerate(trials) if t.number in modelled.rows]
+    mixed = _mixed(trials)
+    rows = [i for i, t in enumerate(trials) if t.number in modelled.rows and t.number not in mixed]
     picked = [modelled.rows[trials[i].number] for i in rows]
     mean[rows] = sign * modelled.mean[picked]
     covariance[np.ix_(rows, rows)] = modelled.covariance[np.ix_(picked, picked)]
@@ -102,6 +104,18 @@ def _posterior(study: Study, cube: UnitCube, kernel: KernelName, seed: int) -> _
         return nothing
     rows = {number: row for row, number in enumerate(history.numbers)}
     return _Modelled(rows, mean.numpy(), covariance.numpy())
+
+
+def _mixed(trials: Sequence[FrozenTrial]) -> set[int]:
+    """Numbers of trials at points where there are several recipes: the process knows no more than their mean."""
+    recipes: dict[str, set[str]] = {}
+    for t in trials:
+        recipes.setdefault(_point(t), set()).add(t.user_attrs.get("fingerprint", ""))
+    return {t.number for t in trials if len(recipes[_point(t)]) > 1}
+
+
+def _point(trial: FrozenTrial) -> str:
+    return repr(sorted(trial.params.items()))
 
 
 def _is_eligible(trial: FrozenTrial) -> bool:
