@@ -176,3 +176,15 @@ def test_a_fit_that_the_budget_cut_short_says_nothing_about_its_point():
     assert read_history(study, UnitCube(space)).numbers == [0]
     assert read_history(study, UnitCube(space), with_cut_short=True).numbers == [0, 1]
     assert [t.number for t in StudyOfSpace(study, space).trials] == [0]
+
+
+def test_the_same_answers_at_the_same_point_are_one_measurement():
+    study, space = optuna.create_study(direction="maximize"), {"x": Float(0, 1)}
+    for number, x in enumerate((0.25, 0.25, 0.75)):
+        study.enqueue_trial({"x": x})
+        trial = study.ask(distributions(space))
+        trial.set_user_attr("noise", {"value": 1e-4})
+        if number:
+            trial.set_user_attr("same_as", 0)
+        study.tell(trial, 0.5)
+    assert read_history(study, UnitCube(space)).numbers == [0, 2]

@@ -291,7 +291,8 @@ class ModelPool:
     def _choose(self, memory: float | None) -> tuple[str, str]:
         base = sum(self._base.info.tensors[n].n_bytes for n in self.groups)
         own = [n for e in self._experts.values() for n in self.groups if e.changes(n)]
-        need = base + sum(self._base.info.tensors[n].n_bytes for n in own)
+        held = [self._base.info.tensors[n].n_bytes for n in (*self.groups, *own)]
+        need = sum(held)
         largest = max(self._base.info.tensors[n].n_elements for n in self.groups)
         # One live model and the temporaries of its largest tensor share the device with the pool.
         other = base + 4 * SCRATCH_TENSORS * largest
@@ -304,7 +305,8 @@ class ModelPool:
         if need <= limit:
             return "resident", f"resident on {self.device}: {what}, {room}"
         host = _free_bytes(torch.device("cpu"))
-        if self.device.type == "cuda" and need <= MARGIN * host:
+        # torch rounds page-locked blocks up to powers of two.
+        if self.device.type == "cuda" and sum(1 << (n - 1).bit_length() for n in held if n) <= MARGIN * host:
             return (
                 "pinned",
                 f"pinned in host memory: {what}, {room} on {self.device}; the host has {host / GIB:.2f} GiB free",

@@ -6,6 +6,7 @@ What the run loop stores with every COMPLETE trial:
                               own units squared
     user_attrs["imported"]    true: came without a variance (so may {"value": None})
     user_attrs["fidelity"]    share of the questions asked; 1 where absent
+    user_attrs["same_as"]     another trial of the same recipe, whose scores it took
     user_attrs["outcome"]     an `Outcome`; decides whether a FAIL says something about its point
     user_attrs["cost"]        [seconds to merge, seconds to evaluate, questions asked]
 """
@@ -26,10 +27,22 @@ from merge_search.errors import StorageError
 from merge_search.outcome import Outcome
 from merge_search.search.samplers.unit_cube import CUT_ATTRIBUTE, UnitCube
 
-__all__ = ["POINT_ATTRIBUTE", "History", "Quantity", "coordinates", "objective_variances", "read_history", "signs"]
+__all__ = [
+    "POINT_ATTRIBUTE",
+    "REPEAT_ATTRIBUTE",
+    "History",
+    "Quantity",
+    "coordinates",
+    "objective_variances",
+    "read_history",
+    "signs",
+]
 
 POINT_ATTRIBUTE = "merge_search:point"
 """System attribute: coordinates of a running trial, there before its first parameter is stored."""
+
+REPEAT_ATTRIBUTE = "same_as"
+"""Number of the trial whose scores a trial of the same recipe took."""
 
 CRASHED = frozenset({Outcome.NON_FINITE, Outcome.OUT_OF_MEMORY, Outcome.EVALUATOR_ERROR, Outcome.MERGE_ERROR})
 """Failures that belong to the point. A lost worker says nothing about it."""
@@ -108,6 +121,8 @@ def read_history(study: Study, cube: UnitCube, *, without: int | None = None, wi
         if x is None or (CUT_ATTRIBUTE in trial.user_attrs and not with_cut_short):
             continue
         if trial.state == TrialState.COMPLETE and all(map(math.isfinite, trial.values)):
+            if REPEAT_ATTRIBUTE in trial.user_attrs and x in points:
+                continue  # the same answers once more: no second measurement
             complete.append(trial)
             points.append(x)
         elif trial.state == TrialState.FAIL and trial.user_attrs.get("outcome") in CRASHED:
