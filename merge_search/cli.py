@@ -29,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 out = Console()
-VALIDATION = "validation questions (± one standard error), ordered by these and the search's answers together"
+VALIDATION = "validation questions (± one standard error), best by these and the search questions first"
 err = Console(stderr=True)
 
 StudyArgument = Annotated[Path, typer.Argument(help="The study file (YAML).", show_default=False)]
