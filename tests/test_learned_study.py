@@ -219,6 +219,22 @@ def test_the_first_learned_trials_climb_to_the_finest_that_the_rows_allow(n_rows
     assert plain["learner.steps"] == 0
 
 
+@pytest.mark.parametrize(
+    ("paid", "fits"),
+    [
+        (0, [("tensor", 100)]), (39, [("tensor", 100)]), (40, [("row", 100)]), (100, [("row", 100)]),
+        (101, [("row", 100)] * 2), (5000, [("row", 100)] * 3),
+    ],
+)  # fmt: skip
+def test_with_a_budget_in_questions_the_longest_fit_comes_first_as_fine_as_it_is_fed(
+    paid: int, fits: list[tuple[str, int]]
+) -> None:
+    space = LearnedSpace(Line(), Learner(steps=[0, 25, 50, 100], batch_rows=16), n_rows=5000)
+    *ladder, plain = space.initial_points(affordable=lambda settings: paid)
+    assert [(p["learner.per"], p["learner.steps"]) for p in ladder] == fits
+    assert plain["learner.steps"] == 0
+
+
 def test_the_ladder_begins_at_the_recipe_it_is_given() -> None:
     space = LearnedSpace(Line(), Learner(steps=[0, 5, 9]), n_rows=5000)
     begin = Recipe(models=Line.models, coefficients={"x": 0.125})

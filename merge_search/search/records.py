@@ -22,6 +22,7 @@ __all__ = [
     "objective_of",
     "owners_of",
     "questions_asked",
+    "questions_left",
     "records",
     "references_of",
     "seconds_spent",
@@ -96,6 +97,14 @@ def finished_records(study: optuna.Study) -> list[Record]:
 def questions_asked(study: optuna.Study) -> int:
     """By all trials, over all runs: scored ones, fits and statistics; those of base and experts with their baselines."""
     return sum(int(t.user_attrs.get("cost", (0, 0, 0))[2]) for t in study.get_trials(deepcopy=False))
+
+
+def questions_left(study: optuna.Study, budget: int | None) -> int | None:
+    """What a fit may still ask of `budget` questions, its scoring set aside; may be negative. None: no such budget."""
+    if budget is None:
+        return None
+    scoring = Evaluation.from_attribute(study.user_attrs["reference.base"]["evaluation"]).cost.questions
+    return budget - questions_asked(study) - scoring
 
 
 def seconds_spent(study: optuna.Study) -> float:

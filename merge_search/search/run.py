@@ -12,7 +12,6 @@ scores, per-question answers, outcome and cost. Kill the process at any time and
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,6 +36,7 @@ from merge_search.search.records import (
     finished_records,
     owners_of,
     questions_asked,
+    questions_left,
     records,
     references_of,
     seconds_spent,
@@ -229,14 +229,10 @@ class _Driver:
 
     def _affordable(self, settings: dict[str, Any] | None) -> dict[str, Any] | None:
         """Learner's settings with as many steps as the budget in questions still pays for; None for none."""
-        budget = self.plan.file.search.questions
-        if settings is None or budget is None:
+        left = questions_left(self.study, self.plan.file.search.questions)
+        if settings is None or left is None:
             return settings
-        scoring = Evaluation.from_attribute(self.study.user_attrs["reference.base"]["evaluation"]).cost.questions
-        most, left = FitSettings(**settings), budget - questions_asked(self.study) - scoring
-        steps = bisect_right(
-            range(1, most.steps + 1), left, key=lambda n: self.bench.fit_questions(replace(most, steps=n))
-        )
+        steps = self.bench.affordable_steps(FitSettings(**settings), left)
         return {**settings, "steps": steps} if steps > 0 else None
 
     def _note_gain(self, trial: Trial) -> None:

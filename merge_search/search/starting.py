@@ -11,21 +11,25 @@ Every entry is queued once per study; a killed run goes on where it was.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import optuna
 
+from merge_search.engine.learners.coefficients import FitSettings
 from merge_search.objective import Objective
 from merge_search.search import checks
 from merge_search.search.baselines import baselines
 from merge_search.search.earlier import starts_from
 from merge_search.search.learning import LearnedSpace, better_start
 from merge_search.search.prepare import Plan
+from merge_search.search.records import questions_left
 from merge_search.search.workbench import Workbench
 
 __all__ = ["Start"]
 
 DONE = "start_enqueued"
 EARLIER = "learned_from"
+MOST_STEPS = 10_000
 Values = dict[str, str | int | float | bool]
 
 
@@ -39,7 +43,7 @@ class Start:
     def __init__(
         self, plan: Plan, bench: Workbench, study: optuna.Study, objective: Objective, note: Callable[[str], None]
     ) -> None:
-        self.plan, self.study, self.objective = plan, study, objective
+        self.plan, self.bench, self.study, self.objective = plan, bench, study, objective
         presets = baselines(plan.context, plan.baselines, can_measure=bench.can_measure)
         self._known = {recipe.fingerprint for recipe in presets.values()}
         queued = self._queued()
@@ -85,7 +89,15 @@ class Start:
         space = self.plan.space
         if not isinstance(space, LearnedSpace):
             return [p for p in space.initial_points() if space.decode(p).fingerprint not in self._known]
-        points = space.initial_points(better_start(self.study, self.objective, space))
+        begin = better_start(self.study, self.objective, space)
+        points = space.initial_points(begin, self._affordable)
         return [
             p for p in points if space.settings(p, seed=0) is not None or space.decode(p).fingerprint not in self._known
         ]
+
+    def _affordable(self, settings: dict[str, Any]) -> int | None:
+        """How many steps of these settings the budget in questions still pays for; None: there is no such budget."""
+        left = questions_left(self.study, self.plan.file.search.questions)
+        if left is None:
+            return None
+        return self.bench.affordable_steps(FitSettings(**{**settings, "steps": MOST_STEPS}), left)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -174,6 +175,11 @@ class Workbench:
         if kind in ("pseudo", "kl"):
             asked += self._labels.questions(kind, self._fit_rows(settings))
         return asked
+
+    def affordable_steps(self, settings: FitSettings, questions: int) -> int:
+        """The most steps, those of `settings` at most, that ask no more than `questions`; may be 0."""
+        steps = range(1, settings.steps + 1)
+        return bisect_right(steps, questions, key=lambda n: self.fit_questions(replace(settings, steps=n)))
 
     def _n_fit_rows(self, settings: FitSettings) -> dict[str, int]:
         """How many rows of each task a fit chooses from."""
