@@ -129,7 +129,7 @@ class Learner(_Section):
     """How a trial may fit its coefficients by gradient; lists are choices of the search."""
 
     steps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 50, 100, 200]
-    """Adam steps; 0: the trial fits nothing. Tried in this order first, each from where the one before ended."""
+    """Adam steps; 0: the trial fits nothing. Tried first, ascending; with a budget in questions the largest alone."""
     per: Annotated[list[Fineness], Field(min_length=1)] = ["block", "tensor", "row"]
     step_size: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.03, 0.3)
     """Bounds, searched on a logarithmic scale; one number: fixed. The first trials take their geometric mean."""

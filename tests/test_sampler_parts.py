@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_studies import MIXED
 
 from merge_search.errors import SpaceError
 from merge_search.search.samplers import CUT_ATTRIBUTE, distributions
@@ -21,17 +22,6 @@ from merge_search.search.samplers.kernels import fit, make_kernel, shared_scales
 from merge_search.search.samplers.numerics import numerics
 from merge_search.search.samplers.unit_cube import UnitCube, holds
 from merge_search.space import Categorical, Float, Integer, Parameter
-
-MIXED: dict[str, Parameter] = {
-    "preset": Categorical(("ties", "dare", "mean")),
-    "coefficient.maths": Float(0.0, 1.5),
-    "coefficient.code": Float(0.0, 1.5),
-    "density.maths": Float(0.01, 1.0, log=True),
-    "rank": Integer(1, 6),
-    "steps": Integer(8, 64, log=True),
-    "rescale": Categorical((True, False)),
-    "fixed": Float(2.0, 2.0),
-}
 
 
 def random_point(parameters: Mapping[str, Parameter], rng: np.random.Generator) -> dict[str, object]:
