@@ -53,6 +53,16 @@ def test_differences_are_paired_over_common_seeds(load: object) -> None:
     assert summary.difference({0: 0.8}, {1: 0.7})[2] == 0
 
 
+def test_a_mean_over_problems_gives_every_problem_the_same_weight(load: object) -> None:
+    tables: ModuleType = load("tables")  # type: ignore[operator]
+    centre, half = tables.mean_over_problems([[0.1, 0.3], [0.6, 0.8]])
+    assert centre == pytest.approx(0.45)  # both of standard error 0.1: 0.0707 together, with 2 degrees of freedom
+    assert half == pytest.approx(4.302653 * 0.0707107, rel=1e-5)
+    assert tables.mean_over_problems([[0.0] * 9 + [1.0], [0.5, 0.5]])[0] == pytest.approx(0.3)
+    assert tables.mean_over_problems([[0.2, 0.2], [0.4, 0.4]]) == pytest.approx((0.3, 0.0))
+    assert math.isnan(tables.mean_over_problems([[0.1], [0.6, 0.8]])[1])
+
+
 def test_the_grid_tries_every_preset_once_before_any_twice(load: object) -> None:
     spaces: ModuleType = load("live_spaces")  # type: ignore[operator]
     models = Models(base="base", experts={"a": "a", "b": "b"})

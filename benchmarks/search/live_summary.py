@@ -11,7 +11,7 @@ from statistics import mean
 
 from live_opponents import TWO_LEVELS
 from live_plot import Curve, draw_curves
-from tables import half_interval, standard_error
+from tables import half_interval, mean_over_problems, standard_error
 
 __all__ = ["difference", "draw", "print_summary", "read_rows", "spread"]
 
@@ -46,11 +46,15 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[
 
     NaN where there is nothing to compare, or one seed only.
     """
-    common = sorted(ours.keys() & theirs.keys())
-    if not common:
+    found = gaps(ours, theirs)
+    if not found:
         return math.nan, math.nan, 0
-    gaps = [ours[s] - theirs[s] for s in common]
-    return mean(gaps), half_interval(gaps), len(gaps)
+    return mean(found), half_interval(found), len(found)
+
+
+def gaps(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+    """Ours minus theirs, a value per common seed."""
+    return [ours[s] - theirs[s] for s in sorted(ours.keys() & theirs.keys())]
 
 
 def print_summary(rows: Sequence[Row]) -> None:
@@ -68,6 +72,26 @@ def print_summary(rows: Sequence[Row]) -> None:
                 f"  {'opponent':26} {'test mean':>15} {'of own experts':>15} {f'{TWO_LEVELS} minus it':>28} {'seeds':>5} {'CPU s':>7}"
             )
             _print_block(rows, zoo, candidates, table, known["own_experts"])
+    _print_over_problems(rows)
+
+
+def _print_over_problems(rows: Sequence[Row]) -> None:
+    """Where an opponent was run on every zoo: the mean over zoos of the paired differences."""
+    tables = [cells(rows, zoo) for zoo in dict.fromkeys(r["zoo"] for r in rows)]
+    if len(tables) < 2:
+        return
+    print(f"\n{TWO_LEVELS} minus the opponent, mean over the zoos [95 %: seeds vary, problems do not] (seeds of each)")
+    for name in tables[0]:
+        shown = []
+        for candidates in sorted({int(r["candidates"]) for r in rows}):
+            found = [gaps(t[TWO_LEVELS].get(candidates, {}), t.get(name, {}).get(candidates, {})) for t in tables]
+            if name == TWO_LEVELS or not all(found):
+                continue
+            centre, half = mean_over_problems(found)
+            interval = "" if math.isnan(half) else f" [{centre - half:+.3f}, {centre + half:+.3f}]"
+            shown.append(f"{candidates}: {centre:+.3f}{interval} ({', '.join(str(len(f)) for f in found)})")
+        if shown:
+            print(f"  {name:26} {'   '.join(shown)}")
 
 
 def _print_block(rows: Sequence[Row], zoo: str, candidates: int, table: Cells, own: float) -> None:

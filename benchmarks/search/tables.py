@@ -6,14 +6,14 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import stdev
+from statistics import mean, stdev, variance
 
 from scipy.stats import t as student
 
 sys.path.append(str(Path(__file__).parent.parent))
 from machine import append, commit
 
-__all__ = ["append", "commit", "half_interval", "standard_error"]
+__all__ = ["append", "commit", "half_interval", "mean_over_problems", "standard_error"]
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -26,3 +26,20 @@ def half_interval(values: Sequence[float], level: float = 0.95) -> float:
     if len(values) < 2:
         return math.nan
     return float(student.ppf((1 + level) / 2, len(values) - 1)) * standard_error(values)
+
+
+def mean_over_problems(samples: Sequence[Sequence[float]], level: float = 0.95) -> tuple[float, float]:
+    """Mean of the means of independent samples, one per problem, and half its interval (Welch and Satterthwaite).
+
+    Problems are these problems, not a sample of all: only seeds vary. NaN for the half where a sample has fewer than two
+    values.
+    """
+    centre = mean(mean(values) for values in samples)
+    if any(len(values) < 2 for values in samples):
+        return centre, math.nan
+    parts = [variance(values) / len(values) for values in samples]
+    total = sum(parts)
+    if total == 0:
+        return centre, 0.0
+    freedom = total**2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, samples, strict=True))
+    return centre, float(student.ppf((1 + level) / 2, freedom)) * math.sqrt(total) / len(samples)
