@@ -47,7 +47,7 @@ LOSSES = ("gold", "pseudo", "kl", "entropy")
 
 
 class Classification:
-    """An `Evaluator` with a differentiable loss; torch is first imported by `bind`.
+    """An `Evaluator` with a differentiable loss that is also `Counting`; torch is first imported by `bind`.
 
     Args:
         options: As in the module's notes.
@@ -67,6 +67,7 @@ class Classification:
     ) -> None:
         self._options = read_options(options)
         self._tasks = {t.name: t for t in read_tasks(self._options, shares, folder)}
+        self.n_asked = 0
         self._encoder: EncoderHeads | None = None
         self._tokens: dict[tuple[str, Split], list[list[int]]] = {}
         self._batches: dict[tuple[str, Split, int, int], list[Batch]] = {}
@@ -138,9 +139,12 @@ class Classification:
             if key not in self._batches:
                 tokens = self._tokens[name, split][asked]
                 self._batches[key] = encoder.batches(tokens, size=self._options.batch_size)
-            scores |= _scores(name, rows, encoder.score(name, self._batches[key]))
+            scores |= _scores(name, rows, encoder.score(name, self._batches[key], on_asked=self._count))
             n_questions += len(rows)
         return Evaluation(split, fidelity, scores, Cost(evaluate_s=time.perf_counter() - began, questions=n_questions))
+
+    def _count(self, questions: int) -> None:
+        self.n_asked += questions
 
     def fit_tasks(self) -> dict[str, int]:
         """Number of rows a learner may fit on, by task; none of them is ever scored."""

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from evaluators.plain_texts import TextOptions, read_options, split_texts, text_hash
+from evaluators.plain_texts import TextOptions, fewest_texts, read_options, split_texts, text_hash
 from merge_search.errors import EvaluationError, NonFiniteError, StudyFileError
 from merge_search.evaluation import Cost, Evaluation, MetricInfo, Scores, Split, SplitShares, window
 from merge_search.memory import free_host_bytes
@@ -50,7 +50,7 @@ class Options(TextOptions):
 
 
 class Drift:
-    """An `Evaluator` of one cost, ``drift/kl``; torch is first imported by `bind`.
+    """An `Evaluator` of one cost, ``drift/kl``, that is also `Counting`; torch is first imported by `bind`.
 
     Args:
         options: As in the module's notes.
@@ -69,6 +69,7 @@ class Drift:
     ) -> None:
         self._options = read_options(Options, options)
         self._texts = split_texts(self._options, shares, folder)
+        self.n_asked = 0
         self._model: Any = None
         self._rows: dict[Split, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
@@ -112,12 +113,29 @@ class Drift:
         counts = [len(at) for _, found in rows.values() for at in found]
         need, free = HALF * vocabulary * sum(counts), free_host_bytes()
         if need > MARGIN * free:
-            fits = int(MARGIN * free) // (HALF * vocabulary * max(counts))
             raise StudyFileError(
                 f"evaluator drift: the base's answers to {len(counts)} texts at {max(counts)} positions each over {vocabulary} "
-                f"outcomes take {need / GIB:.3g} GiB of memory, and {free / GIB:.3g} GiB are free; limit: {fits} would fit, or "
-                "name fewer positions"
+                f"outcomes take {need / GIB:.3g} GiB of memory, and {free / GIB:.3g} GiB are free; "
+                + self._what_fits(free, vocabulary, max(counts), len(counts))
             )
+
+    def _what_fits(self, free: int, vocabulary: int, positions: int, n_texts: int) -> str:
+        """The limit, or else the positions, whose answers fit into the free memory: every split keeps its fewest texts."""
+        places, fewest = int(MARGIN * free) // (HALF * vocabulary), fewest_texts(self._texts)
+        ways = []
+        if (limit := places // positions) >= fewest:
+            ways.append(f"limit: {limit}")
+        if places >= n_texts:
+            ways.append(f"positions: {places // n_texts}")
+        if not ways and places >= fewest:
+            ways.append(f"limit: {fewest} with positions: {places // fewest}")
+        if ways:
+            return " or ".join(ways) + " would fit"
+        least = HALF * vocabulary * fewest / MARGIN
+        return (
+            f"the fewest texts that every split can be measured on, limit: {fewest}, need {least / GIB:.3g} GiB free at one "
+            "position each: leave drift out, or take a machine with more memory"
+        )
 
     def evaluate(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
         """Mean KL(base || merge) of the texts in `window(n, fidelity, after)`, and their values.
@@ -131,7 +149,8 @@ class Drift:
         began = time.perf_counter()
         chosen = window(len(self._rows[split]), fidelity, after)
         asked, places, base = zip(*self._rows[split][chosen], strict=True)
-        values = np.array([_divergence(b, m) for b, m in zip(base, self._answers(asked, places), strict=True)])
+        answers = self._answers(asked, places, is_counted=True)
+        values = np.array([_divergence(b, m) for b, m in zip(base, answers, strict=True)])
         if not np.isfinite(values).all():
             raise NonFiniteError(f"logits must be finite, got NaN or infinity for {(~np.isfinite(values)).sum()} texts")
         ids = tuple(text_hash(t) for t in self._texts[split][chosen])
@@ -139,7 +158,9 @@ class Drift:
         scores = {"drift/kl": Scores(ids, values, float(values.mean()), stderr)}
         return Evaluation(split, fidelity, scores, Cost(0.0, time.perf_counter() - began, len(values)))
 
-    def _answers(self, asked: Sequence[Tensor], places: Sequence[Tensor]) -> Iterator[Tensor]:
+    def _answers(
+        self, asked: Sequence[Tensor], places: Sequence[Tensor], *, is_counted: bool = False
+    ) -> Iterator[Tensor]:
         """Log-probabilities of the bound model at the places of each text: shapes (positions, vocabulary), on the CPU.
 
         One batch of them is held at a time.
@@ -150,6 +171,7 @@ class Drift:
         size = self._options.batch_size
         for start in range(0, len(asked), size):
             part = asked[start : start + size]
+            self.n_asked += len(part) if is_counted else 0
             width = max(t.shape[1] for t in part)
             ids = torch.zeros(len(part), width, dtype=torch.long)
             mask = torch.zeros_like(ids)

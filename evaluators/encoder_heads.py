@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -127,9 +127,13 @@ class EncoderHeads:
             mask[at, : len(tokens[i])] = 1
         return Batch(rows, torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device))
 
-    def score(self, task: str, batches: Sequence[Batch]) -> NDArray[np.float32]:
+    def score(
+        self, task: str, batches: Sequence[Batch], *, on_asked: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
         """Logits of all rows of `batches`, in their own order; no graph. Shape (n, n_classes).
 
+        Args:
+            on_asked: Called with the number of rows of each batch before it.
         Raises:
             NonFiniteError: NaN or infinity among them.
             EvaluationError: the model failed otherwise; out of memory is passed on as it is.
@@ -137,6 +141,8 @@ class EncoderHeads:
         out = np.empty((sum(len(b.rows) for b in batches), len(self.heads[task][0])), dtype=np.float32)
         with torch.inference_mode():
             for batch in batches:
+                if on_asked is not None:
+                    on_asked(len(batch.rows))
                 out[batch.rows] = self.logits(task, batch).cpu().numpy()
         return out
 

@@ -45,7 +45,7 @@ class Options(TextOptions):
 
 
 class Latency:
-    """An `Evaluator` of one cost, ``latency/seconds``; torch is first imported by `evaluate`.
+    """An `Evaluator` of one cost, ``latency/seconds``, that is also `Counting`; torch is first imported by `evaluate`.
 
     Args:
         options: As in the module's notes.
@@ -62,6 +62,7 @@ class Latency:
     ) -> None:
         self._options = read_options(Options, options)
         self._texts = split_texts(self._options, shares, folder)
+        self.n_asked = 0
         self._model: Any = None
         self._rows: dict[Split, list[Any]] = {}
 
@@ -97,11 +98,15 @@ class Latency:
         rows = self._rows[split][chosen]
         for ids in rows[: self._options.warm_up]:
             self._seconds(ids)
-        values = np.array([np.median([self._seconds(ids) for _ in range(self._options.repeats)]) for ids in rows])
+        values = np.array([self._median(ids) for ids in rows])
         names = tuple(text_hash(t) for t in self._texts[split][chosen])
         stderr = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
         scores = {"latency/seconds": Scores(names, values, float(values.mean()), stderr)}
         return Evaluation(split, fidelity, scores, Cost(0.0, time.perf_counter() - began, len(values)))
+
+    def _median(self, ids: Tensor) -> float:
+        self.n_asked += 1
+        return float(np.median([self._seconds(ids) for _ in range(self._options.repeats)]))
 
     def _seconds(self, ids: Tensor) -> float:
         import torch

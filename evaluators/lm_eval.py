@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -30,7 +31,7 @@ __all__ = ["LmEval"]
 
 
 class LmEval:
-    """Tasks of lm-eval 0.4.13, Hugging Face backend.
+    """Tasks of lm-eval 0.4.13, Hugging Face backend: an `Evaluator` that is `Teachable` and `Counting`.
 
     Scores are those of `lm_eval.simple_evaluate` on the same documents with ``fewshot_random_seed=seed`` (what the
     command line computes): prompts, batches, filters, metrics and aggregations are lm-eval's own, kept between
@@ -55,6 +56,7 @@ class LmEval:
         self.options = LmEvalOptions.parse(options)
         self.shares = shares
         self.seed = seed
+        self.n_asked = 0
         self.tasks: list[TaskQuestions] = []
         self._fit: dict[str, FitRows] = {}
         self._live: LiveRequests | None = None
@@ -130,12 +132,14 @@ class LmEval:
         asked = {task.name: task.select(split, fidelity, after) for task in self.tasks}
         if empty := [name for name, questions in asked.items() if not questions]:
             raise EvaluationError(f"the {split} split has no questions of {', '.join(empty)}")
-        scores: dict[str, Scores] = {}
+        n_questions, scores = sum(map(len, asked.values())), dict[str, Scores]()
         with isolated_generators(derive_seed(self.seed, "evaluate")), quiet_lm_eval():
-            self._live.ask(asked)
+            try:
+                self._live.ask(asked)
+            finally:
+                self.n_asked += math.ceil(self._live.share_answered * n_questions)
             for task in self.tasks:
                 scores |= score_task(task, asked[task.name], self.seed)
-        n_questions = sum(map(len, asked.values()))
         return Evaluation(split, fidelity, scores, Cost(evaluate_s=time.perf_counter() - began, questions=n_questions))
 
     def fit_tasks(self) -> dict[str, int]:

@@ -151,6 +151,7 @@ class PackedScorer:
         for batch in batches:
             for i, answer in zip(batch.requests, self._run(batch), strict=True):
                 answers[i] = answer
+                self.lm.cache_hook.add_partial("loglikelihood", requests[i][0], answer)  # as lm-eval's own path does
         return answers
 
     def _prepare(self, requests: Sequence[Request]) -> tuple[list[_Batch], list[int]]:

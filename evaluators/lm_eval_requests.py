@@ -6,8 +6,10 @@ import copy
 import gc
 import logging
 import math
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -60,6 +62,8 @@ class LiveRequests:
             max_length=options.max_length,
             softmax_dtype=options.softmax_dtype,
         )
+        self.lm.cache_hook = self._answered = _Answered()
+        self._n_requests = 0
         self.encoded: dict[int, Any] = {}
         self.windows: dict[int, list[Any]] = {}
         for task in tasks:
@@ -152,6 +156,7 @@ class LiveRequests:
             torch.OutOfMemoryError, MemoryError: also with smaller batches.
         """
         self.model.eval()
+        self._answered.n = self._n_requests = 0
         requests: dict[str, list[Any]] = defaultdict(list)
         for questions in asked.values():
             for question in sorted(questions, key=lambda q: q.doc_id):
@@ -164,10 +169,16 @@ class LiveRequests:
             "loglikelihood_rolling": self._rolling,
             "generate_until": self._generate,
         }
+        self._n_requests = sum(map(len, requests.values()))
         for kind, instances in requests.items():
             answers = self._guarded(kinds[kind], instances)
             for instance, answer in zip(instances, answers, strict=True):
                 instance.resps.append(answer)
+
+    @property
+    def share_answered(self) -> float:
+        """Of the requests of the last `ask`, batch by batch: also where it failed. In [0, 1]."""
+        return min(1.0, self._answered.n / self._n_requests) if self._n_requests else 0.0
 
     def generate(self, instances: list[Any]) -> Sequence[Any]:
         """The texts that the model, as it is now, generates for these requests. Raises: as `ask`.
@@ -222,10 +233,12 @@ class LiveRequests:
     def _rolling(self, instances: list[Any]) -> Sequence[Any]:
         """`HFLM.loglikelihood_rolling` with windows cut beforehand."""
         windows = [w for i in instances for w in self.windows[id(i)]]
+        ends, before = list(accumulate(len(self.windows[id(i)]) for i in instances)), self._answered.n
         sums: list[float] = []
         for start in range(0, len(windows), self.lm.batch_size):
             batch = windows[start : start + self.lm.batch_size]
             sums += [a[0] for a in self.lm._loglikelihood_tokens(batch, disable_tqdm=True, override_bs=len(batch))]
+            self._answered.n = before + bisect_right(ends, len(sums))
         values = iter(sums)
         answers = [sum(next(values) for _ in self.windows[id(i)]) for i in instances]
         _check_finite(answers, instances)
@@ -239,6 +252,15 @@ class LiveRequests:
                 _raise_non_finite(instances[:1], "logits")
         answers: list[str] = self.lm.generate_until(instances, disable_tqdm=True)
         return answers
+
+
+class _Answered:
+    """In the place of lm-eval's cache, which is told of every request as soon as its batch is answered: counts them."""
+
+    n = 0
+
+    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        self.n += 1
 
 
 def _check_finite(values: Sequence[float], instances: Sequence[Any]) -> None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from merge_search.errors import StudyFileError, sentences
 from merge_search.evaluation import Split, SplitShares, question_order, split_of
 
-__all__ = ["SCORED", "TextOptions", "read_options", "split_texts", "text_hash"]
+__all__ = ["SCORED", "TextOptions", "fewest_texts", "read_options", "split_texts", "text_hash"]
 
 FEWEST = 2
 SCORED = (Split.SEARCH, Split.VALIDATION, Split.TEST)
@@ -75,6 +75,12 @@ def split_texts(options: TextOptions, shares: SplitShares, folder: Path | None =
     return found
 
 
+def fewest_texts(found: Mapping[Split, list[str]]) -> int:
+    """The smallest ``limit`` at which `split_texts`, that found these, still has enough texts in every split."""
+    order = sorted((question_order(text_hash(text)), split) for split, group in found.items() for text in group)
+    return max([i for i, (_, s) in enumerate(order, start=1) if s == split][FEWEST - 1] for split in found)
+
+
 def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -90,7 +96,14 @@ def _read(options: TextOptions, folder: Path | None) -> Iterator[str]:
                 f"texts: no file {name} in {', '.join(map(str, folders))}; include_path says where they lie"
             )
             continue
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            whole = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            problems.append(f"texts: {name} must be UTF-8: {error}")
+            continue
+        # NOTE: a text within JSON may hold characters at which splitlines() parts lines, such as U+2028.
+        lines = whole.split("\n") if path.suffix == ".jsonl" else whole.splitlines()
+        for number, line in enumerate(lines, start=1):
             text = (
                 line
                 if path.suffix != ".jsonl"

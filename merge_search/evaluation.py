@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Cost",
+    "Counting",
     "Differentiable",
     "Evaluation",
     "Evaluator",
@@ -267,6 +268,18 @@ class Evaluator(Protocol):
             EvaluationError: the trial fails, the study goes on.
         """
         ...
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """What an `Evaluator` offers besides, so that a call of `evaluate` that fails is charged what it asked until then.
+
+    Attributes:
+        n_asked: Questions that all calls of `evaluate` have put to the model so far, those of calls that failed, too, as
+            finely as the evaluator knows: usually batch by batch.
+    """
+
+    n_asked: int
 
 
 @runtime_checkable

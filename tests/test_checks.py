@@ -15,7 +15,13 @@ from merge_search.errors import StudyFileError
 from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split
 from merge_search.objective import Objective, References
 from merge_search.outcome import Outcome
-from merge_search.search.checks import MAX_DIMENSIONS, budget_notes, constraint_notes, search_problems
+from merge_search.search.checks import (
+    MAX_DIMENSIONS,
+    budget_notes,
+    constraint_notes,
+    question_notes,
+    search_problems,
+)
 from merge_search.search.prepare import prepare
 from merge_search.search.records import Record
 from merge_search.search.samplers import check_sampler
@@ -68,6 +74,15 @@ def notes(*constraints: str) -> list[str]:
         ok = all(v.value <= 0 for v in objective.violations(evaluation, references).values())
         records.append(Record(i, label, Outcome.OK, "", (0.5,), ok, attributes))
     return constraint_notes(records, objective, references)
+
+
+def test_a_budget_in_questions_that_the_baselines_use_up_is_said_with_the_one_that_would_do() -> None:
+    (found,) = question_notes(300, 6, 69, 48)
+    assert "6 baselines come first, which ask 69 each, 414 together" in found
+    assert "69 more and 48 for one step of its fit. At least 531 would" in found
+    assert question_notes(531, 6, 69, 48) == []
+    assert question_notes(None, 6, 69, 48) == []
+    assert "69 more. At least 483 would" in question_notes(482, 6, 69, 0)[0]
 
 
 def test_constraints_that_a_baseline_meets_are_not_mentioned() -> None:

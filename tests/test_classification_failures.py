@@ -60,6 +60,25 @@ def test_a_failing_model_is_an_evaluation_error_but_out_of_memory_is_passed_on(e
     assert np.isfinite(evaluator.evaluate(Split.SEARCH).scores["animal/nll"].score)
 
 
+def test_what_was_asked_before_a_failure_is_counted_batch_by_batch(encoder_folder: Path) -> None:
+    model = make_encoder()
+    evaluator = bound(encoder_folder, model)
+    whole = evaluator.evaluate(Split.SEARCH).cost.questions
+    assert evaluator.n_asked == whole
+    n_animal = evaluator.metrics()[0].n_questions[Split.SEARCH]
+    calls = iter(range(-(-n_animal // 8)))  # of the second task the first batch fails
+
+    def hook(*_: Any) -> None:
+        if next(calls, None) is None:
+            raise RuntimeError("kernel says no")
+
+    handle = model.embeddings.register_forward_hook(hook)
+    with pytest.raises(EvaluationError, match="task 'colour'"):
+        evaluator.evaluate(Split.SEARCH)
+    handle.remove()
+    assert evaluator.n_asked == whole + n_animal + 8
+
+
 def test_scores_are_asked_of_a_bound_model_on_a_scored_split(encoder_folder: Path) -> None:
     evaluator = Classification(options(encoder_folder), shares=SHARES, seed=0)
     with pytest.raises(EvaluationError, match="call bind before"):

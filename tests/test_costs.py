@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from evaluators.drift import Drift
 from evaluators.latency import Latency
+from evaluators.plain_texts import fewest_texts
 from merge_search.errors import EvaluationError, NonFiniteError, StudyFileError
 from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split, SplitShares
 from merge_search.objective import Objective, References
@@ -66,6 +68,28 @@ def test_drift_is_the_mean_divergence_of_next_tokens(texts: dict[str, Any], make
         drift.evaluate(Split.SEARCH)
 
 
+@pytest.mark.parametrize(("kind", "n_asked"), [(Drift, 2 * 4), (Latency, 2)])
+def test_a_cost_that_fails_says_what_it_asked_until_then(
+    texts: dict[str, Any], make_models: Any, kind: Any, n_asked: int
+) -> None:
+    _, live = make_models()
+    more = {"batch_size": 4} if kind is Drift else {"new_tokens": 0, "repeats": 1, "warm_up": 0}
+    cost = kind({**texts, "max_length": 4, **more}, shares=SHARES, seed=0)
+    cost.bind(live.model, Tokens(), folder="")
+    assert cost.evaluate(Split.SEARCH).cost.questions == cost.n_asked
+    before, calls = cost.n_asked, iter(range(1))
+
+    def hook(*_: Any) -> None:
+        if next(calls, None) is None:
+            raise RuntimeError("kernel says no")
+
+    handle = live.model.model.register_forward_pre_hook(hook)
+    with pytest.raises(RuntimeError, match="kernel says no"):
+        cost.evaluate(Split.SEARCH)
+    handle.remove()
+    assert cost.n_asked == before + n_asked
+
+
 def test_answers_that_do_not_fit_into_memory_are_refused_with_the_limit_that_does(
     texts: dict[str, Any], make_models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,6 +106,53 @@ def test_answers_that_do_not_fit_into_memory_are_refused_with_the_limit_that_doe
     fits.bind(live.model, Tokens(), folder="")
     kept = sum(base.nbytes for rows in fits._rows.values() for _, _, base in rows)
     assert kept == limit * one_text
+
+
+@pytest.mark.parametrize(
+    ("positions", "n_free", "advice"),
+    [
+        (3, 100, ["limit: 26", "positions: 2"]),
+        (4, 60, ["positions: 1"]),
+        (3, 45, ["limit: {fewest} with positions: 2"]),
+    ],
+)
+def test_the_number_that_is_said_to_fit_fits(
+    texts: dict[str, Any],
+    make_models: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    positions: int,
+    n_free: int,
+    advice: list[str],
+) -> None:
+    """Free: so many answers over 24 outcomes of two bytes, of 40 texts; 80 % of it may be taken."""
+    _, live = make_models()
+    given = {**texts, "positions": positions, "max_length": 12}
+    monkeypatch.setattr("evaluators.drift.free_host_bytes", lambda: n_free * 2 * 24)
+    drift = Drift(given, shares=SHARES, seed=0)
+    fewest = fewest_texts(drift._texts)
+    with pytest.raises(StudyFileError) as caught:
+        drift.bind(live.model, Tokens(), folder="")
+    wanted = [text.format(fewest=fewest) for text in advice]
+    assert str(caught.value).endswith(f"are free; {' or '.join(wanted)} would fit")
+    for text in wanted:
+        changes = yaml.safe_load("{" + text.replace(" with ", ", ") + "}")
+        fits = Drift({**given, **changes}, shares=SHARES, seed=0)
+        fits.bind(live.model, Tokens(), folder="")
+
+
+def test_where_nothing_fits_the_memory_that_would_do_is_said(
+    texts: dict[str, Any], make_models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, live = make_models()
+    monkeypatch.setattr("evaluators.drift.free_host_bytes", lambda: 3 * 2 * 24)
+    drift = Drift({**texts, "max_length": 12}, shares=SHARES, seed=0)
+    with pytest.raises(StudyFileError, match=r"need .* GiB free at one position each: leave drift out") as caught:
+        drift.bind(live.model, Tokens(), folder="")
+    fewest = fewest_texts(drift._texts)
+    assert f"limit: {fewest}, need {fewest * 2 * 24 / 0.8 / 2**30:.3g} GiB" in str(caught.value)
+    with pytest.raises(StudyFileError, match="every split needs at least 2 texts"):
+        Drift({**texts, "limit": fewest - 1}, shares=SHARES, seed=0)
+    Drift({**texts, "limit": fewest}, shares=SHARES, seed=0)
 
 
 def test_equal_texts_count_once_and_splits_are_disjoint(texts: dict[str, Any]) -> None:
@@ -104,6 +175,18 @@ def test_wrong_texts_are_refused_all_at_once(texts: dict[str, Any], tmp_path: Pa
         Drift({**texts, "limit": 4}, shares=SHARES, seed=0)
     with pytest.raises(EvaluationError, match="bind a model"):
         Drift(texts, shares=SHARES, seed=0).evaluate(Split.SEARCH)
+
+
+def test_a_text_in_json_may_hold_any_separator_and_other_encodings_are_refused(
+    texts: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [json.dumps({"query": f"{t}\u2028more"}, ensure_ascii=False) for t in WORDS]
+    (tmp_path / "b.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    drift = Drift({**texts, "texts": ["b.jsonl"]}, shares=SHARES, seed=0)
+    assert sum(drift.metrics()[0].n_questions.values()) == 40
+    (tmp_path / "latin.txt").write_bytes("gr\u00fc\u00dfe".encode("latin-1"))
+    with pytest.raises(StudyFileError, match=r"latin\.txt must be UTF-8"):
+        Drift({**texts, "texts": ["latin.txt"]}, shares=SHARES, seed=0)
 
 
 def test_latency_grows_with_what_is_written(texts: dict[str, Any], make_models: Any) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import optuna
@@ -18,6 +20,7 @@ from merge_search.presets import preset
 from merge_search.recipe import Models, Recipe
 from merge_search.search.learning import LearnedSpace, better_start, structure_of
 from merge_search.search.records import Record, finished_records
+from merge_search.search.starting import Start
 from merge_search.space import Categorical, Float
 from merge_search.study_file import Learner
 
@@ -160,6 +163,19 @@ def test_a_budget_in_questions_ends_the_search(demo: Path, tmp_path: Path) -> No
     assert all(r.attributes["fidelity"] < 1 and r.cost.questions < asked[0] for r in raced)
 
 
+def test_a_budget_that_pays_for_no_fit_is_said_before_any_trial_with_the_one_that_would_do(
+    demo: Path, tmp_path: Path
+) -> None:
+    search = {"n_trials": 30, "finalists": 1, "learner": {"steps": [0, 200], "per": "block", "batch_rows": 8}}
+    text = here("run", write_study(tmp_path, demo, **search, questions=300)).stderr
+    note = text[text.index("search.questions is 300") : text.index("trial 1/30")]
+    enough = int(note.partition("At least ")[2].split()[0])
+    (tmp_path / "learned.db").unlink()
+    path = write_study(tmp_path, demo, **search, questions=enough)
+    assert "search.questions is" not in here("run", path).stderr
+    assert [r.attributes["learner"]["steps"] for r in learned(path)] == [1]
+
+
 def test_a_loss_that_a_task_lacks_is_refused_with_those_it_has(demo: Path, tmp_path: Path) -> None:
     result = here("validate", write_study(tmp_path, demo, learner={"loss": ["gold", "choice"]}), check=False)
     assert result.returncode != 0
@@ -171,7 +187,23 @@ def test_a_learner_without_rows_is_refused_with_the_number_that_would_do(demo: P
     learner = {"steps": 5, "batch_rows": 100}
     result = here("run", write_study(tmp_path, demo, learner=learner), check=False)
     assert result.returncode == 2
-    assert "at least one batch of 100 rows to fit on, found 64" in result.stderr
+    assert "at least one batch of 100 rows to fit on, found 64; batch_rows: 64 would do" in result.stderr
+    learner["batch_rows"] = 64
+    here("validate", write_study(tmp_path, demo, learner=learner))
+
+
+def test_tasks_that_share_no_questions_with_a_learner_are_told_the_share_that_would_do(
+    demo: Path, tmp_path: Path
+) -> None:
+    path = write_study(tmp_path, demo, learner={"steps": 5, "batch_rows": 12})
+    data = yaml.safe_load(path.read_text())
+    data["evaluate"][0] |= {"fit": "search", "limit": 120}
+    path.write_text(yaml.safe_dump(data))
+    text = here("validate", path, check=False).stderr
+    assert "found 0; splits.fit: 0.15 would give it about 18; or give it a training split" in text
+    data["splits"] = {"fit": 0.15}
+    path.write_text(yaml.safe_dump(data))
+    here("validate", path)
 
 
 class Line:
@@ -294,6 +326,47 @@ def test_a_structure_that_was_raced_or_is_better_in_nothing_that_is_asked_change
 def test_without_a_scored_merge_the_ladder_begins_at_the_spaces_first_recipe() -> None:
     space = LearnedSpace(build("uniform", presets=["task_arithmetic", "tsv_m"]), Learner(), n_rows=5000)
     assert better_start(optuna.create_study(), OBJECTIVE, space) is None
+
+
+def queue_of(study: optuna.Study) -> Start:
+    """The queue of a study's first trials, its baselines scored."""
+    space = LearnedSpace(build("uniform", presets=["task_arithmetic", "tsv_m"]), Learner(), n_rows=5000)
+    start = object.__new__(Start)
+    start.plan = SimpleNamespace(space=space, file=SimpleNamespace(search=SimpleNamespace(questions=None)))  # type: ignore[assignment]
+    start.study, start.objective, start._known = study, OBJECTIVE, set()
+    return start
+
+
+def first_points(study: optuna.Study) -> dict[str, Any]:
+    queued = [t for t in study.get_trials() if "start" in t.user_attrs]
+    return {t.user_attrs["start"]: t.system_attrs["fixed_params"] for t in queued}
+
+
+@pytest.mark.parametrize("n_queued", [0, 1, 2])
+def test_a_kill_while_the_ladder_is_queued_does_not_move_the_start_of_the_rest(n_queued: int) -> None:
+    scores = {"average": [1] * 60 + [0] * 40, "tsv_m": [1] * 50 + [0] * 50}
+    whole, killed = merges(**scores), merges(**scores)
+    queue_of(whole).go_on()
+    left = [killed.enqueue_trial] * n_queued
+    with pytest.raises(KeyboardInterrupt), mock.patch.object(killed, "enqueue_trial", side_effect=_then_die(left)):
+        queue_of(killed).go_on()
+    assert len(first_points(killed)) == n_queued
+    for _ in range(n_queued):
+        killed.tell(killed.ask(), 0.6)
+    killed.add_trial(merges(tsv_m=[1] * 90 + [0] * 10).trials[0])  # what a rung may find
+    queue_of(killed).go_on()
+    assert first_points(killed) == first_points(whole)
+    queue_of(killed).go_on()
+    assert len(killed.trials) == len(whole.trials) + 1
+
+
+def _then_die(calls: list[Any]) -> Any:
+    def call(*arguments: Any, **named: Any) -> None:
+        if not calls:
+            raise KeyboardInterrupt
+        calls.pop()(*arguments, **named)
+
+    return call
 
 
 def test_one_number_of_steps_is_spent_on_the_finest() -> None:

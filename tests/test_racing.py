@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 
-from merge_search.evaluation import Evaluation, Scores, Split, window
+from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split, window
+from merge_search.objective import Objective, References
 from merge_search.search.racing import carried_to_all, is_hopeless, panel_of
+from merge_search.search.run import _Driver
 
 LOOKS = (0.2, 0.5)
 
@@ -110,3 +115,33 @@ def test_a_verdict_does_not_depend_on_the_unit_of_a_metric() -> None:
         }
         assert len(verdicts) == 1
     assert verdicts == {True}
+
+
+def test_a_metric_that_is_a_mean_for_the_base_alone_is_not_raced() -> None:
+    """f1 of a base that is never right is 0, as is its mean; the expert's shows that it is none."""
+    wrong, right = evaluation(np.zeros(10)), evaluation(np.ones(10))
+    half = Scores((), np.array([1.0] * 5 + [0.0] * 5), 0.67, 0.1)
+    metric = MetricInfo("t", "acc", True, {Split.SEARCH: 10})
+    for expert, weights in ((right, {"t/acc": 1.0}), (replace(right, scores={"t/acc": half}), None)):
+        study = optuna.create_study()
+        for name, found in (("base", wrong), ("x", expert)):
+            study.set_user_attr(f"reference.{name}", {"evaluation": found.to_attribute()})
+        driver, notes = object.__new__(_Driver), Quiet()
+        driver.study, driver.listener, driver.objective = study, notes, Objective(["t"], [], [], [metric])
+        driver.references = References.from_evaluations([metric], wrong, {"x": expert})
+        assert driver._race_weights() == weights
+        assert bool(notes.notes) == (weights is None)
+
+
+class Quiet:
+    """A listener that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def begin(self, **_: Any) -> None: ...
+    def trial(self, *_: Any, **__: Any) -> None: ...
+    def end(self) -> None: ...

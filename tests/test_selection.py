@@ -11,8 +11,9 @@ import pytest
 
 from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split
 from merge_search.objective import Objective, References
-from merge_search.report.table import front_table, summary_table, trials_table
+from merge_search.report.table import card, front_table, sealed_table, summary_table, trials_table
 from merge_search.search import selection
+from merge_search.search.records import records
 from merge_search.search.storage import open_storage
 from merge_search.space import Float
 
@@ -92,6 +93,30 @@ def test_a_merge_that_is_lucky_on_validation_alone_does_not_win(study: optuna.St
     assert winner.number == 3
 
 
+@pytest.mark.parametrize(
+    ("m", "shift"),
+    [(0.80, (-0.01 - 0.01 - 0.01) / 3), (0.70, (-0.01 - 0.01 - 0.01 + 0.00) / 4)],
+    ids=["measured", "posterior"],
+)
+def test_the_best_preset_has_a_say_in_the_shift_only_where_a_process_took_its_luck_out(
+    study: optuna.Study, m: float, shift: float
+) -> None:
+    """Scored 0.80 in the search and chosen for it, 0.70 on validation; base, experts and average are compared anyhow."""
+    trial = study.ask()
+    for key, value in {
+        "label": "ties", "evaluation": evaluation(80), "noise": {"value": 0.002}, "outcome": "ok",
+        "recipe": '{"format":1,"models":{"base":"b","experts":[["x","e"]]},"preset":"ties"}',
+    }.items():  # fmt: skip
+        trial.set_user_attr(key, value)
+    study.tell(trial, 0.80)
+    study.set_user_attr("validation", {**study.user_attrs["validation"], str(trial.number): evaluation(70)})
+    means = {"0": 0.51, "1": 0.61, "2": 0.67, "5": 0.70, str(trial.number): m}
+    error = next(s for s in selection.standings(study, OBJECTIVE, ("x",)) if s.record.number == 5).stderrs[0]
+    study.set_user_attr(selection.POSTERIOR_ATTRIBUTE, {k: [mean, error] for k, mean in means.items()})
+    rows = {s.record.number: s for s in selection.standings(study, OBJECTIVE, ("x",))}
+    assert rows[5].expected == pytest.approx((0.74 + 0.70 + shift) / 2)
+
+
 def test_a_sure_validation_score_outweighs_a_vague_search(study: optuna.Study) -> None:
     study.set_user_attr(selection.POSTERIOR_ATTRIBUTE, {"3": [0.99, 10.0], "5": [0.01, 10.0]})
     winner = selection.winner(study, OBJECTIVE, ("x",))
@@ -132,6 +157,27 @@ def test_the_verdict_is_a_paired_interval(study: optuna.Study) -> None:
 def test_the_sealed_test_compares_base_experts_average_and_the_winner(study: optuna.Study) -> None:
     study.set_user_attr("test_winner", 5)
     assert [r.number for r in selection.compared(study, OBJECTIVE)] == [0, 1, 2, 5]
+
+
+def test_a_test_that_was_opened_for_another_trial_than_the_winner_says_so_and_what_to_do(study: optuna.Study) -> None:
+    """Opened for trial 3; then 5 was better on validation. A baseline that wins then was tested, but only beside it."""
+    study.set_user_attr("test", {str(n): evaluation(correct) for n, correct in enumerate([50, 60, 66, 70])})
+    study.set_user_attr("test_winner", 3)
+    text = sealed_table(study, OBJECTIVE, ("x",)).verdict
+    assert "the sealed test questions were opened for trial 3;" in text
+    assert "its winner is now trial 5, which has no test score. An honest one cannot be measured any more" in text
+    assert "--trial 3), or trial 5 on its validation score alone" in text
+    exported = card(study, OBJECTIVE, records(study)[5], ("x",))
+    assert "opened for trial 3" in exported
+    assert "Trial 5 itself was not scored on them" in exported
+    study.set_user_attr("validation", {**study.user_attrs["validation"], "2": evaluation(90)})
+    assert "now trial 2, which has a test score only from standing beside it" in _outdated(study)
+    study.set_user_attr("test_winner", 2)
+    assert not _outdated(study)
+
+
+def _outdated(study: optuna.Study) -> str:
+    return selection.outdated_test(study, OBJECTIVE, ("x",))
 
 
 def test_retention_of_a_row_uses_the_references_of_its_own_split(study: optuna.Study) -> None:
@@ -210,6 +256,9 @@ def test_what_is_handed_over_is_the_front_of_the_validation_questions(trade_off:
     table = summary_table(trade_off, TWO, ("x",))
     assert "3 merge(s) that no other beats in everything" in table.verdict
     assert len(table.emphasised) == 3
+    trade_off.set_user_attr("test_winner", [3, 4, 7])
+    text = selection.outdated_test(trade_off, TWO, ("x",))
+    assert "opened for trials 3, 4, 7; the study went on, and its front is now trials 3, 5, 7, which has no" in text
     assert table.header == ["model", "t", "drift/kl"]
 
 

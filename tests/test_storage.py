@@ -6,6 +6,7 @@ import multiprocessing
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import optuna
 import pytest
@@ -62,6 +63,18 @@ def test_a_point_that_is_lost_twice_still_names_its_first_try(url: str) -> None:
         again = study.ask()
         assert again.user_attrs["retry_of"] == 0
         again.suggest_float("x", 0, 1)
+
+
+@pytest.mark.parametrize("step", ["enqueue_trial", "tell"])
+def test_a_kill_while_a_lost_trial_is_reclaimed_neither_loses_nor_doubles_its_point(url: str, step: str) -> None:
+    study = study_in(url)
+    x = study.ask().suggest_float("x", 0, 1)
+    with mock.patch.object(study, step, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        reclaim_lost_trials(study)
+    assert reclaim_lost_trials(study) == 1
+    (waiting,) = study.get_trials(states=(TrialState.WAITING,))
+    assert waiting.system_attrs["fixed_params"] == {"x": x}
+    assert not study.get_trials(states=(TrialState.RUNNING,))
 
 
 def test_a_lost_baseline_keeps_its_recipe_and_label(url: str) -> None:

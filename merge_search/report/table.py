@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import optuna
 
 from merge_search.objective import Objective
 from merge_search.report.recipe_card import recipe_sources
-from merge_search.search.records import Record, finished_records
-from merge_search.search.selection import Standing, candidates, champions, front, paired_difference, standings
+from merge_search.search.records import Record, finished_records, questions_asked
+from merge_search.search.selection import (
+    Standing,
+    candidates,
+    champions,
+    front,
+    outdated_test,
+    paired_difference,
+    standings,
+    tested,
+)
 
 __all__ = ["Table", "card", "front_table", "sealed_table", "summary_table", "trials_table"]
 
@@ -44,11 +53,11 @@ def summary_table(study: optuna.Study, objective: Objective, experts: tuple[str,
 
 
 def sealed_table(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Table:
-    """Test: the same for what the sealed test was opened for."""
+    """Test: the same for what the sealed test was opened for; the verdict says so where that is no more the winner."""
     rows = standings(study, objective, experts, split="test")
-    opened = study.user_attrs.get("test_winner")
-    numbers: list[int] = opened if isinstance(opened, list) else [] if opened is None else [opened]
-    return _table(rows, objective, numbers, "test")
+    table = _table(rows, objective, tested(study), "test")
+    outdated = outdated_test(study, objective, experts)
+    return replace(table, verdict=f"{table.verdict} But {outdated}.") if outdated else table
 
 
 def _table(rows: list[Standing], objective: Objective, best: list[int], split: str) -> Table:
@@ -167,7 +176,6 @@ def card(study: optuna.Study, objective: Objective, record: Record, experts: tup
     recipe = record.recipe
     done = finished_records(study)
     failed = sum(not r.is_scored for r in done)
-    questions = sum(r.cost.questions for r in done)
     table = summary_table(study, objective, experts)
     sources = recipe_sources(recipe)
     validated = str(record.number) in study.user_attrs.get("validation", {})
@@ -187,7 +195,7 @@ A merge of one base model and {len(experts)} experts, made by `{recipe.preset or
 
 {table.to_markdown()}
 {note}
-Search: {len(done)} trials, {failed} of them failed, {questions} questions asked. {_sealed(study, objective, experts)}
+Search: {len(done)} trials, {failed} of them failed, {questions_asked(study)} questions asked. {_sealed(study, objective, record, experts)}
 
 ## Reproduce
 
@@ -196,8 +204,10 @@ sha256 of the weights: `{record.weights_sha256}`
 """
 
 
-def _sealed(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> str:
+def _sealed(study: optuna.Study, objective: Objective, record: Record, experts: tuple[str, ...]) -> str:
     if "test" not in study.user_attrs:
         return "The test questions were not opened."
     table = sealed_table(study, objective, experts)
-    return f"The test questions were opened once:\n\n{table.to_markdown()}"
+    missing = str(record.number) not in study.user_attrs["test"]
+    note = f" Trial {record.number} itself was not scored on them." if missing else ""
+    return f"The test questions were opened once.{note}\n\n{table.to_markdown()}"

@@ -13,7 +13,7 @@ from merge_search.search.records import Record
 from merge_search.space import Parameter
 from merge_search.study_file import Search
 
-__all__ = ["MAX_DIMENSIONS", "budget_notes", "constraint_notes", "nearest_miss", "search_problems"]
+__all__ = ["MAX_DIMENSIONS", "budget_notes", "constraint_notes", "nearest_miss", "question_notes", "search_problems"]
 
 MAX_DIMENSIONS = 1000
 """Every parameter of every trial is a row of the storage, and a surrogate model of more learns nothing from a study's trials."""
@@ -63,6 +63,25 @@ def budget_notes(n_first: int, n_trials: int) -> list[str]:
     return [
         f"n_trials is {n_trials}, and {n_first} baselines and start points come first: nothing is left for the sampler. "
         f"At least {n_first + 1} lets it begin; name fewer search.baselines for a shorter start"
+    ]
+
+
+def question_notes(budget: int | None, n_baselines: int, per_trial: int, per_step: int) -> list[str]:
+    """Whether the budget in questions pays for anything beside the baselines.
+
+    Args:
+        budget: None: there is no such budget.
+        per_trial: Questions that scoring one trial asks.
+        per_step: What the shortest fit of the learner's first trial asks; 0 without a learner.
+    """
+    first = n_baselines * per_trial
+    needs = first + per_trial + per_step
+    if budget is None or budget >= needs:
+        return []
+    fit = f" and {per_step} for one step of its fit" if per_step else ""
+    return [
+        f"search.questions is {budget}, and {n_baselines} baselines come first, which ask {per_trial} each, {first} together: that "
+        f"does not pay for a trial of the search, {per_trial} more{fit}. At least {needs} would"
     ]
 
 

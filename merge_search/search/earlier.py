@@ -164,6 +164,9 @@ def best_recipes(study: optuna.Study) -> list[tuple[int, Recipe]]:
 def renamed(recipe: Recipe, models: Models) -> Recipe:
     """`recipe` over `models`: experts take the names that their hashes have here; those it did not have begin at 0.
 
+    Deltas are added in the order of the experts' names (`Planner.processing_order`): under names that sort otherwise the
+    sums, and so the merged weights, may differ in their last bits.
+
     Raises:
         StudyFileError: another base, an expert that is not here and not at coefficient 0, or a map of coefficients.
     """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -117,7 +118,7 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     objective = _objective(file, metrics, problems) if len(evaluators) == len(built) else None
     learner = file.search.learner
     if learner is not None and len(evaluators) == len(built):
-        problems.found += _learner_problems(learner, evaluators)
+        problems.found += _learner_problems(learner, evaluators, file.splits.search)
     if space is not None and objective is not None:
         if learner is not None and not problems.found:
             space = LearnedSpace(space, learner, n_rows=min(_fit_rows(evaluators).values()))
@@ -186,12 +187,11 @@ def _fit_rows(evaluators: list[Evaluator]) -> dict[str, int]:
     return {task: n for e in evaluators if isinstance(e, Differentiable) for task, n in e.fit_tasks().items()}
 
 
-def _learner_problems(learner: Learner, evaluators: list[Evaluator]) -> list[str]:
+def _learner_problems(learner: Learner, evaluators: list[Evaluator], search_share: float) -> list[str]:
     """A learner needs a loss, and rows to fit on."""
     rows = _fit_rows(evaluators)
     if not rows:
         return ["search.learner: no evaluator of this study has a differentiable loss; leave the learner out"]
-    few = {task: n for task, n in rows.items() if n < learner.batch_rows}
     able = [e for e in evaluators if isinstance(e, Differentiable)]
     wanted = [(kind, "pseudo" if kind == "block_output" else kind) for kind in learner.loss]  # it follows their answers
     lacking = [
@@ -201,11 +201,27 @@ def _learner_problems(learner: Learner, evaluators: list[Evaluator]) -> list[str
         for named, kind in wanted
         if kind not in e.losses(task)
     ]
-    return lacking + [
-        f"search.learner: task {task!r} must have at least one batch of {learner.batch_rows} rows to fit on, found {n}; "
-        "give it a training split, raise splits.fit or lower batch_rows"
-        for task, n in few.items()
-    ]
+    return [*lacking, *_few_rows(learner.batch_rows, rows, able, search_share)]
+
+
+def _few_rows(wanted: int, rows: dict[str, int], evaluators: Sequence[Evaluator], search_share: float) -> Iterator[str]:
+    """Tasks with fewer rows to fit on than a batch: with the batch, or else the share of their questions, that would do."""
+    fewest = min(rows.values())
+    totals = {m.task: sum(m.n_questions.values()) for e in evaluators for m in e.metrics()}
+    for task, n in rows.items():
+        if n >= wanted:
+            continue
+        ways = [f"batch_rows: {fewest} would do for every task"] if fewest else []
+        share = math.ceil(20 * 1.25 * wanted / max(totals.get(task, 0), 1)) / 20  # a share is met by chance
+        if not n and share < search_share:
+            ways.append(f"splits.fit: {share:g} would give it about {share * totals[task]:.0f}")
+        more = "give it a training split of its own or a larger limit on its rows" + (
+            "" if ways else ", or raise splits.fit"
+        )
+        yield (
+            f"search.learner: task {task!r} must have at least one batch of {wanted} rows to fit on, found {n}; "
+            + "; or ".join([*ways, more])
+        )
 
 
 def _baseline_names(file: StudyFile, problems: _Problems) -> list[str]:

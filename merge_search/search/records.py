@@ -23,6 +23,7 @@ __all__ = [
     "owners_of",
     "questions_asked",
     "questions_left",
+    "questions_of_a_trial",
     "records",
     "references_of",
     "seconds_spent",
@@ -103,8 +104,12 @@ def questions_left(study: optuna.Study, budget: int | None) -> int | None:
     """What a fit may still ask of `budget` questions, its scoring set aside; may be negative. None: no such budget."""
     if budget is None:
         return None
-    scoring = Evaluation.from_attribute(study.user_attrs["reference.base"]["evaluation"]).cost.questions
-    return budget - questions_asked(study) - scoring
+    return budget - questions_asked(study) - questions_of_a_trial(study)
+
+
+def questions_of_a_trial(study: optuna.Study) -> int:
+    """What scoring one trial asks: what scoring the base did."""
+    return Evaluation.from_attribute(study.user_attrs["reference.base"]["evaluation"]).cost.questions
 
 
 def seconds_spent(study: optuna.Study) -> float:

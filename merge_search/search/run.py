@@ -22,7 +22,14 @@ from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState
 
 from merge_search.engine.learners.coefficients import FitSettings, Fitted
-from merge_search.errors import EvaluationError, InputError, NonFiniteError, WeightsError
+from merge_search.errors import (
+    EvaluationError,
+    InputError,
+    MergeSearchError,
+    NonFiniteError,
+    SpaceError,
+    WeightsError,
+)
 from merge_search.evaluation import Cost, Evaluation, Split
 from merge_search.objective import Estimate, Objective, References
 from merge_search.outcome import Outcome
@@ -46,6 +53,7 @@ from merge_search.search.starting import Start
 from merge_search.search.stopping import GAIN_ATTRIBUTE, expected_gain, reason_to_stop
 from merge_search.search.workbench import Scored, Workbench, is_memory_error, memory_errors_said
 from merge_search.seeding import derive_seed
+from merge_search.space import Point, SearchSpace
 from merge_search.study_file import StudyFile
 
 __all__ = ["Listener", "run"]
@@ -186,9 +194,10 @@ class _Driver:
 
     def _race_weights(self) -> dict[str, float] | None:
         """Weights of the metrics in the one objective; None, with a note, where prefixes cannot be compared or joined."""
-        base = Evaluation.from_attribute(self.study.user_attrs["reference.base"]["evaluation"])
+        stored = (v["evaluation"] for k, v in self.study.user_attrs.items() if k.startswith("reference."))
+        found = [s for data in stored for s in Evaluation.from_attribute(data).scores.values()]
         weights = self.objective.weights(self.references)
-        if len(self.objective.names) == 1 and weights is not None and all(s.is_mean for s in base.scores.values()):
+        if len(self.objective.names) == 1 and weights is not None and all(s.is_mean for s in found):
             return weights
         self.listener.note("racing is off: it needs one objective that is a weighted sum of means over questions")
         return None
@@ -217,7 +226,7 @@ class _Driver:
             recipe = Recipe.from_json(given)
         else:
             point = samplers.suggest(trial, space.parameters)
-            recipe = space.decode(point)
+            recipe = _decoded(space, point)
             if isinstance(space, LearnedSpace):
                 number = trial.user_attrs.get("retry_of", trial.number)  # other rows each time, but for a second try
                 seed = derive_seed(self.plan.file.study.seed, "learner", number)
@@ -334,19 +343,38 @@ class _Driver:
             outcome, reason = Outcome.EVALUATOR_ERROR, str(error)
         except InputError as error:
             outcome, reason = Outcome.MERGE_ERROR, str(error)
+        except KeyboardInterrupt:  # the trial is lost and tried again, but what it asked is asked
+            self._charge(trial, began, before)
+            raise
         else:
             return
         self.bench.recover()
         trial.set_user_attr("outcome", str(outcome))
         trial.set_user_attr("reason", reason[:2000])
+        self._charge(trial, began, before)
+        self.study.tell(trial, state=TrialState.FAIL)
+
+    def _charge(self, trial: Trial, began: float, before: int) -> None:
+        """Store what a trial that began then, after so many questions, has cost until now."""
         fit_s = trial.user_attrs.get("cost", (0.0,))[0]  # of a fit that went well
         trial.set_user_attr("cost", [fit_s, time.perf_counter() - began - fit_s, self.bench.asked - before])
-        self.study.tell(trial, state=TrialState.FAIL)
 
     def _score_for_validation(self, recipe: Recipe) -> Evaluation:
         try:
             with memory_errors_said("on the validation questions"):
                 return self.bench.score(recipe, Split.VALIDATION).evaluation
-        except EvaluationError:
+        except (NonFiniteError, EvaluationError):
             self.bench.recover()
             raise
+
+
+def _decoded(space: SearchSpace, point: Point) -> Recipe:
+    """The recipe of a point; whatever a user's own space throws ends the trial and not the study."""
+    try:
+        return space.decode(point)
+    except MergeSearchError:
+        raise
+    except Exception as error:
+        raise SpaceError(
+            f"space {type(space).__name__} failed to decode a point: {type(error).__name__}: {error}"
+        ) from error

@@ -19,20 +19,26 @@ __all__ = ["open_test"]
 def open_test(plan: Plan) -> optuna.Study:
     """Score the winner (with several objectives, the front) and what it is compared with on the test questions.
 
-    Opened again, it shows what was found the first time.
+    Opened again, it shows what was found the first time, and finishes what was not.
 
     Raises:
-        StudyFileError: nothing to test yet; or the study went on and has another winner than the tested one.
+        StudyFileError: nothing to test yet; or the study went on and has another winner than the tested one, which is
+            all that is tested (`selection.outdated_test` says what to do).
         StudyChangedError: the study file was changed since, so its test questions may have been asked in the search.
     """
     study = storage.load_study(plan.file)
     backend = storage.open_storage(plan.file.storage_url)
     with storage.driver_lock(backend, plan.file.storage_url, plan.file.study.name):
-        sealed_for = _sealed_for(study, plan)
+        outdated = selection.outdated_test(study, plan.objective, plan.context.experts)
+        if outdated and all(str(n) in study.user_attrs.get("test", {}) for n in selection.tested(study)):
+            raise StudyFileError(outdated)
+        sealed_for = study.user_attrs.get("test_winner") if outdated else _sealed_for(study, plan)
         storage.check_identity(study, plan.identity(study.user_attrs["identity"]["models"]))
         study.set_user_attr("test_winner", sealed_for)
         scored: dict[str, Any] = dict(study.user_attrs.get("test", {}))
         wanted = [r for r in selection.compared(study, plan.objective) if str(r.number) not in scored]
+        sealed = selection.tested(study)
+        wanted.sort(key=lambda r: r.number not in sealed)  # a rival that fails must not keep it from its proof
         bench = _bench(study, plan) if wanted else None
         for record in wanted:
             assert bench is not None
@@ -40,6 +46,8 @@ def open_test(plan: Plan) -> optuna.Study:
             with memory_errors_said(f"while {record.name} is tested"):
                 scored[str(record.number)] = bench.score(recipe, Split.TEST).evaluation.to_attribute()
             study.set_user_attr("test", scored)
+    if outdated:
+        raise StudyFileError(outdated)
     return study
 
 
@@ -52,19 +60,8 @@ def _bench(study: optuna.Study, plan: Plan) -> Workbench:
 
 
 def _sealed_for(study: optuna.Study, plan: Plan) -> int | list[int]:
-    """The number of the winner, or those of the front; the ones the test was opened for if it was."""
+    """The number of the winner, or those of the front."""
     found = [r.number for r in selection.champions(study, plan.objective, plan.context.experts)]
     if not found:
         raise StudyFileError(selection.nothing_to_hand_over(study))
-    now: int | list[int] = found[0] if len(plan.objective.names) == 1 else sorted(found)
-    opened = study.user_attrs.get("test_winner")
-    if opened is None or opened == now:
-        return now
-    raise StudyFileError(
-        f"the test questions were opened for trial {_names(opened)}; the study went on and its best is now trial "
-        f"{_names(now)}, but a test is sealed only once. Begin a new study with another seed to test again"
-    )
-
-
-def _names(numbers: int | list[int]) -> str:
-    return ", ".join(map(str, [numbers] if isinstance(numbers, int) else numbers))
+    return found[0] if len(plan.objective.names) == 1 else sorted(found)

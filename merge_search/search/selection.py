@@ -8,7 +8,9 @@ answers: with m, s^2 the posterior of the search and y, v the value and variance
     expected = ((m + shift) / s^2 + y / v) / (1 / s^2 + 1 / v),    shift = mean(y - m) over base, experts and baselines:
 
 how much easier the validation questions are. By validation alone, often the smaller part of the questions, a lucky merge
-would win too often.
+would win too often. A baseline outside the space has no posterior: its measured value and variance stand for m and s^2. That
+is fair for base, experts and average, which are compared whatever they scored; the best preset is compared because of its
+score, so outside the space, where its m is too good by luck, it has no say in the shift.
 
 With several objectives there is no winner but a front: the merges that no other merge beats in everything. Finalists are
 spread over the front of the search questions; what is handed over is the front of the validation questions.
@@ -47,7 +49,9 @@ __all__ = [
     "finalists",
     "front",
     "nothing_to_hand_over",
+    "outdated_test",
     "standings",
+    "tested",
     "to_validate",
     "validate",
     "winner",
@@ -157,8 +161,7 @@ def compared(study: optuna.Study, objective: Objective) -> list[Record]:
     """What the sealed test is opened for: base, experts, average, best preset, and the winner."""
     chosen = {"average"} | {k.removeprefix("reference.") for k in study.user_attrs if k.startswith("reference.")}
     top = _best_preset(study, objective)
-    opened = study.user_attrs.get("test_winner")
-    numbers = {*(opened if isinstance(opened, list) else [opened]), top.number if top else None}
+    numbers = {*tested(study), *([top.number] if top else [])}
     return [r for r in records(study) if r.is_scored and (r.label in chosen or r.number in numbers)]
 
 
@@ -223,7 +226,9 @@ def standings(
 def _with_search(rows: list[Standing], stored: Mapping[str, Sequence[float]]) -> list[Standing]:
     """The rows with `expected` from the stored posteriors of the search; without one it stays the value here."""
     known = {int(number): (mean, sd) for number, (mean, sd) in stored.items()}
-    fixed = [s.values[0] - known[s.record.number][0] for s in rows if s.record.label and s.record.number in known]
+    fair = [s for s in rows if s.record.label and s.record.number in known]
+    fair = [s for s in fair if not _is_lucky(s, known[s.record.number][0])]
+    fixed = [s.values[0] - known[s.record.number][0] for s in fair]
     shift = float(np.mean(fixed)) if fixed else 0.0
 
     def expected(s: Standing) -> float:
@@ -234,6 +239,11 @@ def _with_search(rows: list[Standing], stored: Mapping[str, Sequence[float]]) ->
         return ((mean + shift) * search + s.values[0] * here) / (search + here)
 
     return [replace(s, expected=expected(s)) for s in rows]
+
+
+def _is_lucky(s: Standing, mean: float) -> bool:
+    """Whether `mean` is the measured value of a baseline that is compared because of it."""
+    return s.role == "baseline" and s.record.label != "average" and mean == s.record.values[0]
 
 
 def winner(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Record | None:
@@ -260,6 +270,32 @@ def champions(study: optuna.Study, objective: Objective, experts: tuple[str, ...
     merges = [s for s in standings(study, objective, experts) if s.role in ("merge", "baseline") and s.feasible]
     beaten = [s for s in merges if any(objective.dominates(other.values, s.values) for other in merges)]
     return [s.record for s in merges if s not in beaten] or [single]
+
+
+def tested(study: optuna.Study) -> list[int]:
+    """Numbers of the trials that the sealed test was opened for; empty while it is sealed."""
+    opened = study.user_attrs.get("test_winner")
+    return [] if opened is None else list(opened) if isinstance(opened, list) else [opened]
+
+
+def outdated_test(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> str:
+    """What to know and do where the sealed test was opened for another trial than the winner of now; else ''."""
+    opened, now = tested(study), sorted(r.number for r in champions(study, objective, experts))
+    if not opened or not now or sorted(opened) == now:
+        return ""
+    then, here, best = _trials(opened), _trials(now), "winner" if len(objective.names) == 1 else "front"
+    scored = study.user_attrs.get("test", {})
+    score = "no test score" if any(str(n) not in scored for n in now) else "a test score only from standing beside it"
+    return (
+        f"the sealed test questions were opened for {then}; the study went on, and its {best} is now {here}, which has {score}. "
+        "An honest one cannot be measured any more: the questions prove something once, for what was chosen before they were "
+        "opened, and another seed or study of the same tasks asks the same ones. Hand over what was tested (export with "
+        f"--trial {opened[0]}), or {here} on its validation score alone; a new proof needs questions that no study has opened"
+    )
+
+
+def _trials(numbers: Sequence[int]) -> str:
+    return f"trial{'s' if len(numbers) > 1 else ''} {', '.join(map(str, sorted(numbers)))}"
 
 
 def paired_difference(a: Evaluation, b: Evaluation, names: list[str]) -> tuple[float, float]:

@@ -5,15 +5,17 @@
     first points     the space's uniform recipes and, with a learner, its ladder: queued once all of the above are
                      scored, since the ladder may stand on one of them
 
-Every entry is queued once per study; a killed run goes on where it was.
+Every entry is queued once per study; a killed run goes on where it was. The first points are decided once and kept with
+the study before any of them is queued: what they find would move the start of those that a kill left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import optuna
+from optuna.trial import FrozenTrial
 
 from merge_search.engine.learners.coefficients import FitSettings
 from merge_search.objective import Objective
@@ -22,12 +24,13 @@ from merge_search.search.baselines import baselines
 from merge_search.search.earlier import starts_from
 from merge_search.search.learning import LearnedSpace, better_start
 from merge_search.search.prepare import Plan
-from merge_search.search.records import questions_left
+from merge_search.search.records import questions_left, questions_of_a_trial
 from merge_search.search.workbench import Workbench
 
 __all__ = ["Start"]
 
 DONE = "start_enqueued"
+FIRST_POINTS = "first_points"
 EARLIER = "learned_from"
 MOST_STEPS = 10_000
 Values = dict[str, str | int | float | bool]
@@ -64,18 +67,47 @@ class Start:
             study.set_user_attr(EARLIER, told)
 
     def notes(self, total: int) -> list[str]:
-        """Whether what comes first leaves trials for the sampler."""
-        return checks.budget_notes(len(self._queued()) + (0 if self._is_done() else len(self._first_points())), total)
+        """Whether what comes first leaves trials for the sampler, and the baselines questions for the search."""
+        if self._is_done():
+            return checks.budget_notes(len(self._queued()), total)
+        left, labels = self._left(), sum("label" in t.user_attrs for t in self._first_tries())
+        budget, per_trial = self.plan.file.search.questions, questions_of_a_trial(self.study)
+        return [
+            *checks.budget_notes(len(self._queued()) + len(left), total),
+            *checks.question_notes(budget, labels, per_trial, self._one_step(left.values())),
+        ]
+
+    def _one_step(self, points: Iterable[Values]) -> int:
+        """What one step asks of the first of these points that fits something; 0 where none does."""
+        space = self.plan.space
+        found = (space.settings(p, seed=0) for p in points) if isinstance(space, LearnedSpace) else ()
+        settings = next((s for s in found if s is not None), None)
+        return 0 if settings is None else self.bench.fit_questions(FitSettings(**{**settings, "steps": 1}))
+
+    def _first_tries(self) -> list[FrozenTrial]:
+        return [t for t in self.study.get_trials(deepcopy=False) if "retry_of" not in t.user_attrs]
 
     def go_on(self) -> None:
         """Queue the first points, once all that was queued before is done."""
-        if self._is_done() or not all(t.state.is_finished() for t in self.study.get_trials(deepcopy=False)):
+        if self._is_done():
             return
-        queued = self._queued()
-        for i, point in enumerate(self._first_points()):
-            if f"start.{i}" not in queued:
-                self.study.enqueue_trial(point, user_attrs={"start": f"start.{i}"})
+        if self._decided() is None:
+            if not all(t.state.is_finished() for t in self.study.get_trials(deepcopy=False)):
+                return
+            self.study.set_user_attr(FIRST_POINTS, self._first_points())
+        for name, point in self._left().items():
+            self.study.enqueue_trial(point, user_attrs={"start": name})
         self.study.set_user_attr(DONE, True)
+
+    def _decided(self) -> list[Values] | None:
+        """The first points as the study keeps them; None: not decided yet."""
+        return self.study.user_attrs.get(FIRST_POINTS)
+
+    def _left(self) -> dict[str, Values]:
+        """Those of the first points that are not queued: those decided, else those of now."""
+        decided, queued = self._decided(), self._queued()
+        named = {f"start.{i}": p for i, p in enumerate(self._first_points() if decided is None else decided)}
+        return {name: p for name, p in named.items() if name not in queued}
 
     def _is_done(self) -> bool:
         return bool(self.study.user_attrs.get(DONE))

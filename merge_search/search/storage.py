@@ -126,21 +126,24 @@ def _file_lock(database: Path, name: str, message: str) -> Iterator[None]:
 
 
 def reclaim_lost_trials(study: optuna.Study) -> int:
-    """Close trials that a killed driver left running and enqueue the same points again.
+    """Enqueue the points of trials that a killed driver left running again, and close those trials.
 
-    A trial that has neither parameters nor the mark of a baseline had not begun: it is only closed. ``retry_of`` of the
-    new ones is the number of the first try. Returns how many were closed. Call while holding `driver_lock`.
+    In this order: killed in between, the next call finds the point queued and closes the trial. A trial that has neither
+    parameters nor the mark of a baseline had not begun: it is only closed. ``retry_of`` of the new ones is the number of the
+    first try. Returns how many were closed. Call while holding `driver_lock`.
     """
-    lost = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    trials = study.get_trials(deepcopy=False)
+    lost = [t for t in trials if t.state == TrialState.RUNNING]
     storage = study._storage
     for trial in lost:
-        storage.set_trial_user_attr(trial._trial_id, "outcome", str(Outcome.LOST))
-        study.tell(trial.number, state=TrialState.FAIL)
         keep = {k: v for k, v in trial.user_attrs.items() if k in ("label", "given_recipe")}
         params = trial.params or trial.system_attrs.get("fixed_params", {})
-        if params or keep:
-            first = trial.user_attrs.get("retry_of", trial.number)
+        first = trial.user_attrs.get("retry_of", trial.number)
+        is_queued = any(t.number > trial.number and t.user_attrs.get("retry_of") == first for t in trials)
+        if (params or keep) and not is_queued:
             study.enqueue_trial(params, user_attrs={**keep, "retry_of": first})
+        storage.set_trial_user_attr(trial._trial_id, "outcome", str(Outcome.LOST))
+        study.tell(trial.number, state=TrialState.FAIL)
     return len(lost)
 
 

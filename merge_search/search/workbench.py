@@ -28,7 +28,7 @@ from merge_search.engine.maps import FOLDER as MAPS
 from merge_search.engine.pool import ModelPool
 from merge_search.engine.statistics.provider import DataStatistics
 from merge_search.errors import EvaluationError, MergeSearchError
-from merge_search.evaluation import Cost, Evaluation, Evaluator, Split
+from merge_search.evaluation import Cost, Counting, Evaluation, Evaluator, Split
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
 from merge_search.search.prepare import Plan
@@ -120,9 +120,19 @@ class Workbench:
         """
         began, parts = time.perf_counter(), []
         for evaluator in self.evaluators:
-            parts.append(_evaluate(evaluator, split, fidelity, after))
+            before = _n_asked(evaluator)
+            try:
+                parts.append(_evaluate(evaluator, split, fidelity, after))
+            except BaseException:
+                self._answered += _n_asked(evaluator) - before
+                raise
             self._answered += parts[-1].cost.questions
         scores = {name: s for part in parts for name, s in part.scores.items()}
+        if missing := [m.name for m in self._plan.metrics if m.name not in scores]:
+            raise EvaluationError(
+                f"an evaluator must report every metric that its metrics() names, found no {', '.join(missing)} on the {split} "
+                f"split among {', '.join(scores) or 'none'}"
+            )
         cost = Cost(0.0, time.perf_counter() - began, self._uncharged())
         evaluation = Evaluation(split, fidelity, scores, cost)
         evaluation.check_finite()
@@ -226,6 +236,11 @@ def is_memory_error(error: Exception) -> bool:
 def _told_by_experts(loss: str) -> str:
     """The kind of loss on rows: block outputs are compared on the prompts with the experts' own answers."""
     return "pseudo" if loss == "block_output" else loss
+
+
+def _n_asked(evaluator: Evaluator) -> int:
+    """What an evaluator says it has asked so far; one that does not say is charged for calls that end well alone."""
+    return evaluator.n_asked if isinstance(evaluator, Counting) else 0
 
 
 def _evaluate(evaluator: Evaluator, split: Split, fidelity: float, after: float) -> Evaluation:
