@@ -5,7 +5,8 @@
 A synthetic Llama (bfloat16, random weights; experts differ by small normal deltas in every tensor) is written to the
 folder once, about 820 MB a model. Each program runs as a new process, one after the other, `--repeats` times in turn;
 the inputs are in the page cache, and with ``--drop-cache`` they are not. Wall time, CPU time (user + system) and peak
-resident memory are the operating system's for that process; mapped file pages count as resident. No run is left out.
+resident memory are the operating system's for that process; mapped file pages count as resident. No run is left out:
+merge-search's first on a machine compiles its loops, two seconds of processor time or less, and keeps them.
 """
 
 from __future__ import annotations

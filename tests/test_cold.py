@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge_search.engine import compiler, export, native, one_off, stages, thresholds
+from merge_search.engine.buffers import Buffers
 from merge_search.engine.feed import Feed
-from merge_search.engine.hashing import hash_once
+from merge_search.engine.hashing import hash_checkpoint, hash_once
 from merge_search.engine.headers import read_checkpoint
 from merge_search.engine.one_off import OneOffEngine
 from merge_search.engine.order import EXACT_LIMIT, table
@@ -78,10 +79,10 @@ def during(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], name: str
     """Have something happen while one tensor is being merged."""
     merge = OneOffEngine._merge
 
-    def merged(self: OneOffEngine, recipe, tensor, asked, feed) -> Tensor:
+    def merged(self: OneOffEngine, recipe, tensor, asked) -> Tensor:
         if tensor == name:
             act()
-        return merge(self, recipe, tensor, asked, feed)
+        return merge(self, recipe, tensor, asked)
 
     monkeypatch.setattr(OneOffEngine, "_merge", merged)
 
@@ -323,15 +324,33 @@ def test_ctrl_c_in_the_middle_leaves_nothing_behind(
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_stopped_reader_ends_and_buffers_that_were_given_back_are_used_again(recipe_file: Path) -> None:
+def test_a_stopped_reader_ends_and_memory_that_nobody_holds_is_used_again(recipe_file: Path) -> None:
     pool = ModelPool(Recipe.from_json(recipe_file.read_text()).models, device="cpu", once=True)
-    feed = Feed(pool)
-    places = set()
+    reading = Feed(pool, Buffers())
+    places, kept = set(), []
     for name in sorted(pool.groups):
-        reads = [future.result() for future in feed.ask(name)]
-        assert all(torch.equal(r.tensor, s.tensor(name)) for r, s in zip(reads, pool.sources, strict=True))
-        places |= {r.tensor.data_ptr() for r in reads}
-        feed.give_back(reads)
-    assert len(places) <= 2 * len(pool.sources)
-    feed.close()
+        tensors = [future.result() for future in reading.ask(name)]
+        assert all(torch.equal(t, s.tensor(name)) for t, s in zip(tensors, pool.sources, strict=True))
+        places |= {t.data_ptr() for t in tensors}
+        kept.append((name, tensors[0][0]))  # one row, which keeps all of its tensor
+    assert len(places) <= len(kept) + 2 * len(pool.sources)
+    assert all(torch.equal(row, pool.base(name)[0]) for name, row in kept)
+    reading.finish()
+    for source in pool.sources:
+        assert hash_once(source.info) == hash_checkpoint(source.info)
+    reading.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("read")]
+
+
+def test_very_long_tensors_are_taken_ahead_one_at_a_time_and_others_by_count() -> None:
+    sizes = {"a": 100, "b": 90, **dict.fromkeys("cdefghijklmnopqrstuvwxyz", 10)}
+    taken, in_flight = [], []
+    for name, what in one_off._ahead(sorted(sizes), lambda n: taken.append(n) or n.upper(), 3, sizes):
+        assert what == name.upper()
+        in_flight.append(len(taken) - len(in_flight))
+    assert taken == sorted(sizes)
+    assert in_flight[:4] == [1, 2, 4, 4]  # a; b and c; then four, the last of them given
+    equal = dict.fromkeys("abcdefgh", 7)
+    taken.clear()
+    next(one_off._ahead(equal, taken.append, 3, equal))
+    assert taken == ["a", "b", "c", "d"]

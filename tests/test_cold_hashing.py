@@ -1,9 +1,10 @@
-"""Merges from files to files: checkpoints hashed while they are read, bytes kept while they fit."""
+"""Merges from files to files: checkpoints hashed while they are read, bytes kept while they fit, memory used again."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from merge_search.engine.buffers import Buffers
 from merge_search.engine.byte_cache import ByteCache
 from merge_search.engine.hashing import HashedReader, HashInTurn, hash_folder, hash_once
 from merge_search.engine.headers import read_checkpoint
@@ -79,3 +81,51 @@ def test_a_cache_drops_what_was_not_used_for_longest() -> None:
     cache.drop("a")
     cache.drop("a")
     assert cache.held == 40
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+MIB = 2**20
+
+
+def test_memory_is_used_again_once_nothing_lies_in_it_any_more() -> None:
+    buffers = Buffers()
+    first = buffers.tensor((2, MIB), torch.bfloat16)
+    place, part = first.data_ptr(), first[1:, :5]
+    del first
+    other = buffers.take(4 * MIB)
+    assert other.ctypes.data != place  # a part is left
+    del part
+    assert buffers.take(4 * MIB).ctypes.data == place
+
+
+def test_memory_serves_somewhat_shorter_tensors_and_what_does_not_fit_makes_room() -> None:
+    buffers = Buffers()
+    place = {n: buffers.take(n * MIB).ctypes.data for n in (2, 5, 3, 16)}  # each in turn
+    assert place[3] == place[5]
+    assert [len(pages) for pages in buffers._free] == [16 * MIB]  # 2 and 5 were given up, in this order
+    held = buffers.take(3 * MIB)  # 16 is more than four times as long, and given up too
+    assert buffers._free == []
+    del held
+    assert [len(pages) for pages in buffers._free] == [3 * MIB]
+    assert (len(buffers.take(0)), len(buffers.take(5))) == (0, 5)
+
+
+def test_threads_that_take_memory_at_once_never_share_it() -> None:
+    buffers, clashes = Buffers(), []
+
+    def work(number: int) -> None:
+        for i in range(200):
+            mine = buffers.take((1 + (i + number) % 3) * MIB)
+            mine[:: MIB // 4] = number
+            if (mine[:: MIB // 4] != number).any():
+                clashes.append(number)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not clashes
+    assert sum(map(len, buffers._free)) <= 4 * 3 * MIB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -54,7 +55,53 @@ def test_names_asked_for_otherwise_are_moved_when_they_are_and_never_more_than_t
     del host.read[:]
     for name in "cd":
         transfers.get(name)
-    assert host.read == ["d"]  # c had come ahead, and nothing comes any more
+    assert host.read == ["c", "d"]  # when they are asked for, and nothing ahead
+
+
+def test_what_was_moved_is_let_go_when_a_pass_ends_and_kept_where_the_next_one_begins_with_it() -> None:
+    host = Host("abc")
+    transfers = Transfers(host, CPU)
+    transfers.expect("abc")
+    held = [weakref.ref(t) for name in "ab" for t in transfers.get(name)]
+    held += [weakref.ref(t) for t in transfers._there["c"].tensors]  # it has come ahead
+    transfers.expect("")
+    assert not [t for t in held if t() is not None]
+    mine = transfers.get("b")
+    transfers.expect("bc")
+    assert transfers.get("b")[0] is mine[0]
+    transfers.expect("cb")
+    assert torch.equal(transfers.get("c")[1], host.tensors["c"][1])
+    assert torch.equal(mine[0], host.tensors["b"][0])  # whoever holds it still has it
+    assert host.read == [*"abc", "b", "c", "b"]
+
+
+def test_a_name_that_does_not_fit_ahead_moves_when_it_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    host = Host("abcd")
+    fitting = host.tensors.copy()
+
+    def full() -> None:
+        """Copies of it would take four pebibytes, which no machine has."""
+        for name in "bcd":
+            host.tensors[name] = [fitting[name][0], torch.zeros(1).expand(2**50)]
+
+    transfers = Transfers(host, CPU)
+    transfers.expect("abcd")
+    full()
+    with caplog.at_level("INFO"):
+        for name in "abcd":
+            host.tensors[name] = fitting[name]
+            assert all(map(torch.equal, transfers.get(name), fitting[name]))
+            assert list(transfers._there) == [name]
+    assert host.read == ["a", "b", "b", "c", "c", "d", "d"]
+    assert [r.message for r in caplog.records] == [
+        "cpu: no room for two tensors at a time, so some are copied when their turn comes"
+    ]
+    full()
+    transfers.expect("ab")
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        transfers.get("b")  # there is no room for it alone
+    assert transfers._there == {}
+    assert torch.equal(transfers.get("a")[0], fitting["a"][0])
 
 
 def test_a_tensor_that_an_expert_shares_with_the_base_is_moved_once() -> None:

@@ -3,7 +3,8 @@
 A key is ``base_model.model.<module>.lora_A.weight``, ``.lora_B.weight``, ``.lora_embedding_A``, ``.lora_embedding_B``
 or ``.lora_magnitude_vector`` (DoRA); modules saved whole and biases stand under their plain names and replace the
 base's. Adapters name *modules*: where a module has another name on disk (ViT, GPT-NeoX's head, a router of Mixtral), or
-is several tensors there (experts saved whole), `module_names` says which. The arithmetic is in `checkpoint`.
+is several tensors there (experts saved whole), `module_names` says which. Factors of single parameters (``target_parameters``)
+are told apart by `adapter_parameters`. The arithmetic is in `checkpoint`.
 
 Source: Hu et al. 2021, arXiv 2106.09685; scale alpha / sqrt(r): Kalajdzievski 2023, arXiv 2312.03732;
 DoRA: Liu et al. 2024, arXiv 2402.09353.
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from merge_search.engine.adapter_parameters import Wrapped, wrapped_parameters
 from merge_search.engine.headers import CheckpointInfo
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ FACTOR = re.compile(
 # Options under which the expert is more than base + scale * B @ A of the base as it lies on disk.
 REFUSED_OPTIONS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "megatron_config",
-    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+    "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
@@ -42,7 +44,8 @@ class AdapterEntry:
 
     Either `whole` alone (the tensor is replaced, by `part` of it where one is given), or `a` and `b`: W + scale * B @ A, transposed where
     `transpose`; with `magnitude` (DoRA) every row of that is scaled to a learned norm. With `whole` as well,
-    W is `whole` (peft saves an embedding that it also adapts).
+    W is `whole` (peft saves an embedding that it also adapts). With `wrapped` the factors are those of that parameter, of
+    which the tensor is `part`.
     """
 
     whole: str = ""
@@ -54,6 +57,7 @@ class AdapterEntry:
     is_embedding: bool = False
     module: str = ""
     part: Part | None = None
+    wrapped: Wrapped | None = None
 
 
 def plan_adapter(base: CheckpointInfo, adapter: CheckpointInfo) -> tuple[dict[str, AdapterEntry], list[str]]:
@@ -61,14 +65,15 @@ def plan_adapter(base: CheckpointInfo, adapter: CheckpointInfo) -> tuple[dict[st
     problems = _check_config(adapter.config)
     if not adapter.tensors:
         problems.append("the adapter holds no tensors")
-    named = {key: _named(key) for key in adapter.tensors}
-    renamed = _renamed(base, {parameter for parameter, _ in named.values()})
+    wrapped = _wrapped(base, adapter.config, problems)
+    named = {key: _named(key, wrapped) for key in adapter.tensors}
+    renamed = _renamed(base, {parameter for parameter, _, _ in named.values()})
     entries: dict[str, AdapterEntry] = {}
-    for key, (parameter, factor) in named.items():
+    for key, (parameter, factor, own) in named.items():
         parts = renamed.get(parameter, ())
         if parameter in base.tensors:
             targets: dict[str, Part | None] = {parameter: None}
-        elif factor and not (len(parts) == 1 and parts[0].is_whole):
+        elif factor and own is None and not (len(parts) == 1 and parts[0].is_whole):
             problems.append(_unknown(key, parameter, base, len(parts)))
             continue
         else:
@@ -77,7 +82,7 @@ def plan_adapter(base: CheckpointInfo, adapter: CheckpointInfo) -> tuple[dict[st
             problems.append(_unknown(key, parameter, base, 0))
         for target, part in targets.items():
             known = entries.get(target, AdapterEntry(module=parameter.removesuffix(".weight")))
-            entries[target] = _extended(known, key, factor, part, adapter)
+            entries[target] = _extended(replace(known, wrapped=own), key, factor, part, adapter)
     for target, entry in entries.items():
         if entry.a or entry.b or entry.magnitude:
             entries[target] = _with_scale(target, entry, base, adapter, problems)
@@ -92,13 +97,27 @@ def plan_adapter(base: CheckpointInfo, adapter: CheckpointInfo) -> tuple[dict[st
     return entries, problems
 
 
-def _named(key: str) -> tuple[str, str]:
-    """(parameter of the module, field of the entry that the key fills; '' for ``whole``)."""
+def _wrapped(base: CheckpointInfo, config: Mapping[str, Any], problems: list[str]) -> Mapping[str, Wrapped]:
+    """Parameters with factors of their own; problems are appended."""
+    targets = config.get("target_parameters")
+    if not targets:
+        return {}
+    found = wrapped_parameters(base, targets)
+    if not found:
+        why = "the base's config.json names no model that transformers knows" if found is None else "the model has none"
+        problems.append(f"target_parameters {sorted(targets)} must be parameters of the base's model, but {why}")
+    problems += [f"target_parameters: {w.name!r} {w.problem}" for w in (found or {}).values() if w.problem]
+    return found or {}
+
+
+def _named(key: str, wrapped: Mapping[str, Wrapped]) -> tuple[str, str, Wrapped | None]:
+    """(parameter, field of the entry that the key fills; '' for ``whole``, the parameter if it has factors of its own)."""
     name = key.removeprefix(PREFIX)
     found = FACTOR.fullmatch(name)
     if found is None:
-        return re.sub(r"\.(base_layer|modules_to_save(\.default)?|original_module)(?=\.)", "", name), ""
-    return f"{found['module']}.weight", found["factor"]
+        return re.sub(r"\.(base_layer|modules_to_save(\.default)?|original_module)(?=\.)", "", name), "", None
+    own = wrapped.get(found["module"])
+    return f"{found['module']}.weight" if own is None else own.name, found["factor"], own
 
 
 def _extended(known: AdapterEntry, key: str, factor: str, part: Part | None, adapter: CheckpointInfo) -> AdapterEntry:
@@ -107,7 +126,7 @@ def _extended(known: AdapterEntry, key: str, factor: str, part: Part | None, ada
     is_embedding = known.is_embedding or "embedding" in factor
     transpose = is_embedding or bool(adapter.config.get("fan_in_fan_out"))
     change: dict[str, Any] = {{"A": "a", "B": "b", "r": "magnitude"}[factor[-1]]: key}
-    return replace(known, is_embedding=is_embedding, transpose=transpose, **change)
+    return replace(known, is_embedding=is_embedding, transpose=transpose, part=part, **change)
 
 
 def _renamed(base: CheckpointInfo, parameters: Iterable[str]) -> dict[str, tuple[Part, ...]]:
@@ -153,18 +172,26 @@ def _with_scale(
         problems.append(f"tensor {target!r} must have both factors, A and B; found only one")
         return entry
     a, b = adapter.tensors[entry.a].shape, adapter.tensors[entry.b].shape
-    shape = base.tensors[target].shape
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != (shape[::-1] if entry.transpose else shape):
+    shape, own = base.tensors[target].shape, entry.wrapped
+    if own is not None and entry.part is None and shape != own.shape:
         problems.append(
-            f"tensor {target!r}: factors B {list(b)} and A {list(a)} do not give the base's shape {list(shape)}"
+            f"tensor {target!r} must have the shape {list(own.shape)} of the parameter, found {list(shape)}"
         )
         return entry
-    config, module = adapter.config, entry.module
+    n, sizes = (1, shape[::-1] if entry.transpose else shape) if own is None else (own.n_experts, own.sizes)
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (b[0], a[1]) != sizes:
+        stack = f" of {n} experts" if n > 1 else ""
+        problems.append(
+            f"tensor {target!r}: factors B {list(b)} and A {list(a)}{stack} do not give the base's shape {list(sizes)}"
+        )
+        return entry
+    config, module = adapter.config, entry.module if own is None else own.name
     r = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if r != a[0] or not isinstance(alpha, int | float):
+    if not isinstance(r, int) or r * n != a[0] or not isinstance(alpha, int | float):
+        stack = f" for {n} experts" if n > 1 else ""
         problems.append(
-            f"tensor {target!r}: adapter_config.json says r={r!r}, lora_alpha={alpha!r}, the factors have rank {a[0]}"
+            f"tensor {target!r}: adapter_config.json says r={r!r}, lora_alpha={alpha!r}, the factors have rank {a[0]}{stack}"
         )
         return entry
     n_norms = shape[1] if entry.transpose else shape[0]

@@ -11,26 +11,33 @@ __all__ = ["ByteCache"]
 
 
 class ByteCache:
-    """Tensors by key, the least recently used dropped once `limit` bytes are held."""
+    """Tensors by key, the least recently used dropped once `limit` bytes are held.
+
+    What is asked for in one order, again and again, would push itself out where it does not fit: a caller that knows so
+    keeps a part of it, and lets the rest pass by.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
         self._entries: OrderedDict[Hashable, list[Tensor]] = OrderedDict()
+        self._passing: tuple[Hashable, dict[Hashable, list[Tensor]]] = (None, {})
 
     def get(self, key: Hashable) -> list[Tensor] | None:
         found = self._entries.get(key)
         if found is not None:
             self._entries.move_to_end(key)
-        return found
+        return self._passing[1].get(key) if found is None else found
 
     def drop(self, key: Hashable) -> None:
         """Forget an entry, if it is there."""
+        self._passing[1].pop(key, None)
         if key in self._entries:
             self.held -= _bytes(self._entries.pop(key))
 
     def put(self, key: Hashable, value: list[Tensor]) -> None:
         size = _bytes(value)
+        self._passing[1].pop(key, None)
         if size > self.limit:
             return
         self.drop(key)
@@ -38,6 +45,12 @@ class ByteCache:
         self.held += size
         while self.held > self.limit:
             self.held -= _bytes(self._entries.popitem(last=False)[1])
+
+    def hold(self, key: Hashable, value: list[Tensor], turn: Hashable) -> None:
+        """Keep an entry beside all others, and only until one of another turn comes."""
+        if self._passing[0] != turn:
+            self._passing = (turn, {})
+        self._passing[1][key] = value
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

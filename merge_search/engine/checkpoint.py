@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from merge_search.engine.adapter import AdapterEntry, plan_adapter
+from merge_search.engine.adapter_parameters import Wrapped, parameter_delta
 from merge_search.engine.headers import CheckpointInfo, read_checkpoint
 from merge_search.engine.layout import is_mergeable, name_groups
 from merge_search.engine.vocabulary import RowMap, Vocabulary, compare, is_vocabulary_tensor, read_vocabulary, row_map
@@ -31,6 +32,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+_KEPT_DELTAS = 2  # of stacked experts, each shared by many tensors: a block's two stacks lie side by side in a file
 _READ_BYTES = 2**26  # a system call reads less than 2 GiB
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -124,6 +126,7 @@ class Expert:
         self.notes: list[str] = []
         self._rows: dict[str, RowMap] = {}
         self._adapter: dict[str, AdapterEntry] = {}
+        self._deltas: dict[str, Tensor] = {}
         if self.info.is_adapter:
             self._adapter, problems = plan_adapter(base.info, self.info)
             if problems:
@@ -194,8 +197,21 @@ class Expert:
             base = (whole if entry.part is None else entry.part.of(whole)).to(base.dtype)
         if not entry.a:
             return base
+        if entry.wrapped is not None:
+            delta = self._parameter_delta(entry, entry.wrapped, base.dtype)
+            return base + (delta if entry.part is None else entry.part.of(delta))
         magnitude = self.checkpoint.tensor(entry.magnitude) if entry.magnitude else None
         return lora_weight(base, self.checkpoint.tensor(entry.a), self.checkpoint.tensor(entry.b), entry, magnitude)
+
+    def _parameter_delta(self, entry: AdapterEntry, wrapped: Wrapped, dtype: torch.dtype) -> Tensor:
+        """What is added to a parameter, rounded to its dtype first, as peft does; the last ones are kept: tensors share them."""
+        found = self._deltas.pop(entry.a, None)
+        if found is None:
+            a, b = self.checkpoint.tensor(entry.a), self.checkpoint.tensor(entry.b)
+            found = parameter_delta(a, b, wrapped, entry.scale).to(dtype)
+        if entry.part is not None:
+            self._deltas = {**dict(list(self._deltas.items())[1 - _KEPT_DELTAS :]), entry.a: found}
+        return found
 
 
 def lora_weight(base: Tensor, a: Tensor, b: Tensor, entry: AdapterEntry, magnitude: Tensor | None = None) -> Tensor:

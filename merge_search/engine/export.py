@@ -10,16 +10,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from merge_search.engine.checkpoint import DTYPES, dtype_name, raw_bytes
 from merge_search.engine.fused import is_finite
-from merge_search.engine.hashing import HashInTurn
+from merge_search.engine.hashing import CHUNK_BYTES, HashInTurn
 from merge_search.engine.headers import DTYPE_BITS, CheckpointInfo, natural_key, read_checkpoint, read_json
 from merge_search.engine.layout import is_mergeable
 from merge_search.errors import InputError, NonFiniteError, WeightsError
@@ -142,11 +146,11 @@ def _write_tensors(
 ) -> None:
     shards = _cut(entries, shard_bytes)
     names = _shard_names(len(shards))
-    places: dict[str, tuple[BinaryIO, int, _Entry]] = {}
-    files: list[BinaryIO] = []
+    places: dict[str, tuple[RawIOBase, int, _Entry]] = {}
+    files: list[RawIOBase] = []
     try:
         for name, shard in zip(names, shards, strict=True):
-            files.append((folder / name).open("wb"))
+            files.append((folder / name).open("wb", buffering=0))
             places.update(_lay_out(files[-1], shard))
         _fill(places, tensors, written)
     finally:
@@ -176,7 +180,7 @@ def _shard_names(n: int) -> list[str]:
     return ["model.safetensors"] if n == 1 else [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
 
 
-def _lay_out(file: BinaryIO, shard: list[_Entry]) -> dict[str, tuple[BinaryIO, int, _Entry]]:
+def _lay_out(file: RawIOBase, shard: list[_Entry]) -> dict[str, tuple[RawIOBase, int, _Entry]]:
     """Write the header and make room for the data; the place of every tensor."""
     # safetensors' canonical order: wide dtypes first (so that data is aligned), its own rank within a width, names.
     ranks = list(DTYPE_BITS)
@@ -188,13 +192,13 @@ def _lay_out(file: BinaryIO, shard: list[_Entry]) -> dict[str, tuple[BinaryIO, i
         position += e.n_bytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    deque(_write(file, len(text).to_bytes(8, "little") + text), maxlen=0)
     file.truncate(8 + len(text) + position)
     return {e.name: (file, 8 + len(text) + header[e.name]["data_offsets"][0], e) for e in shard}
 
 
 def _fill(
-    places: dict[str, tuple[BinaryIO, int, _Entry]], tensors: Iterable[tuple[str, Tensor]], written: HashInTurn
+    places: dict[str, tuple[RawIOBase, int, _Entry]], tensors: Iterable[tuple[str, Tensor]], written: HashInTurn
 ) -> None:
     """Each tensor to its place; those that come in the order of names are hashed on the way."""
     left = dict(places)
@@ -214,13 +218,26 @@ def _fill(
                 f"export: {name!r} must be finite, found NaN or infinity as {entry.dtype}; nothing was written"
             )
         file.seek(position)
-        data = raw_bytes(tensor)
-        file.write(data)
-        written.add(name, entry.dtype, entry.shape, [data])
+        passing = _write(file, raw_bytes(tensor))
+        if written.is_next(name):
+            written.add(name, entry.dtype, entry.shape, passing)
+        else:
+            deque(passing, maxlen=0)
     if left:
         raise WeightsError(
             f"export: {len(left)} tensors of the base were not given ({', '.join(list(left)[:3])}); nothing was written"
         )
+
+
+def _write(file: RawIOBase, data: NDArray[np.uint8] | bytes) -> Iterator[memoryview]:
+    """Write in pieces, each handed on while it is still in the processor's cache."""
+    view: memoryview = data.data if isinstance(data, np.ndarray) else memoryview(data)
+    for start in range(0, len(view), CHUNK_BYTES):
+        piece = view[start : start + CHUNK_BYTES]
+        done = 0
+        while done < len(piece):
+            done += file.write(piece[done:]) or 0
+        yield piece
 
 
 # ---------------------------------------------------------------------------------------------- other files

@@ -22,7 +22,8 @@ __all__ = ["HashInTurn", "HashedReader", "WeightsHash", "hash_checkpoint", "hash
 CHUNK_BYTES = 1 << 18  # small enough to be still in the processor's cache when it is hashed
 # What of an adapter's config changes the expert that it makes.
 ADAPTER_KEYS = (
-    "alpha_pattern", "bias", "fan_in_fan_out", "lora_alpha", "modules_to_save", "r", "rank_pattern", "use_dora", "use_rslora",
+    "alpha_pattern", "bias", "fan_in_fan_out", "lora_alpha", "modules_to_save", "r", "rank_pattern",
+    "target_parameters", "use_dora", "use_rslora",
 )  # fmt: skip
 _known: dict[tuple[object, ...], str] = {}  # of unchanged files, for as long as the process lives
 

@@ -16,7 +16,7 @@ from merge_search.engine.headers import CheckpointInfo
 from merge_search.engine.views import affine
 from merge_search.errors import WeightsError
 
-__all__ = ["Part", "parts_on_disk"]
+__all__ = ["Part", "parts_on_disk", "skeleton"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def parts_on_disk(base: CheckpointInfo, parameters: Iterable[str]) -> dict[str, 
     Cost: a model without weights, 8 bytes per element of one parameter at a time.
     """
     wanted = list(parameters)
-    model = _skeleton(base) if wanted else None
+    model = skeleton(base) if wanted else None
     if model is None:
         return {}
     from transformers.core_model_loading import revert_weight_conversion
@@ -71,7 +71,7 @@ def _part(name: str, address: torch.Tensor, parameter: torch.Tensor) -> Part:
     return Part(name, tuple(address.shape), tuple(strides), first, parameter.numel(), torch.equal(address, parameter))
 
 
-def _skeleton(base: CheckpointInfo) -> Any:
+def skeleton(base: CheckpointInfo) -> Any:
     """The base's model on the meta device; None where transformers does not know it."""
     import transformers
 

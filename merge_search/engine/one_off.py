@@ -12,7 +12,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.assess import load, measure_of
+from merge_search.engine.buffers import Buffers
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.facts import ByteCache, Facts, Scope
-from merge_search.engine.feed import Feed, Read
+from merge_search.engine.feed import Feed
 from merge_search.engine.fused import Runner
 from merge_search.engine.order import EXACT_LIMIT, Keep, Table
 from merge_search.engine.pipeline import Pass, output_dtype
@@ -40,6 +41,7 @@ _AHEAD = 1  # tensors read before their turn, or merged and not taken yet
 _CACHE_BYTES = 2**30
 _LOOPS_FROM = 2**23  # parameters: below, a loop that was never compiled costs more than it saves
 _LONG = 2**14  # elements
+_NEARLY = 0.9  # of the tensors are no longer than one that is nearly the longest
 
 
 class OneOffEngine(MergeEngine):
@@ -48,16 +50,16 @@ class OneOffEngine(MergeEngine):
     Args:
         tensors: A pool made with ``once=True``.
         threads: Tensors merged at a time, where that changes no bit; None: as many as torch has threads, four at most.
-    Memory: base, experts and result of the largest tensors, `threads` + 2 of them, and float32 chunks.
+    Memory: base, experts and result of `threads` + 2 tensors, or of one that is longer than those; and float32 chunks.
     """
 
     def __init__(self, tensors: ModelPool, *, threads: int | None = None) -> None:
         super().__init__(tensors, compile=False)
-        self._pool = tensors
+        self._pool, self._buffers = tensors, Buffers()
         self._facts = OneOffFacts(tensors)
-        if tensors.device.type == "cpu":
-            size = sum(math.prod(tensors.base_info.tensors[n].shape) for n in tensors.groups)
-            self._runner = LoopRunner() if size >= _LOOPS_FROM else self._runner
+        self._sizes = {n: tensors.base_info.tensors[n].n_elements for n in tensors.groups}
+        if tensors.device.type == "cpu" and sum(self._sizes.values()) >= _LOOPS_FROM:
+            self._runner = LoopRunner()
         self._planner = Planner(tensors, runner=self._runner)
         self._planner.facts = self._facts
         if threads is None:
@@ -70,7 +72,7 @@ class OneOffEngine(MergeEngine):
         """As `MergeEngine.merged`: the same bits, in the order of names. At its end `ModelPool.hashes` costs nothing."""
         self._require(recipe)
         names = sorted(self.tensors.groups)
-        feed, several = Feed(self._pool), self._threads > 1 and is_element_wise(recipe)
+        feed, several = Feed(self._pool, self._buffers), self._threads > 1 and is_element_wise(recipe)
         try:
             yield from self._several(recipe, names, feed) if several else self._one_by_one(recipe, names, feed)
             feed.finish()
@@ -78,20 +80,25 @@ class OneOffEngine(MergeEngine):
             feed.close()
 
     @torch.no_grad()
-    def _merge(self, recipe: Recipe, name: str, asked: Sequence[Future[Read]], feed: Feed) -> Tensor:
-        reads = [future.result() for future in asked]
-        base = reads[0].tensor
+    def _merge(self, recipe: Recipe, name: str, asked: Sequence[Future[Tensor | None]]) -> Tensor:
+        base, *own = (future.result() for future in asked)
         assert base is not None
-        with self._pool.holding(name, [base if r.tensor is None else r.tensor for r in reads]):
-            out = torch.empty(base.shape, dtype=output_dtype(recipe, base), device=self.tensors.device)
+        with self._pool.holding(name, [base, *(base if t is None else t for t in own)]):
+            out = self._empty(base.shape, output_dtype(recipe, base))
             self._merge_into(recipe, name, out)
-        if is_element_wise(recipe):  # no step of it keeps a tensor that it has read
-            feed.give_back(reads)
         return out
 
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        device = self.tensors.device
+        return (
+            self._buffers.tensor(shape, dtype)
+            if device.type == "cpu"
+            else torch.empty(shape, dtype=dtype, device=device)
+        )
+
     def _one_by_one(self, recipe: Recipe, names: Sequence[str], feed: Feed) -> Iterator[tuple[str, Tensor]]:
-        for name, asked in _ahead(((name, feed.ask(name)) for name in names), _AHEAD):
-            out = self._merge(recipe, name, asked, feed)
+        for name, asked in _ahead(names, feed.ask, _AHEAD, self._sizes):
+            out = self._merge(recipe, name, asked)
             asked.clear()
             yield name, out
             self._facts.stored = ByteCache(_CACHE_BYTES)  # scores of this tensor are not needed again
@@ -104,26 +111,31 @@ class OneOffEngine(MergeEngine):
         pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
 
         def submit(name: str) -> Future[Tensor]:
-            return pool.submit(self._merge, recipe, name, feed.ask(name), feed)
+            return pool.submit(self._merge, recipe, name, feed.ask(name))
 
         try:
             if recipe.select.scope == "model":  # one thread finds what all tensors share
                 yield names[0], submit(names[0]).result()
                 names = names[1:]
-            for name, future in _ahead(((name, submit(name)) for name in names), self._threads + _AHEAD):
+            for name, future in _ahead(names, submit, self._threads + _AHEAD, self._sizes):
                 yield name, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(before)
 
 
-def _ahead(items: Iterable[T], n: int) -> Iterator[T]:
-    """The same items, each taken `n` before it is given."""
-    waiting: deque[T] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > n:
+def _ahead(names: Iterable[str], take: Callable[[str], T], n: int, sizes: Mapping[str, int]) -> Iterator[tuple[str, T]]:
+    """What is taken for each name, in their order, up to `n` before it is given.
+
+    Of very long ones fewer are taken ahead: together no more than the longest by itself, or n + 1 of nearly the longest.
+    """
+    longest = sorted(sizes.values())
+    limit = max(longest[-1], (n + 1) * longest[int(_NEARLY * (len(longest) - 1))])
+    waiting: deque[tuple[str, T]] = deque()
+    for name in names:
+        while waiting and (len(waiting) > n or sizes[name] + sum(sizes[w] for w, _ in waiting) > limit):
             yield waiting.popleft()
+        waiting.append((name, take(name)))
     while waiting:
         yield waiting.popleft()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["Transfers"]
+
+_log = logging.getLogger(__name__)
 
 
 class _Moved(NamedTuple):
@@ -23,11 +26,15 @@ class Transfers:
 
     On a GPU copies run on a stream of their own, beside the merge. The host waits for what used the last name before the
     name after next begins to move, so that the memory of two names is all that is taken, however far the host is ahead.
+    A name for which there is no room ahead moves when it is asked for, in the place of the one before.
 
     Args:
         read: Name -> base and experts in host memory, page-locked if copies are to overlap; one object where an expert
             shares the base's tensor, and so on the device.
         device: Where they go.
+    Raises:
+        torch.OutOfMemoryError, or RuntimeError on a CPU: there is no room for the one name that is asked for. What was
+        held is let go by the next call.
     For one thread.
     """
 
@@ -37,10 +44,16 @@ class Transfers:
         self._after: dict[str, str] = {}
         self._there: dict[str, _Moved] = {}
         self._used = ""
+        self._is_short = False
 
     def expect(self, names: Sequence[str]) -> None:
-        """In which order names will be asked for; empty: nothing is moved before it is asked for."""
+        """In which order names will be asked for. All that is on the device is let go, but the first of them if it is there.
+
+        Empty: nothing is moved before it is asked for.
+        """
         self._after = dict(pairwise(names))
+        self._there = {n: self._there[n] for n in names[:1] if n in self._there}
+        self._used = ""
 
     def get(self, name: str) -> list[Tensor]:
         """Base and experts on the device, for use on its current stream. Do not write into them."""
@@ -58,7 +71,19 @@ class Transfers:
         self._admit(self._there[name])
         self._used = name
         if (following := self._after.get(name)) is not None:
-            self._there[following] = self._move(following)
+            self._move_ahead(following)
+
+    def _move_ahead(self, name: str) -> None:
+        try:
+            self._there[name] = self._move(name)
+        except (RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is a RuntimeError
+            if not _is_memory_error(error):
+                raise
+            if not self._is_short:
+                _log.info(
+                    "%s: no room for two tensors at a time, so some are copied when their turn comes", self._device
+                )
+            self._is_short = True
 
     def _move(self, name: str) -> _Moved:
         own = self._read(name)
@@ -76,3 +101,7 @@ class Transfers:
         stream.wait_event(moved.event)
         for tensor in moved.tensors:
             tensor.record_stream(stream)
+
+
+def _is_memory_error(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)  # a CPU's

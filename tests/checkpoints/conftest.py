@@ -87,6 +87,11 @@ def build_model(kind: str, **config: Any) -> Any:
         return tf.GPT2LMHeadModel(tf.GPT2Config(**small, **config))
     if kind == "mixtral":
         return tf.MixtralForCausalLM(tf.MixtralConfig(**causal, num_local_experts=3, num_key_value_heads=1, **config))
+    if kind == "gpt_oss":
+        head = {"head_dim": 8, "num_key_value_heads": 1, "layer_types": ["full_attention"] * 2}
+        return tf.GptOssForCausalLM(
+            tf.GptOssConfig(**causal, **head, num_local_experts=3, num_experts_per_tok=2, **config)
+        )
     if kind == "gpt_neox":
         return tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**causal, **config))
     if kind == "bert":

@@ -19,7 +19,11 @@ from merge_search.engine.pool import ModelPool
 from merge_search.errors import WeightsError
 from merge_search.recipe import Models
 
-PEFT_WARNS = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:.*is_gradient_checkpointing:FutureWarning")
+PEFT_WARNS = pytest.mark.filterwarnings(
+    "ignore::UserWarning",
+    "ignore:.*is_gradient_checkpointing:FutureWarning",
+    "ignore:.*_pattern keys did not match any targeted module:RuntimeWarning",  # of parameters, which it does match
+)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -119,6 +123,20 @@ RENAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox, head saved whole": ("gpt_neox", {"r": 2, "target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]}),
     "mixtral, fused experts saved whole": ("mixtral", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
     "mixtral, router saved whole": ("mixtral", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["gate"]}),
+    "mixtral, stacked experts and router": (
+        "mixtral", {"r": 2, "lora_alpha": 5, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]},
+    ),
+    "mixtral, one stack, patterns of parameters": (
+        "mixtral",
+        {
+            "r": 3, "target_modules": [], "target_parameters": ["gate_up_proj"],
+            "rank_pattern": {"layers.1.mlp.experts.gate_up_proj": 1}, "alpha_pattern": {"layers.0.mlp.experts.gate_up_proj": 7},
+        },
+    ),
+    "gpt_oss, experts stored the other way": (
+        "gpt_oss", {"r": 2, "lora_alpha": 3, "use_rslora": True, "target_modules": ["v_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ),
+    "llama, parameters of linear layers": ("llama", {"r": 2, "lora_alpha": 3, "target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"]}),
 }  # fmt: skip
 
 
@@ -153,22 +171,6 @@ def test_an_adapter_of_modules_with_other_names_on_disk_gives_the_bits_of_pefts_
         assert (bits(expert.tensor(name)) != bits(expert.base.tensor(name))) == (name in changed)
 
 
-@PEFT_WARNS
-def test_factors_of_fused_experts_are_refused_by_name(save_model, tmp_path: Path) -> None:
-    import peft
-    import transformers
-
-    base = save_model("mixtral")
-    fused = ["mlp.experts.gate_up_proj"]
-    model = transformers.MixtralForCausalLM.from_pretrained(base)
-    peft.get_peft_model(
-        model, peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=fused)
-    ).save_pretrained(tmp_path / "adapter")
-    text = "\n".join(check_models(base, {"x": tmp_path / "adapter"}))
-    assert "adapters with target_parameters are not supported; merge it with peft's merge_and_unload" in text
-    assert "layers.0.mlp.experts.lora_A.weight" in text
-
-
 def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
@@ -185,14 +187,43 @@ def test_adapters_that_cannot_be_mapped_are_refused_with_every_reason(save_model
     }
     other = {"base_model.model.vision.q.lora_A.weight": torch.ones(2, 16)}
     save_file({**factors, **head, **other}, adapter / "adapter_model.safetensors")
-    edit_json(adapter / "adapter_config.json", target_parameters=["x"], init_lora_weights="pissa_niter_4", r=3)
+    edit_json(adapter / "adapter_config.json", lora_bias=True, init_lora_weights="pissa_niter_4", r=3)
     text = "\n".join(check_models(base, {"x": adapter}))
-    assert "adapters with target_parameters are not supported" in text
+    assert "adapters with lora_bias are not supported" in text
     assert "init_lora_weights='pissa_niter_4' changes the base's own weights" in text
     assert "ties its head to the embedding" in text
     assert "'vision.q.weight', but neither the base's files nor the model" in text
     with pytest.raises(WeightsError, match="says r=3, lora_alpha=8, the factors have rank 2"):
         Expert(Checkpoint(base), adapter)
+
+
+@PEFT_WARNS
+def test_factors_of_parameters_that_do_not_fit_are_refused_with_every_reason(save_model, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    base, adapter = save_model("mixtral"), tmp_path / "adapter"
+    options: dict[str, Any] = {"r": 2, "target_modules": [], "target_parameters": ["experts.gate_up_proj"]}
+    peft.get_peft_model(
+        transformers.MixtralForCausalLM.from_pretrained(base), peft.LoraConfig(**options)
+    ).save_pretrained(adapter)
+    assert check_models(base, {"x": adapter}) == []
+    hashed = hash_folder(adapter)
+    edit_json(adapter / "adapter_config.json", r=3)
+    text = "\n".join(check_models(base, {"x": adapter}))
+    assert "says r=3, lora_alpha=8, the factors have rank 6 for 3 experts" in text
+    edit_json(adapter / "adapter_config.json", r=2, target_parameters=["experts.down_proj"])
+    assert hash_folder(adapter) != hashed
+    text = "\n".join(check_models(base, {"x": adapter}))
+    assert "factors B [48, 6] and A [6, 16] of 3 experts do not give the base's shape [16, 24]" in text
+    edit_json(adapter / "adapter_config.json", target_parameters=["experts.other"])
+    text = "\n".join(check_models(base, {"x": adapter}))
+    assert "target_parameters ['experts.other'] must be parameters of the base's model, but the model has none" in text
+    edit_json(adapter / "adapter_config.json", target_parameters=["input_layernorm.weight"])
+    assert "has 1 dimensions, where peft adapts 2 or 3" in "\n".join(check_models(base, {"x": adapter}))
+    edit_json(base / "config.json", architectures=["MyOwnModel"])
+    text = "\n".join(check_models(base, {"x": adapter}))
+    assert "but the base's config.json names no model that transformers knows" in text
 
 
 def test_another_kind_of_adapter_is_refused(save_model, tmp_path: Path) -> None:
