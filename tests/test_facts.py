@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from merge_search.engine import balanced, facts
+from merge_search.engine.assess import cki
 from merge_search.engine.assess.cki import entropy
 from merge_search.engine.balanced import balanced_masks, counts_of
 from merge_search.engine.byte_cache import ByteCache
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.facts import Facts, Scope
+from merge_search.engine.fused import Runner
 from merge_search.engine.memory import MemoryTensors
 from merge_search.engine.pipeline import SHORT_RANKS
 from merge_search.engine.ranks import row_ranks
@@ -134,3 +136,80 @@ def test_samples_are_evenly_spaced_and_kept(shape):
     assert torch.equal(base, models.base("w").reshape(-1)[::step])
     assert torch.equal(b, models.expert("b", "w").reshape(-1)[::step])
     assert samples.entries("w", ["a", "b"])[2].data_ptr() == samples.entries("w", ["b"])[1].data_ptr()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("count", [2, 3])
+def test_kept_softmax_weights_give_the_bits_of_those_made_in_the_pass(compile, count):
+    generator = torch.Generator().manual_seed(count)
+    base = {"w": torch.randn(40, 33, generator=generator).bfloat16()}
+    experts = {f"e{i}": {"w": base["w"] + 0.1 * torch.randn(40, 33, generator=generator)} for i in range(count)}
+    experts["e0"]["w"][:3] = base["w"][:3].float()
+    models = MemoryTensors(base, experts)
+    engine = MergeEngine(models, compile=compile)
+    score, kinds = {"measure": "cki", "options": {"kind": "recommender"}}, []
+    for coefficient, temperature in ((0.5, 1.0), (0.6, 1.0), (0.7, 1.0), (0.7, 0.01), (0.8, 0.01), (0.8, 1.0)):
+        splice = {"kind": "softmax", "temperature": temperature, "score": score}
+        made = preset("cki_recommender", models.models, coefficients=coefficient, splice=splice)
+        kinds.append(engine._planner.plan(made, "w").structure.splice)
+        (found,) = dict(engine.merged(made)).values()
+        (expected,) = dict(MergeEngine(models, compile=False).merged(made)).values()
+        assert torch.equal(found, expected)
+    assert kinds == ["softmax", "score", "score", "softmax", "score", "softmax"]
+
+
+def test_of_what_does_not_fit_the_first_tensors_are_kept_and_the_others_pass_by():
+    models = tensors((8, 100))
+    names = [f"w{i}" for i in range(5)]
+    models = MemoryTensors(
+        {n: models.base("w") for n in names}, {e: {n: models.expert(e, "w") for n in names} for e in ("a", "b")}
+    )
+    made, each = Facts(models, cache_bytes=7000), 2 * 800 * 2  # int16
+    scope = Scope(("a", "b"), Select(kind="rank_probability", scope="row"), 0.0, 0)
+    first = {n: made.ranks(Assess(), scope, n) for n in names}
+    assert made.stored.held == 2 * each
+    again = {n: made.ranks(Assess(), scope, n) for n in names}
+    assert [again[n] is first[n] for n in names] == [True, True, False, False, False]
+    assert made.ranks(Assess(), scope, "w4") is again["w4"]  # held until it is another tensor's turn
+    assert all(torch.equal(x, y) for n in names for x, y in zip(first[n], again[n], strict=True))
+
+
+def test_the_disagreement_of_chunks_put_together_is_that_of_the_whole(monkeypatch):
+    generator = torch.Generator().manual_seed(4)
+    deltas = [0.1 * torch.randn(1000, generator=generator) + 3.0 for _ in range(3)]
+    alike = [torch.full((1000,), v) for v in (0.1, 0.2, 0.4)]
+    for chunk in (2000, 97):
+        monkeypatch.setattr(cki, "_CHUNK", chunk)
+        for (mean, spread), d in zip(cki._spreads(deltas), cki._local(deltas), strict=True):
+            assert mean == pytest.approx(float(d.double().mean()), rel=1e-12)
+            assert spread == pytest.approx(float(d.double().std(correction=0)), rel=1e-12)
+        assert [spread for _, spread in cki._spreads(alike)] == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_an_expert_that_left_a_tensor_alone_counts_in_the_variance(compile):
+    models = tensors((20, 30))
+    base, alone = {"w": models.base("w")}, {"c": {"w": models.base("w").clone()}}
+    models = MemoryTensors(base, {e: {"w": models.expert(e, "w")} for e in ("a", "b")} | alone)
+    runner = Runner(torch.device("cpu"), compile=compile)
+    scope = Scope(("a", "b", "c"), Select(), 0.0, 0)
+    made = Facts(models, cache_bytes=0, runner=runner).whole_scores(Assess(measure="variance"), scope, "w")
+    deltas = torch.stack([models.expert(e, "w").double() - base["w"].double() for e in ("a", "b", "c")])
+    expected = deltas.var(0, correction=0).reshape(-1)
+    assert len(made) == 2  # of the active experts
+    assert all(torch.allclose(a.double(), expected, rtol=1e-4, atol=1e-9) for a in made)
+
+
+@pytest.mark.parametrize("scope", ["row", "tensor"])
+def test_the_bound_of_keep_probabilities_holds_and_is_near(scope):
+    models = tensors((50, 40))
+    engine = MergeEngine(models, compile=False)
+    select = {"kind": "rank_probability", "scope": scope, "epsilon": 0.2}
+    made = preset("della", models.models, densities=0.3, coefficients=1.0, scale=1.0, select=select)
+    p = engine._planner.plan(made, "w")
+    (found,) = dict(engine.merged(made)).values()
+    deltas = [models.expert(e, "w") - models.base("w") for e in ("a", "b")]
+    limit = float(models.base("w").abs().max()) + sum(float(d.abs().max()) for d in deltas) / 0.1
+    assert float(found.abs().max()) <= p.bound <= 1.01 * limit
+    nothing = preset("della", models.models, densities=0.2, coefficients=1.0, select=select)
+    assert engine._planner.plan(nothing, "w").bound == math.inf

@@ -137,6 +137,31 @@ def test_halves_are_loaded_and_stored_as_torch_does():
     assert torch.equal(out.view(torch.int16), numbers.half().view(torch.int16))
 
 
+def test_several_results_are_stored_in_one_loop_and_only_as_float32():
+    x = torch.rand(1001, generator=torch.Generator().manual_seed(2))
+    one, other = torch.empty(2, 1001)
+    both = compile_loop(
+        lambda t, f, i, at: [t[0].float() * f[0], 1.0 / t[0].float()], [torch.bfloat16], torch.float32, 1, 0
+    )
+    both([one, other, x.bfloat16()], [0.3], [], 0)
+    assert torch.equal(one, x.bfloat16().float() * torch.tensor(0.3))
+    assert torch.equal(other, 1.0 / x.bfloat16().float())
+    with pytest.raises(Unsupported, match="several results"):
+        compile_loop(lambda t, f, i, at: [t[0], t[0]], [torch.float32], torch.bfloat16, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["cki_soft", "cki_hard", "cki_recommender"])
+def test_two_experts_have_loops_too(name):
+    tensors = models(torch.bfloat16)
+    del tensors._experts["c"], tensors.models.experts["c"]
+    engine = MergeEngine(tensors, compile=True)
+    for coefficient in (0.5, 0.6, 0.7):
+        made = preset(name, tensors.models, coefficients=coefficient)
+        expected = dict(MergeEngine(tensors, compile=False).merged(made))
+        assert all(torch.equal(out, expected[n]) for n, out in engine.merged(made))
+    assert not engine._runner._graphs
+
+
 def test_two_threads_give_the_bits_and_the_sums_of_one():
     x = torch.randn(2**19 + 77, generator=torch.Generator().manual_seed(1))
 

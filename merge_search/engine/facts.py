@@ -9,11 +9,10 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from merge_search.engine import stages
 from merge_search.engine.assess import AssessContext, load, measure_of
 from merge_search.engine.byte_cache import ByteCache
 from merge_search.engine.elementary import log
-from merge_search.engine.fused import scalars, sweep
+from merge_search.engine.fused import Runner, scalars
 from merge_search.engine.order import Table, TableBuilder
 from merge_search.engine.pipeline import SHORT_RANKS, Numbers, Pass, Source, Structure, Tensors, is_vector
 from merge_search.engine.ranks import delta_ranks, row_ranks
@@ -30,18 +29,18 @@ class Facts:
     """Measures tensors on demand and remembers.
 
     Args:
-        cache_bytes: For scores and ranks that are stored per element.
+        cache_bytes: For scores and ranks that are stored per element. runner: Makes scores; None: in chunks.
     """
 
-    def __init__(self, tensors: Tensors, *, cache_bytes: int) -> None:
+    def __init__(self, tensors: Tensors, *, cache_bytes: int, runner: Runner | None = None) -> None:
         self.tensors = tensors
+        self._runner = runner or Runner(tensors.device, compile=False)
         self.stored = ByteCache(cache_bytes)
         self._largest: dict[tuple[str, str], float] = {}
         self._largest_base: dict[str, float] = {}
         self._reduced: dict[Hashable, list[tuple[float, ...]]] = {}
         self._tables: dict[Hashable, dict[str, Table]] = {}
         self._offsets: dict[bool, dict[str, int]] = {}
-        self._elements: int | None = None
         self._asked: set[Hashable] = set()
         self._made_at: dict[Hashable, tuple[float, ...]] = {}  # coefficients that stored scores depend on
 
@@ -138,7 +137,8 @@ class Facts:
                 and scope.covers(self.tensors.base(name).shape)
             )
             reduced = self._pooled(assess, scope, name) if pooled else self._reduction(assess, scope, name)
-        values: list[float] = module.numbers(self.options(assess), reduced, len(scope.experts))
+        active = len(self.active(name, scope.experts))
+        values: list[float] = module.numbers(self.options(assess), reduced, len(scope.experts), active)
         return values
 
     def _reduction(self, assess: Assess, scope: Scope, name: str) -> list[tuple[float, ...]]:
@@ -221,41 +221,62 @@ class Facts:
 
         Of a measure that depends on the coefficients only the last scores are stored.
         """
-        options = tuple(sorted(self.options(assess).items()))
-        at = coefficients if "scaled" in dict(options).values() else ()
-        seed = scope.seed if assess.measure == "random" else 0
-        key = ("scores", assess.measure, options, scope.key(), seed, name, logarithm)
+        key, at = self.scores_key(assess, scope, name, logarithm=logarithm), self.depends_on(assess, coefficients)
         if self._made_at.get(key, at) != at:
             self.stored.drop(key)
         found = self.stored.get(key)
         if found is None:
-            found = self._made_scores(assess, scope, name, coefficients)
-            if logarithm:
-                found = [torch.cat([log(part) for part in torch.split(t, _CHUNK)]) for t in found]
-            self.stored.put(key, found)
+            if logarithm and measure_of(assess).cheap:
+                found = self.made(*self.assessment(assess, scope, name), form="log")
+            else:
+                found = self._made_scores(assess, scope, name, coefficients)
+                if logarithm:
+                    found = [torch.cat([log(part) for part in torch.split(t, _CHUNK)]) for t in found]
+            self.store(key, name, found)
             if at:
                 self._made_at[key] = at
         return found
 
+    def scores_key(self, assess: Assess, scope: Scope, name: str, *, logarithm: bool) -> Hashable:
+        """Where `scores` are stored."""
+        options = tuple(sorted(self.options(assess).items()))
+        seed = scope.seed if assess.measure == "random" else 0
+        return ("scores", assess.measure, options, scope.key(), seed, name, logarithm)
+
+    def depends_on(self, assess: Assess, coefficients: tuple[float, ...]) -> tuple[float, ...]:
+        """The coefficients, where the scores of a measure depend on them."""
+        return coefficients if "scaled" in self.options(assess).values() else ()
+
     def _made_scores(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...]) -> list[Tensor]:
         if measure_of(assess).cheap:
-            p, base, experts = self._assessment(assess, scope, name)
-            made = [torch.empty(base.numel(), device=self.tensors.device) for _ in p.experts]
-            for start, part in _assessed(p, base, experts, self.tensors.device):
-                for out, a in zip(made, part, strict=True):
-                    out[start : start + a.numel()] = a
-            return made
+            return self.made(*self.assessment(assess, scope, name))
         context = self.context(assess, scope, name, coefficients)
         scores = load(assess.measure).scores(context)
         return [t.to(torch.float32).broadcast_to(context.base.shape).reshape(-1) for t in scores]
 
+    def made(self, p: Pass, base: Tensor, experts: Sequence[Tensor], form: str = "") -> list[Tensor]:
+        """Scores of a pass over a whole tensor, in a form of `stages.assessed`: flat float32, new."""
+        made = [torch.empty(base.numel(), device=self.tensors.device) for _ in p.experts]
+        for start, part in self._runner.scores(p, base, experts, form):
+            for out, a in zip(made, part, strict=True):
+                out[start : start + a.numel()] = a
+        return made
+
+    def has_room(self, name: str, experts: int, itemsize: int = 4) -> bool:
+        """Whether values per element of this tensor and of all before it can be stored: as many tensors as fit are kept."""
+        end = self.offset(name, vectors=True) + self.tensors.base(name).numel()
+        return itemsize * end * experts <= self.stored.limit
+
+    def store(self, key: Hashable, name: str, found: list[Tensor]) -> None:
+        """What is made for every tensor: stored where there is room, else held until it is another tensor's turn."""
+        if self.has_room(name, len({id(t) for t in found}), max((t.itemsize for t in found), default=0)):
+            self.stored.put(key, found)
+        else:
+            self.stored.hold(key, found, name)
+
     def keeps(self, assess: Assess, scope: Scope, name: str) -> bool:
-        """Whether a cheap measure's scores are worth storing: dear, asked for before, and with room for those of all tensors."""
-        if not measure_of(assess).dear:
-            return False
-        if self._elements is None:
-            self._elements = sum(self.tensors.base(n).numel() for n in self.tensors.groups)
-        if 4 * self._elements * len(scope.experts) > self.stored.limit:
+        """Whether a cheap measure's scores are worth storing: dear, asked for before, and with room."""
+        if not measure_of(assess).dear or not self.has_room(name, len(scope.experts)):
             return False
         key = (assess.measure, tuple(sorted(self.options(assess).items())), scope.key(), name)
         if key in self._asked:
@@ -271,7 +292,8 @@ class Facts:
             return self.scores(assess, scope, name, coefficients)
         return self._made_scores(assess, scope, name, coefficients)
 
-    def _assessment(self, assess: Assess, scope: Scope, name: str) -> tuple[Pass, Tensor, list[Tensor]]:
+    def assessment(self, assess: Assess, scope: Scope, name: str) -> tuple[Pass, Tensor, list[Tensor]]:
+        """The pass that makes a measure's scores, and the flat tensors that it reads."""
         active = self.active(name, scope.experts)
         clip = self.clip(scope, name)
         source = self.source(assess)
@@ -300,8 +322,7 @@ class Facts:
     def tables(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()) -> dict[str, Table]:
         """Tables of the active experts of a tensor, or of the whole model if that is what is ranked together."""
         model = scope.select.scope == "model"
-        options = json.dumps(self.options(assess), sort_keys=True)
-        at = coefficients if "scaled" in options else ()
+        options, at = json.dumps(self.options(assess), sort_keys=True), self.depends_on(assess, coefficients)
         key = (
             assess.measure,
             options,
@@ -348,21 +369,20 @@ class Facts:
         if self.source(assess).kind == "given":
             yield 0, self.scores(assess, scope, name, coefficients)
             return
-        p, base, experts = self._assessment(assess, scope, name)
-        yield from _assessed(p, base, experts, self.tensors.device)
+        p, base, experts = self.assessment(assess, scope, name)
+        yield from self._runner.scores(p, base, experts)
 
     def ranks(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()) -> list[Tensor]:
         """Rank of every score within its row (scope ``row``) or tensor, 0 the largest. Flat, stored.
 
         Up to `SHORT_RANKS` a row they are int16, half as much to keep and to read; else float32.
         """
-        options = json.dumps(self.options(assess), sort_keys=True)
-        at = coefficients if "scaled" in options else ()
+        options, at = json.dumps(self.options(assess), sort_keys=True), self.depends_on(assess, coefficients)
         key = ("ranks", assess.measure, options, scope.key(), scope.select.scope, scope.seed, name, at)
         found = self.stored.get(key)
         if found is None:
             found = self._made_ranks(assess, scope, name, coefficients)
-            self.stored.put(key, found)
+            self.store(key, name, found)
         return found
 
     def _made_ranks(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...]) -> list[Tensor]:
@@ -376,13 +396,3 @@ class Facts:
         scores = self.whole_scores(assess, scope, name, coefficients)
         made = {id(a): row_ranks(a.reshape(shape), dtype).reshape(-1) for a in {id(a): a for a in scores}.values()}
         return [made[id(a)] for a in scores]
-
-
-def _assessed(
-    p: Pass, base: Tensor, experts: Sequence[Tensor], device: torch.device
-) -> Iterator[tuple[int, list[Tensor]]]:
-    """(position, scores of each expert) of every chunk."""
-    n = scalars(p.numbers, device)
-    for part, b, e, given, index in sweep(p, base, experts, device):
-        left = stages.survivors(p.structure, b.to(torch.float32), e, given, n, index)
-        yield part.start, left.a

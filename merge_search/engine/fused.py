@@ -14,6 +14,7 @@ import math
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ _COMPILE_FROM = 2**14  # shorter tensors: a call costs more than the pass
 _INTEGERS = frozenset({"stride", "cut", "cut2", "key1", "key2", "limit", "gate", "start", "columns"})
 _LOOP_FROM = 2**8
 _VOTES = "votes"
+_SCORES = "scores"
 WHOLE = frozenset({"rows"})  # given tensors that are not one value per element
 
 log = logging.getLogger(__name__)
@@ -142,6 +144,25 @@ class Runner:
         for part, b, e, given, index in sweep(p, base, experts, self.device):
             out[part] = stages.merge(p.structure, b, e, given, n, index)
 
+    def scores(self, p: Pass, base: Tensor, experts: Sequence[Tensor], form: str = "") -> Iterator[tuple[int, list[Tensor]]]:  # fmt: skip
+        """(position, `stages.assessed`, new and float32) of chunk after chunk."""
+        size, wanted = CHUNK * torch.get_num_threads(), (_SCORES, form)
+        has_loop = self._is_long(base) and self.device.type == "cpu"
+        if has_loop:
+            tensors = [*[torch.empty(0)] * len(p.experts), base, *experts, *self._given(p)]
+            has_loop = self._loop(p, wanted, tensors) is not None
+        if not has_loop:
+            n = scalars(p.numbers, self.device)
+            for part, b, e, given, index in sweep(p, base, experts, self.device):
+                yield part.start, stages.assessed(p.structure, b, e, given, n, index, form)
+            return
+        for start in range(0, base.numel(), size):
+            part = slice(start, start + size)
+            mine = replace(p, given={k: [t[part] for t in v] for k, v in p.given.items()})
+            made = [torch.empty(base[part].numel()) for _ in p.experts]
+            self._call(mine, [*made, base[part], *(e[part] for e in experts)], wanted)
+            yield start, made
+
     def sums(self, p: Pass, base: Tensor, experts: Sequence[Tensor], wanted: tuple[str, ...]) -> Tensor:
         """`sums.survivor_sums` of a whole tensor: shape (len(wanted), experts), float64, on the CPU."""
         if self._is_long(base):
@@ -158,24 +179,32 @@ class Runner:
             return float(self._call(p, [base, *experts, where], (_VOTES,)))
         return float(votes(p.structure, base, experts, p.given, scalars(p.numbers, self.device), where))
 
+    def _key(self, p: Pass, wanted: tuple[str, ...], tensors: Sequence[Tensor]) -> tuple[Layout, Hashable]:
+        """Names of the given tensors, and what loops and graphs are kept by; `tensors` with the given ones."""
+        names = tuple((name, len(values)) for name, values in sorted(p.given.items()))
+        numbers = tuple((k, len(v)) for k, v in sorted(p.numbers.items()))
+        return names, (p.structure, numbers, names, wanted, tuple(t.dtype for t in tensors))
+
+    def _given(self, p: Pass) -> list[Tensor]:
+        return [t.to(self.device) for _, values in sorted(p.given.items()) for t in values]
+
+    def _loop(self, p: Pass, wanted: tuple[str, ...], tensors: Sequence[Tensor]) -> Loop | None:
+        """The C loop of a pass on a CPU; None where it has none."""
+        names, key = self._key(p, wanted, tensors)
+        if key not in self._loops:
+            self._loops[key] = _loop(p, names, wanted, [t.dtype for t in tensors])
+        return self._loops[key]
+
     def _call(self, p: Pass, tensors: list[Tensor], wanted: tuple[str, ...]) -> Tensor:
         """Run the loop or graph of a pass: sums if any are `wanted`, else a merge into the first tensor."""
-        names = tuple((name, len(values)) for name, values in sorted(p.given.items()))
-        given = [t.to(self.device) for name, _ in names for t in p.given[name]]
-        key = (
-            p.structure,
-            tuple((k, len(v)) for k, v in sorted(p.numbers.items())),
-            names,
-            wanted,
-            tuple(t.dtype for t in tensors + given),
-        )
-        if self.device.type == "cpu":
-            if key not in self._loops:
-                self._loops[key] = _loop(p, names, wanted, [t.dtype for t in tensors + given])
-            if loop := self._loops[key]:
-                floats, integers = _numbers(p.numbers)
-                sums = loop([t if t.is_contiguous() else t.contiguous() for t in tensors + given], floats, integers, p.index)  # fmt: skip
-                return sums.reshape(len(wanted), -1) if wanted else sums
+        given = self._given(p)
+        if self.device.type == "cpu" and (loop := self._loop(p, wanted, tensors + given)):
+            floats, integers = _numbers(p.numbers)
+            sums = loop(
+                [t if t.is_contiguous() else t.contiguous() for t in tensors + given], floats, integers, p.index
+            )
+            return sums.reshape(len(wanted), -1) if loop.sums else sums
+        names, key = self._key(p, wanted, tensors + given)
         return self._call_graph(p, key, tensors, given, names, wanted)
 
     def _call_graph(self, p: Pass, key: Hashable, tensors: list[Tensor], given: list[Tensor], names: Layout, wanted: tuple[str, ...]) -> Tensor:  # fmt: skip
@@ -210,19 +239,22 @@ def _loop(p: Pass, names: Layout, wanted: tuple[str, ...], dtypes: list[torch.dt
     s, layout = p.structure, tuple((name, len(values)) for name, values in sorted(p.numbers.items()))
     _load_measures(s)
     floats, integers = _numbers(p.numbers)
-    reads, n_given = dtypes if wanted else dtypes[1:], sum(count for _, count in names)
+    written = s.experts if wanted[:1] == (_SCORES,) else 0 if wanted else 1
+    reads, n_given = dtypes[written:], sum(count for _, count in names)
 
     def body(tensors: Sequence[Tensor], f: Tensor, i: Tensor, index: Tensor) -> Sequence[Tensor]:
         base, experts, given = tensors[0], tensors[1 : 1 + s.experts], tensors[len(tensors) - n_given :]
         named, n = _unpacked(layout, names, given, f, i)
         if wanted == (_VOTES,):
             return [votes(s, base, experts, named, n, tensors[1 + s.experts])]
+        if wanted[:1] == (_SCORES,):
+            return stages.assessed(s, base, experts, named, n, index, wanted[1])
         if wanted:
             return survivor_sum_list(s, base, experts, named, n, index, wanted)
         return [stages.merge(s, base, experts, named, n, index)]
 
     try:
-        return compile_loop(body, reads, None if wanted else dtypes[0], len(floats), len(integers))
+        return compile_loop(body, reads, dtypes[0] if written else None, len(floats), len(integers))
     except Unsupported as error:
         log.info("no loop of one's own for %s, torch.compile makes one: %s", s, error)
         return None

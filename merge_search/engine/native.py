@@ -158,6 +158,8 @@ class _Writer:
             return f"!{x}" if dtype == torch.bool else f"~{x}"
         if name == "neg":
             return f"-{x}"
+        if name == "reciprocal" and dtype == torch.float32:
+            return f"{_literal(1, dtype)} / {x}"
         if name == "abs":
             return f"__builtin_fabsf({x})" if dtype == torch.float32 else f"({x} < 0 ? -{x} : {x})"
         if name in ("sign", "sgn"):
@@ -257,9 +259,10 @@ def compile_loop(
     """One loop that does what `function` does.
 
     Args:
-        function: (tensors, floats, integers, index) -> one tensor to store, or, if `out` is None, sums.
+        function: (tensors, floats, integers, index) -> tensors to store, or, if `out` is None, sums.
             Element-wise; `floats` and `integers` are one-dimensional tensors, `index` is 0-d.
-        dtypes: Of the tensors that are read. out: Of the tensor written, the first that the loop is called with.
+        dtypes: Of the tensors that are read. out: Of those written, the first that the loop is called with; float32 if
+            they are several.
     Raises:
         Unsupported: an operation has no C form here, or the compiler failed.
     """
@@ -296,6 +299,8 @@ def _source(
             writer.write(node)
     results: Any
     (results,) = (node.args[0] for node in graph.nodes if node.op == "output")
-    stored = writer.value(results[0], torch.float32) if out else ""
-    body = Body(writer.lines, stored, writer.sums)
-    return program(body, reads, Array("out", out) if out else None, floats, integers), len(writer.sums)
+    stored = [writer.value(result, torch.float32) for result in results] if out else []
+    if len(stored) > 1 and out != torch.float32:
+        raise Unsupported(f"several results in {out}")
+    outs = [Array("out" if len(stored) == 1 else f"out{place}", out) for place in range(len(stored)) if out]
+    return program(Body(writer.lines, stored, writer.sums), reads, outs, floats, integers), len(writer.sums)

@@ -16,9 +16,10 @@ from merge_search.engine.facts import Facts, Scope
 from merge_search.engine.fused import Runner
 from merge_search.engine.maps import n_rows, rows_of
 from merge_search.engine.masks import draw_limit, mask_keys
+from merge_search.engine.mixing import Mixtures
 from merge_search.engine.order import Table, dropped_count, kept_count
 from merge_search.engine.pipeline import Given, Numbers, Pass, Source, Structure, Tensors
-from merge_search.engine.settings import Known, TensorSettings, cuts
+from merge_search.engine.settings import Known, TensorSettings, cuts, largest_factors, ranked_together
 from merge_search.engine.survey import Samples, majority_sign, measure
 from merge_search.recipe import Assess, Recipe, value_for
 
@@ -36,8 +37,8 @@ class Planner:
     def __init__(self, tensors: Tensors, *, cache_bytes: int = 2**32, runner: Runner | None = None) -> None:
         self.tensors = tensors
         self._runner = runner or Runner(tensors.device, compile=False)
-        self.facts = Facts(tensors, cache_bytes=cache_bytes)
-        self._samples = Samples(self.facts)
+        self.facts = Facts(tensors, cache_bytes=cache_bytes, runner=self._runner)
+        self._samples, self._mixtures = Samples(self.facts), Mixtures(self.facts)
         self._allocations: dict[str, Allocation] = {}
         self._surveys: dict[Hashable, Any] = {}
         self._means: dict[Hashable, dict[str, float]] = {}
@@ -49,7 +50,8 @@ class Planner:
     def processing_order(recipe: Recipe) -> tuple[str, ...]:
         """Experts in the order in which they are added up.
 
-        By name, so that listing them otherwise changes no bit; as listed where the order means something.
+        By name, so that listing them otherwise changes no bit; as listed where the order means something. Under names
+        that sort otherwise the sums, and so the weights, may differ in their last bits.
         """
         measures = [recipe.assess, recipe.splice.score or recipe.assess]
         if recipe.select.exclusive or recipe.splice.kind == "argmax" or any(measure_of(m).ordered for m in measures):
@@ -150,13 +152,15 @@ class Planner:
     def _bound(self, recipe: Recipe, p: Pass) -> float:
         """What no merged element can exceed; infinite where weights are not known to lie in [0, 1]."""
         s, n = p.structure, p.numbers
-        if s.rescale == "probability" or s.rows or (s.splice == "coefficient" and min(n["coefficient"]) < 0):
+        if s.rows or (s.splice == "coefficient" and min(n["coefficient"]) < 0):
             return math.inf
         if s.splice in _MIXED and not measure_of(recipe.splice.score or recipe.assess).bounded:
             return math.inf
-        if s.splice == "softmax" and recipe.splice.temperature < 1e-30:
+        if recipe.splice.kind == "softmax" and recipe.splice.temperature < 1e-30:
             return math.inf
         rho = n.get("rho", [1.0] * s.experts)
+        if s.rescale == "probability":
+            rho = largest_factors(recipe, p)
         boost = n.get("boost", [1.0] * s.experts)
         parts = zip(n["coefficient"], rho, boost, p.experts, strict=True)
         delta = sum(abs(c * r * b) * self.facts.largest_delta(e, p.name) for c, r, b, e in parts)
@@ -208,7 +212,7 @@ class Planner:
         return p
 
     def _rank_numbers(self, recipe: Recipe, p: Pass, densities: tuple[float, ...], kind: str) -> None:
-        columns = (p.shape[-1] if p.shape else 1) if recipe.select.scope == "row" else self.tensors.base(p.name).numel()
+        columns = ranked_together(recipe, p)
         if kind == "rank_probability":
             self._probability_numbers(recipe, p, densities)
             epsilons = [min(recipe.select.epsilon, d, 1 - d) if columns > 1 else 0.0 for d in densities]
@@ -284,7 +288,7 @@ class Planner:
             )
             dtype = self.tensors.base(p.name).dtype
             masks = [m.to(dtype if dtype.itemsize == 2 else torch.bfloat16) for m in found]  # booleans load slowly
-            self.facts.stored.put(key, masks)
+            self.facts.store(key, p.name, masks)
         p.given["mask"] = masks
         return replace(p, structure=p.structure._replace(select="mask", exclusive=False))
 
@@ -292,9 +296,13 @@ class Planner:
         splice, s = recipe.splice, p.structure
         if splice.kind not in _MIXED:
             return p
-        if splice.kind == "softmax":
-            p.numbers["sharpness"] = [min(max(1.0 / splice.temperature, 1e-30), _LARGEST)]
         mixing = splice.score or recipe.assess
+        if splice.kind == "softmax":
+            sharpness = min(max(1.0 / splice.temperature, 1e-30), _LARGEST)
+            if (weights := self._mixtures.weights(mixing, scope, p, coefficients, sharpness)) is not None:
+                p.given["b"] = weights  # scores of a mean
+                return replace(p, structure=s._replace(splice="score", mixing=Source("given")))
+            p.numbers["sharpness"] = [sharpness]
         if measure_of(mixing).after_mask:
             return replace(p, structure=s._replace(mixing=Source("number")))
         if mixing == recipe.assess and s.assess.kind in ("cheap", "given"):

@@ -87,30 +87,35 @@ class Body(NamedTuple):
     """What is done with one element: the arrays are there as ``x_NAME``, the element's position as ``at``.
 
     Attributes:
-        lines: Statements. result: The value to store, float32; "" if only sums are wanted. sums: Values to add up.
+        lines: Statements. results: Values to store, float32; none if only sums are wanted. sums: Values to add up.
     """
 
     lines: Sequence[str]
-    result: str
+    results: Sequence[str]
     sums: Sequence[str]
 
 
-def program(body: Body, reads: Sequence[Array], out: Array | None, floats: int, integers: int) -> str:
+def program(body: Body, reads: Sequence[Array], outs: Sequence[Array], floats: int, integers: int) -> str:
     """C++: `merge` runs parts begin..end; sums are taken over blocks, in lanes that do not depend on the machine.
 
     Args:
-        reads: Tensors, in the order of the call. out: The one that is written, the first of the call.
+        reads: Tensors, in the order of the call. outs: Those that are written, the first of the call; float32 if several.
         floats, integers: How many numbers the body finds in ``f`` and ``k``.
     """
-    arrays = [*([out] if out else []), *reads]
-    kinds = [f"{'' if array is out else 'const '}{STORED[array.dtype]} *" for array in arrays]
+    arrays = [*outs, *reads]
+    kinds = [f"{'' if array in outs else 'const '}{STORED[array.dtype]} *" for array in arrays]
     parameters = ", ".join(f"{kind}__restrict {array.name}" for kind, array in zip(kinds, arrays, strict=True))
     pointers = ", ".join(f"({kind})tensors[{place}] + at" for place, kind in enumerate(kinds))
     shared = "int64_t n, void *const *tensors, const float *F, const int32_t *K, int32_t index, double *sums"
     numbers = [f"const float f[{max(1, floats)}] = {{{', '.join(f'F[{j}]' for j in range(floats))}}};"]
     numbers += [f"const int32_t k[{max(1, integers)}] = {{{', '.join(f'K[{j}]' for j in range(integers))}}};"]
     is_paired = all(array.dtype.itemsize == 2 for array in arrays)
-    loop = _stores(reads, out, paired=is_paired) if out else _sums(reads, len(body.sums), paired=is_paired)
+    if len(outs) > 1:
+        loop = _several(reads, outs)
+    elif outs:
+        loop = _stores(reads, outs[0], paired=is_paired)
+    else:
+        loop = _sums(reads, len(body.sums), paired=is_paired)
     return "\n".join(
         [
             CONVERSIONS + _PAIRS,
@@ -130,14 +135,13 @@ def program(body: Body, reads: Sequence[Array], out: Array | None, floats: int, 
 
 
 def _function(body: Body, reads: Sequence[Array]) -> list[str]:
-    """`body` as a lambda: of elements and a position, and for sums of the place where to put what is added."""
-    arguments = ", ".join(
-        [*(array.argument for array in reads), "const int32_t at", *(["float *s"] if body.sums else [])]
-    )
-    ends = [f"return {body.result};"] if body.result else []
+    """`body` as a lambda: of elements and a position, and for sums and several results of the places where to put them."""
+    one = len(body.results) == 1
+    places = [f"float *s{j}" for j in range(0 if one else len(body.results))] + ["float *s"] * bool(body.sums)
+    arguments = ", ".join([*(array.argument for array in reads), "const int32_t at", *places])
+    ends = [f"return {body.results[0]};"] if one else [f"*s{j} = {value};" for j, value in enumerate(body.results)]
     ends += [f"s[{j * _BLOCK}] = {value};" for j, value in enumerate(body.sums)]
-    kind = "float" if body.result else "void"
-    head = f"const auto body = [&]({arguments}) __attribute__((always_inline)) -> {kind} {{"
+    head = f"const auto body = [&]({arguments}) __attribute__((always_inline)) -> {'float' if one else 'void'} {{"
     return [head, *(f"    {line}" for line in [*body.lines, *ends]), "};"]
 
 
@@ -164,6 +168,11 @@ def _stores(reads: Sequence[Array], out: Array, *, paired: bool) -> list[str]:
         "}",
         f"if (n % 2) out[n - 1] = {store}({_call(reads, '', 'n - 1')});",
     ]
+
+
+def _several(reads: Sequence[Array], outs: Sequence[Array]) -> list[str]:
+    places = ", ".join(f"{array.name} + i" for array in outs)
+    return ["for (int32_t i = 0; i < n; i++)", f"    {_call(reads, '', 'i', places)};"]
 
 
 def _sums(reads: Sequence[Array], count: int, *, paired: bool) -> list[str]:

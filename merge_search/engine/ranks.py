@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from merge_search.engine.compiler import CompilerError, library
 from merge_search.engine.native import CONVERSIONS
 
-__all__ = ["BITS", "count_deltas", "count_scores", "counts_at_once", "delta_ranks", "row_ranks"]
+__all__ = ["BITS", "count_deltas", "count_scores", "counts_at_once", "counts_from", "delta_ranks", "row_ranks"]
 
 BITS = 20  # of a key, where it is counted
 
@@ -109,6 +110,25 @@ def count_scores(scores: Tensor, counts: Tensor) -> None:
         bits = (part + 0.0).view(torch.int32)  # -0.0 becomes 0.0
         bins = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> (32 - BITS)) + 2 ** (BITS - 1)
         counts += torch.bincount(bins, minlength=2**BITS)
+
+
+def counts_from(x: Tensor, edges: Tensor) -> list[int]:
+    """How many numbers are no smaller than each edge.
+
+    Args:
+        x: Flat, no NaN. edges: Rising, of the dtype and on the device of `x`.
+    """
+    loaded = _steps() if _is_plain(x) and x.dtype == torch.float32 else None
+    if loaded is not None:
+        found, edges = np.zeros(len(edges), dtype=np.int64), edges.contiguous()
+        n, last = ctypes.c_int64(x.numel()), ctypes.c_int32(len(edges))
+        loaded(_place(x), n, _place(edges), last, ctypes.c_void_p(found.ctypes.data))
+        return [int(count) for count in found]
+    bins = torch.zeros(len(edges) + 1, dtype=torch.int64, device=x.device)
+    for part in torch.split(x, _PART):
+        bins += torch.bincount(torch.bucketize(part, edges, right=True), minlength=len(bins))
+    above: list[int] = bins.flip(0).cumsum(0).flip(0)[1:].tolist()
+    return above
 
 
 def count_deltas(base: Tensor, own: Tensor, counts: Tensor) -> None:
@@ -224,4 +244,30 @@ def _loaded(base: torch.dtype | None, own: torch.dtype) -> ctypes.CDLL | None:
         log.info("ranks and histograms are made without a compiler: %s", error)
         return None
     found.count.restype = None
+    return found
+
+
+_STEPS = """\
+#include <stdint.h>
+extern "C" void counts_from(const float *x, int64_t n, const float *edges, int32_t last, int64_t *found) {
+    for (int64_t at = 0; at < n; at += 4096, x += 4096)
+        for (int32_t e = 0; e < last; e++) {
+            const int32_t m = (int32_t)(n - at < 4096 ? n - at : 4096);
+            int32_t count = 0;
+            for (int32_t i = 0; i < m; i++) count += x[i] >= edges[e];
+            found[e] += count;
+        }
+}
+"""
+
+
+@functools.cache
+def _steps() -> Callable[..., None] | None:
+    """`counts_from` in C; None where there is no compiler."""
+    try:
+        found = library(_STEPS).counts_from
+    except CompilerError as error:
+        log.info("histograms are made without a compiler: %s", error)
+        return None
+    found.restype = None
     return found

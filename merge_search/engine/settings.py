@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from merge_search.engine.facts import Scope
 from merge_search.engine.order import Keep, Table
-from merge_search.engine.pipeline import Numbers
+from merge_search.engine.pipeline import Numbers, Pass
 from merge_search.recipe import Recipe
 
-__all__ = ["Known", "TensorSettings", "cuts"]
+__all__ = ["Known", "TensorSettings", "cuts", "largest_factors", "ranked_together"]
 
 
 @dataclass(frozen=True)
@@ -51,3 +52,17 @@ def cuts(known: Known, tables: Sequence[Table], counts: Sequence[int], suffix: s
         "high" + suffix: [k.high for k in keeps],
         "cut" + suffix: [k.cut for k in keeps],
     }
+
+
+def ranked_together(recipe: Recipe, p: Pass) -> int:
+    """How many entries are ranked together."""
+    return (p.shape[-1] if p.shape else 1) if recipe.select.scope == "row" else math.prod(p.shape)
+
+
+def largest_factors(recipe: Recipe, p: Pass) -> list[float]:
+    """1 / the smallest keep probability of each expert; infinite where that is not known, or almost nothing."""
+    if p.structure.select != "rank_probability":
+        return [math.inf] * len(p.experts)
+    last = ranked_together(recipe, p) - 1
+    smallest = [first - fall * last for first, fall in zip(p.numbers["first"], p.numbers["fall"], strict=True)]
+    return [1.001 / least if least > 1e-3 else math.inf for least in smallest]

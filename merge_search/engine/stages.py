@@ -19,7 +19,17 @@ from merge_search.engine.masks import draw, indices, uniform
 from merge_search.engine.native import is_traced
 from merge_search.engine.pipeline import Source, Structure
 
-__all__ = ["Survivors", "combine", "elect", "merge", "survivors", "survivors_of", "voices"]
+__all__ = [
+    "Survivors",
+    "assessed",
+    "combine",
+    "elect",
+    "merge",
+    "softmax_weights",
+    "survivors",
+    "survivors_of",
+    "voices",
+]
 
 Scalars = Mapping[str, Sequence[Tensor]]
 Tensors = Mapping[str, Sequence[Tensor]]
@@ -40,6 +50,20 @@ def merge(s: Structure, base: Tensor, experts: Sequence[Tensor], given: Tensors,
     left = survivors(s, origin, experts, given, n, index)
     delta = combine(s, origin, left, elect(s, left.x, n), given, n)
     return delta if s.emit == "delta" else origin + n["scale"][0] * delta
+
+
+def assessed(
+    s: Structure, base: Tensor, experts: Sequence[Tensor], given: Tensors, n: Scalars, index: Tensor, form: str
+) -> list[Tensor]:
+    """Selection scores alone, one tensor per expert; arguments as in `merge`, of a structure that selects nothing.
+
+    Args:
+        form: "" as they are, ``log`` their logarithms, ``softmax`` the weights made from them.
+    """
+    a = survivors(s, base.to(torch.float32), experts, given, n, index).a
+    if form and s.assess.kind != "given log":
+        a = [log(t) for t in a]
+    return softmax_weights([t * n["sharpness"][0] for t in a]) if form == "softmax" else a
 
 
 class Survivors(NamedTuple):
@@ -82,6 +106,10 @@ def survivors(
     x = [survivors_of(t, m) for t, m in zip(deltas, kept, strict=True)]
     if s.rescale == "number":
         x = [t * n["rho"][i] for i, t in enumerate(x)]
+    elif s.rescale == "probability" and s.select == "rank_probability" and not s.gate and is_traced():
+        x = [
+            survivors_of(t / p, m) for t, p, m in zip(deltas, probability, kept, strict=True)
+        ]  # kept where u < p: p > 0
     elif s.rescale == "probability":
         x = [t / torch.clamp(p, min=_TINY) for t, p in zip(x, probability, strict=True)]
     return Survivors(kept, x, deltas, raw, a, where)
@@ -239,13 +267,13 @@ def combine(
         return _total(coefficient, x if not s.boost else y, agreed) / torch.clamp(count, min=1.0)
     weight = [_weight(kept[i], agreed[i], x[i]) for i in every]
     if s.splice == "mask":
-        return _over(_total(coefficient, y, agreed), _sum(weight))
+        return _over(_added(coefficient, y, agreed), _sum(weight))
     if s.splice == "coefficient":
-        return _over(_total(coefficient, y, agreed), _weighed(coefficient, weight, kept, agreed))
+        return _over(_added(coefficient, y, agreed), _weighed(coefficient, weight, kept, agreed))
     b = list(a) if s.mixing.kind == "same" else _scores(s.mixing, "b", origin, deltas, raw, given, n)
     if s.splice == "score" and s.mixing.kind == "number" and is_traced():
         parts = y if s.boost else x
-        return _over(_total(coefficient, [b[i] * parts[i] for i in every], agreed), _weighed(b, weight, kept, agreed))
+        return _over(_added(coefficient, [b[i] * parts[i] for i in every], agreed), _weighed(b, weight, kept, agreed))
     if s.splice == "score":
         return _over(_sum([coefficient[i] * (b[i] * y[i]) for i in every]), _sum([b[i] * weight[i] for i in every]))
     alive = [_alive(kept[i], agreed[i], x[i]) for i in every]
@@ -283,7 +311,7 @@ def _weighed(
 ) -> Tensor:
     """Sum of finite factors, each times its weight."""
     if is_traced() and _is_hard(kept[0]) and agreed[0] is not None:
-        return _total(factors, [torch.ones_like(w) for w in weight], agreed)
+        return _added(factors, [torch.ones_like(w) for w in weight], agreed)
     return _sum([f * w for f, w in zip(factors, weight, strict=True)])
 
 
@@ -295,16 +323,20 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _total(factors: Sequence[Tensor], x: Sequence[Tensor], agreed: Sequence[Tensor | None]) -> Tensor:
-    """Sum of factor x entry over those that agree; of elected entries zero is +0."""
-    if agreed[0] is None:
-        return _sum([f * t for f, t in zip(factors, x, strict=True)])
-    if not is_traced():
-        return _sum([f * survivors_of(t, m) for f, t, m in zip(factors, x, agreed, strict=True)]).add_(0.0)
+    """`_added`; of elected entries zero is +0."""
+    total = _added(factors, x, agreed)
+    return total if agreed[0] is None else total.add_(0.0)
+
+
+def _added(factors: Sequence[Tensor], x: Sequence[Tensor], agreed: Sequence[Tensor | None]) -> Tensor:
+    """Sum of factor x entry over those that agree; zero may be -0, which `_over` does not pass on."""
+    if agreed[0] is None or not is_traced():
+        return _sum([f * survivors_of(t, m) for f, t, m in zip(factors, x, agreed, strict=True)])
     total = torch.zeros_like(x[0])
     for i, (f, t, m) in enumerate(zip(factors, x, agreed, strict=True)):
         assert m is not None
         total = torch.where(m, total + f * t if i else f * t, total)
-    return total + 0.0
+    return total
 
 
 def _counted(alive: Sequence[Tensor]) -> Tensor:
@@ -336,13 +368,17 @@ def _boost(
 def _softmax(
     logits: Sequence[Tensor], alive: Sequence[Tensor], coefficient: Sequence[Tensor], y: Sequence[Tensor]
 ) -> Tensor:
-    logits = [torch.where(m, u, -torch.inf) for u, m in zip(logits, alive, strict=True)]
+    weight = softmax_weights([torch.where(m, u, -torch.inf) for u, m in zip(logits, alive, strict=True)])
+    return _over(_sum([c * (w * t) for c, w, t in zip(coefficient, weight, y, strict=True)]), _sum(weight))
+
+
+def softmax_weights(logits: Sequence[Tensor]) -> list[Tensor]:
+    """exp(u_i - max_j u_j) of each; 0 for -infinity. float32."""
     peak = logits[0]
     for u in logits[1:]:
         peak = torch.maximum(peak, u)
     peak = torch.where(peak == -torch.inf, 0.0, peak)
-    weight = [exp(u - peak) for u in logits]
-    return _over(_sum([c * (w * t) for c, w, t in zip(coefficient, weight, y, strict=True)]), _sum(weight))
+    return [exp(u - peak) for u in logits]
 
 
 def _argmax(

@@ -29,6 +29,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.graph = Graph()
         self._held: list[Tensor] = []  # so that ids and addresses stay theirs
         self._nodes: dict[int, Node] = {}
+        self._in_place: dict[int, set[int]] = {}  # ids of the tensors at an address
         for i, tensor in enumerate(inputs):
             self._note(self.graph.placeholder(f"input_{i}"), tensor)
 
@@ -41,6 +42,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node.meta["val"] = tensor
         self._held.append(tensor)
         self._nodes[id(tensor)] = node
+        self._in_place.setdefault(tensor.untyped_storage().data_ptr(), set()).add(id(tensor))
 
     def node(self, x: Any) -> Any:
         """The node of a tensor; anything else as it is."""
@@ -65,9 +67,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _is_shared(self, tensor: Tensor) -> bool:
         """Whether it is an input, or another tensor lies in the same memory."""
-        place = tensor.untyped_storage().data_ptr()
-        others = (t for t in self._held if t is not tensor and t.untyped_storage().data_ptr() == place)
-        return self._nodes[id(tensor)].op == "placeholder" or next(others, None) is not None
+        there = self._in_place[tensor.untyped_storage().data_ptr()]
+        return self._nodes[id(tensor)].op == "placeholder" or bool(there - {id(tensor)})
 
 
 def trace(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:

@@ -8,7 +8,7 @@ and, if it is *cheap* (element-wise in the deltas, so recomputed inside the pass
 
     reduce(context) -> list[tuple[float, ...]]   optional: what it needs of whole tensors, one tuple per expert; cached
     pool(parts) -> tuple[float, ...]             optional: combines one expert's tuples over tensors (scope ``model``)
-    numbers(options, reduced, n_experts) -> list[float]    its scalars for one candidate, read as ``context.numbers``
+    numbers(options, reduced, n_experts, n_active) -> list[float]    its scalars for one candidate: ``context.numbers``
 
 This file lists measures without importing torch.
 """
@@ -121,7 +121,7 @@ MEASURES: dict[str, Measure] = {
         dear=True,
         options={"inter": "nlp", "temperature": None},
     ),
-    "pcb_paper": _m("pcb_paper", "softmax intra x softmax inter, as published (PCB-Merging)"),
+    "pcb_paper": _m("pcb_paper", "softmax intra x softmax inter, as published (PCB-Merging)", bounded=True),
     "tall_ratio": _m("tall_ratio", "|delta_i| / |sum of the others' deltas| (TALL masks, Consensus)", cheap=True),
     "cki": _m(
         "cki",

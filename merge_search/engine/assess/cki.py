@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from merge_search.engine.assess import AssessContext
 from merge_search.engine.elementary import exp, sigmoid
+from merge_search.engine.ranks import counts_from
 from merge_search.recipe import Scalar
 
 __all__ = ["entropy", "numbers", "reduce", "scores"]
@@ -44,10 +46,8 @@ def entropy(weights: Tensor, bins: int) -> float:
     )
     if flat.dtype != torch.float64:
         edges = _not_below(edges)
-    counts = torch.zeros(bins + 1, dtype=torch.int64, device=flat.device)
-    for chunk in torch.split(flat, _CHUNK):
-        counts += torch.bincount(torch.bucketize(chunk.to(edges.dtype), edges, right=True), minlength=bins + 1)
-    shares: list[float] = (counts[:bins].to(torch.float64) / flat.numel()).tolist()
+    reached = [flat.numel(), *counts_from(flat, edges)]
+    shares = [(here - above) / flat.numel() for here, above in pairwise(reached)]
     return -sum(p * math.log(p) for p in shares if p > 0)
 
 
@@ -71,14 +71,30 @@ def _local(deltas: Sequence[Tensor]) -> list[Tensor]:
 def reduce(context: AssessContext) -> list[tuple[float, ...]]:
     """(entropy of the weights, mean and standard deviation of the disagreement) of each expert."""
     bins = int(context.options["bins"])
-    result: list[tuple[float, ...]] = []
-    for t, d in zip(context.deltas, _local(context.deltas), strict=True):
-        d64 = d.to(torch.float64)
-        result.append((entropy(context.base + t, bins), float(d64.mean()), float(d64.std(correction=0))))
-    return result
+    spreads = _spreads(context.deltas)
+    return [(entropy(context.base + t, bins), *spread) for t, spread in zip(context.deltas, spreads, strict=True)]
 
 
-def numbers(options: Mapping[str, Scalar], reduced: Sequence[tuple[float, ...]], n_experts: int) -> list[float]:
+def _spreads(deltas: Sequence[Tensor]) -> list[tuple[float, float]]:
+    """Mean and standard deviation of the disagreement of each expert, chunk by chunk in float64."""
+    count, mean = 0, [0.0] * len(deltas)
+    squares = [0.0] * len(deltas)  # of the distances from the mean, summed
+    for parts in zip(*(torch.split(t.reshape(-1), _CHUNK) for t in deltas), strict=True):
+        before, n = count, parts[0].numel()
+        count += n
+        for i, d in enumerate(_local(parts)):
+            first = float(d[0])  # what is summed is near zero, and zero where all are the same
+            x = d.to(torch.float64).sub_(first)
+            total = float(x.sum())
+            apart = first - mean[i] + total / n
+            mean[i] += apart * n / count
+            squares[i] += max(0.0, float(x.dot(x)) - total * total / n) + apart * apart * before * n / count
+    return [(m, math.sqrt(s / max(1, count))) for m, s in zip(mean, squares, strict=True)]
+
+
+def numbers(
+    options: Mapping[str, Scalar], reduced: Sequence[tuple[float, ...]], n_experts: int, n_active: int
+) -> list[float]:
     """gain, bias, then (global term, mean, 1 / standard deviation) of each expert."""
     sign, a, c = float(options["sign"]), float(options["a"]), float(options["c"])
     entropies = [r[0] for r in reduced]

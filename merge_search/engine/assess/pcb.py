@@ -30,7 +30,9 @@ def pool(parts: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
     return (min(p[0] for p in parts), max(p[1] for p in parts))
 
 
-def numbers(options: Mapping[str, Scalar], reduced: Sequence[tuple[float, ...]], n_experts: int) -> list[float]:
+def numbers(
+    options: Mapping[str, Scalar], reduced: Sequence[tuple[float, ...]], n_experts: int, n_active: int
+) -> list[float]:
     """temperature, then (low, 1 / range) of each expert."""
     temperature = options.get("temperature")
     result = [float(n_experts if temperature is None else temperature)]

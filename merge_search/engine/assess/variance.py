@@ -15,19 +15,23 @@ from merge_search.recipe import Scalar
 __all__ = ["numbers", "scores"]
 
 
-def numbers(options: Mapping[str, Scalar], reduced: Sequence[tuple[float, ...]], n_experts: int) -> list[float]:
-    """1 / number of experts, and that number."""
-    return [1.0 / n_experts, float(n_experts)]
+def numbers(
+    options: Mapping[str, Scalar], reduced: Sequence[tuple[float, ...]], n_experts: int, n_active: int
+) -> list[float]:
+    """1 / number of experts; then, if there are any, how many left the tensor alone."""
+    absent = n_experts - n_active
+    return [1.0 / n_experts, float(absent)] if absent else [1.0 / n_experts]
 
 
 def scores(context: AssessContext) -> list[Tensor]:
-    share, count = context.numbers
+    share, *absent = context.numbers
     total = context.deltas[0]
     for t in context.deltas[1:]:
         total = total + t
     mean = total * share
-    absent = count - float(len(context.deltas))
-    spread = absent * (mean * mean)
-    for t in context.deltas:
-        spread = spread + (t - mean) * (t - mean)
+    squares = [count * (mean * mean) for count in absent]
+    squares += [(t - mean) * (t - mean) for t in context.deltas]
+    spread = squares[0]
+    for square in squares[1:]:
+        spread = spread + square
     return [spread * share] * len(context.deltas)
