@@ -209,7 +209,7 @@ def worker(options: argparse.Namespace) -> None:
 def run_worker(options: argparse.Namespace, cache: str, *, warm: bool) -> Iterator[dict[str, Any]]:
     given = {name: getattr(options, name.replace("-", "_")) for name in PASSED_ON}
     command = [sys.executable, __file__, "--worker", "--presets", *options.presets]
-    command += [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    command += [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
     command += ["--warm"] * warm + ["--no-compile"] * (not options.compile)
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", choices=NAMES, default=NAMES, metavar="PRESET")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
-    parser.add_argument("--cache-bytes", type=int, default=2**32, help="for what the engine stores per element")
+    parser.add_argument("--cache-bytes", type=int, help="for what the engine stores per element; default: its own")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--mergekit", help="the program; with --work")
     parser.add_argument("--work", type=Path, help="folder for models on disk, about six times their size")

@@ -69,7 +69,7 @@ def test_a_merge_of_bad_files_ends_before_the_first_tensor_and_writes_nothing(
 def test_what_does_not_fit_in_free_memory_is_refused_when_its_turn_comes(
     spoiled: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool, "_free_bytes", lambda _: 1000)
+    monkeypatch.setattr(pool, "free_bytes", lambda _: 1000)
     engine = OneOffEngine(ModelPool(spoiled, device="cpu", once=True), threads=1)
     with pytest.raises(WeightsError, match=r"a/model\.safetensors: .* expert 'a', tensor 'model.embed_tokens.weight'"):
         list(engine.merged(preset("ties", spoiled)))

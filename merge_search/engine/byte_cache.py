@@ -1,13 +1,28 @@
-"""Tensors that are kept as long as there is room."""
+"""Tensors that are kept as long as there is room, and how much there is."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
+import torch
 from torch import Tensor
 
-__all__ = ["ByteCache"]
+from merge_search.memory import free_host_bytes
+
+__all__ = ["ByteCache", "free_bytes", "room"]
+
+_SHARE = 0.25  # the models, their activations and other caches need the rest
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken, of a GPU or of the machine."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_host_bytes()
+
+
+def room(device: torch.device) -> int:
+    """Bytes that a cache may take where nobody says how many: a quarter of what is free."""
+    return int(_SHARE * free_bytes(device))
 
 
 class ByteCache:

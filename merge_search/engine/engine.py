@@ -63,10 +63,10 @@ class MergeEngine:
     Args:
         tensors: Base and experts.
         compile: "auto" compiles on GPUs and above a million parameters, if a compiler is there.
-        cache_bytes: For scores and ranks stored per element.
+        cache_bytes: For scores and ranks stored per element; None: a quarter of the free memory.
     """
 
-    def __init__(self, tensors: Tensors, *, compile: bool | str = "auto", cache_bytes: int = 2**32) -> None:
+    def __init__(self, tensors: Tensors, *, compile: bool | str = "auto", cache_bytes: int | None = None) -> None:
         self.tensors = tensors
         if compile == "auto":
             sizes = (tensors.base(name).numel() for name in tensors.groups)

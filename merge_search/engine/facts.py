@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.assess import AssessContext, load, measure_of
-from merge_search.engine.byte_cache import ByteCache
+from merge_search.engine.byte_cache import ByteCache, room
 from merge_search.engine.elementary import log
 from merge_search.engine.fused import Runner, scalars
 from merge_search.engine.order import Table, TableBuilder
@@ -29,13 +29,13 @@ class Facts:
     """Measures tensors on demand and remembers.
 
     Args:
-        cache_bytes: For scores and ranks that are stored per element. runner: Makes scores; None: in chunks.
+        cache_bytes: For scores and ranks that are stored per element; None: `room`. runner: Makes scores; None: in chunks.
     """
 
-    def __init__(self, tensors: Tensors, *, cache_bytes: int, runner: Runner | None = None) -> None:
+    def __init__(self, tensors: Tensors, *, cache_bytes: int | None = None, runner: Runner | None = None) -> None:
         self.tensors = tensors
         self._runner = runner or Runner(tensors.device, compile=False)
-        self.stored = ByteCache(cache_bytes)
+        self.stored = ByteCache(room(tensors.device) if cache_bytes is None else cache_bytes)
         self._largest: dict[tuple[str, str], float] = {}
         self._largest_base: dict[str, float] = {}
         self._reduced: dict[Hashable, list[tuple[float, ...]]] = {}

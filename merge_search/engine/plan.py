@@ -34,7 +34,7 @@ _MIXED = {"score", "softmax", "argmax"}
 class Planner:
     """Makes passes. Keeps what a candidate's passes share with earlier ones (`Facts`, surveys)."""
 
-    def __init__(self, tensors: Tensors, *, cache_bytes: int = 2**32, runner: Runner | None = None) -> None:
+    def __init__(self, tensors: Tensors, *, cache_bytes: int | None = None, runner: Runner | None = None) -> None:
         self.tensors = tensors
         self._runner = runner or Runner(tensors.device, compile=False)
         self.facts = Facts(tensors, cache_bytes=cache_bytes, runner=self._runner)

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from merge_search.engine.byte_cache import free_bytes
 from merge_search.engine.checkpoint import Checkpoint, Expert, tied_aliases
 from merge_search.engine.compatibility import check_models
 from merge_search.engine.finite import file_problems, refuse, tensor_problem
@@ -27,7 +28,6 @@ from merge_search.engine.layout import layout
 from merge_search.engine.maps import MapStore
 from merge_search.engine.transfer import Transfers
 from merge_search.errors import WeightsError
-from merge_search.memory import free_host_bytes
 from merge_search.recipe import Group, Models
 
 __all__ = ["ModelPool", "StatisticsSource"]
@@ -260,7 +260,7 @@ class ModelPool:
         What fits is read from the disk once, by this look, and by the merge from the page cache. Larger models would be
         read twice, which takes longer than most merges: their tensors are checked when their turn comes.
         """
-        if sum(source.info.n_bytes for source in self.sources) <= MARGIN * _free_bytes(torch.device("cpu")):
+        if sum(source.info.n_bytes for source in self.sources) <= MARGIN * free_bytes(torch.device("cpu")):
             refuse(file_problems(self._named_sources, self.groups))
 
     @property
@@ -296,7 +296,7 @@ class ModelPool:
         largest = max(self._base.info.tensors[n].n_elements for n in self.groups)
         # One live model and the temporaries of its largest tensor share the device with the pool.
         other = base + 4 * SCRATCH_TENSORS * largest
-        free = _free_bytes(self.device)
+        free = free_bytes(self.device)
         limit = memory * GIB if memory is not None else MARGIN * free - other
         what = f"base and {len(self._experts)} experts need {need / GIB:.2f} GiB"
         room = f"{limit / GIB:.2f} GiB " + (
@@ -304,7 +304,7 @@ class ModelPool:
         )
         if need <= limit:
             return "resident", f"resident on {self.device}: {what}, {room}"
-        host = _free_bytes(torch.device("cpu"))
+        host = free_bytes(torch.device("cpu"))
         # torch rounds page-locked blocks up to powers of two.
         if self.device.type == "cuda" and sum(1 << (n - 1).bit_length() for n in held if n) <= MARGIN * host:
             return (
@@ -323,8 +323,3 @@ def _device(device: str | torch.device) -> torch.device:
 def _differ(base: Tensor, own: Tensor) -> bool:
     wide = torch.promote_types(own.dtype, base.dtype)
     return not torch.equal(own.to(wide), base.to(wide))
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken, of a GPU or of the machine."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_host_bytes()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_search.engine.byte_cache import room
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.maps import n_rows
 from merge_search.engine.parts import unit_recipe
@@ -26,8 +27,6 @@ from merge_search.recipe import Recipe
 __all__ = ["Parts", "Place", "Slopes", "parameter_places"]
 
 _CHUNK = 2**18  # elements of the parts that are multiplied at once
-_CPU_BYTES = 2**32
-_GPU_SHARE = 0.25  # of what is free; activations need the rest
 
 
 class Parts:
@@ -35,7 +34,7 @@ class Parts:
 
     Args:
         recipe: Linear in its coefficients, which do not matter.
-        cache_bytes: None: 4 GiB on a CPU, a quarter of the free memory of a GPU.
+        cache_bytes: None: a quarter of the free memory.
     Raises:
         RecipeError: the recipe is not linear in its coefficients, or cannot be merged.
     """
@@ -46,7 +45,7 @@ class Parts:
         self.engine, self.recipe = engine, unit_recipe(recipe)
         self.experts = tuple(recipe.models.experts)
         self.device = engine.tensors.device
-        self._left = _default_bytes(self.device) if cache_bytes is None else cache_bytes
+        self._left = room(self.device) if cache_bytes is None else cache_bytes
         self._held: dict[str, tuple[tuple[int, ...], Tensor]] = {}
 
     def get(self, name: str) -> tuple[tuple[int, ...], Tensor]:
@@ -74,10 +73,6 @@ class Parts:
         for part, place in zip(parts, places, strict=True):
             out.addcmul_(part.reshape(out.shape), coefficients[place].reshape(-1, 1))
         return out.reshape(base.shape)
-
-
-def _default_bytes(device: torch.device) -> int:
-    return int(_GPU_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else _CPU_BYTES
 
 
 @dataclass(frozen=True)

@@ -8,24 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 
-import torch
 from torch import Tensor
 
+from merge_search.engine.byte_cache import room
 from merge_search.engine.operators import OperatorContext
 
 __all__ = ["remembered"]
 
 Parts = Callable[[OperatorContext], list[Tensor]]
-_CPU_BYTES = 2**32
-_GPU_SHARE = 0.25  # of what is free when the first result is kept; the model and its activations need the rest
 _LEDGER = ("operators", "bytes")
 
 
 def remembered(name: str) -> Callable[[Parts], Parts]:
     """Decorator: keep an operator's result per tensor and experts, for the options it was last asked for.
 
-    Kept in `OperatorContext.memory`, on the device of the deltas, up to 4 GiB on a CPU and a quarter of the free memory of
-    a GPU; beyond that results are made anew every time. Callers must not write to them.
+    Kept in `OperatorContext.memory`, on the device of the deltas, up to a quarter of the memory that is free when the first is
+    kept; beyond that results are made anew every time. Callers must not write to them.
     """
 
     def decorate(parts: Parts) -> Parts:
@@ -46,10 +44,9 @@ def remembered(name: str) -> Callable[[Parts], Parts]:
 
 
 def _keep(context: OperatorContext, key: tuple[object, ...], options: tuple[object, ...], result: list[Tensor]) -> None:
-    device = context.base.device
     left = context.memory.get(_LEDGER)
     if left is None:
-        left = int(_GPU_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else _CPU_BYTES
+        left = room(context.base.device)
     dropped = context.memory.pop(key, None)
     left += _size(dropped[1]) if dropped is not None else 0
     if _size(result) <= left:
