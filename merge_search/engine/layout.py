@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from merge_search.engine.headers import FLOATING, CheckpointInfo, TensorHeader, natural_key
 from merge_search.recipe import Group
 
-__all__ = ["is_mergeable", "layout", "name_groups"]
+__all__ = ["is_before_blocks", "is_mergeable", "layout", "name_groups"]
 
 # Parts that may stand before a number without being a stack of layers: ``classifier.0``, ``merger.mlp.2``.
 NOT_A_STACK = re.compile(
@@ -83,6 +83,14 @@ def name_groups(names: Iterable[str]) -> dict[str, Group]:
         name: Group(name, None if place is None else block[place[:2]], _kind(name, None if place is None else place[2]))
         for name, place in places.items()
     }
+
+
+def is_before_blocks(group: Group) -> bool:
+    """Whether a tensor stands before all blocks: an embedding, or the norm of one (``embeddings.LayerNorm`` of BERT)."""
+    parts = group.tensor.lower().split(".")
+    return group.kind == "embedding" or (
+        group.block is None and group.kind == "norm" and any(EMBEDDING.search(p) for p in parts)
+    )
 
 
 def _place(name: str) -> tuple[str, int, str] | None:

@@ -3,8 +3,8 @@
 A parameter is a number; a gradient, a list of numbers spread evenly over the layers of its slice and joined by straight
 lines; or a list of ``{filter, value}``, of which the first whose filter is part of the tensor's name applies. It is looked
 up at the model, then at the slice, then at the file. Measured on mergekit 0.1.5: in a slice of n layers, layer i stands at
-i / (n - 1), the only layer of a slice at its end; tensors before the layers (embeddings) stand at the beginning of the
-first slice, tensors behind them (last norm, head) at the beginning of the last.
+i / (n - 1), the only layer of a slice at its end; tensors before the layers (embeddings and their norms) stand at the
+beginning of the first slice, tensors behind them (last norm, head) at the beginning of the last.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from merge_search.engine.layout import is_before_blocks
 from merge_search.mergekit.document import Document, Slice, Source
 from merge_search.recipe import Group
 
@@ -49,7 +50,7 @@ def gradient_at(anchors: Sequence[float], t: float) -> float:
 def place_of(group: Group, slices: Sequence[Slice]) -> Place:
     """Where a tensor stands in a file with these slices, all with known ends."""
     if group.block is None:
-        return (0, 0.0) if group.kind == "embedding" else (len(slices) - 1, 0.0)
+        return (0, 0.0) if is_before_blocks(group) else (len(slices) - 1, 0.0)
     for i, part in enumerate(slices):
         assert part.end is not None
         if part.start <= group.block < part.end:
