@@ -1,11 +1,11 @@
-"""How much main memory there is. Torch-free."""
+"""How much main memory there is, and how it is told that there is none. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-__all__ = ["free_host_bytes"]
+__all__ = ["free_host_bytes", "is_memory_error"]
 
 
 def free_host_bytes() -> int:
@@ -19,6 +19,14 @@ def free_host_bytes() -> int:
         used = int((group / "memory.current").read_text()) - _field(group / "memory.stat", "inactive_file")
         free = min(free, int(text) - used)
     return max(free, 0)
+
+
+def is_memory_error(error: Exception) -> bool:
+    """Whether a device or the machine had no memory left."""
+    import torch
+
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "can't allocate memory" in str(error)  # how torch says it on a CPU
 
 
 def _field(file: Path, name: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from merge_search.engine import compiler, export, native, one_off, stages, thresholds
 from merge_search.engine.buffers import Buffers
+from merge_search.engine.byte_cache import ByteCache
 from merge_search.engine.feed import Feed
 from merge_search.engine.hashing import hash_checkpoint, hash_once
 from merge_search.engine.headers import read_checkpoint
@@ -340,6 +342,20 @@ def test_a_stopped_reader_ends_and_memory_that_nobody_holds_is_used_again(recipe
         assert hash_once(source.info) == hash_checkpoint(source.info)
     reading.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("read")]
+
+
+def caches_in_use() -> list[ByteCache]:
+    return [a for a in gc.get_objects() if type(a) is ByteCache and a.held]
+
+
+def test_an_engine_that_streams_keeps_no_weights_of_a_softmax(recipe_file: Path) -> None:
+    recipe = Recipe.from_json(recipe_file.read_text())
+    recipe = preset("cki_recommender", recipe.models, splice={"kind": "softmax", "score": {"measure": "magnitude"}})
+    engine = OneOffEngine(ModelPool(recipe.models, once=True, device="cpu"), threads=1)
+    before = caches_in_use()
+    (first, second) = (dict(engine.merged(recipe)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in engine.tensors.groups)
+    assert all(cache in before for cache in caches_in_use())
 
 
 def test_very_long_tensors_are_taken_ahead_one_at_a_time_and_others_by_count() -> None:

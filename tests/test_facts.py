@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -172,6 +173,27 @@ def test_of_what_does_not_fit_the_first_tensors_are_kept_and_the_others_pass_by(
     assert [again[n] is first[n] for n in names] == [True, True, False, False, False]
     assert made.ranks(Assess(), scope, "w4") is again["w4"]  # held until it is another tensor's turn
     assert all(torch.equal(x, y) for n in names for x, y in zip(first[n], again[n], strict=True))
+
+
+def test_one_tensor_that_does_not_fit_is_not_held_for_every_candidate():
+    made = Facts(tensors((8, 100)), cache_bytes=100)
+    scopes = [Scope(("a", "b"), Select(kind="rank_probability", scope="row"), 0.0, seed) for seed in range(9)]
+    held = [[weakref.ref(t) for t in made.ranks(Assess(), scope, "w")] for scope in scopes]
+    alive = [all(t() is not None for t in ranks) for ranks in held]
+    assert alive == [False] * 5 + [True] * 4
+
+
+def test_what_is_kept_is_decided_by_shapes_and_moves_no_tensor():
+    class Read(MemoryTensors):
+        def base(self, name):
+            names.append(name)
+            return super().base(name)
+
+    names: list[str] = []
+    base = {n: torch.zeros(2, 3) for n in "uvw"}
+    made = Facts(Read(base, {"a": base}), cache_bytes=48)
+    assert [made.has_room(n, 1) for n in "uvw"] == [True, True, False]
+    assert names == []
 
 
 def test_the_disagreement_of_chunks_put_together_is_that_of_the_whole(monkeypatch):

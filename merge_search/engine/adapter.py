@@ -82,7 +82,7 @@ def plan_adapter(base: CheckpointInfo, adapter: CheckpointInfo) -> tuple[dict[st
             problems.append(_unknown(key, parameter, base, 0))
         for target, part in targets.items():
             known = entries.get(target, AdapterEntry(module=parameter.removesuffix(".weight")))
-            entries[target] = _extended(replace(known, wrapped=own), key, factor, part, adapter)
+            entries[target] = _extended(replace(known, wrapped=own or known.wrapped), key, factor, part, adapter)
     for target, entry in entries.items():
         if entry.a or entry.b or entry.magnitude:
             entries[target] = _with_scale(target, entry, base, adapter, problems)

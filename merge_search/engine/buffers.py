@@ -27,8 +27,8 @@ _LONGER = 4  # times as long as a tensor: what may be taken for it
 class Buffers:
     """Gives memory, and gives it again once everything that lay in it is gone. Safe to use from several threads.
 
-    Memory: never more than was in use at one time. It is the system's again with the last of the buffers and of what lies
-    in them; what is free and does not fit, before.
+    Memory: what was in use at one time, a tensor counted as the pages it lies in: at most `_LONGER` times its length. It is
+    the system's again with the last of the buffers and of what lies in them; what is free and does not fit, before.
     """
 
     def __init__(self) -> None:

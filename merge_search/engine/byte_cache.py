@@ -12,6 +12,7 @@ from merge_search.memory import free_host_bytes
 
 __all__ = ["ByteCache", "free_bytes", "room"]
 
+_PASSING = 4  # entries held beside the others: more than one candidate asks of one tensor
 _SHARE = 0.25  # the models, their activations and other caches need the rest
 
 
@@ -21,7 +22,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def room(device: torch.device) -> int:
-    """Bytes that a cache may take where nobody says how many: a quarter of what is free."""
+    """Bytes that each cache may take where nobody says how many: a quarter of what is free when it is made."""
     return int(_SHARE * free_bytes(device))
 
 
@@ -62,10 +63,14 @@ class ByteCache:
             self.held -= _bytes(self._entries.popitem(last=False)[1])
 
     def hold(self, key: Hashable, value: list[Tensor], turn: Hashable) -> None:
-        """Keep an entry beside all others, and only until one of another turn comes."""
+        """Keep an entry beside all others, and only until one of another turn comes, or `_PASSING` of this one."""
         if self._passing[0] != turn:
             self._passing = (turn, {})
-        self._passing[1][key] = value
+        passing = self._passing[1]
+        passing.pop(key, None)
+        passing[key] = value
+        if len(passing) > _PASSING:  # of one tensor alone there is never another turn
+            del passing[next(iter(passing))]
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from merge_search.engine import check
+from merge_search.engine.facts import Facts
 from merge_search.engine.fused import Runner, has_compiler
 from merge_search.engine.maps import rows_of
 from merge_search.engine.operators import (
@@ -72,7 +73,8 @@ class MergeEngine:
             sizes = (tensors.base(name).numel() for name in tensors.groups)
             compile = tensors.device.type == "cuda" or sum(sizes) > _COMPILE_FROM_PARAMETERS
         self._runner = Runner(tensors.device, compile=bool(compile) and has_compiler(tensors.device))
-        self._planner = Planner(tensors, cache_bytes=cache_bytes, runner=self._runner)
+        facts = Facts(tensors, cache_bytes=cache_bytes, runner=self._runner)
+        self._planner = Planner(tensors, facts=facts, runner=self._runner)
         self._written: dict[str, _Written] = {}
         self._memory: dict[Hashable, object] = {}
 

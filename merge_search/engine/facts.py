@@ -103,8 +103,8 @@ class Facts:
             total, offsets = 0, {}
             for other in self.tensors.groups:
                 offsets[other] = total
-                base = self.tensors.base(other)
-                total += base.numel() if vectors or not is_vector(base.shape) else 0
+                shape = self.tensors.shape(other)
+                total += math.prod(shape) if vectors or not is_vector(shape) else 0
             self._offsets[vectors] = offsets
         return self._offsets[vectors][name]
 
@@ -132,9 +132,7 @@ class Facts:
         reduced: list[tuple[float, ...]] = []
         if hasattr(module, "reduce"):
             pooled = (
-                scope.select.scope == "model"
-                and hasattr(module, "pool")
-                and scope.covers(self.tensors.base(name).shape)
+                scope.select.scope == "model" and hasattr(module, "pool") and scope.covers(self.tensors.shape(name))
             )
             reduced = self._pooled(assess, scope, name) if pooled else self._reduction(assess, scope, name)
         active = len(self.active(name, scope.experts))
@@ -150,7 +148,7 @@ class Facts:
 
     def _made_reduction(self, assess: Assess, scope: Scope, name: str) -> list[tuple[float, ...]]:
         """In parts, where the measure can put them together: memory that is used again costs no page faults."""
-        module, n = load(assess.measure), self.tensors.base(name).numel()
+        module, n = load(assess.measure), math.prod(self.tensors.shape(name))
         if not hasattr(module, "pool") or n <= _CHUNK:
             whole: list[tuple[float, ...]] = module.reduce(self.context(assess, scope, name))
             return whole
@@ -163,7 +161,7 @@ class Facts:
         if key not in self._reduced:
             parts: dict[str, list[tuple[float, ...]]] = {e: [] for e in scope.experts}
             for other in self.tensors.groups:
-                if scope.covers(self.tensors.base(other).shape):
+                if scope.covers(self.tensors.shape(other)):
                     for e, part in zip(
                         self.active(other, scope.experts), self._reduction(assess, scope, other), strict=True
                     ):
@@ -264,7 +262,7 @@ class Facts:
 
     def has_room(self, name: str, experts: int, itemsize: int = 4) -> bool:
         """Whether values per element of this tensor and of all before it can be stored: as many tensors as fit are kept."""
-        end = self.offset(name, vectors=True) + self.tensors.base(name).numel()
+        end = self.offset(name, vectors=True) + math.prod(self.tensors.shape(name))
         return itemsize * end * experts <= self.stored.limit
 
     def store(self, key: Hashable, name: str, found: list[Tensor]) -> None:
@@ -308,7 +306,7 @@ class Facts:
 
     def clip(self, scope: Scope, name: str) -> Numbers:
         """Winsorising limits of the active experts, {} where nothing is clipped."""
-        if not scope.winsorise or not scope.covers(self.tensors.base(name).shape):
+        if not scope.winsorise or not scope.covers(self.tensors.shape(name)):
             return {}
         plain = Scope(scope.experts, scope.select, 0.0, scope.seed)
         tables = self.tables(Assess(), plain, name)
@@ -332,7 +330,7 @@ class Facts:
             at,
         )
         if key not in self._tables:
-            names = [n for n in self.tensors.groups if scope.covers(self.tensors.base(n).shape)] if model else [name]
+            names = [n for n in self.tensors.groups if scope.covers(self.tensors.shape(n))] if model else [name]
             self._tables[key] = self._make_tables(assess, scope, names, coefficients)
         return self._tables[key]
 
@@ -342,7 +340,7 @@ class Facts:
         sizes = dict.fromkeys(scope.experts, 0)
         for name in names:
             for e in self.active(name, scope.experts):
-                sizes[e] += self.tensors.base(name).numel()
+                sizes[e] += math.prod(self.tensors.shape(name))
         builders = {e: TableBuilder(n) for e, n in sizes.items()}
         shared = measure_of(assess).shared
         for name in names:
@@ -387,7 +385,7 @@ class Facts:
 
     def _made_ranks(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...]) -> list[Tensor]:
         shape = self.tensors.base(name).shape if scope.select.scope == "row" else torch.Size((-1,))
-        length = shape[-1] if scope.select.scope == "row" and shape else self.tensors.base(name).numel()
+        length = shape[-1] if scope.select.scope == "row" and shape else math.prod(self.tensors.shape(name))
         dtype = torch.int16 if length <= SHORT_RANKS else torch.float32
         if assess.measure == "magnitude" and not self.clip(scope, name):
             base, own = self.flats(name, self.active(name, scope.experts))

@@ -50,6 +50,9 @@ class MemoryTensors:
         self.device = next((t.device for t in base.values()), torch.device("cpu"))
         self._base, self._experts, self._statistics = base, experts, statistics or {}
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._base[name].shape)
+
     def base(self, name: str) -> Tensor:
         return self._base[name]
 

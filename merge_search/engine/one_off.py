@@ -60,8 +60,7 @@ class OneOffEngine(MergeEngine):
         self._sizes = {n: tensors.base_info.tensors[n].n_elements for n in tensors.groups}
         if tensors.device.type == "cpu" and sum(self._sizes.values()) >= _LOOPS_FROM:
             self._runner = LoopRunner()
-        self._planner = Planner(tensors, runner=self._runner)
-        self._planner.facts = self._facts
+        self._planner = Planner(tensors, facts=self._facts, runner=self._runner)
         if threads is None:
             threads = (
                 1 if tensors.device.type == "cuda" else min(_WORKERS, torch.get_num_threads(), os.cpu_count() or 1)

@@ -32,12 +32,12 @@ _MIXED = {"score", "softmax", "argmax"}
 
 
 class Planner:
-    """Makes passes. Keeps what a candidate's passes share with earlier ones (`Facts`, surveys)."""
+    """Makes passes. Keeps what a candidate's passes share with earlier ones (`facts`, surveys)."""
 
-    def __init__(self, tensors: Tensors, *, cache_bytes: int | None = None, runner: Runner | None = None) -> None:
+    def __init__(self, tensors: Tensors, *, facts: Facts | None = None, runner: Runner | None = None) -> None:
         self.tensors = tensors
         self._runner = runner or Runner(tensors.device, compile=False)
-        self.facts = Facts(tensors, cache_bytes=cache_bytes, runner=self._runner)
+        self.facts = facts or Facts(tensors, runner=self._runner)
         self._samples, self._mixtures = Samples(self.facts), Mixtures(self.facts)
         self._allocations: dict[str, Allocation] = {}
         self._surveys: dict[Hashable, Any] = {}

@@ -123,6 +123,10 @@ class ModelPool:
     def base_info(self) -> CheckpointInfo:
         return self._base.info
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The tensor's, from the base's headers."""
+        return self._base.info.tensors[name].shape
+
     def base(self, name: str) -> Tensor:
         """The base's tensor on the device, in its own dtype. Do not write into it."""
         return self._get(name, 0, self._base.tensor)

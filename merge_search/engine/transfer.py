@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from merge_search.memory import is_memory_error
+
 __all__ = ["Transfers"]
 
 _log = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ class Transfers:
         try:
             self._there[name] = self._move(name)
         except (RuntimeError, MemoryError) as error:  # torch's OutOfMemoryError is a RuntimeError
-            if not _is_memory_error(error):
+            if not is_memory_error(error):
                 raise
             if not self._is_short:
                 _log.info(
@@ -101,7 +103,3 @@ class Transfers:
         stream.wait_event(moved.event)
         for tensor in moved.tensors:
             tensor.record_stream(stream)
-
-
-def _is_memory_error(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)  # a CPU's
