@@ -255,10 +255,14 @@ class _Reader:
         return Row(text, label, hashlib.sha256(document.encode()).hexdigest())
 
     def _split(self, rows: Sequence[Row], shares: SplitShares) -> dict[Split, tuple[Row, ...]]:
+        """By the hash of the document; a text with several labels goes where the first of its hashes does."""
+        first: dict[str, str] = {}
+        for row in rows:
+            first[row.text] = min(row.hash, first.get(row.text, row.hash))
         ordered = sorted(rows, key=lambda r: (question_order(r.hash), r.hash))[: self.options.limit]
         split: dict[Split, list[Row]] = {s: [] for s in Split}
         for row in ordered:
-            split[split_of(row.hash, shares)].append(row)
+            split[split_of(first[row.text], shares)].append(row)
         return {s: tuple(found) for s, found in split.items()}
 
     def _check_sizes(self, split: Mapping[Split, Sequence[Row]]) -> None:

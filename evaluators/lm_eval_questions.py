@@ -8,12 +8,13 @@ import inspect
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lm_eval.utils import handle_non_serializable, hash_string
 
+from evaluators.isolation import isolated_generators
 from evaluators.lm_eval_options import LmEvalOptions
 from evaluators.lm_eval_tasks import reason
 from merge_search.errors import StudyFileError, nearest
@@ -36,7 +37,10 @@ VOLATILE = (
 
 @dataclass
 class Question:
-    """One document: `id` is its hash, `doc_id` its number in the task, `instances` lm-eval's requests, by index."""
+    """One document: `id` is its hash, `doc_id` its number in the task, `instances` lm-eval's requests, by index.
+
+    `split` is that of the hash, but that documents which ask the same share one.
+    """
 
     id: str
     doc_id: int
@@ -96,6 +100,8 @@ class TaskQuestions:
         if problems:
             raise StudyFileError(problems)
         shown = {"config": _configuration(task), "questions": rendered, "metrics": [m.label for m in metrics]}
+        moved = {q.id: str(q.split) for q in questions if q.split is not split_of(q.id, shares)}
+        shown |= {"moved": moved} if moved else {}
         text = json.dumps(shown, sort_keys=True, default=_source)
         return cls(name, task, questions, metrics, hashlib.sha256(text.encode()).hexdigest())
 
@@ -157,8 +163,32 @@ def _questions(task: Any, shares: SplitShares, limit: int | None) -> list[Questi
         text = json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
         digest = hash_string(text)
         rows.append(Question(digest, doc_id, doc, split_of(digest, shares)))
+    with isolated_generators(0):
+        for same in _asking_the_same(task, rows):
+            split = split_of(min(q.id for q in same), shares)
+            for q in same:
+                q.split = split
     rows.sort(key=lambda q: (question_order(q.id), q.doc_id))
     return rows[:limit]
+
+
+def _asking_the_same(task: Any, rows: Sequence[Question]) -> Iterator[list[Question]]:
+    """Documents, two or more, with the same prompt (without shots) and, in any order, the same choices; any right answer."""
+    by_prompt = defaultdict(list)
+    for q in rows:
+        by_prompt[_prompt(task, q.doc)].append(q)
+    for shared in by_prompt.values():
+        by_choices = defaultdict(list)
+        for q in shared if len(shared) > 1 else ():
+            is_choice = task.OUTPUT_TYPE == "multiple_choice"
+            by_choices[tuple(sorted(map(str, task.doc_to_choice(q.doc)))) if is_choice else ()].append(q)
+        yield from (same for same in by_choices.values() if len(same) > 1)
+
+
+def _prompt(task: Any, doc: Any) -> str:
+    """What is shown: of a text that is scored as a whole the text, of prompts that are the choices what should follow."""
+    prompt = None if task.OUTPUT_TYPE == "loglikelihood_rolling" else task.doc_to_text(doc)
+    return str(task.doc_to_target(doc) if prompt is None or isinstance(prompt, int) else prompt)
 
 
 def _metrics(task: Any, doc: Any) -> list[TaskMetric]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,9 @@ app = typer.Typer(
 out = Console()
 VALIDATION = "validation questions (± one standard error), best by these and the search questions first"
 err = Console(stderr=True)
+KEPT = "what was finished and stored before is kept"
+LOST = ("sqlalchemy.exc.OperationalError", "sqlalchemy.exc.InterfaceError", "sqlalchemy.exc.DatabaseError")
+"""Errors of a database that is gone, locked or damaged; by name, since nothing heavy is imported here."""
 
 StudyArgument = Annotated[Path, typer.Argument(help="The study file (YAML).", show_default=False)]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...: in place of the study file's.")]
@@ -171,12 +175,14 @@ def _version(
 @contextmanager
 def _importing() -> Iterator[None]:
     """Without looking for garbage: of what modules make, much and for good, there is none, and looking takes half as long again."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if was_enabled:
+            gc.freeze()
+            gc.enable()
 
 
 def _plan(study: Path, device: str | None = None, *, look_for_earlier: bool = False) -> Plan:
@@ -214,7 +220,7 @@ def _show(table: Table, title: str) -> None:
     for i, row in enumerate(table.rows):
         shown.add_row(*row, style="bold" if i in table.emphasised else "")
     out.print(shown)
-    out.print(table.verdict, highlight=False)
+    out.print(table.verdict, highlight=False, markup=False)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -234,3 +240,34 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         err.print("stopped; nothing finished is lost, the same command goes on from here", highlight=False)
         sys.exit(130)
+    except Exception as error:
+        text = _outage(error)
+        if text is None:
+            raise
+        err.print(f"error: {text}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _outage(error: BaseException) -> str | None:
+    """What to know and do where the machine failed and not the program: a full disk, a lost database; else None."""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
+        chain.append(before)
+    for e in chain:
+        is_full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or any(text in str(e) for text in ("No space left on device", "database or disk is full")):
+            where = f" ({e.filename})" if isinstance(e, OSError) and e.filename else ""
+            return f"the disk is full{where}: {_cause(e)}. Free some space and give the same command again; {KEPT}"
+    for e in chain:
+        if f"{type(e).__module__}.{type(e).__name__}" in LOST:
+            return (
+                f"the study's database cannot be used any more: {_cause(e)}. See that it is there, can be reached and written "
+                "and is whole, and give the same command again: it goes on from the trials that are stored there"
+            )
+    return None
+
+
+def _cause(error: BaseException) -> str:
+    """First line of what the system or the driver of the database said."""
+    text = str(getattr(error, "orig", None) or getattr(error, "strerror", None) or error)
+    return (text or type(error).__name__).splitlines()[0]

@@ -87,6 +87,21 @@ def test_questions_are_split_and_ordered_by_the_hash_of_the_document(encoder_fol
     assert len(seen) == 60
 
 
+def test_a_text_with_two_labels_stays_within_one_split_and_the_others_keep_theirs(encoder_folder: Path) -> None:
+    rows = [json.loads(line) for line in (encoder_folder / "animal.jsonl").read_text().splitlines()]
+    twice = [{**r, "label": 1 - r["label"]} for r in rows[:20]]
+    before = bound(encoder_folder, train=[])._tasks["animal"].scored
+    write_rows(encoder_folder / "animal.jsonl", [*twice, *rows])
+    found = bound(encoder_folder, train=[])._tasks["animal"].scored
+    texts = {split: {r.text for r in found[split]} for split in SCORED}
+    assert sum(map(len, found.values())) == 80
+    assert sum(map(len, texts.values())) == len(set.union(*texts.values())) == 60
+    alone = {r["text"] for r in rows[20:]}
+    assert all([r for r in found[s] if r.text in alone] == [r for r in before[s] if r.text in alone] for s in SCORED)
+    moved = [r for s in SCORED for r in found[s] if split_of(r.hash, SHARES) is not s]
+    assert moved, "the test would not notice rows that are split by their label"
+
+
 @pytest.mark.parametrize("fidelity", [0.01, 0.3, 0.5, 1.0])
 def test_questions_of_a_smaller_fidelity_are_the_first_of_a_larger_one(encoder_folder: Path, fidelity: float) -> None:
     evaluator = bound(encoder_folder)

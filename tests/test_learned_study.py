@@ -167,8 +167,8 @@ def test_a_budget_that_pays_for_no_fit_is_said_before_any_trial_with_the_one_tha
     demo: Path, tmp_path: Path
 ) -> None:
     search = {"n_trials": 30, "finalists": 1, "learner": {"steps": [0, 200], "per": "block", "batch_rows": 8}}
-    text = here("run", write_study(tmp_path, demo, **search, questions=300)).stderr
-    note = text[text.index("search.questions is 300") : text.index("trial 1/30")]
+    text = here("run", write_study(tmp_path, demo, **search, questions=500)).stderr
+    note = text[text.index("search.questions is 500") : text.index("trial 1/30")]
     enough = int(note.partition("At least ")[2].split()[0])
     (tmp_path / "learned.db").unlink()
     path = write_study(tmp_path, demo, **search, questions=enough)

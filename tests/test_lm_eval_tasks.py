@@ -25,9 +25,11 @@ from tiny_lm import (
     write_tasks,
 )
 
+from evaluators import lm_eval_questions
 from evaluators.lm_eval import LmEval
+from evaluators.lm_eval_questions import Question
 from merge_search.errors import EvaluationError, StudyFileError
-from merge_search.evaluation import Split
+from merge_search.evaluation import Split, split_of
 
 pytestmark = pytest.mark.usefixtures("own_dataset_cache")
 
@@ -236,3 +238,46 @@ def test_the_tokenizer_handed_in_is_not_changed(scored_folder: Path) -> None:
     tokenizer.pad_token = None
     evaluator(scored_folder, ["t_choice"]).bind(make_model(), tokenizer, folder="tiny")
     assert tokenizer.pad_token is None
+
+
+@pytest.mark.parametrize("task", ["t_choice", "t_word", "t_generate", "t_rolling", "t_shots"])
+def test_documents_that_ask_the_same_stay_within_one_split_and_the_others_keep_theirs(
+    tmp_path: Path, task: str
+) -> None:
+    """Ten questions are given again, with another right answer and their choices in another order."""
+    rows = [{**r, "note": 0} for r in documents(N, 0)]
+    again = [{**r, "choices": r["choices"][::-1], "word": "so", "note": 1} for r in rows[:10]]
+    whole = {q.doc["query"]: q.split for q in _questions(tmp_path / "a", task, rows)}
+    found = _questions(tmp_path / "b", task, [*again, *rows])
+    by_query: dict[str, set[Split]] = {}
+    for q in found:
+        by_query.setdefault(q.doc["query"], set()).add(q.split)
+    assert len(found) == N + 10
+    assert all(len(splits) == 1 for splits in by_query.values())
+    assert all(by_query[r["query"]] == {whole[r["query"]]} for r in rows[10:])
+    assert any(q.split is not split_of(q.id, THIRDS) for q in found), "the test would not notice the documents' hashes"
+
+
+def test_questions_with_a_shared_prompt_and_other_choices_keep_their_splits_and_fingerprint(tmp_path: Path) -> None:
+    rows = documents(N, 0)
+    other = [{**r, "query": rows[0]["query"]} for r in rows]
+    found = _questions(tmp_path / "a", "t_choice", other)
+    assert all(q.split is split_of(q.id, THIRDS) for q in found)
+    assert len({q.split for q in found}) == 3
+
+
+def test_a_study_whose_documents_move_has_another_fingerprint_and_any_other_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**r, "note": 0} for r in documents(N, 0)]
+    again = [{**r, "note": 1} for r in rows[:10]]
+    folders = [write_tasks(tmp_path / str(i), {"t_choice": CHOICE}, r) for i, r in enumerate([rows, [*again, *rows]])]
+    now = [evaluator(f, ["t_choice"], shares=THIRDS).fingerprint() for f in folders]
+    monkeypatch.setattr(lm_eval_questions, "_asking_the_same", lambda *_: [])
+    by_document = [evaluator(f, ["t_choice"], shares=THIRDS).fingerprint() for f in folders]
+    assert now[0] == by_document[0]
+    assert now[1] != by_document[1]
+
+
+def _questions(folder: Path, task: str, rows: list[dict[str, Any]]) -> list[Question]:
+    return evaluator(write_tasks(folder, {task: TASKS[task]}, rows), [task], shares=THIRDS).tasks[0].questions

@@ -10,10 +10,9 @@ import numpy as np
 import optuna
 import pytest
 import torch
-import yaml
 from command_line import here
+from failing_studies import LEARNER, Quiet, evaluator, write_study
 
-from merge_search import catalogue
 from merge_search.errors import EvaluationError, MergeSearchError
 from merge_search.evaluation import Evaluation
 from merge_search.search.prepare import prepare
@@ -21,124 +20,6 @@ from merge_search.search.records import finished_records, questions_asked
 from merge_search.search.run import run
 from merge_search.search.sealed import open_test
 from merge_search.study_file import read_study_file
-
-EVALUATOR = '''
-import numpy as np, torch
-from merge_search.evaluation import Cost, Evaluation, MetricInfo, Scores, Split
-
-class Norm:
-    """Scores a model by the norm of one tensor; fails on request, by the number of the call."""
-
-    calls = 0
-    fails: dict = {}
-
-    def __init__(self, options, *, shares, seed):
-        pass
-
-    def metrics(self):
-        return [MetricInfo("norm", "small", True, {s: 10 for s in (Split.SEARCH, Split.VALIDATION, Split.TEST)})]
-
-    def fingerprint(self):
-        return "norm"
-
-    def bind(self, model, tokenizer, *, folder):
-        self.weight = next(model.parameters())
-
-    def evaluate(self, split, fidelity=1.0, *, after=0.0):
-        Norm.calls += 1
-        failure = Norm.fails.get(Norm.calls)
-        if failure is not None:
-            raise failure
-        value = 1 / (1 + float(self.weight.norm()))
-        values = np.clip(value + np.linspace(-0.01, 0.01, 10), 0, 1)
-        return Evaluation(split, fidelity, {"norm/small": Scores((), values, float(values.mean()), 0.01)}, Cost(questions=10))
-
-class Counted(Norm):
-    """Asks three questions, then fails if it must, then asks the other seven."""
-
-    def __init__(self, options, *, shares, seed):
-        self.n_asked = 0
-
-    def evaluate(self, split, fidelity=1.0, *, after=0.0):
-        self.n_asked += 3
-        found = super().evaluate(split, fidelity, after=after)
-        self.n_asked += 7
-        return found
-
-class Silent(Norm):
-    """Declares a metric that it does not report."""
-
-    def metrics(self):
-        return [*super().metrics(), MetricInfo("norm", "large", True, {s: 10 for s in (Split.SEARCH, Split.TEST)})]
-
-class Learned(Norm):
-    """With a loss, the norm itself; it fails on request, by the number of the call."""
-
-    asked: list = []
-    loss_fails: dict = {}
-
-    def fit_tasks(self):
-        return {"norm": 40}
-
-    def losses(self, task):
-        return ("gold",)
-
-    def predict(self, task, rows):
-        return [0] * len(rows)
-
-    def set_pseudo_labels(self, task, labels):
-        pass
-
-    def loss(self, task, rows, kind="gold"):
-        self.asked.append(tuple(rows))
-        failure = self.loss_fails.get(len(self.asked))
-        if failure is not None:
-            raise failure
-        return self.weight.square().mean()
-'''
-
-
-class Quiet:
-    """A listener that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def begin(self, **_: Any) -> None: ...
-    def trial(self, *_: Any, **__: Any) -> None: ...
-    def end(self) -> None: ...
-
-
-LEARNER = {"steps": 5, "per": "block", "step_size": 0.01, "batch_rows": 4, "warm_start": False}
-
-
-def write_study(folder: Path, demo: Path, kind: str = "Norm", **search: Any) -> Path:
-    (folder / "mine.py").write_text(EVALUATOR)
-    data = {
-        "study": {"name": "s"},
-        "models": {"base": str(demo / "models" / "base"), "experts": {"maths": str(demo / "models" / "maths")}},
-        "space": {"type": "uniform", "presets": ["task_arithmetic"]},
-        "evaluate": [{"evaluator": f"mine.py:{kind}"}],
-        "objective": {"maximise": "norm"},
-        "search": {"n_trials": 7, "sampler": "random", "baselines": [], **search},
-        "device": "cpu",
-    }
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(data, sort_keys=False))
-    return path
-
-
-def evaluator(folder: Path, kind: str = "Norm", *, calls: Any = None, losses: Any = None) -> Any:
-    """The study's own, made to fail at these numbers of calls."""
-    found = catalogue.load("evaluators", f"mine.py:{kind}", folder=folder)
-    norm = catalogue.load("evaluators", "mine.py:Norm", folder=folder)
-    norm.calls, norm.fails = 0, calls or {}
-    if kind == "Learned":
-        found.asked, found.loss_fails = [], losses or {}
-    return found
 
 
 @pytest.mark.parametrize(
@@ -197,6 +78,35 @@ def test_a_call_that_fails_is_charged_what_its_evaluator_says_it_asked(
     assert questions_asked(study) == 3 + 10 * sum(r.is_scored for r in finished_records(study))
 
 
+@pytest.mark.parametrize("n_trials", [1, 4])
+def test_base_and_experts_count_before_their_baselines_and_not_again_with_them(
+    demo: Path, tmp_path: Path, n_trials: int
+) -> None:
+    """Two references and, of the four baselines, the two that do not repeat them: ten questions each."""
+    path = write_study(tmp_path, demo, n_trials=n_trials)
+    evaluator(tmp_path)
+    for _ in range(2):
+        assert questions_asked(run(read_study_file(path), Quiet())) == (20 if n_trials == 1 else 40)
+
+
+def test_what_the_base_was_asked_before_ctrl_c_is_asked(demo: Path, tmp_path: Path) -> None:
+    path = write_study(tmp_path, demo, "Counted", n_trials=1)
+    evaluator(tmp_path, "Counted", calls={2: KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        run(read_study_file(path), Quiet())
+    assert questions_asked(run(read_study_file(path), Quiet())) == 10 + 3 + 10
+
+
+def test_a_budget_that_base_and_experts_use_up_ends_the_search_and_can_be_raised(demo: Path, tmp_path: Path) -> None:
+    path = write_study(tmp_path, demo, questions=15)
+    evaluator(tmp_path)
+    text = " ".join(here("run", path).stderr.split())
+    assert "At least 50 would" in text
+    assert "20 of 15 questions are asked: the search ends here" in text
+    path.write_text(path.read_text().replace("questions: 15", "questions: 60"))
+    assert "60 of 60 questions are asked" in " ".join(here("run", path).stderr.split())
+
+
 def test_an_evaluator_that_does_not_report_what_it_declares_is_a_sentence(demo: Path, tmp_path: Path) -> None:
     path = write_study(tmp_path, demo, "Silent")
     evaluator(tmp_path, "Silent")
@@ -252,14 +162,16 @@ def test_out_of_memory_on_base_or_experts_is_a_sentence(demo: Path, tmp_path: Pa
         run(read_study_file(path), Quiet())
 
 
-def test_out_of_memory_on_the_test_questions_is_a_sentence_and_loses_nothing(demo: Path, tmp_path: Path) -> None:
+def test_out_of_memory_of_the_winner_on_the_test_questions_is_a_sentence_and_tried_again(
+    demo: Path, tmp_path: Path
+) -> None:
     path = write_study(tmp_path, demo)
     mine = evaluator(tmp_path)
     study = run(read_study_file(path), Quiet())
-    mine.fails = {mine.calls + 2: MemoryError()}
+    mine.fails = {mine.calls + 1: MemoryError()}
     with pytest.raises(MergeSearchError, match=r"out of memory while .* is tested.*smaller batch_size"):
         open_test(prepare(read_study_file(path)))
-    assert len(study.user_attrs["test"]) == 1
+    assert not study.user_attrs.get("test")
     open_test(prepare(read_study_file(path)))
     assert len(study.user_attrs["test"]) > 1
 

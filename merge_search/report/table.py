@@ -14,6 +14,7 @@ from merge_search.search.selection import (
     Standing,
     candidates,
     champions,
+    failures,
     front,
     outdated_test,
     paired_difference,
@@ -49,7 +50,8 @@ class Table:
 def summary_table(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Table:
     """Validation: rows in the order base, experts, best baseline, finalists; scores with standard errors."""
     best = [r.number for r in champions(study, objective, experts)]
-    return _table(standings(study, objective, experts), objective, best, "validation")
+    table = _table(standings(study, objective, experts), objective, best, "validation")
+    return replace(table, verdict=table.verdict + _unscored(study, "validation", experts))
 
 
 def sealed_table(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Table:
@@ -57,7 +59,18 @@ def sealed_table(study: optuna.Study, objective: Objective, experts: tuple[str, 
     rows = standings(study, objective, experts, split="test")
     table = _table(rows, objective, tested(study), "test")
     outdated = outdated_test(study, objective, experts)
-    return replace(table, verdict=f"{table.verdict} But {outdated}.") if outdated else table
+    but = f" But {outdated}." if outdated else ""
+    return replace(table, verdict=table.verdict + but + _unscored(study, "test", experts))
+
+
+def _unscored(study: optuna.Study, split: str, experts: tuple[str, ...]) -> str:
+    """Sentences on what should stand in the table of `split` and does not."""
+    failed = failures(study, split)
+    out = "".join(f" {name} could not be scored on the {split} questions: {why}." for name, why in failed.items())
+    if {"base", *experts} & failed.keys():
+        out += " What is measured against base and experts is measured against their scores on the search questions instead."
+    again = "test" if split == "test" else "run"
+    return f"{out} 'merge-search {again}' tries again." if failed else ""
 
 
 def _table(rows: list[Standing], objective: Objective, best: list[int], split: str) -> Table:

@@ -13,7 +13,15 @@ from merge_search.search.records import Record
 from merge_search.space import Parameter
 from merge_search.study_file import Search
 
-__all__ = ["MAX_DIMENSIONS", "budget_notes", "constraint_notes", "nearest_miss", "question_notes", "search_problems"]
+__all__ = [
+    "MAX_DIMENSIONS",
+    "budget_notes",
+    "constraint_notes",
+    "late_baseline_notes",
+    "nearest_miss",
+    "question_notes",
+    "search_problems",
+]
 
 MAX_DIMENSIONS = 1000
 """Every parameter of every trial is a row of the storage, and a surrogate model of more learns nothing from a study's trials."""
@@ -63,6 +71,18 @@ def budget_notes(n_first: int, n_trials: int) -> list[str]:
     return [
         f"n_trials is {n_trials}, and {n_first} baselines and start points come first: nothing is left for the sampler. "
         f"At least {n_first + 1} lets it begin; name fewer search.baselines for a shorter start"
+    ]
+
+
+def late_baseline_notes(late: Sequence[str], n_finished: int, n_trials: int) -> list[str]:
+    """What becomes of baselines, by name, that the study file names only since the start of the study."""
+    if not late:
+        return []
+    what = f"search.baselines names {', '.join(late)} only since the start of this study"
+    if n_finished + len(late) <= n_trials:
+        return [f"{what}: tried now, before the search goes on"]
+    return [
+        f"{what}, and {n_finished} of n_trials {n_trials} are finished: at least {n_finished + len(late)} lets all of them be tried"
     ]
 
 

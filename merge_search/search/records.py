@@ -17,6 +17,7 @@ from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
 
 __all__ = [
+    "ASKED_IN_VAIN",
     "Record",
     "finished_records",
     "objective_of",
@@ -28,7 +29,11 @@ __all__ = [
     "references_of",
     "seconds_spent",
     "store_metrics",
+    "stored_references",
 ]
+
+ASKED_IN_VAIN = "asked_in_vain"
+"""Study attribute, absent for none: questions put to base or an expert whose scores then did not come about."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,21 @@ def finished_records(study: optuna.Study) -> list[Record]:
 
 
 def questions_asked(study: optuna.Study) -> int:
-    """By all trials, over all runs: scored ones, fits and statistics; those of base and experts with their baselines."""
-    return sum(int(t.user_attrs.get("cost", (0, 0, 0))[2]) for t in study.get_trials(deepcopy=False))
+    """By base, experts and all trials, over all runs: scores, fits and statistics.
+
+    Base and experts are asked before the first trial; the trials that carry their names only repeat those answers. What was
+    asked of them before a run ended in the middle counts, too (`ASKED_IN_VAIN`).
+    """
+    known = stored_references(study)
+    trials = [t.user_attrs for t in study.get_trials(deepcopy=False) if t.user_attrs.get("label") not in known]
+    asked = sum(int(a.get("cost", (0, 0, 0))[2]) for a in trials)
+    asked += sum(int(data["evaluation"]["cost"][2]) for data in known.values())
+    return asked + int(study.user_attrs.get(ASKED_IN_VAIN, 0))
+
+
+def stored_references(study: optuna.Study) -> dict[str, Mapping[str, Any]]:
+    """What is stored of base and experts, by name: ``evaluation`` and ``weights_sha256``."""
+    return {k.removeprefix("reference."): v for k, v in study.user_attrs.items() if k.startswith("reference.")}
 
 
 def questions_left(study: optuna.Study, budget: int | None) -> int | None:
@@ -119,8 +137,8 @@ def seconds_spent(study: optuna.Study) -> float:
     """
     trials = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("outcome") != Outcome.LOST]
     took = [t.duration.total_seconds() for t in trials if t.duration is not None]
-    references = [data["evaluation"]["cost"] for key, data in study.user_attrs.items() if key.startswith("reference.")]
-    return sum(took) + sum(float(merge_s + evaluate_s) for merge_s, evaluate_s, _ in references)
+    costs = [data["evaluation"]["cost"] for data in stored_references(study).values()]
+    return sum(took) + sum(float(merge_s + evaluate_s) for merge_s, evaluate_s, _ in costs)
 
 
 def store_metrics(study: optuna.Study, metrics: Sequence[MetricInfo]) -> None:

@@ -31,6 +31,7 @@ from merge_search.errors import (
     WeightsError,
 )
 from merge_search.evaluation import Cost, Evaluation, Split
+from merge_search.memory import is_memory_error
 from merge_search.objective import Estimate, Objective, References
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
@@ -39,6 +40,7 @@ from merge_search.search.baselines import reference_recipes
 from merge_search.search.learning import LearnedSpace, warm_start
 from merge_search.search.prepare import Plan, prepare
 from merge_search.search.records import (
+    ASKED_IN_VAIN,
     Record,
     finished_records,
     owners_of,
@@ -51,7 +53,7 @@ from merge_search.search.records import (
 )
 from merge_search.search.starting import Start
 from merge_search.search.stopping import GAIN_ATTRIBUTE, expected_gain, reason_to_stop
-from merge_search.search.workbench import Scored, Workbench, is_memory_error, memory_errors_said
+from merge_search.search.workbench import Scored, Workbench, memory_errors_said
 from merge_search.seeding import derive_seed
 from merge_search.space import Point, SearchSpace
 from merge_search.study_file import StudyFile
@@ -182,7 +184,7 @@ class _Driver:
             if key in self.study.user_attrs:
                 continue
             try:
-                with memory_errors_said(f"while {name!r} is scored"):
+                with self._kept_if_in_vain(), memory_errors_said(f"while {name!r} is scored"):
                     scored = self.bench.score(recipe, Split.SEARCH, self.fidelity)
             except (NonFiniteError, EvaluationError) as error:
                 raise WeightsError(
@@ -191,6 +193,17 @@ class _Driver:
             stored = {"evaluation": scored.evaluation.to_attribute(), "weights_sha256": scored.weights_sha256}
             self.study.set_user_attr(key, stored)
         return references_of(self.study, self.plan.metrics, self.plan.context.experts)
+
+    @contextmanager
+    def _kept_if_in_vain(self) -> Iterator[None]:
+        """Count what is asked inside also if it ends in the middle."""
+        before = self.bench.asked
+        try:
+            yield
+        except BaseException:
+            lost = self.study.user_attrs.get(ASKED_IN_VAIN, 0)
+            self.study.set_user_attr(ASKED_IN_VAIN, lost + self.bench.asked - before)
+            raise
 
     def _race_weights(self) -> dict[str, float] | None:
         """Weights of the metrics in the one objective; None, with a note, where prefixes cannot be compared or joined."""

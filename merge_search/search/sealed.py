@@ -6,11 +6,11 @@ from typing import Any
 
 import optuna
 
-from merge_search.errors import StudyFileError
-from merge_search.evaluation import Split
+from merge_search.errors import EvaluationError, MergeSearchError, StudyFileError
+from merge_search.evaluation import Evaluation, Split
 from merge_search.search import selection, storage
 from merge_search.search.prepare import Plan
-from merge_search.search.records import owners_of, references_of
+from merge_search.search.records import Record, owners_of, references_of
 from merge_search.search.workbench import Workbench, memory_errors_said
 
 __all__ = ["open_test"]
@@ -19,9 +19,11 @@ __all__ = ["open_test"]
 def open_test(plan: Plan) -> optuna.Study:
     """Score the winner (with several objectives, the front) and what it is compared with on the test questions.
 
-    Opened again, it shows what was found the first time, and finishes what was not.
+    Opened again, it shows what was found the first time, and finishes what was not. A rival that cannot be scored is left
+    out: `selection.failures` says why.
 
     Raises:
+        EvaluationError: the winner, or one of the front, cannot be scored.
         StudyFileError: nothing to test yet; or the study went on and has another winner than the tested one, which is
             all that is tested (`selection.outdated_test` says what to do).
         StudyChangedError: the study file was changed since, so its test questions may have been asked in the search.
@@ -40,15 +42,30 @@ def open_test(plan: Plan) -> optuna.Study:
         sealed = selection.tested(study)
         wanted.sort(key=lambda r: r.number not in sealed)  # a rival that fails must not keep it from its proof
         bench = _bench(study, plan) if wanted else None
+        failed: dict[str, str] = {}
         for record in wanted:
             assert bench is not None
-            recipe = record.recipe.model_copy(update={"models": bench.models})
-            with memory_errors_said(f"while {record.name} is tested"):
-                scored[str(record.number)] = bench.score(recipe, Split.TEST).evaluation.to_attribute()
+            try:
+                scored[str(record.number)] = _score(bench, record).to_attribute()
+            except MergeSearchError as error:
+                if record.number in sealed:
+                    raise EvaluationError(
+                        f"{record.name} was chosen and cannot be scored on the test questions: {error}"
+                    ) from error
+                failed[str(record.number)] = selection.first_line(error)
+                bench.recover()
+                continue
             study.set_user_attr("test", scored)
+        selection.store_failures(study, "test", failed)
     if outdated:
         raise StudyFileError(outdated)
     return study
+
+
+def _score(bench: Workbench, record: Record) -> Evaluation:
+    recipe = record.recipe.model_copy(update={"models": bench.models})
+    with memory_errors_said(f"while {record.name} is tested"):
+        return bench.score(recipe, Split.TEST).evaluation
 
 
 def _bench(study: optuna.Study, plan: Plan) -> Workbench:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import optuna
 
-from merge_search.errors import EvaluationError, NonFiniteError
+from merge_search.errors import EvaluationError, MergeSearchError, NonFiniteError
 from merge_search.evaluation import Evaluation
 from merge_search.objective import Estimate, Objective, References
 from merge_search.outcome import Outcome
@@ -46,11 +46,14 @@ __all__ = [
     "candidates",
     "champions",
     "compared",
+    "failures",
     "finalists",
+    "first_line",
     "front",
     "nothing_to_hand_over",
     "outdated_test",
     "standings",
+    "store_failures",
     "tested",
     "to_validate",
     "validate",
@@ -134,6 +137,7 @@ def validate(
 ) -> None:
     """Score what is `to_validate` on the validation split, each stored at once; then store what the search says of it."""
     scored: dict[str, Any] = dict(study.user_attrs.get("validation", {}))
+    failed: dict[str, str] = {}
     parameters, seed = plan.space.parameters, plan.file.study.seed
     wanted = to_validate(study, plan.objective, parameters, seed=seed, n=plan.file.search.finalists)
     if all(r.label for r in wanted) and (text := nearest_miss(study)):
@@ -145,12 +149,31 @@ def validate(
             evaluation = score(record.recipe)
         except (NonFiniteError, EvaluationError) as error:
             note(f"{record.name} could not be scored on the validation questions: {error}")
+            failed[str(record.number)] = first_line(error)
             continue
         scored[str(record.number)] = evaluation.to_attribute()
         study.set_user_attr("validation", scored)
+    store_failures(study, "validation", failed)
     if len(plan.objective.names) == 1:
         known = _posterior(study, parameters, seed)
         study.set_user_attr(POSTERIOR_ATTRIBUTE, {n: list(known[int(n)]) for n in scored if int(n) in known})
+
+
+def store_failures(study: optuna.Study, split: str, failed: Mapping[str, str]) -> None:
+    """Keep why trials (by number) have no scores on `split`, in place of what was kept before."""
+    if failed or failures(study, split):
+        study.set_user_attr(f"{split}_failed", dict(failed))
+
+
+def failures(study: optuna.Study, split: str) -> dict[str, str]:
+    """What could not be scored on `split` when it was last tried, by name, and why."""
+    stored: Mapping[str, str] = study.user_attrs.get(f"{split}_failed", {})
+    return {r.name: stored[str(r.number)] for r in records(study) if str(r.number) in stored}
+
+
+def first_line(error: MergeSearchError) -> str:
+    """Of an error's message, what fits below a table."""
+    return (str(error) or type(error).__name__).splitlines()[0].removesuffix(".")
 
 
 def _best_preset(study: optuna.Study, objective: Objective) -> Record | None:
@@ -172,7 +195,7 @@ class Standing:
     Attributes:
         role: ``base``, ``expert``, ``baseline`` or ``merge``.
         values: Objective values; the references' scores on these questions define retention, those on the search
-            questions where no expert beats the base here.
+            questions where no expert beats the base here or one of them has no scores here.
         violations: Constraint -> amount by which it is violated on these questions (<= 0: it holds).
         expected: First objective by all that is known: on validation with the search's answers (see the module's notes).
     """
@@ -198,16 +221,24 @@ class Standing:
 def standings(
     study: optuna.Study, objective: Objective, experts: tuple[str, ...], *, split: str = "validation"
 ) -> list[Standing]:
-    """All rows that have scores on `split` (``validation`` or ``test``): base, experts, baselines, merges by rank."""
+    """All rows that have scores on `split` (``validation`` or ``test``): base, experts, baselines, merges by rank.
+
+    None before base and experts were asked; one that could not be scored has no row.
+    """
     stored: Mapping[str, Any] = study.user_attrs.get(split, {})
     by_number = {r.number: r for r in records(study)}
     evaluations = [(by_number[int(k)], Evaluation.from_attribute(v)) for k, v in stored.items()]
     by_label = {r.label: e for r, e in evaluations if r.label}
-    if "base" not in by_label or not all(e in by_label for e in experts):
+    lacking = {"base", *experts} - by_label.keys()
+    if lacking - failures(study, split).keys():
         return []
     metrics = list(objective.metrics.values())
-    references = References.from_evaluations(metrics, by_label["base"], {e: by_label[e] for e in experts})
-    if objective.meaningless(references):  # so few questions that no expert beats the base: measure by the search's
+    references = None
+    if not lacking:
+        references = References.from_evaluations(metrics, by_label["base"], {e: by_label[e] for e in experts})
+    if references is None or objective.meaningless(
+        references
+    ):  # also where no expert beats the base: too few questions
         references = references_of(study, metrics, experts)
     rows = []
     for record, evaluation in evaluations:

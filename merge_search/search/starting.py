@@ -5,26 +5,28 @@
     first points     the space's uniform recipes and, with a learner, its ladder: queued once all of the above are
                      scored, since the ladder may stand on one of them
 
-Every entry is queued once per study; a killed run goes on where it was. The first points are decided once and kept with
+Every entry is queued once per study; a killed run goes on where it was, and baselines that the study file names only later
+come next. The first points are decided once and kept with
 the study before any of them is queued: what they find would move the start of those that a kill left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from merge_search.engine.learners.coefficients import FitSettings
 from merge_search.objective import Objective
+from merge_search.recipe import Recipe
 from merge_search.search import checks
 from merge_search.search.baselines import baselines
 from merge_search.search.earlier import starts_from
 from merge_search.search.learning import LearnedSpace, better_start
 from merge_search.search.prepare import Plan
-from merge_search.search.records import questions_left, questions_of_a_trial
+from merge_search.search.records import finished_records, questions_left, questions_of_a_trial
 from merge_search.search.workbench import Workbench
 
 __all__ = ["Start"]
@@ -50,14 +52,8 @@ class Start:
         presets = baselines(plan.context, plan.baselines, can_measure=bench.can_measure)
         self._known = {recipe.fingerprint for recipe in presets.values()}
         queued = self._queued()
-        if not self._is_done():
-            seen: set[str] = set()
-            for label, recipe in presets.items():
-                if recipe.fingerprint not in seen and label not in queued:
-                    point = plan.space.encode(recipe)
-                    attrs = {"label": label, "start": label, **({} if point else {"given_recipe": recipe.to_json()})}
-                    study.enqueue_trial(point or {}, user_attrs=attrs)
-                seen.add(recipe.fingerprint)
+        if not self._is_done() or plan.file.search.baselines is not None:  # named, and not a later version's default
+            self._queue_baselines(presets, queued)
         told: list[str] = list(study.user_attrs.get(EARLIER, []))
         for name, known in starts_from(plan.file, bench.models, plan.space, told, note):
             for k in known:
@@ -66,10 +62,24 @@ class Start:
             told.append(name)
             study.set_user_attr(EARLIER, told)
 
+    def _queue_baselines(self, presets: Mapping[str, Recipe], queued: set[str]) -> None:
+        """Those that are neither queued nor the same merge as one before them."""
+        tried = queued | {str(t.user_attrs.get("label")) for t in self.study.get_trials(deepcopy=False)}
+        seen: set[str] = set()
+        for label, recipe in presets.items():
+            if recipe.fingerprint not in seen and label not in tried:
+                point = self.plan.space.encode(recipe)
+                attrs = {"label": label, "start": label, **({} if point else {"given_recipe": recipe.to_json()})}
+                self.study.enqueue_trial(point or {}, user_attrs=attrs)
+            seen.add(recipe.fingerprint)
+
     def notes(self, total: int) -> list[str]:
         """Whether what comes first leaves trials for the sampler, and the baselines questions for the search."""
         if self._is_done():
-            return checks.budget_notes(len(self._queued()), total)
+            trials = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+            late = [t.user_attrs["label"] for t in trials if "label" in t.user_attrs]
+            found = checks.late_baseline_notes(late, len(finished_records(self.study)), total)
+            return [*found, *checks.budget_notes(len(self._queued()), total)]
         left, labels = self._left(), sum("label" in t.user_attrs for t in self._first_tries())
         budget, per_trial = self.plan.file.search.questions, questions_of_a_trial(self.study)
         return [

@@ -29,12 +29,13 @@ from merge_search.engine.pool import ModelPool
 from merge_search.engine.statistics.provider import DataStatistics
 from merge_search.errors import EvaluationError, MergeSearchError
 from merge_search.evaluation import Cost, Counting, Evaluation, Evaluator, Split
+from merge_search.memory import is_memory_error
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
 from merge_search.search.prepare import Plan
 from merge_search.study_file import StudyFile
 
-__all__ = ["Scored", "Workbench", "is_memory_error", "maps_of", "memory_errors_said", "statistics_of"]
+__all__ = ["Scored", "Workbench", "maps_of", "memory_errors_said", "statistics_of"]
 
 
 @dataclass(frozen=True)
@@ -225,12 +226,6 @@ def memory_errors_said(when: str) -> Iterator[None]:
             f"out of memory {when} ({error or type(error).__name__}): give evaluate a smaller batch_size or max_length, "
             "models a dtype of fewer bytes (bfloat16), or take a device with more memory"
         ) from error
-
-
-def is_memory_error(error: Exception) -> bool:
-    """Whether a device or the machine had no memory left."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "can't allocate memory" in str(error)  # how torch says it on a CPU
 
 
 def _told_by_experts(loss: str) -> str:
