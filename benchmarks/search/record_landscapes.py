@@ -59,6 +59,7 @@ SPACES: Mapping[str, dict[str, Any]] = {
     "lm_ties": {"zoo": "lm", "space": {"type": "blockwise", "preset": "ties", "density": {"per": "block"}}},
     "lm_kind": {"zoo": "lm", "space": {"type": "module_kind"}},
     "lm_mission": {"zoo": "lm", "space": {"type": "compatibility"}},
+    "lm_mission_wide": {"zoo": "lm", "space": {"type": "compatibility", "density": {"per": "block"}}},
     "encoder_blockwise": {"zoo": "encoder", "space": {"type": "blockwise"}},
 }
 
