@@ -13,7 +13,7 @@ from merge_search.memory import free_host_bytes
 __all__ = ["ByteCache", "free_bytes", "room"]
 
 _PASSING = 4  # entries held beside the others: more than one candidate asks of one tensor
-_SHARE = 0.25  # the models, their activations and other caches need the rest
+_SHARE = 1 / 3  # the models, their activations and other caches need the rest
 
 
 def free_bytes(device: torch.device) -> int:
@@ -22,7 +22,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def room(device: torch.device) -> int:
-    """Bytes that each cache may take where nobody says how many: a quarter of what is free when it is made."""
+    """Bytes that each cache may take where nobody says how many: a third of what is free when it is made."""
     return int(_SHARE * free_bytes(device))
 
 

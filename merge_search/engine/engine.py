@@ -64,7 +64,7 @@ class MergeEngine:
     Args:
         tensors: Base and experts.
         compile: "auto" compiles on GPUs and above a million parameters, if a compiler is there.
-        cache_bytes: For scores and ranks stored per element; None: a quarter of the free memory.
+        cache_bytes: For scores and ranks stored per element; None: a third of the free memory.
     """
 
     def __init__(self, tensors: Tensors, *, compile: bool | str = "auto", cache_bytes: int | None = None) -> None:

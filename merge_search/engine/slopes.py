@@ -34,7 +34,7 @@ class Parts:
 
     Args:
         recipe: Linear in its coefficients, which do not matter.
-        cache_bytes: None: a quarter of the free memory.
+        cache_bytes: None: a third of the free memory.
     Raises:
         RecipeError: the recipe is not linear in its coefficients, or cannot be merged.
     """

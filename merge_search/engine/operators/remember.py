@@ -22,7 +22,7 @@ _LEDGER = ("operators", "bytes")
 def remembered(name: str) -> Callable[[Parts], Parts]:
     """Decorator: keep an operator's result per tensor and experts, for the options it was last asked for.
 
-    Kept in `OperatorContext.memory`, on the device of the deltas, up to a quarter of the memory that is free when the first is
+    Kept in `OperatorContext.memory`, on the device of the deltas, up to a third of the memory that is free when the first is
     kept; beyond that results are made anew every time. Callers must not write to them.
     """
 
