@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import optuna
 import pytest
+from failing_studies import Quiet
 
 from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split, window
 from merge_search.objective import Objective, References
@@ -131,17 +131,3 @@ def test_a_metric_that_is_a_mean_for_the_base_alone_is_not_raced() -> None:
         driver.references = References.from_evaluations([metric], wrong, {"x": expert})
         assert driver._race_weights() == weights
         assert bool(notes.notes) == (weights is None)
-
-
-class Quiet:
-    """A listener that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def begin(self, **_: Any) -> None: ...
-    def trial(self, *_: Any, **__: Any) -> None: ...
-    def end(self) -> None: ...
