@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from evaluators.labelled_text import TaskRows
 from merge_search.errors import EvaluationError, MergeSearchError, NonFiniteError, StudyFileError
+from merge_search.products import short_attention
 
 __all__ = ["Batch", "EncoderHeads"]
 
@@ -155,7 +156,8 @@ class EncoderHeads:
         """
         weight, bias = self.heads[task]
         with _eval_mode(self.model), _failures(f"task {task!r}, batch of shape {tuple(batch.input_ids.shape)}"):
-            output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            with short_attention(batch.input_ids.shape[1], self.device):
+                output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
             hidden = output.last_hidden_state.float()
             if self.pooling[task] == "cls":
                 pooled = hidden[:, 0]

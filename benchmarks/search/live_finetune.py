@@ -23,6 +23,7 @@ from zoo import search_study
 from merge_search.engine.learners.coefficients import QUESTIONS_PER_ROW, TaskLoss, task_losses
 from merge_search.evaluation import Split
 from merge_search.presets import preset
+from merge_search.products import fast_products
 from merge_search.seeding import derive_seed
 from merge_search.study_file import Learner
 
@@ -90,7 +91,8 @@ class _Tuner:
         optimiser.zero_grad(set_to_none=True)
         for name, task in self.losses.items():
             rows = self._rows(name, task, step)
-            torch.autograd.backward(task.loss(rows) / len(self.losses))
+            with fast_products(self.bench.work.views):
+                torch.autograd.backward(task.loss(rows) / len(self.losses))
             self.asked += QUESTIONS_PER_ROW * len(rows)
         optimiser.step()
 

@@ -31,6 +31,7 @@ from merge_search.errors import EvaluationError, MergeSearchError
 from merge_search.evaluation import Cost, Counting, Evaluation, Evaluator, Split
 from merge_search.memory import is_memory_error
 from merge_search.outcome import Outcome
+from merge_search.products import fast_products
 from merge_search.recipe import Recipe
 from merge_search.search.prepare import Plan
 from merge_search.study_file import StudyFile
@@ -123,7 +124,8 @@ class Workbench:
         for evaluator in self.evaluators:
             before = _n_asked(evaluator)
             try:
-                parts.append(_evaluate(evaluator, split, fidelity, after))
+                with fast_products(self.views):
+                    parts.append(_evaluate(evaluator, split, fidelity, after))
             except BaseException:
                 self._answered += _n_asked(evaluator) - before
                 raise

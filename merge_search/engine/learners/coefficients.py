@@ -27,6 +27,7 @@ from merge_search.engine.learners.fineness import FINENESS, Fineness, Per, make_
 from merge_search.engine.slopes import Parts, Slopes
 from merge_search.errors import InputError, NonFiniteError, nearest
 from merge_search.evaluation import Differentiable
+from merge_search.products import fast_products
 from merge_search.recipe import Recipe
 from merge_search.seeding import derive_seed
 
@@ -222,7 +223,7 @@ class State:
         """One Adam step; returns each task's loss before it."""
         self.slopes.clear()
         found = {}
-        with self.slopes.recording():
+        with self.slopes.recording(), fast_products(self.views):
             for task, rows in losses.items():
                 loss = rows.loss(_draw(self.settings, task, rows.n_rows, step))
                 found[task] = value = float(loss.detach())

@@ -11,6 +11,7 @@ from merge_search.engine.engine import MergeEngine
 from merge_search.engine.learners.coefficients import expert_recipe
 from merge_search.errors import InputError
 from merge_search.evaluation import Differentiable, Teachable
+from merge_search.products import fast_products
 from merge_search.recipe import Recipe
 
 __all__ = ["ExpertLabels"]
@@ -67,7 +68,8 @@ class ExpertLabels:
                 raise InputError(f"learner: task {task!r} needs an expert of its own to label its rows")
             engine.apply(expert_recipe(recipe, owners[task]), views)
             self.asked += price * len(new)
-            _answer(evaluator, task, new, kind)
+            with fast_products(views):
+                _answer(evaluator, task, new, kind)
             self._known[kind, task].update(new)
         return self.asked - before
 
