@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from live_anytime import Bench, Row, Silent, Task, main_mean, make_plan, row_of
+from live_opponents import FINE_TUNING_TOLD
 from torch import Tensor
 from zoo import search_study
 
@@ -129,7 +130,9 @@ def finetuned_rows(task: Task) -> list[Row]:
         tuner = _Tuner(bench, task)
         for p in tuner.model.parameters():
             p.requires_grad_(True)
-        found = snapshots(tuner, task.zoo.step_sizes, max(task.budgets.values()))
+        is_told = task.opponent == FINE_TUNING_TOLD
+        sizes = (task.zoo.best_step_size,) if is_told else task.zoo.step_sizes
+        found = snapshots(tuner, sizes, max(task.budgets.values()))
         rows = []
         for candidates, budget in task.budgets.items():
             done = [s for s in found if s.asked <= budget]

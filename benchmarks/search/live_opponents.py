@@ -1,7 +1,7 @@
 """Ways of searching, as parts of study files: all share engine, questions and the budget in questions.
 
 Learners' settings are the product's defaults unless a row says otherwise, so that no figure rests on a choice made on
-test rows. "fine-tuning" is no study: `live_finetune.py`.
+test rows. "fine-tuning" and the same "told" its step size are no studies: `live_finetune.py`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from zoo import Zoo
 from merge_search.presets import PRESETS
 from merge_search.study_file import Learner
 
-__all__ = ["FINE_TUNING", "IMPORTANT", "OPPONENTS", "TWO_LEVELS", "learns", "setup"]
+__all__ = ["FINE_TUNING", "FINE_TUNING_TOLD", "IMPORTANT", "OPPONENTS", "TWO_LEVELS", "learns", "setup"]
 
 Part = dict[str, Any]
 SPACES = Path(__file__).with_name("live_spaces.py")
 TWO_LEVELS, FINE_TUNING = "two levels", "fine-tuning"
+FINE_TUNING_TOLD = "fine-tuning, step size told"
+"""The best of its step sizes in hindsight, known before it begins."""
 GRID = ["task_arithmetic", "ties", "tsv_m", "dare", "iso_c", "della", "dare_ties", "breadcrumbs", "magmax", "consensus",
         "pcb", "sce", "magnitude_soft", "magnitude_hard", "iso_cts", "model_stock", "fisher", "regmean"]  # fmt: skip
 MISSION: Part = {"type": "compatibility"}
@@ -79,6 +81,7 @@ OPPONENTS: dict[str, Callable[[Zoo], Part] | None] = {
     "tpe": _blockwise("tpe"),
     "gp": _blockwise("gp"),
     "random": _blockwise("random"),
+    FINE_TUNING_TOLD: None,
     "botorch, mission space": lambda zoo: {"space": MISSION, "search": {"sampler": "botorch", "baselines": []}},
 }
 """In the order in which they run; None: no study."""

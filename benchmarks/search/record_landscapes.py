@@ -57,6 +57,10 @@ STARTS = ((0.6, 0.12), (1 / 3, 0.15), (1.0, 0.12))
 SPACES: Mapping[str, dict[str, Any]] = {
     "lm_blockwise": {"zoo": "lm", "space": {"type": "blockwise"}},
     "lm_ties": {"zoo": "lm", "space": {"type": "blockwise", "preset": "ties", "density": {"per": "block"}}},
+    "lm_ties_fine": {
+        "zoo": "lm",
+        "space": {"type": "blockwise", "preset": "ties", "density": {"per": "block_kind"}},
+    },
     "lm_kind": {"zoo": "lm", "space": {"type": "module_kind"}},
     "lm_mission": {"zoo": "lm", "space": {"type": "compatibility"}},
     "lm_mission_wide": {"zoo": "lm", "space": {"type": "compatibility", "density": {"per": "block"}}},
