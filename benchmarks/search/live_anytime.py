@@ -111,14 +111,27 @@ class Bench:
 
     def score_live(self, digest: str, where: str) -> Evaluation:
         """The same for the live model as it is now."""
-        kept = self.task.scores / f"{self.task.zoo.name}.{where}.{digest}.json"
+        kept = self._kept(digest, where)
         if kept.exists():
             return Evaluation.from_attribute(json.loads(kept.read_text()))
         found = self.work.ask(Split.VALIDATION) if where == "validation" else self._ask_test()
-        part = kept.with_suffix(f".{self.task.opponent.replace(' ', '_')}.{self.task.seed}")
-        part.write_text(json.dumps(found.to_attribute()))
-        part.rename(kept)
+        self._keep(kept, found.to_attribute())
         return found
+
+    def _kept(self, digest: str, where: str) -> Path:
+        return self.task.scores / f"{self.task.zoo.name}.{where}.{digest}.json"
+
+    def _keep(self, kept: Path, found: object) -> None:
+        part = kept.with_suffix(f".{self.task.opponent.replace(' ', '_')}.{self.task.seed}")
+        part.write_text(json.dumps(found))
+        part.rename(kept)
+
+    def keep_validated(self, study: optuna.Study) -> None:
+        """What the study itself asked on validation is not asked again."""
+        weights = {str(r.number): r.weights_sha256 for r in finished_records(study) if r.is_scored}
+        for number, found in study.user_attrs.get("validation", {}).items():
+            if number in weights and not (kept := self._kept(weights[number], "validation")).exists():
+                self._keep(kept, found)
 
     def _ask_test(self) -> Evaluation:
         """All rows of the test files: the three shares of the test evaluators, joined."""
@@ -191,6 +204,7 @@ def anytime_rows(task: Task) -> list[Row]:
         bench = Bench(task, plan, folder)
         known = references_of(study, plan.metrics, plan.context.experts)
         bench.work.offer_statistics(owners_of(plan.objective, known))
+        bench.keep_validated(study)
         references = bench.references()
         rows = []
         for candidates, budget in task.budgets.items():
