@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from merge_search.errors import MergeSearchError, SpaceError
 from merge_search.recipe import Group, Models, Recipe
 
-__all__ = ["Categorical", "Float", "Integer", "Parameter", "Point", "SearchSpace", "SpaceContext"]
+__all__ = ["Categorical", "Float", "Integer", "Parameter", "Point", "SearchSpace", "SpaceContext", "decoded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +104,15 @@ class SearchSpace(Protocol):
     def initial_points(self) -> list[dict[str, str | int | float | bool]]:
         """Points worth trying before any model of the objective: uniform recipes. May be empty."""
         ...
+
+
+def decoded(space: SearchSpace, point: Point) -> Recipe:
+    """The recipe of a point; whatever a user's own space throws ends the trial and not the study."""
+    try:
+        return space.decode(point)
+    except MergeSearchError:
+        raise
+    except Exception as error:
+        raise SpaceError(
+            f"space {type(space).__name__} failed to decode a point: {type(error).__name__}: {error}"
+        ) from error

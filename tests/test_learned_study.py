@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +15,7 @@ import optuna
 import pytest
 import yaml
 from command_line import here
+from optuna.trial import TrialState
 from small_spaces import CONTEXT, build
 
 from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split
@@ -19,8 +23,9 @@ from merge_search.objective import Objective
 from merge_search.presets import preset
 from merge_search.recipe import Models, Recipe
 from merge_search.search.learning import LearnedSpace, better_start, structure_of
-from merge_search.search.records import Record, finished_records
+from merge_search.search.records import Record, finished_records, questions_asked
 from merge_search.search.starting import Start
+from merge_search.search.storage import reclaim_lost_trials
 from merge_search.space import Categorical, Float
 from merge_search.study_file import Learner
 
@@ -86,6 +91,39 @@ def test_a_fit_takes_the_steps_that_the_budget_still_pays_for(demo: Path, tmp_pa
     assert only.attributes["cut_short"]
     before = sum(r.cost.questions for r in finished_records(study) if r.number <= only.number)
     assert 2000 - per_step < before <= 2000
+
+
+def test_kill_9_in_a_long_fit_is_charged_what_it_asked_until_shortly_before(demo: Path, tmp_path: Path) -> None:
+    learner = {"per": "block", "steps": 1_000_000, "step_size": 0.01, "batch_rows": 8}
+    path = write_study(tmp_path, demo, n_trials=20, learner=learner)
+    process = subprocess.Popen([sys.executable, "-m", "merge_search", "run", str(path)], stderr=subprocess.DEVNULL)
+    try:
+        asked = _asked_in_a_fit(path, process)
+    finally:
+        process.kill()
+        process.wait()
+    study = optuna.load_study(study_name="learned", storage=f"sqlite:///{tmp_path / 'learned.db'}")
+    scored = sum(r.cost.questions for r in finished_records(study))
+    assert asked % (3 * 8 * len(EXPERTS)) == 0
+    assert questions_asked(study) >= scored + asked
+    assert reclaim_lost_trials(study) == 1
+    assert questions_asked(study) >= scored + asked
+
+
+def _asked_in_a_fit(path: Path, process: subprocess.Popen[bytes]) -> int:
+    """Until a trial that still runs was charged; by how much."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            study = optuna.load_study(study_name="learned", storage=f"sqlite:///{path.parent / 'learned.db'}")
+            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        except Exception:  # the database is not there yet
+            running = []
+        for trial in running:
+            if "cost" in trial.user_attrs and "evaluation" not in trial.user_attrs:
+                return int(trial.user_attrs["cost"][2])
+        time.sleep(0.1)
+    raise AssertionError(f"no fit was charged while it ran (status {process.poll()})")
 
 
 def asked_by_the_learner(record: Record) -> int:

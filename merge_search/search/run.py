@@ -12,7 +12,7 @@ scores, per-question answers, outcome and cost. Kill the process at any time and
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -25,9 +25,7 @@ from merge_search.engine.learners.coefficients import FitSettings, Fitted
 from merge_search.errors import (
     EvaluationError,
     InputError,
-    MergeSearchError,
     NonFiniteError,
-    SpaceError,
     WeightsError,
 )
 from merge_search.evaluation import Cost, Evaluation, Split
@@ -55,9 +53,11 @@ from merge_search.search.starting import Start
 from merge_search.search.stopping import GAIN_ATTRIBUTE, expected_gain, reason_to_stop
 from merge_search.search.workbench import Scored, Workbench, memory_errors_said
 from merge_search.seeding import derive_seed
-from merge_search.space import Point, SearchSpace
+from merge_search.space import decoded
 from merge_search.study_file import StudyFile
 
+CHARGE_EVERY = 5.0
+"""Seconds between two charges of a fit that runs: what a kill may leave uncounted."""
 __all__ = ["Listener", "run"]
 
 
@@ -239,7 +239,7 @@ class _Driver:
             recipe = Recipe.from_json(given)
         else:
             point = samplers.suggest(trial, space.parameters)
-            recipe = _decoded(space, point)
+            recipe = decoded(space, point)
             if isinstance(space, LearnedSpace):
                 number = trial.user_attrs.get("retry_of", trial.number)  # other rows each time, but for a second try
                 seed = derive_seed(self.plan.file.study.seed, "learner", number)
@@ -344,6 +344,7 @@ class _Driver:
     def _recorded(self, trial: Trial) -> Iterator[None]:
         """A failure ends the trial with its outcome and reason, not the study."""
         began, before = time.perf_counter(), self.bench.asked
+        self.bench.on_step = self._charging(trial, began, before)
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -367,6 +368,18 @@ class _Driver:
         self._charge(trial, began, before)
         self.study.tell(trial, state=TrialState.FAIL)
 
+    def _charging(self, trial: Trial, began: float, before: int) -> Callable[[], None]:
+        """Charge what a long fit has asked so far now and then: a process that is killed in it cannot do so any more."""
+        charged = began
+
+        def charge() -> None:
+            nonlocal charged
+            if time.perf_counter() - charged >= CHARGE_EVERY:
+                self._charge(trial, began, before)
+                charged = time.perf_counter()
+
+        return charge
+
     def _charge(self, trial: Trial, began: float, before: int) -> None:
         """Store what a trial that began then, after so many questions, has cost until now."""
         fit_s = trial.user_attrs.get("cost", (0.0,))[0]  # of a fit that went well
@@ -379,15 +392,3 @@ class _Driver:
         except (NonFiniteError, EvaluationError):
             self.bench.recover()
             raise
-
-
-def _decoded(space: SearchSpace, point: Point) -> Recipe:
-    """The recipe of a point; whatever a user's own space throws ends the trial and not the study."""
-    try:
-        return space.decode(point)
-    except MergeSearchError:
-        raise
-    except Exception as error:
-        raise SpaceError(
-            f"space {type(space).__name__} failed to decode a point: {type(error).__name__}: {error}"
-        ) from error

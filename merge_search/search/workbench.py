@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,12 +73,17 @@ def statistics_of(plan: Plan, pool: ModelPool, owners: Mapping[str, str], live: 
 
 
 class Workbench:
-    """One live model, one engine, the evaluators: a recipe in, scores out."""
+    """One live model, one engine, the evaluators: a recipe in, scores out.
+
+    Attributes:
+        on_step: Called before each step of a fit, when `asked` holds its questions.
+    """
 
     def __init__(self, plan: Plan, *, device: str) -> None:
         self._plan = plan
         self._statistics: DataStatistics | None = None
         self._answered = self._charged = 0
+        self.on_step: Callable[[], None] = lambda: None
         self.map_folder = maps_of(plan.file)
         self.pool = ModelPool(plan.context.models, device=device, map_folders=[self.map_folder])
         self.models = plan.context.models.model_copy(update={"hashes": self.pool.hashes()})
@@ -154,6 +159,7 @@ class Workbench:
 
     def _count(self, questions: int) -> None:
         self._answered += questions
+        self.on_step()
 
     def score(self, recipe: Recipe, split: Split, fidelity: float = 1.0) -> Scored:
         """Splice and ask."""
