@@ -36,6 +36,8 @@ SMOOTHNESS = (0.5, 1.5, 2.5)
 HELD_OUT = 0.2
 N_PAIRS = 6000
 SMALLEST_NOISE = 1e-4
+FARTHEST = 8.0
+"""From where the fit begins, in logarithms: a line search may try what overflows."""
 
 
 def fit_process(x: Array, z: Array, kernel: str) -> Fit:
@@ -47,12 +49,18 @@ def fit_process(x: Array, z: Array, kernel: str) -> Fit:
     points, values = torch.tensor(x), torch.tensor(z)
     d = points.shape[1]
     middle = math.sqrt(2) + 0.5 * math.log(d)
-    raw = torch.tensor([*[middle - 1.0] * d, math.log(z.var()), math.log(0.05 * z.var()), z.mean()], dtype=torch.double)
-    raw.requires_grad_(True)
-    optimiser = torch.optim.LBFGS([raw], max_iter=150, line_search_fn="strong_wolfe")
+    start = torch.tensor(
+        [*[middle - 1.0] * d, math.log(z.var()), math.log(0.05 * z.var()), z.mean()], dtype=torch.double
+    )
+    free = start.clone().requires_grad_(True)
+    optimiser = torch.optim.LBFGS([free], max_iter=150, line_search_fn="strong_wolfe")
+
+    def bounded() -> Tensor:
+        return start + FARTHEST * torch.tanh((free - start) / FARTHEST)
 
     def loss() -> Tensor:
         optimiser.zero_grad()
+        raw = bounded()
         scaled = points / raw[:d].exp()
         squared = (scaled**2).sum(1)[:, None] + (scaled**2).sum(1)[None] - 2 * scaled @ scaled.T
         gram = raw[d].exp() * _torch_correlation(kernel, squared.clamp_min(1e-12))
@@ -64,7 +72,7 @@ def fit_process(x: Array, z: Array, kernel: str) -> Fit:
         return total
 
     optimiser.step(loss)  # type: ignore[no-untyped-call]
-    found = raw.detach().numpy()
+    found = bounded().detach().numpy()
     scales = [float(np.exp(v)) for v in found[:d]]
     return Fit(
         kernel, scales, math.exp(found[d]), math.exp(found[d + 1]) + SMALLEST_NOISE, float(found[d + 2]), 0.5, 1.0
