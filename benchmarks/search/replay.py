@@ -143,10 +143,14 @@ def plot(rows: Sequence[Row], path: Path, against: str) -> None:
         return
     panels = sorted({r["landscape"] for r in rows})
     opponents = sorted({r["opponent"] for r in rows}, key=lambda o: (o != against, o))
+    wide = min(4, len(panels))
+    high = -(-len(panels) // wide)
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.2 * len(panels) + 2.4, 4), squeeze=False, layout="constrained"
+        high, wide, figsize=(4.2 * wide + 2.4, 3.6 * high), squeeze=False, layout="constrained"
     )
-    for axis, landscape in zip(axes[0], panels, strict=True):
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, landscape in zip(axes.flat, panels, strict=False):
         here = [r for r in rows if r["landscape"] == landscape]
         for i, name in enumerate(opponents):
             line = [r for r in summary(here, against) if r["opponent"] == name]
@@ -157,7 +161,7 @@ def plot(rows: Sequence[Row], path: Path, against: str) -> None:
         axis.set(title=landscape, xlabel="candidates", xscale="log")
         axis.set_xticks(n, [str(int(v)) for v in n], minor=False)
         axis.minorticks_off()
-    axes[0, 0].set_ylabel("true mean score of the recommended")
+    figure.supylabel("true mean score of the recommended")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
