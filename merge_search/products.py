@@ -1,8 +1,8 @@
 """Float32 matrix products on a CPU by oneDNN, where it is as exact as the library that torch takes by itself.
 
 torch hands float32 products to MKL, which on processors of other makers than its own keeps to half of their vector width:
-there oneDNN answers and differentiates a wide model in half of the time (`benchmarks/products.py`). torch gives it the
-products when float32 products may be computed in bfloat16; on a processor whose matrix unit would really do that, `exact`
+there oneDNN answers and differentiates a wide model in half to two thirds of the time (`benchmarks/products.py`). torch
+gives it the products when they may be computed in bfloat16; on a processor whose matrix unit would really do that, `exact`
 is false and everything stays as it is.
 """
 
