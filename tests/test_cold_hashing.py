@@ -128,4 +128,4 @@ def test_threads_that_take_memory_at_once_never_share_it() -> None:
     for thread in threads:
         thread.join()
     assert not clashes
-    assert sum(map(len, buffers._free)) <= 4 * 3 * MIB
+    assert sum(map(len, buffers._free)) <= 4 * 2 * 3 * MIB  # a thread has its last memory still when it takes the next
