@@ -25,15 +25,18 @@ _SHORT = 256
 _TOLERANCE = 1e-5
 """Of a product over 512 terms, relative: float32 is wrong by less than 1e-6, bfloat16 by more than 1e-3."""
 
+_MIXED = "mixed"
+
 
 @contextmanager
 def fast_products(weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, float32 products on the CPU run on oneDNN if that pays for a model of these `weights`; else as usual.
 
     The setting is the process's, for all its threads, and is put back afterwards. Exact to float32, not bit for bit the same
-    as outside: merges are computed outside, so the weights of a recipe do not depend on it.
+    as outside: merges are computed outside, so the weights of a recipe do not depend on it. A program that chose precisions
+    backend by backend keeps its choice.
     """
-    if not (_is_wide(weights) and exact()):
+    if _current() == _MIXED or not (_is_wide(weights) and exact()):
         yield
         return
     with _precision("medium"):
@@ -42,7 +45,7 @@ def fast_products(weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 def short_attention(length: int, device: torch.device) -> AbstractContextManager[None]:
     """For a pass over sequences of `length` tokens inside `fast_products`; outside of it, or for long ones, nothing."""
-    if device.type != "cpu" or length > _SHORT or torch.get_float32_matmul_precision() != "medium":
+    if device.type != "cpu" or length > _SHORT or _current() != "medium":
         return nullcontext()
     return sdpa_kernel(SDPBackend.MATH)
 
@@ -59,6 +62,14 @@ def exact() -> bool:
         other = left @ right.T
     error = float((other - true).abs().max() / true.abs().max())
     return error < _TOLERANCE and not torch.equal(usual, other)
+
+
+def _current() -> str:
+    """torch's one setting for all backends; torch refuses to name one where they were set one by one."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return _MIXED
 
 
 @contextmanager

@@ -99,3 +99,17 @@ def test_short_attention_is_plain_products_inside_alone() -> None:
     with fast_products(WIDE):
         assert kinds(64) == (False, True)
         assert kinds(1024) == (True, True)
+
+
+@pytest.mark.usefixtures("on_onednn")
+def test_precisions_that_were_set_backend_by_backend_are_kept() -> None:
+    setting = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # torch refuses to name one precision from here on
+    try:
+        with fast_products(WIDE), short_attention(8, CPU):
+            assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+            assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+            assert torch._C._get_flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = setting
+    assert torch.get_float32_matmul_precision() == "highest"
