@@ -2,8 +2,7 @@
 
     python benchmarks/products.py [--threads 1] [--repeats 5] [--out FILE.csv]
 
-Two models of random float32 weights, a Llama and a BERT, of usual widths and four blocks; batches of short and of long
-texts. Each is asked as it is and inside `merge_search.products.fast_products`, in turn, the best of `--repeats`; errors are
+A Llama and a BERT of four blocks and random float32 weights, each 384 and 1024 wide; batches of short and of long texts. Each is asked as it is and inside `merge_search.products.fast_products`, in turn, the best of `--repeats`; errors are
 the largest of the last hidden states against float64, as a share of their largest. Where `products.exact` is false for this
 processor both columns are the same thing, and the row says so.
 """

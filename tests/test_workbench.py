@@ -13,6 +13,9 @@ import torch
 from command_line import here
 from failing_studies import LEARNER, Quiet, evaluator, write_study
 
+from merge_search import products
+from merge_search.engine.engine import MergeEngine
+from merge_search.engine.slopes import Parts
 from merge_search.errors import EvaluationError, MergeSearchError
 from merge_search.evaluation import Evaluation
 from merge_search.search.prepare import prepare
@@ -87,6 +90,32 @@ def test_base_and_experts_count_before_their_baselines_and_not_again_with_them(
     evaluator(tmp_path)
     for _ in range(2):
         assert questions_asked(run(read_study_file(path), Quiet())) == (20 if n_trials == 1 else 40)
+
+
+def test_questions_and_fits_run_on_fast_products_and_merges_do_not(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a processor where it pays, with models that are wide enough: what is written must not depend on it."""
+    monkeypatch.setattr(products, "exact", lambda: True)
+    monkeypatch.setattr(products, "_is_wide", lambda weights: True)
+    path = write_study(tmp_path, demo, "Learned", n_trials=5, learner=LEARNER)
+    mine, seen = evaluator(tmp_path, "Learned"), set()
+
+    def noting(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            seen.add((name, torch.get_float32_matmul_precision()))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(mine, "evaluate")
+    noting(mine, "loss")
+    noting(MergeEngine, "apply")
+    noting(Parts, "merged")
+    run(read_study_file(path), Quiet())
+    assert seen == {("evaluate", "medium"), ("loss", "medium"), ("apply", "highest"), ("merged", "highest")}
 
 
 def test_what_the_base_was_asked_before_ctrl_c_is_asked(demo: Path, tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ class Zoo:
         n_blocks: Of every model.
         candidate: Search questions of one candidate: the unit of the budget, a round number near the real one.
         step_sizes: Of AdamW, for fine-tuning all weights.
-        best_step_size: The one of them that ended best, on test rows.
+        best_step_size: The one of them that ended best on test rows: of all (``lm``), of those that fine-tuning went on with
+            by itself (``encoder``).
         limit: Documents per task and file: a quick look that says nothing about quality; None: all.
     """
 

@@ -48,6 +48,7 @@ from merge_search.search.records import (
     references_of,
     seconds_spent,
     store_metrics,
+    stored_references,
 )
 from merge_search.search.starting import Start
 from merge_search.search.stopping import GAIN_ATTRIBUTE, expected_gain, reason_to_stop
@@ -56,9 +57,10 @@ from merge_search.seeding import derive_seed
 from merge_search.space import decoded
 from merge_search.study_file import StudyFile
 
+__all__ = ["Listener", "run"]
+
 CHARGE_EVERY = 5.0
 """Seconds between two charges of a fit that runs: what a kill may leave uncounted."""
-__all__ = ["Listener", "run"]
 
 
 class Listener(Protocol):
@@ -207,7 +209,7 @@ class _Driver:
 
     def _race_weights(self) -> dict[str, float] | None:
         """Weights of the metrics in the one objective; None, with a note, where prefixes cannot be compared or joined."""
-        stored = (v["evaluation"] for k, v in self.study.user_attrs.items() if k.startswith("reference."))
+        stored = (data["evaluation"] for data in stored_references(self.study).values())
         found = [s for data in stored for s in Evaluation.from_attribute(data).scores.values()]
         weights = self.objective.weights(self.references)
         if len(self.objective.names) == 1 and weights is not None and all(s.is_mean for s in found):

@@ -32,7 +32,7 @@ from merge_search.objective import Estimate, Objective, References
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
 from merge_search.search.checks import nearest_miss
-from merge_search.search.records import Record, records, references_of
+from merge_search.search.records import Record, records, references_of, stored_references
 from merge_search.space import Parameter
 
 if TYPE_CHECKING:
@@ -73,13 +73,14 @@ def best(study: optuna.Study, objective: Objective) -> Record | None:
 
 def best_expert(study: optuna.Study, objective: Objective, experts: Sequence[str], known: References) -> float:
     """First objective of the expert that is best in it, on the search questions."""
-    found = (Evaluation.from_attribute(study.user_attrs[f"reference.{e}"]["evaluation"]) for e in experts)
+    stored = stored_references(study)
+    found = (Evaluation.from_attribute(stored[e]["evaluation"]) for e in experts)
     return max((objective.values(e, known)[0].value for e in found), key=lambda v: objective.key([v]))
 
 
 def candidates(study: optuna.Study) -> list[Record]:
     """Feasible scored trials that are merges: not the base, not an expert."""
-    references = {k.removeprefix("reference.") for k in study.user_attrs if k.startswith("reference.")}
+    references = stored_references(study)
     return [
         r
         for r in records(study)
@@ -126,7 +127,7 @@ def to_validate(
 ) -> list[Record]:
     """Finalists, then base, experts, the average and the baseline with the best search score."""
     found = {r.number: r for r in finalists(study, objective, parameters, seed=seed, n=n)}
-    labels = {"average"} | {k.removeprefix("reference.") for k in study.user_attrs if k.startswith("reference.")}
+    labels = {"average", *stored_references(study)}
     top = _best_preset(study, objective)
     kept = [r for r in records(study) if r.is_scored and (r.label in labels or (top and r.number == top.number))]
     return list((found | {r.number: r for r in kept}).values())
@@ -182,7 +183,7 @@ def _best_preset(study: optuna.Study, objective: Objective) -> Record | None:
 
 def compared(study: optuna.Study, objective: Objective) -> list[Record]:
     """What the sealed test is opened for: base, experts, average, best preset, and the winner."""
-    chosen = {"average"} | {k.removeprefix("reference.") for k in study.user_attrs if k.startswith("reference.")}
+    chosen = {"average", *stored_references(study)}
     top = _best_preset(study, objective)
     numbers = {*tested(study), *([top.number] if top else [])}
     return [r for r in records(study) if r.is_scored and (r.label in chosen or r.number in numbers)]
@@ -236,9 +237,7 @@ def standings(
     references = None
     if not lacking:
         references = References.from_evaluations(metrics, by_label["base"], {e: by_label[e] for e in experts})
-    if references is None or objective.meaningless(
-        references
-    ):  # also where no expert beats the base: too few questions
+    if references is None or objective.meaningless(references):  # too few questions: no expert beats the base
         references = references_of(study, metrics, experts)
     rows = []
     for record, evaluation in evaluations:

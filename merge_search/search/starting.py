@@ -6,8 +6,8 @@
                      scored, since the ladder may stand on one of them
 
 Every entry is queued once per study; a killed run goes on where it was, and baselines that the study file names only later
-come next. The first points are decided once and kept with
-the study before any of them is queued: what they find would move the start of those that a kill left out.
+come next. The first points are decided once and kept with the study before any of them is queued: what they find would
+move the start of those that a kill left out.
 """
 
 from __future__ import annotations
