@@ -15,7 +15,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from merge_search.errors import InputError, MergeSearchError
+from merge_search.errors import InputError, MergeSearchError, first_line
 
 if TYPE_CHECKING:
     import optuna
@@ -257,17 +257,11 @@ def _outage(error: BaseException) -> str | None:
         is_full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
         if is_full or any(text in str(e) for text in ("No space left on device", "database or disk is full")):
             where = f" ({e.filename})" if isinstance(e, OSError) and e.filename else ""
-            return f"the disk is full{where}: {_cause(e)}. Free some space and give the same command again; {KEPT}"
+            return f"the disk is full{where}: {first_line(e)}. Free some space and give the same command again; {KEPT}"
     for e in chain:
         if f"{type(e).__module__}.{type(e).__name__}" in LOST:
             return (
-                f"the study's database cannot be used any more: {_cause(e)}. See that it is there, can be reached and written "
+                f"the study's database cannot be used any more: {first_line(e)}. See that it is there, can be reached and written "
                 "and is whole, and give the same command again: it goes on from the trials that are stored there"
             )
     return None
-
-
-def _cause(error: BaseException) -> str:
-    """First line of what the system or the driver of the database said."""
-    text = str(getattr(error, "orig", None) or getattr(error, "strerror", None) or error)
-    return (text or type(error).__name__).splitlines()[0]

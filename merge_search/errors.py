@@ -36,6 +36,7 @@ __all__ = [
     "StudyFileError",
     "TrialError",
     "WeightsError",
+    "first_line",
     "nearest",
     "sentences",
 ]
@@ -93,6 +94,12 @@ class NonFiniteError(TrialError):
 
 class EvaluationError(TrialError):
     """The evaluator could not score the model."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, without the full stop; of a database's what its driver said, without the SQL."""
+    text = str(getattr(error, "orig", None) or getattr(error, "strerror", None) or error)
+    return (text or type(error).__name__).splitlines()[0].removesuffix(".")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -170,6 +170,19 @@ def test_an_unreachable_storage_is_named_without_its_password() -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_a_damaged_database_is_one_sentence_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "s.db").write_bytes(b"not a database" * 300)
+    with pytest.raises(StorageError) as caught:
+        open_storage(f"sqlite:///{tmp_path / 's.db'}")
+    text = str(caught.value)
+    assert text.startswith(
+        f"storage 'sqlite:///{tmp_path / 's.db'}' cannot be opened: file is not a database; see that"
+    )
+    assert text.count("\n") == 0
+    assert "SELECT" not in text
+    assert "PRAGMA" not in text
+
+
 def test_a_database_without_a_lock_of_its_own_is_refused() -> None:
     storage = open_storage("sqlite://")
     with (

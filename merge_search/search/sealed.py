@@ -6,7 +6,7 @@ from typing import Any
 
 import optuna
 
-from merge_search.errors import EvaluationError, MergeSearchError, StudyFileError
+from merge_search.errors import EvaluationError, MergeSearchError, StudyFileError, first_line
 from merge_search.evaluation import Evaluation, Split
 from merge_search.search import selection, storage
 from merge_search.search.prepare import Plan
@@ -52,7 +52,7 @@ def open_test(plan: Plan) -> optuna.Study:
                     raise EvaluationError(
                         f"{record.name} was chosen and cannot be scored on the test questions: {error}"
                     ) from error
-                failed[str(record.number)] = selection.first_line(error)
+                failed[str(record.number)] = first_line(error)
                 bench.recover()
                 continue
             study.set_user_attr("test", scored)

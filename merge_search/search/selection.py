@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import optuna
 
-from merge_search.errors import EvaluationError, MergeSearchError, NonFiniteError
+from merge_search.errors import EvaluationError, NonFiniteError, first_line
 from merge_search.evaluation import Evaluation
 from merge_search.objective import Estimate, Objective, References
 from merge_search.outcome import Outcome
@@ -48,7 +48,6 @@ __all__ = [
     "compared",
     "failures",
     "finalists",
-    "first_line",
     "front",
     "nothing_to_hand_over",
     "outdated_test",
@@ -170,11 +169,6 @@ def failures(study: optuna.Study, split: str) -> dict[str, str]:
     """What could not be scored on `split` when it was last tried, by name, and why."""
     stored: Mapping[str, str] = study.user_attrs.get(f"{split}_failed", {})
     return {r.name: stored[str(r.number)] for r in records(study) if str(r.number) in stored}
-
-
-def first_line(error: MergeSearchError) -> str:
-    """Of an error's message, what fits below a table."""
-    return (str(error) or type(error).__name__).splitlines()[0].removesuffix(".")
 
 
 def _best_preset(study: optuna.Study, objective: Objective) -> Record | None:

@@ -16,7 +16,7 @@ import optuna
 import sqlalchemy
 from optuna.trial import TrialState
 
-from merge_search.errors import StorageError, StudyChangedError, StudyFileError
+from merge_search.errors import StorageError, StudyChangedError, StudyFileError, first_line
 from merge_search.outcome import Outcome
 from merge_search.study_file import StudyFile
 
@@ -45,7 +45,10 @@ def open_storage(url: str, *, must_exist: bool = False) -> optuna.storages.RDBSt
             f"storage {_without_password(url)!r} needs a driver that is not installed; for PostgreSQL: pip install 'merge-search[postgresql]' and a URL that begins with postgresql+psycopg://"
         ) from error
     except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
-        raise StorageError(f"storage {_without_password(url)!r} cannot be opened: {error}") from error
+        raise StorageError(
+            f"storage {_without_password(url)!r} cannot be opened: {first_line(error)}; see that it is there, can be reached "
+            "and written and is whole, or name another under study.storage"
+        ) from error
     if url.startswith("sqlite:"):
         sqlalchemy.event.listens_for(storage.engine, "connect")(_write_ahead_log)
         storage.engine.dispose()  # drop the connection that was opened before the listener
