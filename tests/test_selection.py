@@ -151,7 +151,69 @@ def test_the_verdict_is_a_paired_interval(study: optuna.Study) -> None:
     half = 1.96 * float(d.std(ddof=1)) / 10
     verdict = summary_table(study, OBJECTIVE, ("x",)).verdict
     assert "better than baseline: average" in verdict
-    assert f"mean score +0.080, 95 % interval [{0.08 - half:+.3f}, {0.08 + half:+.3f}]" in verdict
+    assert f": t +0.080, 95 % interval [{0.08 - half:+.3f}, {0.08 + half:+.3f}]" in verdict
+
+
+def with_validation(study: optuna.Study, metrics: list[MetricInfo], rows: dict[int, list[list[float]]]) -> None:
+    """Scores of all `metrics` on search (base and expert alone) and validation, by trial: values by metric."""
+
+    def scored(values: list[list[float]]) -> dict[str, Any]:
+        found = {}
+        for m, mine in zip(metrics, map(np.array, values), strict=True):
+            found[m.name] = Scores((), mine, float(mine.mean()), float(mine.std(ddof=1) / len(mine) ** 0.5))
+        return Evaluation(Split.SEARCH, 1.0, found).to_attribute()
+
+    study.set_user_attr("validation", {str(n): scored(values) for n, values in rows.items()})
+    for number, label in ((0, "base"), (1, "x")):
+        study.set_user_attr(f"reference.{label}", {"evaluation": scored(rows[number])})
+
+
+def half(k: int, n: int = 100) -> list[float]:
+    return [1.0] * k + [0.0] * (n - k)
+
+
+def test_the_verdict_is_about_the_objective_not_about_the_mean_of_the_tasks(study: optuna.Study) -> None:
+    """Ahead by 8 of 100 questions in `a`, where the expert gained 10, and behind by 10 in `b`, where it gained 50."""
+    metrics = [MetricInfo(t, "acc", True, {Split.VALIDATION: 100}) for t in ("a", "b")]
+    rows = {0: [half(50), half(20)], 1: [half(60), half(70)], 2: [half(62), half(70)], 5: [half(70), half(60)]}
+    with_validation(study, metrics, rows)
+    variances = [np.array(half(k)).var(ddof=1) / 100 for k in (8, 10)]
+    width = 1.96 * float(np.sqrt((0.5 / 0.1) ** 2 * variances[0] + (0.5 / 0.5) ** 2 * variances[1]))
+    verdict = summary_table(study, Objective(["mean_retention"], [], [], metrics), ("x",)).verdict
+    assert "better than baseline: average: mean_retention +0.300" in verdict
+    assert f"[{0.3 - width:+.3f}, {0.3 + width:+.3f}]" in verdict
+
+
+def test_a_verdict_where_lower_is_better_has_an_interval_too(study: optuna.Study) -> None:
+    metric = MetricInfo("w", "loss", False, {Split.VALIDATION: 100})
+    objective = Objective([], ["w"], [], [metric])
+    noise = np.linspace(-0.1, 0.1, 100)
+    rows = {n: [list(level + noise * (n + 1))] for n, level in ((0, 3.0), (1, 2.5), (2, 2.4), (5, 2.0))}
+    with_validation(study, [metric], rows)
+    verdict = summary_table(study, objective, ("x",)).verdict
+    half_width = 1.96 * float((noise * 3).std(ddof=1)) / 10
+    assert "better than baseline: average: w -0.400" in verdict
+    assert f"[{-0.4 - half_width:+.3f}, {-0.4 + half_width:+.3f}]" in verdict
+
+
+def test_few_validation_questions_do_not_redefine_what_is_searched_for(study: optuna.Study) -> None:
+    """On validation no expert beats the base in `b`, by chance: retention there would forget the task."""
+    metrics = [MetricInfo(t, "acc", True, {Split.VALIDATION: 100}) for t in ("a", "b")]
+    objective = Objective(["mean_retention"], [], [], metrics)
+    searched = {0: [half(50), half(50)], 1: [half(80), half(60)]}
+    with_validation(study, metrics, searched)
+    kept = {f"reference.{label}": study.user_attrs[f"reference.{label}"] for label in ("base", "x")}
+    later = {0: [half(50), half(55)], 1: [half(80), half(55)], 3: [half(71), half(40)], 5: [half(70), half(60)]}
+    with_validation(study, metrics, later)
+    for name, value in kept.items():
+        study.set_user_attr(name, value)
+    rows = {s.record.number: s for s in selection.standings(study, objective, ("x",))}
+    assert rows[3].values[0] > rows[5].values[0]
+    assert rows[3].expected == pytest.approx((0.21 / 0.3 - 0.1 / 0.1) / 2)
+    assert rows[5].expected == pytest.approx((0.20 / 0.3 + 0.1 / 0.1) / 2)
+    winner = selection.winner(study, objective, ("x",))
+    assert winner is not None
+    assert winner.number == 5
 
 
 def test_the_sealed_test_compares_base_experts_average_and_the_winner(study: optuna.Study) -> None:

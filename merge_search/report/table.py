@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import optuna
 
-from merge_search.objective import Objective
+from merge_search.objective import Objective, References
 from merge_search.report.recipe_card import recipe_sources
 from merge_search.search.records import Record, finished_records, questions_asked
 from merge_search.search.selection import (
@@ -18,6 +18,7 @@ from merge_search.search.selection import (
     front,
     outdated_test,
     paired_difference,
+    references_on,
     standings,
     tested,
 )
@@ -50,14 +51,13 @@ class Table:
 def summary_table(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Table:
     """Validation: rows in the order base, experts, best baseline, finalists; scores with standard errors."""
     best = [r.number for r in champions(study, objective, experts)]
-    table = _table(standings(study, objective, experts), objective, best, "validation")
+    table = _table(study, objective, experts, best, "validation")
     return replace(table, verdict=table.verdict + _unscored(study, "validation", experts))
 
 
 def sealed_table(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Table:
     """Test: the same for what the sealed test was opened for; the verdict says so where that is no more the winner."""
-    rows = standings(study, objective, experts, split="test")
-    table = _table(rows, objective, tested(study), "test")
+    table = _table(study, objective, experts, tested(study), "test")
     outdated = outdated_test(study, objective, experts)
     but = f" But {outdated}." if outdated else ""
     return replace(table, verdict=table.verdict + but + _unscored(study, "test", experts))
@@ -73,7 +73,8 @@ def _unscored(study: optuna.Study, split: str, experts: tuple[str, ...]) -> str:
     return f"{out} 'merge-search {again}' tries again." if failed else ""
 
 
-def _table(rows: list[Standing], objective: Objective, best: list[int], split: str) -> Table:
+def _table(study: optuna.Study, objective: Objective, experts: tuple[str, ...], best: list[int], split: str) -> Table:
+    rows = standings(study, objective, experts, split=split)
     own = {task: m for task, m in objective.main.items() if not {task, m.name} & set(objective.names)}
     texts = [c.text for c in objective.constraints]
     cells = []
@@ -83,8 +84,11 @@ def _table(rows: list[Standing], objective: Objective, best: list[int], split: s
         held = [_held(row.violations[text].value, row.violations[text].stderr) for text in texts]
         cells.append([_title(row), *values, *(_with_error(s.score, s.stderr) for s in scores), *held])
     emphasised = tuple(i for i, row in enumerate(rows) if row.record.number in best)
-    verdict = _verdict if len(objective.names) == 1 else _front_verdict
-    return Table(["model", *objective.names, *own, *texts], cells, emphasised, verdict(rows, objective, split))
+    if len(objective.names) > 1:
+        verdict = _front_verdict(rows, objective, split)
+    else:
+        verdict = _verdict(rows, objective, split, references_on(study, objective, experts, split))
+    return Table(["model", *objective.names, *own, *texts], cells, emphasised, verdict)
 
 
 def _held(excess: float, stderr: float) -> str:
@@ -160,28 +164,42 @@ def _with_error(value: float, stderr: float) -> str:
     return f"{value:.3f}" + (f" ±{stderr:.3f}" if math.isfinite(stderr) and stderr > 0 else "")
 
 
-def _verdict(rows: list[Standing], objective: Objective, split: str) -> str:
+def _verdict(rows: list[Standing], objective: Objective, split: str, references: References | None) -> str:
     """One sentence: the best searched merge against the best of the others, paired, with a 95 % interval."""
     merges = [r for r in rows if r.role == "merge"]
     rivals = [r for r in rows if r.role in ("expert", "baseline")]
-    if not merges or not rivals:
+    if not merges or not rivals or references is None:
         others = max(rivals, key=lambda r: objective.key(r.values), default=None)
         best = f" Best of the others: {_title(others)}." if others else ""
         return f"No searched merge has {split} scores.{best}"
     merge = max(merges, key=lambda r: (-r.excess, objective.key([r.expected])))
     rival = max([r for r in rivals if r.feasible] or rivals, key=lambda r: objective.key(r.values))
     missed = "".join(f" It misses {text!r} there." for text, v in merge.violations.items() if v.value > 0)
-    metrics = list(objective.skills.values())
-    if not metrics or not all(m.higher_is_better for m in metrics):
+    name, weights = _comparison(objective, references)
+    scores = [r.evaluation.scores[m] for r in (merge, rival) for m in weights]
+    if not weights or not all(s.is_mean and len(s.values) > 1 for s in scores):
         return f"Best searched merge: {_title(merge)}; best of the others: {_title(rival)}.{missed}"
-    mean, se = paired_difference(merge.evaluation, rival.evaluation, [m.name for m in metrics])
-    low, high = mean - 1.96 * se, mean + 1.96 * se
+    gain, se = paired_difference(merge.evaluation, rival.evaluation, weights)
+    low, high = gain - 1.96 * se, gain + 1.96 * se
     word = "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
-    n = sum(len(merge.evaluation.scores[m.name].values) for m in metrics)
+    ends = sorted((objective.key([low]), objective.key([high])))
+    n = sum(len(merge.evaluation.scores[m].values) for m in weights)
     return (
-        f"On {n} {split} questions the best searched merge is {word} {_title(rival)}: mean score {mean:+.3f}, "
-        f"95 % interval [{low:+.3f}, {high:+.3f}] (same questions, paired).{missed}"
+        f"On {n} {split} questions the best searched merge is {word} {_title(rival)}: {name} {objective.key([gain]):+.3f}, "
+        f"95 % interval [{ends[0]:+.3f}, {ends[1]:+.3f}] (same questions, paired).{missed}"
     )
+
+
+def _comparison(objective: Objective, references: References) -> tuple[str, dict[str, float]]:
+    """What two merges are compared by, and its weights, larger better: the objective where it is a weighted sum of metrics.
+
+    Else (`worst`) the mean of the tasks' scores, where higher is better in all; else no weights.
+    """
+    weights = objective.weights(references)
+    if weights is not None:
+        return objective.names[0], weights
+    skills = list(objective.skills.values())
+    return "mean score", {m.name: 1 / len(skills) for m in skills if all(m.higher_is_better for m in skills)}
 
 
 def card(study: optuna.Study, objective: Objective, record: Record, experts: tuple[str, ...]) -> str:

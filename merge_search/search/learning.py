@@ -142,7 +142,7 @@ class LearnedSpace:
 def better_start(study: optuna.Study, objective: Objective, space: LearnedSpace) -> Recipe | None:
     """The best merge so far if its structure is clearly better than the space's first; None: begin at that as usual.
 
-    Clearly: in the mean of the tasks' metrics (where higher is better) by `CLEARLY` standard errors on the same questions.
+    Clearly: in the mean of the tasks' metrics (those where higher is better, if there are any) by `CLEARLY` standard errors on the same questions.
     Given enough questions, plain deltas are learned a little further than TSV-M's parts of them, so they are not left for
     a difference that may be chance. Only merges count that the space holds and a learner can fit.
     """
@@ -155,10 +155,11 @@ def better_start(study: optuna.Study, objective: Objective, space: LearnedSpace)
     usual = next((r for r in known if forms[r.number] == first), None)
     if usual is None or usual is known[0]:
         return known[0].recipe if known and usual is None else None
-    names = [m.name for m in objective.skills.values() if m.higher_is_better]
-    if not names:
+    skills = [m for m in objective.skills.values() if m.higher_is_better] or list(objective.skills.values())
+    if not skills:
         return None
-    difference, error = paired_difference(known[0].evaluation, usual.evaluation, names)
+    weights = {m.name: (1 if m.higher_is_better else -1) / len(skills) for m in skills}
+    difference, error = paired_difference(known[0].evaluation, usual.evaluation, weights)
     return known[0].recipe if difference > CLEARLY * error else None
 
 

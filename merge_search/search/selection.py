@@ -5,9 +5,10 @@ that knows the noise is nearly honest. So the finalists are chosen by posterior 
 validation split beside the average and the best baseline. The winner meets the constraints there and is best by all
 answers: with m, s^2 the posterior of the search and y, v the value and variance on validation,
 
-    expected = ((m + shift) / s^2 + y / v) / (1 / s^2 + 1 / v),    shift = mean(y - m) over base, experts and baselines:
+    expected = ((m + shift) / s^2 + y / v) / (1 / s^2 + 1 / v),    shift = mean(y - m) over base, experts and baselines,
 
-how much easier the validation questions are. By validation alone, often the smaller part of the questions, a lucky merge
+retention in y by base and experts on the search questions, as in m: few validation questions may see another gap between
+them, or none, and weigh the tasks otherwise. The shift is how much easier the validation questions are. By validation alone, often the smaller part of the questions, a lucky merge
 would win too often. A baseline outside the space has no posterior: its measured value and variance stand for m and s^2. That
 is fair for base, experts and average, which are compared whatever they scored; the best preset is compared because of its
 score, so outside the space, where its m is too good by luck, it has no say in the shift.
@@ -51,6 +52,8 @@ __all__ = [
     "front",
     "nothing_to_hand_over",
     "outdated_test",
+    "paired_difference",
+    "references_on",
     "standings",
     "store_failures",
     "tested",
@@ -192,7 +195,8 @@ class Standing:
         values: Objective values; the references' scores on these questions define retention, those on the search
             questions where no expert beats the base here or one of them has no scores here.
         violations: Constraint -> amount by which it is violated on these questions (<= 0: it holds).
-        expected: First objective by all that is known: on validation with the search's answers (see the module's notes).
+        expected: First objective by all that is known: on validation with the search's answers and by its references (see the
+            module's notes).
     """
 
     record: Record
@@ -220,21 +224,11 @@ def standings(
 
     None before base and experts were asked; one that could not be scored has no row.
     """
-    stored: Mapping[str, Any] = study.user_attrs.get(split, {})
-    by_number = {r.number: r for r in records(study)}
-    evaluations = [(by_number[int(k)], Evaluation.from_attribute(v)) for k, v in stored.items()]
-    by_label = {r.label: e for r, e in evaluations if r.label}
-    lacking = {"base", *experts} - by_label.keys()
-    if lacking - failures(study, split).keys():
+    references = references_on(study, objective, experts, split)
+    if references is None:
         return []
-    metrics = list(objective.metrics.values())
-    references = None
-    if not lacking:
-        references = References.from_evaluations(metrics, by_label["base"], {e: by_label[e] for e in experts})
-    if references is None or objective.meaningless(references):  # too few questions: no expert beats the base
-        references = references_of(study, metrics, experts)
     rows = []
-    for record, evaluation in evaluations:
+    for record, evaluation in _scored_on(study, split):
         label = record.label
         role = "base" if label == "base" else "expert" if label in experts else "baseline" if label else "merge"
         estimates = objective.values(evaluation, references)
@@ -242,27 +236,54 @@ def standings(
         violations = objective.violations(evaluation, references)
         rows.append(Standing(record, role, evaluation, values, errors, violations, values[0]))
     if split == "validation":
-        rows = _with_search(rows, study.user_attrs.get(POSTERIOR_ATTRIBUTE, {}))
+        searched = references_of(study, list(objective.metrics.values()), experts)
+        here = {s.record.number: objective.values(s.evaluation, searched)[0] for s in rows}
+        rows = _with_search(rows, here, study.user_attrs.get(POSTERIOR_ATTRIBUTE, {}))
     order = ["base", "expert", "baseline", "merge"]
     return sorted(rows, key=lambda s: (order.index(s.role), -objective.key([s.expected]), s.record.number))
 
 
-def _with_search(rows: list[Standing], stored: Mapping[str, Sequence[float]]) -> list[Standing]:
-    """The rows with `expected` from the stored posteriors of the search; without one it stays the value here."""
+def references_on(study: optuna.Study, objective: Objective, experts: tuple[str, ...], split: str) -> References | None:
+    """What defines retention in the rows of `standings`; None before base and experts were asked.
+
+    Those of the search where no expert beats the base on `split`, or one of them has no scores there.
+    """
+    by_label = {r.label: e for r, e in _scored_on(study, split) if r.label}
+    lacking = {"base", *experts} - by_label.keys()
+    if lacking - failures(study, split).keys():
+        return None
+    metrics = list(objective.metrics.values())
+    if not lacking:
+        found = References.from_evaluations(metrics, by_label["base"], {e: by_label[e] for e in experts})
+        if not objective.meaningless(found):
+            return found
+    return references_of(study, metrics, experts)
+
+
+def _scored_on(study: optuna.Study, split: str) -> list[tuple[Record, Evaluation]]:
+    stored: Mapping[str, Any] = study.user_attrs.get(split, {})
+    by_number = {r.number: r for r in records(study)}
+    return [(by_number[int(k)], Evaluation.from_attribute(v)) for k, v in stored.items()]
+
+
+def _with_search(
+    rows: list[Standing], here: Mapping[int, Estimate], stored: Mapping[str, Sequence[float]]
+) -> list[Standing]:
+    """The rows with `expected`: `here`, by number, with the stored posteriors of the search where there is one."""
     known = {int(number): (mean, sd) for number, (mean, sd) in stored.items()}
     fair = [s for s in rows if s.record.label and s.record.number in known]
     fair = [s for s in fair if not _is_lucky(s, known[s.record.number][0])]
-    fixed = [s.values[0] - known[s.record.number][0] for s in fair]
+    fixed = [here[s.record.number].value - known[s.record.number][0] for s in fair]
     shift = float(np.mean(fixed)) if fixed else 0.0
 
-    def expected(s: Standing) -> float:
-        mean, sd = known.get(s.record.number, (0.0, math.inf))
-        if not 0 < sd < math.inf or not 0 < s.stderrs[0] < math.inf:
-            return s.values[0]
-        search, here = 1 / sd**2, 1 / s.stderrs[0] ** 2
-        return ((mean + shift) * search + s.values[0] * here) / (search + here)
+    def expected(number: int) -> float:
+        (mean, sd), own = known.get(number, (0.0, math.inf)), here[number]
+        if not 0 < sd < math.inf or not 0 < own.stderr < math.inf:
+            return own.value
+        search, validation = 1 / sd**2, 1 / own.variance
+        return ((mean + shift) * search + own.value * validation) / (search + validation)
 
-    return [replace(s, expected=expected(s)) for s in rows]
+    return [replace(s, expected=expected(s.record.number)) for s in rows]
 
 
 def _is_lucky(s: Standing, mean: float) -> bool:
@@ -322,10 +343,11 @@ def _trials(numbers: Sequence[int]) -> str:
     return f"trial{'s' if len(numbers) > 1 else ''} {', '.join(map(str, sorted(numbers)))}"
 
 
-def paired_difference(a: Evaluation, b: Evaluation, names: list[str]) -> tuple[float, float]:
-    """Mean over the metrics `names` of a minus b, and its standard error, from the same questions."""
-    parts = []
-    for name in names:
+def paired_difference(a: Evaluation, b: Evaluation, weights: Mapping[str, float]) -> tuple[float, float]:
+    """sum_m w_m (a_m - b_m) over metrics that are means of their questions, and its standard error, from the same questions."""
+    mean = variance = 0.0
+    for name, weight in weights.items():
         d = a.scores[name].values - b.scores[name].values
-        parts.append((d.mean(), d.var(ddof=1) / len(d) if len(d) > 1 else math.nan))
-    return float(np.mean([m for m, _ in parts])), float(math.sqrt(sum(v for _, v in parts)) / len(parts))
+        mean += weight * float(d.mean())
+        variance += weight**2 * (float(d.var(ddof=1)) / len(d) if len(d) > 1 else math.nan)
+    return mean, math.sqrt(variance)
