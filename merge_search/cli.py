@@ -70,6 +70,8 @@ def validate(study: StudyArgument) -> None:
     for m in plan.metrics:
         counts = ", ".join(f"{n} {split}" for split, n in m.n_questions.items() if n)
         out.print(f"  {m.name}: {counts} questions", highlight=False)
+    for text in plan.objective.notes:
+        out.print(text, highlight=False)
 
 
 @app.command(name="test")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import optuna
+
 from merge_search.engine.export import check_destination
 from merge_search.engine.headers import read_checkpoint, resolve_model
 from merge_search.engine.layout import layout
@@ -16,7 +18,7 @@ from merge_search.mergekit import to_mergekit
 from merge_search.recipe import Models
 from merge_search.report.table import card
 from merge_search.search.prepare import Plan
-from merge_search.search.records import Record, owners_of, records, references_of
+from merge_search.search.records import Record, objective_of, owners_of, records, references_of
 from merge_search.search.selection import champions, nothing_to_hand_over
 from merge_search.search.storage import load_study
 from merge_search.search.workbench import maps_of, statistics_of
@@ -35,11 +37,12 @@ def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
         WeightsError: `out` is in use; or the weights differ from the scored ones, and nothing is written.
     """
     check_destination(out)
-    record = _wanted(plan, number)
+    study = load_study(plan.file)
+    objective, experts = objective_of(study)
+    record = _wanted(study, number)
     recipe = record.recipe.model_copy(update={"models": _local(record.recipe.models, plan.context.models)})
-    study, experts = load_study(plan.file), plan.context.experts
-    text = card(study, plan.objective, record, experts)
-    owners = owners_of(plan.objective, references_of(study, plan.metrics, experts))
+    text = card(study, objective, record, experts)
+    owners = owners_of(objective, references_of(study, list(objective.metrics.values()), experts))
 
     def statistics(pool: ModelPool) -> DataStatistics:
         return statistics_of(plan, pool, owners, None)
@@ -49,17 +52,18 @@ def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
     return record
 
 
-def _wanted(plan: Plan, number: int | None) -> Record:
-    study = load_study(plan.file)
+def _wanted(study: optuna.Study, number: int | None) -> Record:
+    """Trial `number`, or the winner by the objective that the study was run with, whatever the study file says by now."""
     if number is not None:
         return _choose(records(study), number)
-    found = champions(study, plan.objective, plan.context.experts)
+    objective, experts = objective_of(study)
+    found = champions(study, objective, experts)
     if not found:
         raise StudyFileError(nothing_to_hand_over(study))
     if len(found) > 1:
-        names = "; ".join(_named_values(r, plan.objective.names) for r in found)
+        names = "; ".join(_named_values(r, objective.names) for r in found)
         raise StudyFileError(
-            f"the study has {len(plan.objective.names)} objectives and {len(found)} merges that none of the others beats in "
+            f"the study has {len(objective.names)} objectives and {len(found)} merges that none of the others beats in "
             f"everything; choose one with --trial (search scores): {names}"
         )
     return found[0]
@@ -82,8 +86,16 @@ def _choose(all_records: list[Record], number: int) -> Record:
 
 
 def _local(stored: Models, here: Models) -> Models:
-    """The models' places on this machine, with the hashes of the scored ones."""
-    return here.model_copy(update={"hashes": stored.hashes})
+    """The models' places on this machine, with the hashes of the scored ones.
+
+    Raises:
+        StudyFileError: the study file does not name one of them any more.
+    """
+    if missing := stored.experts.keys() - here.experts.keys():
+        raise StudyFileError(
+            f"models.experts must name every expert of the trial; {', '.join(sorted(missing))} is not there any more"
+        )
+    return here.model_copy(update={"experts": {e: here.experts[e] for e in stored.experts}, "hashes": stored.hashes})
 
 
 def export_mergekit(plan: Plan, out: Path, *, number: int | None = None) -> Record:
@@ -95,7 +107,7 @@ def export_mergekit(plan: Plan, out: Path, *, number: int | None = None) -> Reco
     """
     if out.exists():
         raise InputError(f"{out} exists; nothing was written, give another name")
-    record = _wanted(plan, number)
+    record = _wanted(load_study(plan.file), number)
     file = plan.file
     named = Models(base=file.models.base, experts=file.models.experts)
     info = read_checkpoint(resolve_model(plan.context.models.base))

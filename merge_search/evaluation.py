@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from merge_search.errors import EvaluationError, NonFiniteError
+from merge_search.errors import EvaluationError, MergeSearchError, NonFiniteError
+from merge_search.memory import is_memory_error
 from merge_search.seeding import unit_interval
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ __all__ = [
     "Split",
     "SplitShares",
     "Teachable",
+    "asking",
+    "loss_of",
     "pack",
     "question_order",
     "split_of",
@@ -326,3 +330,32 @@ class Teachable(Differentiable, Protocol):
     def questions_to_remember(self, task: str) -> int:
         """What `remember` asks for each row."""
         ...
+
+
+@contextmanager
+def asking(what: str) -> Iterator[None]:
+    """Whatever an evaluator throws inside, a user's own too, ends the trial and not the study.
+
+    Raises:
+        EvaluationError: `what` failed, and how.
+        MemoryError: for all ways in which torch says that there is none left.
+        MergeSearchError: as it is.
+    """
+    try:
+        yield
+    except MergeSearchError:
+        raise
+    except Exception as error:
+        if is_memory_error(error):
+            raise MemoryError(str(error)) from error
+        raise EvaluationError(f"{what} failed: {type(error).__name__}: {error}") from error
+
+
+def loss_of(evaluator: Differentiable, task: str, kind: str = "gold") -> Callable[[Sequence[int]], Any]:
+    """`Differentiable.loss` of a task as a function of the rows, inside `asking`."""
+
+    def loss(rows: Sequence[int]) -> Any:
+        with asking(f"task {task!r}: its loss"):
+            return evaluator.loss(task, rows, kind=kind)
+
+    return loss

@@ -190,6 +190,11 @@ class Objective:
             for name, n in Counter(goals).items()
             if n > 1
         ]
+        problems += [
+            f"objective: {name!r} is larger for better models; put it under maximise"
+            for name in minimise
+            if name.startswith((*RETENTIONS, *COMPOSITES)) and name in known and name not in {*self.metrics, *self.main}
+        ]
         if not self.skills and any(name in COMPOSITES for name in named):
             problems.append("objective: means and retention need an evaluator with tasks; found only costs")
         if not goals:
@@ -197,6 +202,20 @@ class Objective:
                 "objective: name at least one metric under maximise or minimise, for example 'maximise: mean_retention'"
             )
         return problems
+
+    @property
+    def notes(self) -> list[str]:
+        """What is searched for against a metric's own direction: rarely meant, but it may be (a task to unlearn)."""
+        out = []
+        for name, direction in zip(self.names, self.directions, strict=True):
+            m = self.metrics.get(name) or self.main.get(name)
+            if m is not None and m.higher_is_better != (direction == "maximize"):
+                better, other = ("higher", "maximise") if m.higher_is_better else ("lower", "minimise")
+                out.append(
+                    f"objective: the worst {name!r} is searched for, as {better} is better by its evaluator; if that is not meant, "
+                    f"put it under {other}"
+                )
+        return out
 
     def check_references(self, references: References) -> None:
         """Raises `StudyFileError` when a retention has no meaning: no expert beats the base there."""
@@ -218,10 +237,11 @@ class Objective:
         return [n for n in dict.fromkeys(named) if n.startswith(RETENTIONS) and n not in defined]
 
     def _tasks(self, references: References) -> list[MetricInfo]:
-        return [m for m in self.skills.values() if self._gap(m, references) > 0]
+        return [m for m in self.skills.values() if self.gap(m, references) > 0]
 
     @staticmethod
-    def _gap(m: MetricInfo, references: References) -> float:
+    def gap(m: MetricInfo, references: References) -> float:
+        """By how much the best expert beats the base; negative where none does."""
         gap = references.expert[m.name] - references.base[m.name]
         return gap if m.higher_is_better else -gap
 

@@ -17,6 +17,7 @@ class Outcome(StrEnum):
     EVALUATOR_ERROR = "evaluator_error"
     MERGE_ERROR = "merge_error"
     LOST = "lost"  #: the process died in mid-trial; the same point was enqueued again
+    DIED = "died"  #: it did so again and again; the point was given up
 
     @property
     def is_scored(self) -> bool:

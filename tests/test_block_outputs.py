@@ -151,7 +151,7 @@ def test_requests_that_cannot_be_met_are_refused(make_models, tmp_path: Path) ->
     with pytest.raises(InputError, match="take a fineness of block or finer, not 'expert'"):
         learn(pool, live, recipe, tmp_path, per="expert")
     engine, losses = MergeEngine(pool), forward_only(live)
-    with pytest.raises(InputError, match="'second' needs an expert of its own"):
+    with pytest.raises(InputError, match="'second' needs a model that is best at it"):
         fit_blocks(engine, live.model, live.views, recipe, losses, {"first": "a"}, FitSettings(per="block"))
     scaled = live.model.model.layers[1].register_forward_pre_hook(lambda _m, args: (args[0] * 2, *args[1:]))
     with pytest.raises(InputError, match="blocks follow each other, each once and with nothing in between"):

@@ -92,6 +92,18 @@ def test_the_best_that_the_space_holds_are_taken_and_the_rest_is_said(file: Stud
     assert not dict(starts_from(file, NEW, OneNumber(), [place], notes.append))  # type: ignore[arg-type]
 
 
+def test_recipes_of_another_seed_and_dtype_are_taken_with_this_studys(file: StudyFile) -> None:
+    class Picky(OneNumber):
+        def encode(self, recipe: Recipe) -> dict[str, Any] | None:
+            assert (recipe.seed, recipe.dtype) == (7, "float32")
+            return super().encode(recipe)
+
+    models = file.models.model_copy(update={"dtype": "float32"})
+    new = file.model_copy(update={"study": file.study.model_copy(update={"seed": 7}), "models": models})
+    found = dict(starts_from(new, NEW, Picky(), [], print))  # type: ignore[arg-type]
+    assert len(found["old in sqlite:///old.db"]) == 2
+
+
 def test_two_earlier_studies_of_one_name_are_two(file: StudyFile) -> None:
     entries = [{"study": "old", "storage": f"sqlite:///{path}", "best": 1} for path in ("old.db", "./old.db")]
     search = Search.model_validate({"learn_from": entries})

@@ -142,11 +142,20 @@ def test_a_fit_asks_the_expert_for_its_own_rows_and_the_next_for_those_that_are_
     assert 0 < len(before) < N_ROWS
 
 
+def test_a_task_that_no_expert_masters_is_labelled_by_the_base(make_models) -> None:
+    pool, live = make_models()
+    engine, recipe = MergeEngine(pool), Recipe(models=pool.models)
+    answers = Answers(live)
+    ExpertLabels([answers]).ask(engine, live.views, recipe, {"next": "base"}, "pseudo", {"next": [3]})
+    for name, view in live.views.items():
+        assert torch.equal(view, engine.tensors.base(name).to(view.dtype))
+
+
 def test_rows_without_an_expert_or_a_loss_that_an_evaluator_lacks_are_refused(make_models) -> None:
     pool, live = make_models()
     engine, recipe = MergeEngine(pool), Recipe(models=pool.models)
     labels = ExpertLabels([Answers(live)])
-    with pytest.raises(InputError, match="task 'next' needs an expert of its own"):
+    with pytest.raises(InputError, match="task 'next' needs a model that is best at it"):
         labels.ask(engine, live.views, recipe, {"next": "c"}, "pseudo", {"next": [3]})
     with pytest.raises(InputError, match=r"Answers has no loss kl .* take pseudo"):
         labels.ask(engine, live.views, recipe, OWNERS, "kl", {"next": [3]})

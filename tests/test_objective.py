@@ -10,6 +10,7 @@ import pytest
 from merge_search.errors import NonFiniteError, StudyFileError
 from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split, SplitShares, pack, split_of, unpack
 from merge_search.objective import Objective, References, _pairing
+from merge_search.search.records import owners_of
 
 METRICS = [
     MetricInfo("a", "acc", True, {Split.SEARCH: 10}),
@@ -160,3 +161,26 @@ def test_splits_are_disjoint_and_have_their_shares() -> None:
     splits = [split_of(f"question {i}", shares) for i in range(4000)]
     for split, share in ((Split.SEARCH, 0.5), (Split.VALIDATION, 0.3), (Split.TEST, 0.2)):
         assert abs(splits.count(split) / 4000 - share) < 0.03
+
+
+def test_a_composite_is_never_minimised() -> None:
+    with pytest.raises(StudyFileError) as caught:
+        objective([], ["mean_retention", "retention/a", "worst"])
+    assert caught.value.problems == [
+        f"objective: {name!r} is larger for better models; put it under maximise"
+        for name in ("mean_retention", "retention/a", "worst")
+    ]
+
+
+def test_a_metric_against_its_own_direction_is_said() -> None:
+    """It may be meant: a task to unlearn."""
+    assert objective(["mean", "a"], ["p"]).notes == []
+    (text,) = objective(["p/perplexity"]).notes
+    assert text.startswith("objective: the worst 'p/perplexity' is searched for, as lower is better by its evaluator")
+    (text,) = objective([], ["a"]).notes
+    assert "put it under maximise" in text
+
+
+def test_a_task_that_no_expert_masters_belongs_to_the_base() -> None:
+    worse = References.from_evaluations(METRICS, BASE, {"x": evaluation(half(8), half(4), 5.0)})
+    assert owners_of(objective(["mean"]), worse) == {"a": "x", "b": "base", "p": "base"}

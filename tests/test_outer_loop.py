@@ -212,7 +212,7 @@ def test_on_postgresql_kill_9_loses_nothing_and_a_second_driver_is_refused(
         first.wait()
     kept = [r.number for r in finished_records(optuna.load_study(study_name="loop", storage=storage))]
     text = alone("run", path).stderr
-    assert "of a killed run closed and queued again" in text
+    assert "of a killed run is closed, and its point queued again" in text
     done = finished_records(optuna.load_study(study_name="loop", storage=storage))
     assert len(done) == 12
     assert [r.number for r in done][: len(kept)] == kept

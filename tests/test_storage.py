@@ -17,6 +17,7 @@ from merge_search.outcome import Outcome
 from merge_search.search.records import finished_records, questions_asked, seconds_spent
 from merge_search.search.run import _Driver
 from merge_search.search.storage import (
+    INTERRUPTED,
     check_identity,
     describe_changes,
     driver_lock,
@@ -45,21 +46,21 @@ def test_a_lost_trial_is_closed_and_its_point_tried_again(url: str) -> None:
     study = study_in(url)
     trial = study.ask()
     x = trial.suggest_float("x", 0, 1)
-    assert reclaim_lost_trials(study) == 1
+    assert len(reclaim_lost_trials(study)) == 1
     again = study.ask()
     assert again.suggest_float("x", 0, 1) == x
     assert again.user_attrs["retry_of"] == trial.number
     study.tell(again, 0.5)
     assert study.trials[0].user_attrs["outcome"] == Outcome.LOST
     assert study.trials[0].state == TrialState.FAIL
-    assert reclaim_lost_trials(study) == 0
+    assert reclaim_lost_trials(study) == []
 
 
 def test_a_point_that_is_lost_twice_still_names_its_first_try(url: str) -> None:
     study = study_in(url)
     study.ask().suggest_float("x", 0, 1)
     for _ in range(2):
-        assert reclaim_lost_trials(study) == 1
+        assert len(reclaim_lost_trials(study)) == 1
         again = study.ask()
         assert again.user_attrs["retry_of"] == 0
         again.suggest_float("x", 0, 1)
@@ -71,7 +72,7 @@ def test_a_kill_while_a_lost_trial_is_reclaimed_neither_loses_nor_doubles_its_po
     x = study.ask().suggest_float("x", 0, 1)
     with mock.patch.object(study, step, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         reclaim_lost_trials(study)
-    assert reclaim_lost_trials(study) == 1
+    assert len(reclaim_lost_trials(study)) == 1
     (waiting,) = study.get_trials(states=(TrialState.WAITING,))
     assert waiting.system_attrs["fixed_params"] == {"x": x}
     assert not study.get_trials(states=(TrialState.RUNNING,))
@@ -84,6 +85,46 @@ def test_a_lost_baseline_keeps_its_recipe_and_label(url: str) -> None:
     reclaim_lost_trials(study)
     again = study.ask()
     assert (again.user_attrs["label"], again.user_attrs["given_recipe"]) == ("average", "{}")
+
+
+def test_a_queued_point_of_which_a_part_was_stored_comes_back_whole(url: str) -> None:
+    study = study_in(url)
+    study.enqueue_trial({"x": 0.25, "y": 0.75}, user_attrs={"label": "task_arithmetic"})
+    study.ask().suggest_float("x", 0, 1)
+    reclaim_lost_trials(study)
+    again = study.ask()
+    assert (again.suggest_float("x", 0, 1), again.suggest_float("y", 0, 1)) == (0.25, 0.75)
+    assert again.user_attrs["label"] == "task_arithmetic"
+
+
+def test_a_point_in_which_the_process_dies_three_times_is_given_up(url: str) -> None:
+    study = study_in(url)
+    for _ in range(3):
+        study.ask().suggest_float("x", 0, 1)
+        said = reclaim_lost_trials(study)
+    assert said == [f"trial 2 of a killed run is given up: {study.trials[2].user_attrs['reason']}"]
+    assert [t.user_attrs["outcome"] for t in study.trials] == [Outcome.LOST, Outcome.LOST, Outcome.DIED]
+    assert [r.number for r in finished_records(study)] == [2]
+
+
+def test_a_point_that_the_user_interrupts_is_never_given_up(url: str) -> None:
+    study = study_in(url)
+    for _ in range(5):
+        trial = study.ask()
+        trial.suggest_float("x", 0, 1)
+        trial.set_user_attr(INTERRUPTED, True)
+        reclaim_lost_trials(study)
+    assert {t.user_attrs["outcome"] for t in study.trials[:5]} == {Outcome.LOST}
+    assert study.trials[5].state == TrialState.WAITING
+
+
+def test_what_a_lost_trial_had_charged_counts_as_time_spent(url: str) -> None:
+    study = study_in(url)
+    trial = study.ask()
+    trial.suggest_float("x", 0, 1)
+    trial.set_user_attr("cost", [1.5, 2.0, 300])
+    reclaim_lost_trials(study)
+    assert seconds_spent(study) == 3.5
 
 
 def test_lost_trials_do_not_count_towards_the_budget(url: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+import yaml
 from command_line import here
 from failing_studies import LEARNER, Quiet, evaluator, write_study
 
@@ -52,6 +53,7 @@ def test_a_failure_is_typed_and_the_study_goes_on(demo: Path, tmp_path: Path, fa
         (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "out_of_memory"),
         (EvaluationError("no answer"), "evaluator_error"),
+        (ValueError("a user's own mistake"), "evaluator_error"),
     ],
 )
 def test_a_fit_that_fails_is_charged_what_it_asked_until_then(
@@ -203,6 +205,37 @@ def test_out_of_memory_of_the_winner_on_the_test_questions_is_a_sentence_and_tri
     assert not study.user_attrs.get("test")
     open_test(prepare(read_study_file(path)))
     assert len(study.user_attrs["test"]) > 1
+
+
+def test_the_test_stays_sealed_until_search_and_validation_have_ended(demo: Path, tmp_path: Path) -> None:
+    path = write_study(tmp_path, demo, finalists=2)
+    mine = evaluator(tmp_path, calls={6: KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        run(read_study_file(path), Quiet())
+    refused = here("test", path, check=False)
+    assert refused.returncode == 2
+    assert "the search has not ended" in refused.stderr
+    mine.fails = {}
+    study = run(read_study_file(path), Quiet())
+    assert "test_winner" not in study.user_attrs
+    assert here("test", path).returncode == 0
+
+
+def test_an_export_is_of_the_study_that_was_run_whatever_its_file_says_now(demo: Path, tmp_path: Path) -> None:
+    path = write_study(tmp_path, demo)
+    evaluator(tmp_path)
+    run(read_study_file(path), Quiet())
+    here("export", path, tmp_path / "one")
+    changed = yaml.safe_load(path.read_text())
+    changed["objective"] = {"minimise": "norm"}
+    changed["models"]["experts"] |= {"fourth": changed["models"]["experts"]["maths"]}
+    path.write_text(yaml.safe_dump(changed))
+    here("export", path, tmp_path / "two")
+    assert (tmp_path / "one" / "recipe.json").read_text() == (tmp_path / "two" / "recipe.json").read_text()
+    changed["models"]["experts"] = {"fourth": changed["models"]["experts"]["maths"]}
+    path.write_text(yaml.safe_dump(changed))
+    refused = here("export", path, tmp_path / "three", check=False)
+    assert "every expert of the trial; maths is not there any more" in " ".join(refused.stderr.split())
 
 
 def test_a_study_that_goes_on_after_its_test_says_that_the_proof_is_of_another_trial(

@@ -117,15 +117,22 @@ def starts_from(
         except (StudyFileError, StorageError) as error:
             note(f"search.learn_from: {error}")
             continue
-        yield source.place, _points(study, source, models, space, note)
+        own = {"seed": file.study.seed, "dtype": file.models.dtype}  # a recipe is scored anew, so with this study's
+        recipes = [(number, recipe.model_copy(update=own)) for number, recipe in best_recipes(study)]
+        yield source.place, _points(study, recipes, source, models, space, note)
 
 
 def _points(
-    study: optuna.Study, source: Earlier, models: Models, space: SearchSpace, note: Callable[[str], None]
+    study: optuna.Study,
+    recipes: Sequence[tuple[int, Recipe]],
+    source: Earlier,
+    models: Models,
+    space: SearchSpace,
+    note: Callable[[str], None],
 ) -> list[Known]:
     out: list[Known] = []
     reasons: list[str] = []
-    for number, recipe in best_recipes(study):
+    for number, recipe in recipes:
         if len(out) == source.best:
             break
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,12 +134,18 @@ def questions_of_a_trial(study: optuna.Study) -> int:
 def seconds_spent(study: optuna.Study) -> float:
     """Wall time of base, experts and all trials, over all runs.
 
-    Without trials that were lost with a killed process: they ended when the next run closed them, maybe days later.
+    Trials that were lost with a killed process ended when the next run closed them, maybe days later: they count with what
+    they had charged themselves.
     """
-    trials = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("outcome") != Outcome.LOST]
-    took = [t.duration.total_seconds() for t in trials if t.duration is not None]
+    took = [_seconds(t) for t in study.get_trials(deepcopy=False)]
     costs = [data["evaluation"]["cost"] for data in stored_references(study).values()]
     return sum(took) + sum(float(merge_s + evaluate_s) for merge_s, evaluate_s, _ in costs)
+
+
+def _seconds(trial: FrozenTrial) -> float:
+    if trial.user_attrs.get("outcome") in (Outcome.LOST, Outcome.DIED):
+        return math.fsum(trial.user_attrs.get("cost", ())[:2])
+    return 0.0 if trial.duration is None else trial.duration.total_seconds()
 
 
 def store_metrics(study: optuna.Study, metrics: Sequence[MetricInfo]) -> None:
@@ -159,8 +166,13 @@ def references_of(study: optuna.Study, metrics: Sequence[MetricInfo], experts: S
 
 
 def owners_of(objective: Objective, references: References) -> dict[str, str]:
-    """Task -> the expert that is best at it, by the task's main metric."""
-    return {m.task: references.best_expert[m.name] for m in objective.skills.values()}
+    """Task -> the expert that is best at it, by the task's main metric; ``base`` where none beats the base.
+
+    Whose answers teach a task without labels, and whose statistics are measured on its rows: a task that the experts only
+    forgot is better taught by the base.
+    """
+    best = {m.task: references.best_expert[m.name] for m in objective.skills.values()}
+    return {m.task: best[m.task] if objective.gap(m, references) > 0 else "base" for m in objective.skills.values()}
 
 
 def objective_of(study: optuna.Study) -> tuple[Objective, tuple[str, ...]]:

@@ -85,7 +85,8 @@ def run(file: StudyFile, listener: Listener) -> optuna.Study:
     backend = storage.open_storage(file.storage_url)
     with storage.driver_lock(backend, file.storage_url, file.study.name):
         bench = Workbench(plan, device=file.device)
-        for text in (bench.pool.plan, *bench.pool.notes, *bench.live.notes, *getattr(plan.space, "notes", [])):
+        of_space = getattr(plan.space, "notes", [])
+        for text in (bench.pool.plan, *bench.pool.notes, *bench.live.notes, *of_space, *plan.objective.notes):
             listener.note(text)
         study = _open_study(plan, backend, sampler)
         storage.check_identity(study, plan.identity(dict(bench.models.hashes)))
@@ -126,9 +127,8 @@ class _Driver:
         self.constraints_judged = False
 
     def run(self) -> None:
-        lost = storage.reclaim_lost_trials(self.study)
-        if lost:
-            self.listener.note(f"{lost} trial(s) of a killed run closed and queued again")
+        for text in storage.reclaim_lost_trials(self.study):
+            self.listener.note(text)
         self.references = self._references()
         self.objective.check_references(self.references)
         self.owners = owners_of(self.objective, self.references)
@@ -360,6 +360,7 @@ class _Driver:
         except InputError as error:
             outcome, reason = Outcome.MERGE_ERROR, str(error)
         except KeyboardInterrupt:  # the trial is lost and tried again, but what it asked is asked
+            trial.set_user_attr(storage.INTERRUPTED, True)
             self._charge(trial, began, before)
             raise
         else:

@@ -10,7 +10,7 @@ from merge_search.errors import EvaluationError, MergeSearchError, StudyFileErro
 from merge_search.evaluation import Evaluation, Split
 from merge_search.search import selection, storage
 from merge_search.search.prepare import Plan
-from merge_search.search.records import Record, owners_of, references_of
+from merge_search.search.records import Record, objective_of, owners_of, references_of
 from merge_search.search.workbench import Workbench, memory_errors_said
 
 __all__ = ["open_test"]
@@ -24,7 +24,7 @@ def open_test(plan: Plan) -> optuna.Study:
 
     Raises:
         EvaluationError: the winner, or one of the front, cannot be scored.
-        StudyFileError: nothing to test yet; or the study went on and has another winner than the tested one, which is
+        StudyFileError: nothing to test yet, or the search has not ended; or the study went on and has another winner than the tested one, which is
             all that is tested (`selection.outdated_test` says what to do).
         StudyChangedError: the study file was changed since, so its test questions may have been asked in the search.
     """
@@ -34,8 +34,9 @@ def open_test(plan: Plan) -> optuna.Study:
         outdated = selection.outdated_test(study, plan.objective, plan.context.experts)
         if outdated and all(str(n) in study.user_attrs.get("test", {}) for n in selection.tested(study)):
             raise StudyFileError(outdated)
-        sealed_for = study.user_attrs.get("test_winner") if outdated else _sealed_for(study, plan)
+        objective_of(study)  # it has begun
         storage.check_identity(study, plan.identity(study.user_attrs["identity"]["models"]))
+        sealed_for = study.user_attrs.get("test_winner") if outdated else _sealed_for(study, plan)
         study.set_user_attr("test_winner", sealed_for)
         scored: dict[str, Any] = dict(study.user_attrs.get("test", {}))
         wanted = [r for r in selection.compared(study, plan.objective) if str(r.number) not in scored]
@@ -77,8 +78,18 @@ def _bench(study: optuna.Study, plan: Plan) -> Workbench:
 
 
 def _sealed_for(study: optuna.Study, plan: Plan) -> int | list[int]:
-    """The number of the winner, or those of the front."""
+    """The number of the winner, or those of the front: what search and validation have chosen, both at their end."""
     found = [r.number for r in selection.champions(study, plan.objective, plan.context.experts)]
     if not found:
         raise StudyFileError(selection.nothing_to_hand_over(study))
+    known = study.user_attrs.get("validation", {}).keys() | study.user_attrs.get("validation_failed", {}).keys()
+    seed, n = plan.file.study.seed, plan.file.search.finalists
+    wanted = selection.to_validate(study, plan.objective, plan.space.parameters, seed=seed, n=n)
+    lacking = [r.name for r in wanted if str(r.number) not in known]
+    if lacking and not selection.tested(study):
+        raise StudyFileError(
+            f"the search has not ended: {', '.join(lacking)} should be among the finalists or beside them and has no validation "
+            f"score yet. Run it to its end first ('merge-search run {plan.file.path.name}'; a smaller search.n_trials ends it "
+            "sooner): the test questions are opened once, for what was chosen before"
+        )
     return found[0] if len(plan.objective.names) == 1 else sorted(found)

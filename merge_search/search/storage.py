@@ -128,26 +128,40 @@ def _file_lock(database: Path, name: str, message: str) -> Iterator[None]:
         yield
 
 
-def reclaim_lost_trials(study: optuna.Study) -> int:
+TRIES = 3
+"""How often a point may take its process with it before it is given up."""
+INTERRUPTED = "interrupted"
+"""User attribute of a trial that the user stopped: it says nothing about its point."""
+
+
+def reclaim_lost_trials(study: optuna.Study) -> list[str]:
     """Enqueue the points of trials that a killed driver left running again, and close those trials.
 
     In this order: killed in between, the next call finds the point queued and closes the trial. A trial that has neither
     parameters nor the mark of a baseline had not begun: it is only closed. ``retry_of`` of the new ones is the number of the
-    first try. Returns how many were closed. Call while holding `driver_lock`.
+    first try. A point whose process died `TRIES` times (out of main memory, a crash in a driver) is given up, with the
+    outcome ``died``. Returns, in words, what was done with those that had begun. Call while holding `driver_lock`.
     """
     trials = study.get_trials(deepcopy=False)
-    lost = [t for t in trials if t.state == TrialState.RUNNING]
-    storage = study._storage
-    for trial in lost:
+    storage, said = study._storage, []
+    for trial in (t for t in trials if t.state == TrialState.RUNNING):
         keep = {k: v for k, v in trial.user_attrs.items() if k in ("label", "given_recipe")}
-        params = trial.params or trial.system_attrs.get("fixed_params", {})
+        params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
         first = trial.user_attrs.get("retry_of", trial.number)
-        is_queued = any(t.number > trial.number and t.user_attrs.get("retry_of") == first for t in trials)
-        if (params or keep) and not is_queued:
-            study.enqueue_trial(params, user_attrs={**keep, "retry_of": first})
-        storage.set_trial_user_attr(trial._trial_id, "outcome", str(Outcome.LOST))
+        tries = [t for t in trials if first in (t.number, t.user_attrs.get("retry_of"))]
+        died = sum(INTERRUPTED not in t.user_attrs for t in tries if t.number <= trial.number)
+        outcome = Outcome.DIED if died >= TRIES else Outcome.LOST
+        if outcome is Outcome.DIED:
+            reason = f"its process died {died} times in it (main memory used up, or a crash)"
+            storage.set_trial_user_attr(trial._trial_id, "reason", reason)
+            said.append(f"trial {trial.number} of a killed run is given up: {reason}")
+        elif params or keep:
+            if not any(t.number > trial.number for t in tries):
+                study.enqueue_trial(params, user_attrs={**keep, "retry_of": first})
+            said.append(f"trial {trial.number} of a killed run is closed, and its point queued again")
+        storage.set_trial_user_attr(trial._trial_id, "outcome", str(outcome))
         study.tell(trial.number, state=TrialState.FAIL)
-    return len(lost)
+    return said
 
 
 def describe_changes(old: Any, new: Any, at: str = "") -> list[str]:

@@ -27,8 +27,8 @@ from merge_search.engine.live import LiveModel
 from merge_search.engine.maps import FOLDER as MAPS
 from merge_search.engine.pool import ModelPool
 from merge_search.engine.statistics.provider import DataStatistics
-from merge_search.errors import EvaluationError, MergeSearchError
-from merge_search.evaluation import Cost, Counting, Evaluation, Evaluator, Split
+from merge_search.errors import EvaluationError
+from merge_search.evaluation import Cost, Counting, Evaluation, Evaluator, Split, asking
 from merge_search.memory import is_memory_error
 from merge_search.outcome import Outcome
 from merge_search.products import fast_products
@@ -60,7 +60,7 @@ def statistics_of(plan: Plan, pool: ModelPool, owners: Mapping[str, str], live: 
     """A study's statistics, kept beside the study file by its name.
 
     Args:
-        owners: Task -> its best expert.
+        owners: Task -> its best expert, or ``base``.
         live: Bound to the plan's evaluators; None: only what the study measured can be had (an export).
     """
     file = plan.file
@@ -247,13 +247,5 @@ def _n_asked(evaluator: Evaluator) -> int:
 
 
 def _evaluate(evaluator: Evaluator, split: Split, fidelity: float, after: float) -> Evaluation:
-    """An evaluator's answer; whatever it throws, a user's own too, ends the trial and not the study."""
-    try:
+    with asking(f"evaluator {type(evaluator).__name__}"):
         return evaluator.evaluate(split, fidelity, after=after)
-    except (MergeSearchError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        if is_memory_error(error):
-            raise MemoryError(str(error)) from error
-        name = type(evaluator).__name__
-        raise EvaluationError(f"evaluator {name} failed: {type(error).__name__}: {error}") from error

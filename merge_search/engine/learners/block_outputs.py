@@ -32,7 +32,7 @@ from merge_search.engine.learners.coefficients import (
     Fitted,
     State,
     TaskLoss,
-    expert_recipe,
+    teacher_recipe,
 )
 from merge_search.engine.learners.fineness import Fineness, make_fineness
 from merge_search.engine.slopes import Parts, Slopes
@@ -123,7 +123,7 @@ def fit_blocks(
     Args:
         losses: By task. They are called without a graph and for the sake of the forward pass alone: its inputs are what
             is learned from, its value is not looked at.
-        owners: Task -> the expert to follow.
+        owners: Task -> the expert, or ``base``, to follow.
         on_asked: Called with the questions that follow: of the first hidden states, then of each block.
     Returns:
         `Fitted.losses` are means over the blocks, each relative to the expert's outputs.
@@ -180,7 +180,7 @@ class _Block:
     def follow_experts(self, engine: MergeEngine, recipe: Recipe) -> None:
         """Move the experts' hidden states on; the block holds the weights of `recipe` afterwards."""
         for expert, mine in _by_owner(self.inputs).items():
-            engine.apply(expert_recipe(recipe, expert), self.views)
+            engine.apply(teacher_recipe(recipe, expert), self.views)
             for task in mine:
                 found = self.inputs[task]
                 found.advance(self.module, self.at, found.expert, self.settings.batch_rows)
@@ -212,9 +212,9 @@ class _Block:
 
 def _require(losses: Mapping[str, TaskLoss], owners: Mapping[str, str], recipe: Recipe, settings: FitSettings) -> None:
     problems = [
-        f"task {task!r} needs an expert of its own whose hidden states it follows"
+        f"task {task!r} needs a model that is best at it, whose hidden states it follows"
         for task in losses
-        if owners.get(task) not in recipe.models.experts
+        if owners.get(task) not in {"base", *recipe.models.experts}
     ]
     if not losses:
         problems.append("there must be a task to fit on")
@@ -244,7 +244,7 @@ def _enter(
     engine.apply(recipe, views)
     order = _capture(blocks, losses, inputs, n_rows)
     for expert, mine in _by_owner(inputs).items():
-        engine.apply(expert_recipe(recipe, expert), views)
+        engine.apply(teacher_recipe(recipe, expert), views)
         for task in mine:
             inputs[task].expert = [_first(blocks[order[0]], losses[task], row) for row in range(n_rows[task])]
     engine.apply(recipe, views)

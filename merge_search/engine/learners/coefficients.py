@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from merge_search.engine.engine import MergeEngine
 from merge_search.engine.learners.fineness import FINENESS, Fineness, Per, make_fineness
 from merge_search.engine.slopes import Parts, Slopes
 from merge_search.errors import InputError, NonFiniteError, nearest
-from merge_search.evaluation import Differentiable
+from merge_search.evaluation import Differentiable, asking, loss_of
 from merge_search.products import fast_products
 from merge_search.recipe import Recipe
 from merge_search.seeding import derive_seed
 
-__all__ = ["FitSettings", "Fitted", "State", "TaskLoss", "drawn_rows", "expert_recipe", "fit", "task_losses"]
+__all__ = ["FitSettings", "Fitted", "State", "TaskLoss", "drawn_rows", "fit", "task_losses", "teacher_recipe"]
 
 QUESTIONS_PER_ROW = 3  # one forward, and a backward that counts as two
 _SMALLEST_LOSS = 1e-3  # a task that starts below it is solved: its weight does not grow further
@@ -134,7 +134,7 @@ def task_losses(evaluators: Sequence[object], kind: str = "gold") -> dict[str, T
                         f"learner: two evaluators have a task {task!r} to fit on; give them different names"
                     )
                 if n > 0:
-                    found[task] = TaskLoss(n, partial(evaluator.loss, task, kind=kind))
+                    found[task] = TaskLoss(n, loss_of(evaluator, task, kind))
     if not found:
         raise InputError(
             "learner: no task has a differentiable loss and rows to fit on; give tasks a training split, or set splits.fit"
@@ -225,13 +225,14 @@ class State:
         found = {}
         with self.slopes.recording(), fast_products(self.views):
             for task, rows in losses.items():
-                loss = rows.loss(_draw(self.settings, task, rows.n_rows, step))
-                found[task] = value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise NonFiniteError(
-                        f"a loss must be finite, got {value} for task {task!r} at step {step}; take smaller steps"
-                    )
-                torch.autograd.backward(loss / (self._scale(task, value) * len(losses)))
+                with asking(f"task {task!r}: its loss"):
+                    loss = rows.loss(_draw(self.settings, task, rows.n_rows, step))
+                    found[task] = value = float(loss.detach())
+                    if not math.isfinite(value):
+                        raise NonFiniteError(
+                            f"a loss must be finite, got {value} for task {task!r} at step {step}; take smaller steps"
+                        )
+                    torch.autograd.backward(loss / (self._scale(task, value) * len(losses)))
         self._move(step)
         self._write()
         return found
@@ -287,7 +288,7 @@ def drawn_rows(settings: FitSettings, n_rows: Mapping[str, int]) -> dict[str, se
     return {task: set(_order(settings.seed, task, 0, n)[: n_drawn[task]]) for task, n in n_rows.items()}
 
 
-def expert_recipe(recipe: Recipe, expert: str) -> Recipe:
-    """The expert itself, of the models and dtype of `recipe`."""
-    operator = {"name": "passthrough", "options": {"expert": expert}}
+def teacher_recipe(recipe: Recipe, teacher: str) -> Recipe:
+    """An expert itself, or ``base`` itself, of the models and dtype of `recipe`."""
+    operator = {"name": "passthrough", "options": {} if teacher == "base" else {"expert": teacher}}
     return Recipe.model_validate({"models": recipe.models, "dtype": recipe.dtype, "operator": operator})

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import Tensor
 
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.learners.coefficients import expert_recipe
+from merge_search.engine.learners.coefficients import teacher_recipe
 from merge_search.errors import InputError
-from merge_search.evaluation import Differentiable, Teachable
+from merge_search.evaluation import Differentiable, Teachable, asking
 from merge_search.products import fast_products
 from merge_search.recipe import Recipe
 
@@ -53,22 +53,22 @@ class ExpertLabels:
 
         Args:
             recipe: Any over the same models and dtype. The live model holds an expert afterwards, if any was asked.
-            owners: Task -> expert, always the same, for every task with a row to answer.
+            owners: Task -> expert, or ``base``, always the same, for every task with a row to answer.
             kind: ``pseudo`` or ``kl``.
             rows: By task.
         Raises:
-            InputError: a task has no owner, or an evaluator has no loss ``kl``.
+            InputError: a task has no teacher, or an evaluator has no loss ``kl``.
         Determinism: rows are asked in ascending order. Where an answer depends in its last bits on the rows in one batch
             with it, it depends on which were answered before.
         """
         before = self.asked
         for evaluator, task, new in self._unanswered(kind, rows):
             price = _price(evaluator, task, kind)
-            if owners.get(task) not in recipe.models.experts:
-                raise InputError(f"learner: task {task!r} needs an expert of its own to label its rows")
-            engine.apply(expert_recipe(recipe, owners[task]), views)
+            if owners.get(task) not in {"base", *recipe.models.experts}:
+                raise InputError(f"learner: task {task!r} needs a model that is best at it to label its rows")
+            engine.apply(teacher_recipe(recipe, owners[task]), views)
             self.asked += price * len(new)
-            with fast_products(views):
+            with fast_products(views), asking(f"task {task!r}: labelling its rows"):
                 _answer(evaluator, task, new, kind)
             self._known[kind, task].update(new)
         return self.asked - before

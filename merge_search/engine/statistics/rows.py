@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from merge_search.errors import EvaluationError, InputError, MergeSearchError
-from merge_search.evaluation import Differentiable
+from merge_search.errors import InputError
+from merge_search.evaluation import Differentiable, loss_of
 from merge_search.recipe import Group
 from merge_search.seeding import derive_seed
 
@@ -66,7 +65,7 @@ def rows_of_experts(
     """The rows of each expert: of the tasks that it owns, of all tasks where it owns none.
 
     Args:
-        owners: Task -> expert. Tasks of nobody count for experts without a task only.
+        owners: Task -> expert, or ``base``. Tasks of no expert count for experts without a task only.
         n_rows: At most so many per task, drawn without replacement by `seed` and the task's name alone.
     Returns:
         Empty tuples where no task has a row to fit on.
@@ -83,19 +82,6 @@ def rows_of_experts(
             if n:
                 fingerprint: str = evaluator.fingerprint()  # type: ignore[attr-defined]
                 drawn = random.Random(derive_seed(seed, "statistics", task)).sample(range(n), min(n, n_rows))
-                found[task] = TaskRows(task, tuple(sorted(drawn)), _gold(evaluator, task), fingerprint)
+                found[task] = TaskRows(task, tuple(sorted(drawn)), loss_of(evaluator, task), fingerprint)
     everything = tuple(found.values())
     return {e: tuple(t for t in everything if owners.get(t.task) == e) or everything for e in experts}
-
-
-def _gold(evaluator: Differentiable, task: str) -> Callable[[Sequence[int]], Tensor]:
-    def loss(rows: Sequence[int]) -> Tensor:
-        try:
-            value: Tensor = evaluator.loss(task, rows, kind="gold")
-        except (MergeSearchError, torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:  # a user's own evaluator: the trial fails, the study goes on
-            raise EvaluationError(f"task {task!r}: its loss failed: {type(error).__name__}: {error}") from error
-        return value
-
-    return loss

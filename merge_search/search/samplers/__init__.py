@@ -1,7 +1,8 @@
 """Samplers: what to try next, given what was tried.
 
 A sampler is an `optuna.samplers.BaseSampler`; its suggestion is a function of (seed, trial number, stored
-trials), so a study that was killed and resumed goes on as if nothing had happened. Loaded by name; torch and
+trials), so it can be repeated from the storage. A trial that was lost has a number, too: what comes after it is
+drawn anew. Loaded by name; torch and
 BoTorch are imported only when the sampler that needs them is made.
 """
 

@@ -44,7 +44,9 @@ POINT_ATTRIBUTE = "merge_search:point"
 REPEAT_ATTRIBUTE = "same_as"
 """Number of the trial whose scores a trial of the same recipe took."""
 
-CRASHED = frozenset({Outcome.NON_FINITE, Outcome.OUT_OF_MEMORY, Outcome.EVALUATOR_ERROR, Outcome.MERGE_ERROR})
+CRASHED = frozenset(
+    {Outcome.NON_FINITE, Outcome.OUT_OF_MEMORY, Outcome.EVALUATOR_ERROR, Outcome.MERGE_ERROR, Outcome.DIED}
+)
 """Failures that belong to the point. A lost worker says nothing about it."""
 
 
