@@ -25,7 +25,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,16 @@ from merge_search.errors import StudyFileError, nearest
 from merge_search.evaluation import Evaluation, MetricInfo, Scores
 
 __all__ = ["Constraint", "Estimate", "Objective", "References"]
+
+
+class Valued(Protocol):
+    """Something with one value per objective."""
+
+    @property
+    def values(self) -> Sequence[float]: ...
+
+
+T = TypeVar("T", bound=Valued)
 
 RETENTIONS = ("retention/", "mean_retention", "worst_retention")
 COMPOSITES = ("mean_retention", "worst_retention", "mean", "worst")
@@ -327,3 +337,7 @@ class Objective:
         """Whether objective values `a` are nowhere worse than `b` and somewhere better."""
         mine, theirs = self.keys(a), self.keys(b)
         return all(x >= y for x, y in zip(mine, theirs, strict=True)) and mine != theirs
+
+    def front(self, found: Sequence[T]) -> list[T]:
+        """Those that no other one dominates, in their order."""
+        return [r for r in found if not any(self.dominates(other.values, r.values) for other in found)]

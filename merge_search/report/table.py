@@ -137,8 +137,7 @@ def _note(r: Record) -> str:
 def _front_verdict(rows: list[Standing], objective: Objective, split: str) -> str:
     """Which merges are left when those that another one beats in everything are taken away."""
     merges = [r for r in rows if r.role in ("merge", "baseline")]
-    able = [r for r in merges if r.feasible]
-    kept = [r for r in able if not any(objective.dominates(other.values, r.values) for other in able)]
+    kept = objective.front([r for r in merges if r.feasible])
     if not kept:
         return (
             f"No merge meets the constraints on the {split} questions." if merges else f"No merge has {split} scores."

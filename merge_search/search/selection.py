@@ -112,8 +112,7 @@ def _posterior(study: optuna.Study, parameters: Mapping[str, Parameter], seed: i
 
 def front(found: Sequence[Record], objective: Objective) -> list[Record]:
     """The records that no other one dominates, best in the first objective first."""
-    kept = [r for r in found if not any(objective.dominates(other.values, r.values) for other in found)]
-    return sorted(kept, key=lambda r: (-objective.key(r.values), r.number))
+    return sorted(objective.front(found), key=lambda r: (-objective.key(r.values), r.number))
 
 
 def _spread(ordered: list[Record], n: int) -> list[Record]:
@@ -313,8 +312,7 @@ def champions(study: optuna.Study, objective: Objective, experts: tuple[str, ...
     if len(objective.names) == 1 or single is None:
         return [] if single is None else [single]
     merges = [s for s in standings(study, objective, experts) if s.role in ("merge", "baseline") and s.feasible]
-    beaten = [s for s in merges if any(objective.dominates(other.values, s.values) for other in merges)]
-    return [s.record for s in merges if s not in beaten] or [single]
+    return [s.record for s in objective.front(merges)] or [single]
 
 
 def tested(study: optuna.Study) -> list[int]:
