@@ -178,3 +178,35 @@ def test_the_same_answers_at_the_same_point_are_one_measurement():
             trial.set_user_attr("same_as", 0)
         study.tell(trial, 0.5)
     assert read_history(study, UnitCube(space)).numbers == [0, 2]
+
+
+def _told(values: Sequence[float], errors: Sequence[float]) -> optuna.Study:
+    study = optuna.create_study(direction="minimize")
+    for i, (value, error) in enumerate(zip(values, errors, strict=True)):
+        study.enqueue_trial({"x": i / len(values)})
+        trial = study.ask()
+        trial.suggest_float("x", 0, 1)
+        trial.set_user_attr("noise", {"value": error**2})
+        study.tell(trial, value)
+    return study
+
+
+def test_a_few_broken_models_do_not_hide_the_others_from_the_process():
+    """A perplexity of 10^5 is known to be bad, and no more: the bowl around 12 is seen as without it."""
+    cube, xs = UnitCube({"x": Float(0, 1)}), np.arange(20) / 20
+    bowl = 12 + 6 * (xs - 0.4) ** 2
+    exploded = np.where(xs > 0.8, 12 * np.exp(9.0), bowl)
+    histories = [read_history(_told(list(v), list(0.01 * v)), cube) for v in (bowl, exploded)]
+    whole, tamed = (h.objectives[0] for h in histories)
+    assert tamed.values.min() > -12 - 100
+    torch.testing.assert_close(tamed.values[:17], whole.values[:17], rtol=0, atol=0)
+    with numerics(0):
+        _, covariance = fit(tamed, make_kernel("tied", cube)).posterior(tamed.points[:17])
+    assert float(covariance.diagonal().sqrt().max()) < 0.15  # the error of one measurement is 0.12
+
+
+@pytest.mark.parametrize(("scale", "error"), [(1.0, 0.017), (1.0, 0.005), (5.0, 0.0)])
+def test_ordinary_measurements_stay_as_they_are(scale: float, error: float):
+    values = [scale * v for v in (0.2, 0.21, 0.2, 0.79, 0.8, 0.3, 0.78, 0.01)]
+    found = read_history(_told(values, [scale * error] * len(values)), UnitCube({"x": Float(0, 1)})).objectives[0]
+    assert (-found.values).tolist() == values

@@ -50,6 +50,10 @@ CRASHED = frozenset(
 """Failures that belong to the point. A lost worker says nothing about it."""
 
 
+FAR, VERY_NOISY, FEWEST_TO_TAME = 20.0, 100.0, 4
+"""When a value belongs to a broken model, see `_tamed`."""
+
+
 @dataclass(frozen=True)
 class Quantity:
     """Noisy measurements of one quantity.
@@ -134,7 +138,7 @@ def read_history(study: Study, cube: UnitCube, *, without: int | None = None, wi
     where = _rows(points, cube)
     variances = [objective_variances(trial, len(study.directions)) for trial in complete]
     objectives = [
-        Quantity(where, _column([sign * trial.values[i] for trial in complete]), _known([v[i] for v in variances]))
+        _tamed(where, _column([sign * trial.values[i] for trial in complete]), _known([v[i] for v in variances]))
         for i, sign in enumerate(signs(study))
     ]
     return History(
@@ -145,6 +149,22 @@ def read_history(study: Study, cube: UnitCube, *, without: int | None = None, wi
         _rows(pending, cube),
         _column([float(trial.user_attrs.get("cost", (0, 0, 0))[2]) for trial in complete]),
     )
+
+
+def _tamed(points: Tensor, values: Tensor, variances: Tensor | None) -> Quantity:
+    """The measurements (larger is better), those of broken models moved to where they say no more than that.
+
+    A perplexity of 10^5 among those near 12 would be the whole scale of a process, and all the others its noise. With q the
+    value that a quarter is better than, and s^2 the usual variance of that quarter, what lies below
+    q - max(`FAR` (best - q), `VERY_NOISY` s) is put there, with variance s^2. Shares of right answers never lie so far; numbers without noise stay as they are.
+    """
+    if variances is None or len(values) < FEWEST_TO_TAME:
+        return Quantity(points, values, variances)
+    quarter = values.quantile(0.75)
+    usual = variances[values >= quarter].quantile(0.5)
+    floor = quarter - torch.maximum(FAR * (values.max() - quarter), VERY_NOISY * usual.sqrt())
+    broken = (values < floor) & (usual > 0)
+    return Quantity(points, torch.where(broken, floor, values), torch.where(broken, usual, variances))
 
 
 def _constraints(complete: list[FrozenTrial], where: Tensor) -> dict[str, Quantity]:
