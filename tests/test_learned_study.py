@@ -292,7 +292,7 @@ def test_the_first_learned_trials_climb_to_the_finest_that_the_rows_allow(n_rows
 @pytest.mark.parametrize(
     ("paid", "fits"),
     [
-        (0, [("tensor", 100)]), (39, [("tensor", 100)]), (40, [("row", 100)]), (100, [("row", 100)]),
+        (0, [("tensor", 100)]), (24, [("tensor", 100)]), (25, [("row", 100)]), (100, [("row", 100)]),
         (101, [("row", 100)] * 2), (5000, [("row", 100)] * 3),
     ],
 )  # fmt: skip
