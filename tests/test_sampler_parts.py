@@ -205,8 +205,14 @@ def test_a_few_broken_models_do_not_hide_the_others_from_the_process():
     assert float(covariance.diagonal().sqrt().max()) < 0.15  # the error of one measurement is 0.12
 
 
-@pytest.mark.parametrize(("scale", "error"), [(1.0, 0.017), (1.0, 0.005), (5.0, 0.0)])
+@pytest.mark.parametrize(("scale", "error"), [(1.0, 0.017), (1.0, 0.005), (5.0, 0.005)])
 def test_ordinary_measurements_stay_as_they_are(scale: float, error: float):
     values = [scale * v for v in (0.2, 0.21, 0.2, 0.79, 0.8, 0.3, 0.78, 0.01)]
     found = read_history(_told(values, [scale * error] * len(values)), UnitCube({"x": Float(0, 1)})).objectives[0]
+    assert (-found.values).tolist() == values
+
+
+def test_numbers_without_noise_stay_as_they_are_however_far_apart():
+    values = [0.010, 0.011, 0.012, 0.013, 5.0]
+    found = read_history(_told(values, [0.0] * 5), UnitCube({"x": Float(0, 1)})).objectives[0]
     assert (-found.values).tolist() == values

@@ -71,6 +71,18 @@ def test_a_fit_that_fails_is_charged_what_it_asked_until_then(
     assert questions_asked(study) == 3 * sum(rows) + 10 * len(scored), "and nothing that follows is charged for it"
 
 
+def test_a_loss_without_a_graph_ends_its_trial_and_says_so(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_study(tmp_path, demo, "Learned", n_trials=5, learner=LEARNER)
+    mine = evaluator(tmp_path, "Learned")
+    monkeypatch.setattr(mine, "loss", lambda self, task, rows, kind="gold": 0.5)
+    found = finished_records(run(read_study_file(path), Quiet()))
+    (bad,) = [r for r in found if not r.is_scored]
+    assert bad.outcome == "evaluator_error"
+    assert bad.reason == "task 'norm': its loss must be a tensor with its graph through the live parameters, got float"
+
+
 @pytest.mark.parametrize("failure", [ValueError("a user's own mistake"), torch.OutOfMemoryError("CUDA out of memory")])
 def test_a_call_that_fails_is_charged_what_its_evaluator_says_it_asked(
     demo: Path, tmp_path: Path, failure: Exception

@@ -123,7 +123,7 @@ class Workbench:
         """Put questions to the live model as it is now. The cost includes statistics that splicing it measured.
 
         Raises:
-            NonFiniteError, EvaluationError, torch.OutOfMemoryError, MemoryError.
+            NonFiniteError, EvaluationError, MemoryError.
         """
         began, parts = time.perf_counter(), []
         for evaluator in self.evaluators:

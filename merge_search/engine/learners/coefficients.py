@@ -25,8 +25,8 @@ from torch import Tensor
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.learners.fineness import FINENESS, Fineness, Per, make_fineness
 from merge_search.engine.slopes import Parts, Slopes
-from merge_search.errors import InputError, NonFiniteError, nearest
-from merge_search.evaluation import Differentiable, asking, loss_of
+from merge_search.errors import EvaluationError, InputError, NonFiniteError, nearest
+from merge_search.evaluation import Differentiable, loss_of
 from merge_search.products import fast_products
 from merge_search.recipe import Recipe
 from merge_search.seeding import derive_seed
@@ -227,14 +227,18 @@ class State:
         found = {}
         with self.slopes.recording(), fast_products(self.views):
             for task, rows in losses.items():
-                with asking(f"task {task!r}: its loss"):
-                    loss = rows.loss(_draw(self.settings, task, rows.n_rows, step))
-                    found[task] = value = float(loss.detach())
-                    if not math.isfinite(value):
-                        raise NonFiniteError(
-                            f"a loss must be finite, got {value} for task {task!r} at step {step}; take smaller steps"
-                        )
-                    torch.autograd.backward(loss / (self._scale(task, value) * len(losses)))
+                loss = rows.loss(_draw(self.settings, task, rows.n_rows, step))
+                if not (isinstance(loss, Tensor) and loss.requires_grad):
+                    raise EvaluationError(
+                        f"task {task!r}: its loss must be a tensor with its graph through the live parameters, got "
+                        f"{'a tensor without one' if isinstance(loss, Tensor) else type(loss).__name__}"
+                    )
+                found[task] = value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise NonFiniteError(
+                        f"a loss must be finite, got {value} for task {task!r} at step {step}; take smaller steps"
+                    )
+                torch.autograd.backward(loss / (self._scale(task, value) * len(losses)))
         self._move(step)
         self._write()
         return found
