@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.memory import MemoryTensors
+from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.presets import PRESETS, preset
 
 EXPERTS = cold_merge.EXPERTS

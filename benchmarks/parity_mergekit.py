@@ -41,8 +41,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.order import dropped_count, kept_count
-from merge_search.engine.pool import ModelPool
+from merge_search.engine.passes.order_statistics import dropped_count, kept_count
+from merge_search.engine.resident.pool import ModelPool
 from merge_search.mergekit import read_mergekit
 from merge_search.recipe import Recipe
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 __all__ = ["CATALOGUE"]
 
 CATALOGUE = {
-    "classification": "evaluators.classification:Classification",
-    "drift": "evaluators.drift:Drift",
-    "latency": "evaluators.latency:Latency",
-    "lm_eval": "evaluators.lm_eval:LmEval",
-    "size": "evaluators.size:Size",
+    "classification": "evaluators.classification.evaluator:Classification",
+    "drift": "evaluators.costs.drift:Drift",
+    "latency": "evaluators.costs.latency:Latency",
+    "lm_eval": "evaluators.lm_eval.evaluator:LmEval",
+    "size": "evaluators.costs.size:Size",
 }
 """Name in a study file -> ``"module:Class"``."""

@@ -78,7 +78,7 @@ def validate(study: StudyArgument) -> None:
 def sealed_test(study: StudyArgument, device: DeviceOption = None) -> None:
     """Open the sealed test questions, once: the best merge against base, experts, average and best preset."""
     from merge_search.report.table import sealed_table
-    from merge_search.search.sealed import open_test
+    from merge_search.search.verdict.sealed import open_test
 
     plan = _plan(study, device)
     table = sealed_table(open_test(plan), plan.objective, plan.context.experts)
@@ -96,7 +96,7 @@ def export(
     device: DeviceOption = None,
 ) -> None:
     """Write the best model, or a trial's, as a Hugging Face folder."""
-    from merge_search.deliver import export_mergekit, export_trial
+    from merge_search.export_trial import export_mergekit, export_trial
 
     if mergekit:
         record = export_mergekit(_plan(study), out_path, number=trial)
@@ -115,7 +115,7 @@ def merge(
 ) -> None:
     """Make the model of a recipe or of a mergekit file, without a study."""
     with _importing():
-        from merge_search.merge_file import merge_recipe
+        from merge_search.merge_recipe import merge_recipe
 
     digest = merge_recipe(recipe, out_folder, device=device)
     out.print(f"written to {out_folder} (sha256 of the weights {digest})", highlight=False, soft_wrap=True)
@@ -201,7 +201,7 @@ def _on(file: StudyFile, device: str | None) -> StudyFile:
 def _print_result(study: optuna.Study, path: Path) -> None:
     from merge_search.report.table import summary_table
     from merge_search.search.records import objective_of
-    from merge_search.search.selection import champions, nothing_to_hand_over, outdated_test
+    from merge_search.search.verdict.selection import champions, nothing_to_hand_over, outdated_test
 
     objective, experts = objective_of(study)
     table = summary_table(study, objective, experts)

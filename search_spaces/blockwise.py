@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from merge_search.space import SpaceContext
-from search_spaces.axes import per_cell
-from search_spaces.composed import Composed
-from search_spaces.grouping import Range
-from search_spaces.one_method import OneMethod, method_and_density
-from search_spaces.options import read_options
+from search_spaces.parts.axes import per_cell
+from search_spaces.parts.composed import Composed
+from search_spaces.parts.grouping import Range
+from search_spaces.parts.one_method import OneMethod, method_and_density
+from search_spaces.parts.options import read_options
 
 __all__ = ["Blockwise"]
 

@@ -25,11 +25,20 @@ from pydantic import BaseModel, Field, ValidationError
 from merge_search.errors import SpaceError, nearest
 from merge_search.recipe import Assess, Resolve, Select, Splice
 from merge_search.space import SpaceContext
-from search_spaces.axes import per_cell
-from search_spaces.composed import Composed
-from search_spaces.grouping import DensityRange, Range
-from search_spaces.methods import MEASURES, Method, Stages, canonical, distinct, of_preset, of_stages, preset_problems
-from search_spaces.options import Options, read_options, sentences_at
+from search_spaces.parts.axes import per_cell
+from search_spaces.parts.composed import Composed
+from search_spaces.parts.grouping import DensityRange, Range
+from search_spaces.parts.methods import (
+    MEASURES,
+    Method,
+    Stages,
+    canonical,
+    distinct,
+    of_preset,
+    of_stages,
+    preset_problems,
+)
+from search_spaces.parts.options import Options, read_options, sentences_at
 
 __all__ = ["Compatibility"]
 

@@ -15,11 +15,11 @@ from pydantic import Field
 from merge_search.errors import SpaceError
 from merge_search.recipe import Group
 from merge_search.space import Categorical, Parameter, Point, SpaceContext
-from search_spaces.axes import Read
-from search_spaces.composed import FEWEST, MOST, Composed, Values
-from search_spaces.grouping import REST, Slots
-from search_spaces.methods import of_preset
-from search_spaces.options import Options, read_options
+from search_spaces.parts.axes import Read
+from search_spaces.parts.composed import FEWEST, MOST, Composed, Values
+from search_spaces.parts.grouping import REST, Slots
+from search_spaces.parts.methods import of_preset
+from search_spaces.parts.options import Options, read_options
 
 __all__ = ["ExpertChoice"]
 

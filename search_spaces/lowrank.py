@@ -29,12 +29,12 @@ from pydantic import Field
 from merge_search.errors import SpaceError
 from merge_search.recipe import Group
 from merge_search.space import Float, Parameter, Point, SpaceContext
-from search_spaces.axes import Read, curve, settle
-from search_spaces.composed import Composed, Values
 from search_spaces.depth_curve import KNOTS, knot_positions
-from search_spaces.grouping import Slots
-from search_spaces.one_method import OneMethod, method_and_density
-from search_spaces.options import Bounds, read_options
+from search_spaces.parts.axes import Read, curve, settle
+from search_spaces.parts.composed import Composed, Values
+from search_spaces.parts.grouping import Slots
+from search_spaces.parts.one_method import OneMethod, method_and_density
+from search_spaces.parts.options import Bounds, read_options
 
 __all__ = ["LowRank"]
 

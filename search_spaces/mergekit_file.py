@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 
 from merge_search.errors import SpaceError, nearest
 from merge_search.space import SpaceContext
-from search_spaces.options import Bounds, DensityBounds, Options, read_options
+from search_spaces.parts.options import Bounds, DensityBounds, Options, read_options
 
 __all__ = ["DENSITY_METHODS", "Genome", "MergekitOptions", "read_genome"]
 

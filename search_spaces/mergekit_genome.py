@@ -24,10 +24,10 @@ from typing import Any
 from merge_search.presets import preset
 from merge_search.recipe import Group, Rescale, Splice
 from merge_search.space import Float, Parameter, Point, SpaceContext
-from search_spaces.axes import Linear, Mix, Read, curve
-from search_spaces.composed import MOST, Composed, Values
 from search_spaces.mergekit_file import DENSITY_METHODS, Genome, MergekitOptions, read_genome
-from search_spaces.methods import Method
+from search_spaces.parts.axes import Linear, Mix, Read, curve
+from search_spaces.parts.composed import MOST, Composed, Values
+from search_spaces.parts.methods import Method
 
 __all__ = ["MergekitGenome"]
 

@@ -12,11 +12,11 @@ from pydantic import Field
 
 from merge_search.errors import SpaceError
 from merge_search.space import SpaceContext
-from search_spaces.axes import per_cell
-from search_spaces.composed import Composed
-from search_spaces.grouping import DensityRange, Range
-from search_spaces.methods import distinct, of_preset, preset_problems
-from search_spaces.options import Bounds, DensityBounds, Options, read_options
+from search_spaces.parts.axes import per_cell
+from search_spaces.parts.composed import Composed
+from search_spaces.parts.grouping import DensityRange, Range
+from search_spaces.parts.methods import distinct, of_preset, preset_problems
+from search_spaces.parts.options import Bounds, DensityBounds, Options, read_options
 
 __all__ = ["Uniform"]
 

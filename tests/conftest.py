@@ -83,8 +83,8 @@ def make_models(tmp_path: Path) -> Any:
         import torch
         import transformers as tf
 
-        from merge_search.engine.live import LiveModel
-        from merge_search.engine.pool import ModelPool
+        from merge_search.engine.resident.live_model import LiveModel
+        from merge_search.engine.resident.pool import ModelPool
         from merge_search.recipe import Models
 
         size = {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

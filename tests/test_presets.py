@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.memory import MemoryTensors
-from merge_search.engine.operators import OPERATORS
-from merge_search.engine.plan import Planner
+from merge_search.engine.methods.operators import OPERATORS
+from merge_search.engine.passes.planner import Planner
+from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.errors import RecipeError
 from merge_search.presets import PRESETS, preset
 from merge_search.recipe import Models, Recipe

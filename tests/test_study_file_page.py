@@ -11,7 +11,9 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from evaluators import drift, labelled_text, latency, lm_eval_options, size
+from evaluators.classification import rows as labelled_text
+from evaluators.costs import drift, latency, size
+from evaluators.lm_eval import options as lm_eval_options
 from merge_search import study_file
 from merge_search.study_file import StudyFile, read_study_file
 

@@ -26,12 +26,12 @@ from zoo import Zoo, search_study, test_study, write_tasks
 from merge_search.evaluation import Evaluation, Evaluator, Split
 from merge_search.objective import Objective
 from merge_search.recipe import Recipe
-from merge_search.search import selection
-from merge_search.search.baselines import baselines
 from merge_search.search.prepare import Plan, prepare
 from merge_search.search.records import Record, finished_records, owners_of, references_of
 from merge_search.search.run import run
-from merge_search.search.workbench import Workbench
+from merge_search.search.start.baselines import baselines
+from merge_search.search.trial.worker import Workbench
+from merge_search.search.verdict import selection
 from merge_search.study_file import read_study_file
 
 __all__ = ["Bench", "Row", "Silent", "Task", "anytime_rows", "main_mean", "make_plan", "row_of"]

@@ -21,10 +21,10 @@ from live_opponents import FINE_TUNING_TOLD
 from torch import Tensor
 from zoo import search_study
 
-from merge_search.engine.learners.coefficients import QUESTIONS_PER_ROW, TaskLoss, task_losses
+from merge_search.cpu_matmul import fast_products
+from merge_search.engine.learners.fit import QUESTIONS_PER_ROW, TaskLoss, task_losses
 from merge_search.evaluation import Split
 from merge_search.presets import preset
-from merge_search.products import fast_products
 from merge_search.seeding import derive_seed
 from merge_search.study_file import Learner
 

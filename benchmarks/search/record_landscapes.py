@@ -35,10 +35,10 @@ from zoo import ZOOS, search_study, write_tasks
 
 from merge_search.evaluation import Split
 from merge_search.recipe import Recipe
-from merge_search.search.baselines import baselines
 from merge_search.search.prepare import Plan, prepare
 from merge_search.search.samplers.unit_cube import UnitCube
-from merge_search.search.workbench import Workbench
+from merge_search.search.start.baselines import baselines
+from merge_search.search.trial.worker import Workbench
 from merge_search.seeding import derive_seed
 from merge_search.study_file import read_study_file
 

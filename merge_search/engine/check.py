@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from merge_search.engine.assess import MEASURES, options_problems
-from merge_search.engine.maps import rows_of
-from merge_search.engine.operators import OPERATORS, POSTS, operator_problems
-from merge_search.engine.pipeline import Statistics, Tensors
+from merge_search.engine.contracts import Statistics, Tensors
+from merge_search.engine.methods.assess import MEASURES, options_problems
+from merge_search.engine.methods.operators import OPERATORS, POSTS, operator_problems
+from merge_search.engine.resident.coefficient_maps import rows_of
 from merge_search.errors import RecipeError
 from merge_search.recipe import Assess, Group, Recipe
 

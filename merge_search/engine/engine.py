@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from merge_search.engine import check
-from merge_search.engine.facts import Facts
-from merge_search.engine.fused import Runner, has_compiler
-from merge_search.engine.maps import rows_of
-from merge_search.engine.operators import (
+from merge_search.engine.contracts import Pass, Tensors, output_dtype, statistic_of
+from merge_search.engine.execute.parts import pass_parts, unit_recipe
+from merge_search.engine.execute.runner import Runner, has_compiler
+from merge_search.engine.methods.operators import (
     OPERATORS,
     POSTS,
     OperatorContext,
@@ -22,9 +22,9 @@ from merge_search.engine.operators import (
     load_operator,
     require_known,
 )
-from merge_search.engine.parts import pass_parts, unit_recipe
-from merge_search.engine.pipeline import Pass, Tensors, output_dtype, statistic_of
-from merge_search.engine.plan import Planner
+from merge_search.engine.passes.measurements import Facts
+from merge_search.engine.passes.planner import Planner
+from merge_search.engine.resident.coefficient_maps import rows_of
 from merge_search.errors import NonFiniteError, RecipeError
 from merge_search.recipe import Operator, Recipe, Splice
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merge_search.engine import stages
-from merge_search.engine.fused import WHOLE, scalars
-from merge_search.engine.pipeline import Pass, Tensors, output_dtype
-from merge_search.engine.plan import Planner
+from merge_search.engine.contracts import Pass, Tensors, output_dtype
+from merge_search.engine.execute.runner import WHOLE, scalars
+from merge_search.engine.methods import stages
+from merge_search.engine.passes.planner import Planner
 from merge_search.recipe import Recipe
 
 __all__ = ["merge_tensor", "run_pass"]

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_search.engine.headers import read_checkpoint, resolve_model
-from merge_search.engine.layout import layout
+from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
+from merge_search.engine.checkpoints.layout import layout
 from merge_search.errors import RecipeError, WeightsError, nearest
 from merge_search.mergekit.document import Document, Slice, Source, read_document
 from merge_search.mergekit.methods import CANCEL, EPS, IGNORED, METHODS, PER_MODEL, Method, Numbers, cancel

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from merge_search.engine.layout import is_before_blocks
+from merge_search.engine.checkpoints.layout import is_before_blocks
 from merge_search.mergekit.document import Document, Slice, Source
 from merge_search.recipe import Group
 

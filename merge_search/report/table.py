@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import optuna
 
 from merge_search.objective import Objective, References
-from merge_search.report.recipe_card import recipe_sources
+from merge_search.report.model_card import recipe_sources
 from merge_search.search.records import Record, finished_records, questions_asked
-from merge_search.search.selection import (
+from merge_search.search.verdict.selection import (
     Standing,
     candidates,
     champions,

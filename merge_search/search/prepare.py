@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from merge_search import catalogue
-from merge_search.engine.compatibility import check_models
-from merge_search.engine.headers import read_checkpoint, resolve_model
-from merge_search.engine.layout import layout
+from merge_search.engine.checkpoints.compatibility import check_models
+from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
+from merge_search.engine.checkpoints.layout import layout
 from merge_search.errors import InputError, MergeSearchError, StudyFileError, WeightsError, nearest
 from merge_search.evaluation import Differentiable, Evaluator, MetricInfo, SplitShares
 from merge_search.objective import Objective
 from merge_search.presets import PRESETS
 from merge_search.recipe import Models
-from merge_search.search.baselines import ALWAYS
 from merge_search.search.checks import search_problems
-from merge_search.search.earlier import earlier_problems
-from merge_search.search.learning import LearnedSpace
 from merge_search.search.samplers import SAMPLERS, check_sampler
+from merge_search.search.start.baselines import ALWAYS
+from merge_search.search.start.earlier_studies import earlier_problems
+from merge_search.search.start.warm_start import LearnedSpace
 from merge_search.space import SearchSpace, SpaceContext
 from merge_search.study_file import Learner, StatisticsSection, StudyFile
 

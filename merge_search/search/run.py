@@ -21,7 +21,7 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState
 
-from merge_search.engine.learners.coefficients import FitSettings, Fitted
+from merge_search.engine.learners.fit import FitSettings, Fitted
 from merge_search.errors import (
     EvaluationError,
     InputError,
@@ -33,9 +33,8 @@ from merge_search.memory import is_memory_error
 from merge_search.objective import Estimate, Objective, References
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
-from merge_search.search import checks, racing, samplers, selection, storage
-from merge_search.search.baselines import reference_recipes
-from merge_search.search.learning import LearnedSpace, warm_start
+from merge_search.search import checks, samplers, storage
+from merge_search.search.first_trials import Start
 from merge_search.search.prepare import Plan, prepare
 from merge_search.search.records import (
     ASKED_IN_VAIN,
@@ -50,9 +49,12 @@ from merge_search.search.records import (
     store_metrics,
     stored_references,
 )
-from merge_search.search.starting import Start
+from merge_search.search.start.baselines import reference_recipes
+from merge_search.search.start.warm_start import LearnedSpace, warm_start
 from merge_search.search.stopping import GAIN_ATTRIBUTE, expected_gain, reason_to_stop
-from merge_search.search.workbench import Scored, Workbench, memory_errors_said
+from merge_search.search.trial import racing
+from merge_search.search.trial.worker import Scored, Workbench, memory_errors_said
+from merge_search.search.verdict import selection
 from merge_search.seeding import derive_seed
 from merge_search.space import decoded
 from merge_search.study_file import StudyFile

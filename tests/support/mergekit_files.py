@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from merge_search.engine.layout import name_groups
+from merge_search.engine.checkpoints.layout import name_groups
 from merge_search.mergekit import read_mergekit
 from merge_search.recipe import Recipe
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_search.engine.operators import (
+from merge_search.engine.methods.operators import (
     OPERATORS,
     POSTS,
     OperatorContext,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from evaluators.classification import Classification
+from evaluators.classification.evaluator import Classification
 from merge_search.evaluation import Split, SplitShares
 
 WORDS = ("red", "green", "blue", "seven", "eight", "nine", "cat", "dog", "owl", "runs", "sleeps", "sings")

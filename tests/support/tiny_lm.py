@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from evaluators.isolation import quiet
-from evaluators.lm_eval import LmEval
+from evaluators.lm_eval.evaluator import LmEval
 from merge_search.evaluation import SplitShares
 
 WORDS = [

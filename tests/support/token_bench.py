@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.live import LiveModel
-from merge_search.engine.pool import ModelPool
+from merge_search.engine.resident.live_model import LiveModel
+from merge_search.engine.resident.pool import ModelPool
 from merge_search.engine.statistics.provider import DataStatistics
 from merge_search.recipe import Recipe
 

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merge_search.engine.checkpoints.layout import name_groups
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.layout import name_groups
-from merge_search.engine.learners.coefficients import (
+from merge_search.engine.learners.fit import (
     QUESTIONS_PER_ROW,
     FitSettings,
     Fitted,
@@ -34,8 +34,8 @@ from merge_search.engine.learners.coefficients import (
     TaskLoss,
     teacher_recipe,
 )
-from merge_search.engine.learners.fineness import Fineness, make_fineness
-from merge_search.engine.slopes import Parts, Slopes
+from merge_search.engine.learners.granularity import Fineness, make_fineness
+from merge_search.engine.learners.slopes import Parts, Slopes
 from merge_search.errors import InputError, NonFiniteError, RecipeError
 from merge_search.recipe import Recipe
 

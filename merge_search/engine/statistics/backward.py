@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from merge_search.engine.slopes import Place, parameter_places
+from merge_search.engine.learners.slopes import Place, parameter_places
 from merge_search.engine.statistics.rows import Work
 from merge_search.errors import NonFiniteError
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.live import LiveModel
-from merge_search.engine.pool import ModelPool
+from merge_search.engine.resident.live_model import LiveModel
+from merge_search.engine.resident.pool import ModelPool
 from merge_search.engine.statistics import Kind, load, parse
 from merge_search.engine.statistics.rows import TaskRows, Work, rows_of_experts
 from merge_search.engine.statistics.store import FOLDER, FolderStatistics, StatisticFile, prune, write

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from merge_search.engine.checkpoint import dtype_name, raw_bytes
-from merge_search.engine.hashing import WeightsHash
+from merge_search.engine.checkpoints.checkpoint import dtype_name, raw_bytes
+from merge_search.engine.checkpoints.hashing import WeightsHash
 from merge_search.errors import WeightsError
 
 __all__ = ["FOLDER", "FolderStatistics", "StatisticFile", "prune", "write"]

@@ -1,0 +1,1 @@
+"""Scores an encoder on labelled texts with fixed classification heads."""

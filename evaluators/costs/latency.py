@@ -1,0 +1,132 @@
+"""How long the merged model takes: seconds per text on a fixed set, after a warm-up.
+
+    evaluate:
+      - {evaluator: latency, include_path: texts/, texts: prompts.txt, new_tokens: 64, limit: 30}
+    objective: {maximise: mean_retention, constraints: ["latency/seconds <= base + 0.05"]}
+
+All merges of one base have the same shapes, so a token costs the same in each of them: what differs is how many tokens a
+model writes before it ends its answer. With ``new_tokens: 0`` one forward pass is timed, a constant up to noise.
+
+A text's value is the median over `repeats`, one text at a time. Times are the one thing here that is not reproduced by
+running again; keep other work off the machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from evaluators.costs.texts import TextOptions, read_options, split_texts, text_hash
+from merge_search.errors import EvaluationError
+from merge_search.evaluation import Cost, Evaluation, MetricInfo, Scores, Split, SplitShares, window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Latency"]
+
+
+class Options(TextOptions):
+    """Of an entry ``evaluator: latency``."""
+
+    new_tokens: Annotated[int, Field(ge=0)] = 32
+    """Written greedily, at most; 0: one forward pass."""
+    repeats: Annotated[int, Field(ge=1)] = 3
+    warm_up: Annotated[int, Field(ge=0)] = 2
+    """Texts answered before the clock starts, in every call."""
+
+
+class Latency:
+    """An `Evaluator` of one cost, ``latency/seconds``, that is also `Counting`; torch is first imported by `evaluate`.
+
+    Args:
+        options: As in the module's notes.
+        shares: Texts are split like questions.
+        seed: Not used.
+        folder: Where files lie that no folder of ``include_path`` is named for; None: the current directory.
+
+    Raises:
+        StudyFileError: options, files or rows are wrong, or a split has fewer than two texts.
+    """
+
+    def __init__(
+        self, options: Mapping[str, Any], *, shares: SplitShares, seed: int, folder: Path | None = None
+    ) -> None:
+        self._options = read_options(Options, options)
+        self._texts = split_texts(self._options, shares, folder)
+        self.n_asked = 0
+        self._model: Any = None
+        self._rows: dict[Split, list[Any]] = {}
+
+    def metrics(self) -> list[MetricInfo]:
+        n = {split: len(texts) for split, texts in self._texts.items()}
+        return [MetricInfo("latency", "seconds", False, n, is_cost=True)]
+
+    def fingerprint(self) -> str:
+        """sha256 of the texts by split and of what is done with them."""
+        hashes = {str(split): [text_hash(t) for t in texts] for split, texts in self._texts.items()}
+        content = [1, self._options.max_length, self._options.new_tokens, self._options.repeats, hashes]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def bind(self, model: Any, tokenizer: Any, *, folder: str) -> None:
+        """Tokenise every text."""
+        self._model = model
+        length = self._options.max_length
+        self._rows = {
+            split: [tokenizer(t, truncation=True, max_length=length, return_tensors="pt").input_ids for t in texts]
+            for split, texts in self._texts.items()
+        }
+
+    def evaluate(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
+        """Mean over texts of their median seconds, in `window(n, fidelity, after)`.
+
+        Raises:
+            EvaluationError: nothing is bound, or the split is not scored.
+        """
+        if split not in self._rows:
+            raise EvaluationError(f"split {split} has no texts; bind a model, and choose search, validation or test")
+        began = time.perf_counter()
+        chosen = window(len(self._rows[split]), fidelity, after)
+        rows = self._rows[split][chosen]
+        for ids in rows[: self._options.warm_up]:
+            self._seconds(ids)
+        values = np.array([self._median(ids) for ids in rows])
+        names = tuple(text_hash(t) for t in self._texts[split][chosen])
+        stderr = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+        scores = {"latency/seconds": Scores(names, values, float(values.mean()), stderr)}
+        return Evaluation(split, fidelity, scores, Cost(0.0, time.perf_counter() - began, len(values)))
+
+    def _median(self, ids: Tensor) -> float:
+        self.n_asked += 1
+        return float(np.median([self._seconds(ids) for _ in range(self._options.repeats)]))
+
+    def _seconds(self, ids: Tensor) -> float:
+        import torch
+
+        ids = ids.to(next(self._model.parameters()).device)
+        with torch.no_grad():
+            _wait(ids)
+            began = time.perf_counter()
+            if self._options.new_tokens:
+                n = self._options.new_tokens
+                self._model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
+            else:
+                self._model(input_ids=ids)
+            _wait(ids)
+        return time.perf_counter() - began
+
+
+def _wait(tensor: Tensor) -> None:
+    """Until the device has done what it was asked."""
+    import torch
+
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)

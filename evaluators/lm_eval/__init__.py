@@ -1,0 +1,1 @@
+"""Scores a merge on lm-eval tasks."""

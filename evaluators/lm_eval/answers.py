@@ -1,0 +1,131 @@
+"""Prompts and answers of single documents, as lm-eval renders its questions: what a loss compares the model with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from lm_eval.api.utils import requires_delimiter
+
+from evaluators.lm_eval.options import LmEvalOptions
+from evaluators.lm_eval.scores import right_choices
+
+__all__ = ["Answer", "choices_of", "fit_requests", "generated_answer", "gold_answer"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text that should follow a context.
+
+    Attributes:
+        context: The prompt; None where the whole text is scored.
+        then_stop: The tokenizer's end-of-text token follows.
+    """
+
+    context: str | None
+    text: str
+    then_stop: bool = False
+
+    @property
+    def pair(self) -> Any:
+        """As lm-eval's tokeniser takes it."""
+        return SimpleNamespace(args=(self.context, self.text))
+
+
+def fit_requests(task: Any, doc: Any, options: LmEvalOptions, seed: int, lm: Any) -> list[Any]:
+    """lm-eval's requests of one document, by index.
+
+    Args:
+        seed: Draws the shots; among them is never `doc` itself.
+        lm: lm-eval's model, for a chat template.
+    """
+    chat = options.apply_chat_template
+    template = lm.apply_chat_template if chat else None
+    with _shots_without(task, doc, seed):
+        context = task.fewshot_context(
+            doc,
+            num_fewshot=task.config.num_fewshot or 0,
+            system_instruction=options.system_instruction,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=True,
+            chat_template=template,
+            gen_prefix=task.doc_to_prefix(doc),
+        )
+    made = task.construct_requests(
+        doc=doc,
+        ctx=context,
+        metadata=(task.config["task"], 0, task.config.repeats),
+        apply_chat_template=chat,
+        chat_template=template,
+    )
+    return made if isinstance(made, list) else [made]
+
+
+@contextmanager
+def _shots_without(task: Any, doc: Any, seed: int) -> Iterator[None]:
+    """Shots drawn with `seed`, without `doc`: lm-eval leaves it out of the test split only."""
+    task.set_fewshot_seed(seed)
+    sampler = getattr(task, "sampler", None)
+    if sampler is None:
+        yield
+        return
+    original = sampler.sample
+
+    def sample(n: int, **_: Any) -> list[Any]:
+        drawn = original(n=min(n + 1, len(sampler.df)))
+        return [shot for shot in drawn if shot != doc][:n]
+
+    sampler.sample = sample
+    try:
+        yield
+    finally:
+        del sampler.sample
+
+
+def choices_of(task: Any, doc: Any, requests: list[Any]) -> list[Answer]:
+    """The choices of a multiple-choice document as lm-eval scores them."""
+    return [Answer(*r.args[:2]) for r in requests[: len(task.doc_to_choice(doc))]]
+
+
+def gold_answer(task: Any, doc: Any, requests: list[Any], options: LmEvalOptions) -> Answer:
+    """The right answer; the first of several.
+
+    Of a generating task it is the target behind the delimiter, as in lm-eval's shots, and what ends it.
+    """
+    match task.OUTPUT_TYPE:
+        case "multiple_choice":
+            return choices_of(task, doc, requests)[right_choices(task, doc)[0]]
+        case "loglikelihood":
+            context, text = requests[0].args[:2]
+            return Answer(context, text if len(requests) == 1 else str(task.doc_to_target(doc)))
+        case "loglikelihood_rolling":
+            return Answer(None, requests[0].args[0])
+        case _:
+            gold = task.doc_to_target(doc)
+            gold = gold[0] if isinstance(gold, list) else gold
+            if isinstance(gold, int) and task.config.doc_to_choice is not None:
+                gold = task.doc_to_choice(doc)[gold]
+            return generated_answer(requests[0], _delimiter(task, doc, str(gold), options) + str(gold))
+
+
+def generated_answer(request: Any, text: str) -> Answer:
+    """`text` behind the prompt of a generating request, with what ends it.
+
+    That is the first stop string of line breaks alone, else the end-of-text token: the model learns to stop.
+    """
+    context, settings = request.args[:2]
+    until = settings.get("until") or []
+    stops = [until] if isinstance(until, str) else until
+    line_break = next((s for s in stops if s and not s.strip("\n")), None)
+    return Answer(context, text + (line_break or ""), then_stop=line_break is None)
+
+
+def _delimiter(task: Any, doc: Any, answer: str, options: LmEvalOptions) -> str:
+    """What stands between prompt and answer in lm-eval's shots."""
+    prefix = task.doc_to_prefix(doc)
+    if prefix:
+        return " " if answer and requires_delimiter(prefix, answer) else ""
+    return "" if options.apply_chat_template else str(task.config.target_delimiter)

@@ -1,0 +1,175 @@
+"""Which rows of a task a learner may fit on: its own training split, or the fit share of its questions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from lm_eval.utils import handle_non_serializable, hash_string
+
+from evaluators.isolation import isolated_generators
+from evaluators.lm_eval.questions import TaskQuestions
+from evaluators.lm_eval.scores import right_choices
+from evaluators.lm_eval.tasks import quiet_lm_eval, reason
+from merge_search.errors import EvaluationError, StudyFileError
+from merge_search.evaluation import Split, question_order
+
+if TYPE_CHECKING:
+    from evaluators.distillation import Told
+
+__all__ = ["LOSSES", "FitRow", "FitRows", "Source", "fit_source", "losses_of"]
+
+log = logging.getLogger(__name__)
+
+LOSSES = ("gold", "pseudo", "kl", "entropy", "choice")
+
+Source = Literal["train", "search", "none"]
+"""Where a task's fit rows come from: its training split, the fit share of its questions, nowhere."""
+
+N_HASHED = 50_000
+"""Of a larger training split every k-th row is taken, so that hashing it stays a matter of seconds."""
+
+N_DIGEST = 100_000
+"""Rows of a training split that its digest reads at most, evenly spaced."""
+
+
+@dataclass(frozen=True)
+class FitRow:
+    """A document to fit on; `id` is its hash."""
+
+    id: str
+    doc: Any
+
+
+def fit_source(task: Any, option: Literal["auto", "train", "search"]) -> Source:
+    """Where the rows of a loaded lm-eval task come from under the option `fit`."""
+    if option == "search":
+        return "search"
+    if _own_training_split(task) is not None:
+        return "train"
+    return "search" if option == "auto" else "none"
+
+
+def losses_of(output_type: str) -> tuple[str, ...]:
+    """Kinds of loss of tasks of an output type of lm-eval: some need choices, some an answer of the model's own."""
+    without = () if output_type == "multiple_choice" else ("entropy", "choice")
+    if output_type not in ("multiple_choice", "generate_until"):
+        without = (*without, "pseudo")
+    return tuple(kind for kind in LOSSES if kind not in without)
+
+
+def _own_training_split(task: Any) -> str | None:
+    """The name of a training split that is there and is not what the task is scored on."""
+    split: str | None = task.get_config("training_split")
+    scored = task.get_config("test_split") or task.get_config("validation_split")
+    if not task.has_training_docs() or split is None or split == scored:
+        return None
+    return split if split in (getattr(task, "dataset", None) or ()) else None
+
+
+class FitRows:
+    """The fit rows of one task, read on first use.
+
+    Rows come in the nested order of questions (by hash) and are disjoint from all scored ones, both by document and
+    by prompt and answer; rows of a multiple-choice task without a right choice are left out.
+
+    Attributes:
+        pseudo: Answers to learn, by row.
+        answers, told: What an expert answered, of a generating task in words too, and with what probabilities; by row.
+
+    Args:
+        questions: The task, its questions already split.
+        source: See `fit_source`.
+        limit: Most rows kept.
+    """
+
+    def __init__(self, questions: TaskQuestions, source: Source, limit: int) -> None:
+        self.name = questions.name
+        self.task = questions.task
+        self.source = source
+        self.pseudo: dict[int, Any] = {}
+        self.answers: dict[int, str] = {}
+        self.told: dict[int, Told] = {}
+        self._questions = questions.questions
+        self._limit = limit
+
+    @cached_property
+    def rows(self) -> list[FitRow]:
+        """The rows. Raises `StudyFileError` where the task's own code cannot read or render them."""
+        try:
+            with isolated_generators(0), quiet_lm_eval():
+                return self._read()
+        except Exception as error:  # templates, Python code and data of somebody else
+            raise StudyFileError(
+                f"task {self.name!r}: the rows to fit on ({self._where()}) cannot be read: {reason(error)}; "
+                "set fit: search to fit on a share of its questions instead"
+            ) from error
+
+    def digest(self) -> str:
+        """Follows the content of a training split without running the task's code on it."""
+        if self.source != "train":
+            return self.source
+        data = self.task.dataset[_own_training_split(self.task)]
+        sample = data[:: max(1, math.ceil(len(data) / N_DIGEST))]
+        text = json.dumps([self._limit, len(data), sample], sort_keys=True, default=handle_non_serializable)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def select(self, rows: Sequence[int]) -> list[FitRow]:
+        """Raises `EvaluationError` unless all of these rows are there and any are asked for."""
+        n = len(self.rows)
+        if not len(rows) or not 0 <= min(rows) <= max(rows) < n:
+            asked = f"{min(rows)} to {max(rows)}" if len(rows) else "none"
+            raise EvaluationError(
+                f"task {self.name!r} has {n} rows to fit on (its training_split, or the fit share of its questions), "
+                f"asked for {asked}"
+            )
+        return [self.rows[i] for i in rows]
+
+    def _where(self) -> str:
+        return "its training_split" if self.source == "train" else "the fit share of its questions"
+
+    def _candidates(self) -> list[FitRow]:
+        """Distinct documents in the nested order."""
+        if self.source == "search":
+            return [FitRow(q.id, q.doc) for q in self._questions if q.split is Split.FIT]
+        docs = self.task.training_docs() if self.source == "train" else []
+        found: dict[str, FitRow] = {}
+        for i in range(0, len(docs), max(1, math.ceil(len(docs) / N_HASHED))):
+            text = json.dumps(docs[i], indent=2, default=handle_non_serializable, ensure_ascii=False)
+            row = FitRow(hash_string(text), docs[i])
+            found.setdefault(row.id, row)
+        return sorted(found.values(), key=lambda r: (question_order(r.id), r.id))
+
+    def _read(self) -> list[FitRow]:
+        candidates = self._candidates()
+        if not candidates:
+            return []
+        scored = [q for q in self._questions if q.split is not Split.FIT]
+        ids, shown = {q.id for q in scored}, {self._shown(q.doc) for q in scored}
+        kept: list[FitRow] = []
+        n_scored = n_without = 0
+        for row in candidates:
+            if row.id in ids or self._shown(row.doc) in shown:
+                n_scored += 1
+            elif self.task.OUTPUT_TYPE == "multiple_choice" and not right_choices(self.task, row.doc):
+                n_without += 1
+            else:
+                kept.append(row)
+                if len(kept) == self._limit:
+                    break
+        if n_scored:
+            log.warning("task %r: %d rows to fit on are also questions: left out", self.name, n_scored)
+        if n_without:
+            log.warning("task %r: %d rows to fit on have no right choice: left out", self.name, n_without)
+        return kept
+
+    def _shown(self, doc: Any) -> tuple[str, str, str]:
+        """What the model is shown and should answer."""
+        choices = self.task.doc_to_choice(doc) if self.task.OUTPUT_TYPE == "multiple_choice" else None
+        return str(self.task.doc_to_text(doc)), str(choices), str(self.task.doc_to_target(doc))

@@ -1,0 +1,280 @@
+"""lm-eval's requests on one live model: made and tokenised once, asked again after every change of the weights."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import math
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from evaluators.lm_eval.options import LmEvalOptions
+from evaluators.lm_eval.packed_scorer import PackedScorer, packed_scorer
+from evaluators.lm_eval.questions import Question, TaskQuestions, build_requests
+from evaluators.lm_eval.tasks import reason
+from merge_search.errors import EvaluationError, NonFiniteError, StudyFileError, TrialError
+
+__all__ = ["LiveRequests"]
+
+log = logging.getLogger(__name__)
+
+N_HALVINGS = 2
+"""How often one evaluation may halve the batch size after running out of memory."""
+
+
+class LiveRequests:
+    """The requests of some tasks, bound to a model whose weights change in place.
+
+    Invariant: what is kept (prompts, token ids, windows) depends on the tokenizer alone, never on weights.
+
+    Args:
+        model: A Hugging Face model; its device and class must not change afterwards.
+        tokenizer: A Hugging Face tokenizer; copied, since lm-eval gives it a padding token. None: of `folder`.
+
+    Raises:
+        StudyFileError: prompts that cannot be rendered or tokenised for this model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        folder: str,
+        options: LmEvalOptions,
+        tasks: Sequence[TaskQuestions],
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.lm = HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer) if tokenizer is not None else folder,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            softmax_dtype=options.softmax_dtype,
+        )
+        self.lm.cache_hook = self._answered = _Answered()
+        self._n_requests = 0
+        self.encoded: dict[int, Any] = {}
+        self.windows: dict[int, list[Any]] = {}
+        for task in tasks:
+            try:
+                if options.apply_chat_template:
+                    build_requests(task.task, task.questions, options, seed, self.lm)
+                self._encode(task)
+            except Exception as error:  # templates and tokenizers of somebody else
+                raise StudyFileError(
+                    f"task {task.name!r}: its prompts do not fit the model in {folder}: {reason(error)}"
+                ) from error
+        self.packed: PackedScorer | None = None
+        if options.tree_packing:
+            self.packed = packed_scorer(self.lm, [self._choices(q) for t in tasks for q in t.questions])
+
+    def _encode(self, task: TaskQuestions) -> None:
+        """Tokenise once. Says how many prompts are cut."""
+        instances = [i for q in task.questions for i in q.instances]
+        n_cut = 0
+        scored = [i for i in instances if i.request_type == "loglikelihood"]
+        for instance, request in zip(scored, self.tokenised(scored), strict=True):
+            _, context, continuation = request
+            if not continuation:
+                raise ValueError(f"document {instance.doc_id}: the answer {instance.args[1]!r} has no tokens")
+            if len(continuation) > self.lm.max_length:
+                raise ValueError(
+                    f"document {instance.doc_id}: an answer of {len(continuation)} tokens is longer than max_length"
+                )
+            n_cut += len(context) + len(continuation) > self.lm.max_length + 1
+            self.encoded[id(instance)] = request
+        for instance in instances:
+            if instance.request_type == "loglikelihood_rolling":
+                self.windows[id(instance)] = self.rolling_windows(instance.args[0])
+            elif instance.request_type == "generate_until":
+                n_cut += self._is_cut(instance)
+        if n_cut:
+            log.warning(
+                "task %r: %d of %d prompts are longer than the model's max_length=%d and lose their beginning",
+                task.name,
+                n_cut,
+                len(instances),
+                self.lm.max_length,
+            )
+
+    def tokenised(self, requests: Sequence[Any]) -> list[Any]:
+        """lm-eval's own tokens of requests with ``args`` (context, continuation): (texts, context, continuation)."""
+        grabbed: list[Any] = []
+
+        def grab(found: list[Any], **_: Any) -> list[Any]:
+            grabbed.extend(found)
+            return []
+
+        self.lm._loglikelihood_tokens = grab  # its tokenising without the model
+        try:
+            if requests:
+                self.lm.loglikelihood(requests, disable_tqdm=True)
+        finally:
+            del self.lm._loglikelihood_tokens
+        return grabbed
+
+    def rolling_windows(self, text: str) -> list[Any]:
+        windows = get_rolling_token_windows(
+            token_list=self.lm.tok_encode(text),
+            prefix_token=self.lm.prefix_token_id,
+            max_seq_len=self.lm.max_length,
+            context_len=1,
+        )
+        return [(None, *make_disjoint_window(w)) for w in windows]
+
+    def _is_cut(self, instance: Any) -> bool:
+        n_new: int = normalize_gen_kwargs(instance.args[1], self.lm.max_gen_toks)["max_gen_toks"]
+        if n_new >= self.lm.max_length:
+            raise ValueError(
+                f"max_gen_toks={n_new} of its generation_kwargs must be less than max_length={self.lm.max_length}"
+            )
+        n_tokens = len(self.lm.tok_encode(instance.args[0]))
+        return bool(n_tokens > self.lm.max_length - n_new)
+
+    def _choices(self, question: Question) -> list[Any]:
+        return [self.encoded[id(i)] for i in question.instances if id(i) in self.encoded]
+
+    def ask(self, asked: dict[str, list[Question]]) -> None:
+        """Put the model's answers into `resps` of every request of these questions, by task name.
+
+        Requests go out in the order of lm-eval, so that batches, and with them all digits, are the same.
+
+        Raises:
+            EvaluationError: lm-eval or the model failed.
+            NonFiniteError: a log-likelihood or logit is not finite; NaN would be scored as the first choice.
+            torch.OutOfMemoryError, MemoryError: also with smaller batches.
+        """
+        self.model.eval()
+        self._answered.n = self._n_requests = 0
+        requests: dict[str, list[Any]] = defaultdict(list)
+        for questions in asked.values():
+            for question in sorted(questions, key=lambda q: q.doc_id):
+                for instance in question.instances:
+                    # NOTE: left in place, the previous candidate's answer would be scored.
+                    instance.resps, instance.filtered_resps = [], {}
+                    requests[instance.request_type] += [instance] * (instance.repeats or 1)
+        kinds: dict[str, Callable[[list[Any]], Sequence[Any]]] = {
+            "loglikelihood": self._loglikelihood,
+            "loglikelihood_rolling": self._rolling,
+            "generate_until": self._generate,
+        }
+        self._n_requests = sum(map(len, requests.values()))
+        for kind, instances in requests.items():
+            answers = self._guarded(kinds[kind], instances)
+            for instance, answer in zip(instances, answers, strict=True):
+                instance.resps.append(answer)
+
+    @property
+    def share_answered(self) -> float:
+        """Of the requests of the last `ask`, batch by batch: also where it failed. In [0, 1]."""
+        return min(1.0, self._answered.n / self._n_requests) if self._n_requests else 0.0
+
+    def generate(self, instances: list[Any]) -> Sequence[Any]:
+        """The texts that the model, as it is now, generates for these requests. Raises: as `ask`.
+
+        They begin with a space where the first token generated does, although some tokenizers lose it in decoding
+        (SentencePiece and its like): lm-eval scores such texts without it, but other tokens would be learned from them.
+        """
+        self.lm.tok_decode = self._decoded_whole
+        try:
+            return self._guarded(self._generate, instances)
+        finally:
+            del self.lm.tok_decode
+
+    def _decoded_whole(self, tokens: Any, **settings: Any) -> str:
+        """lm-eval's own decoding, and the space that it drops where tokens do not begin a text."""
+        text: str = HFLM.tok_decode(self.lm, tokens, **settings)
+        if not isinstance(tokens, list) or not text:
+            return text
+        twice: str = HFLM.tok_decode(self.lm, [*tokens, *tokens], **settings)
+        return " " + text if twice == f"{text} {text}" else text
+
+    def _guarded(self, ask: Callable[[list[Any]], Sequence[Any]], instances: list[Any]) -> Sequence[Any]:
+        tasks = ", ".join(sorted({str(i.task_name) for i in instances}))
+        for halvings_left in range(N_HALVINGS, -1, -1):
+            try:
+                return ask(instances)
+            except (torch.OutOfMemoryError, MemoryError):
+                if halvings_left == 0 or self.lm.batch_size == 1:
+                    _free()
+                    raise
+            except TrialError:
+                raise
+            except Exception as error:  # lm-eval and transformers raise all kinds; the study goes on
+                if "can't allocate memory" in str(error):  # how a CPU says it
+                    raise MemoryError(str(error)) from error
+                raise EvaluationError(f"scoring {tasks} failed: {reason(error)}") from error
+            _free()
+            self.lm.batch_size_per_gpu = self.lm.batch_size // 2
+            log.warning("out of memory while scoring %s: trying again with batch_size=%d", tasks, self.lm.batch_size)
+        raise AssertionError("unreachable")
+
+    def _loglikelihood(self, instances: list[Any]) -> Sequence[Any]:
+        requests = [self.encoded[id(i)] for i in instances]
+        answers = (
+            self.packed.score(requests)
+            if self.packed is not None
+            else self.lm._loglikelihood_tokens(requests, disable_tqdm=True)
+        )
+        _check_finite([a[0] for a in answers], instances)
+        return answers
+
+    def _rolling(self, instances: list[Any]) -> Sequence[Any]:
+        """`HFLM.loglikelihood_rolling` with windows cut beforehand."""
+        windows = [w for i in instances for w in self.windows[id(i)]]
+        ends, before = list(accumulate(len(self.windows[id(i)]) for i in instances)), self._answered.n
+        sums: list[float] = []
+        for start in range(0, len(windows), self.lm.batch_size):
+            batch = windows[start : start + self.lm.batch_size]
+            sums += [a[0] for a in self.lm._loglikelihood_tokens(batch, disable_tqdm=True, override_bs=len(batch))]
+            self._answered.n = before + bisect_right(ends, len(sums))
+        values = iter(sums)
+        answers = [sum(next(values) for _ in self.windows[id(i)]) for i in instances]
+        _check_finite(answers, instances)
+        return answers
+
+    def _generate(self, instances: list[Any]) -> Sequence[Any]:
+        first = self.lm.tok_encode(instances[0].args[0])[-self.lm.max_length :]
+        if first:
+            logits = self.lm._model_call(torch.tensor([first], device=self.lm.device))
+            if not torch.isfinite(logits).all():
+                _raise_non_finite(instances[:1], "logits")
+        answers: list[str] = self.lm.generate_until(instances, disable_tqdm=True)
+        return answers
+
+
+class _Answered:
+    """In the place of lm-eval's cache, which is told of every request as soon as its batch is answered: counts them."""
+
+    n = 0
+
+    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        self.n += 1
+
+
+def _check_finite(values: Sequence[float], instances: Sequence[Any]) -> None:
+    bad = [i for v, i in zip(values, instances, strict=True) if not math.isfinite(v)]
+    if bad:
+        _raise_non_finite(bad, f"log-likelihoods of {len(bad)} of {len(instances)} requests")
+
+
+def _raise_non_finite(instances: Sequence[Any], what: str) -> None:
+    tasks = ", ".join(sorted({str(i.task_name) for i in instances}))
+    raise NonFiniteError(f"{what} must be finite, got NaN or infinity on {tasks}: the merged weights are broken")
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,215 @@
+"""Finding and loading lm-eval tasks without a model, and saying what is wrong with them.
+
+lm-eval 0.4.13 skips a broken task file without a word, reads relative data files from the current directory and
+needs six seconds to index its own tasks. Here broken files are reported, data files are also found beside the
+task file, and the index is built only when a task is not found in the user's own folders.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import yaml
+from lm_eval.api import task as lm_eval_task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Kind, TaskIndex
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from evaluators.isolation import quiet
+from evaluators.lm_eval.options import LmEvalOptions
+from merge_search.errors import nearest
+
+__all__ = ["load_tasks", "quiet_lm_eval", "reason"]
+
+log = logging.getLogger(__name__)
+
+
+def reason(error: BaseException) -> str:
+    """An exception of somebody else's code in one line: its type, and the start of its message."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
+
+
+@contextmanager
+def quiet_lm_eval() -> Iterator[None]:
+    """lm-eval, transformers and datasets write nothing to the terminal."""
+    had_bars = not datasets.are_progress_bars_disabled()
+    bar = lm_eval_task.tqdm
+    lm_eval_task.tqdm = partial(bar, disable=True)
+    datasets.disable_progress_bars()
+    try:
+        with quiet(["lm_eval", "transformers", "datasets", "accelerate"]):
+            yield
+    finally:
+        lm_eval_task.tqdm = bar
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
+def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict[str, Any], list[str]]:
+    """Task objects by name, in the order asked for, with their documents; and every problem found.
+
+    Groups and tags are expanded to their tasks; a task named twice is loaded once.
+
+    Args:
+        folder: What task files named by a path are relative to before ``include_path``; None: the current directory.
+    """
+    manager = _manager(options.include_path, defaults=False)
+    folders = [str(folder or ""), *options.include_path]
+    specs = [_path(name, folders) if name not in manager.task_index else name for name in options.tasks]
+    broken = list(_broken_files(options.include_path))
+    is_local = [_is_known(manager.task_index, spec) for spec in specs]
+    if not all(is_local) and broken:
+        return {}, broken
+    for problem in broken:
+        log.warning("%s", problem)
+    if not all(is_local):
+        manager = _manager(options.include_path, defaults=True)
+    tasks: dict[str, Any] = {}
+    problems: list[str] = []
+    for spec in specs:
+        if spec not in manager.task_index and not Path(spec).is_file():
+            hint = nearest(spec, manager.task_index)
+            problems.append(f"tasks: lm-eval has no task, tag or group called {spec!r}{hint}")
+            continue
+        try:
+            found = manager.load([spec])["tasks"]
+        except Exception as error:  # whatever a task file, its Python code or its data set raises
+            problems.append(f"tasks: {spec!r} cannot be loaded: {reason(error)}")
+            continue
+        if not found:
+            problems.append(f"tasks: {spec!r} holds no task")
+        tasks |= {name: task for name, task in found.items() if name not in tasks}
+    for name, task in list(tasks.items()):
+        if unsupported := list(_unsupported(name, task, options)):
+            problems += unsupported
+            del tasks[name]
+        else:
+            _set_shots(name, task, options.num_fewshot)
+    return tasks, problems
+
+
+def _manager(folders: Sequence[str], *, defaults: bool) -> Any:
+    manager = TaskManager(include_path=list(folders) or None, include_defaults=defaults)
+    factory = manager._factory
+    original = factory._load_full_config
+
+    def load_full_config(entry: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+        config: dict[str, Any] = original(entry, overrides)
+        if entry.yaml_path is not None and isinstance(config.get("dataset_kwargs"), dict):
+            config["dataset_kwargs"] = _absolute_data(config["dataset_kwargs"], _folders_of(Path(entry.yaml_path)))
+        return config
+
+    factory._load_full_config = load_full_config
+    return manager
+
+
+def _path(name: str, folders: Sequence[str]) -> str:
+    """The absolute path of a task file, or the name as it is."""
+    if not name.endswith((".yaml", ".yml")):
+        return name
+    for folder in folders:
+        path = (Path(folder) / Path(name).expanduser()).resolve()
+        if path.is_file():
+            return str(path)
+    return name
+
+
+def _is_known(index: Mapping[str, Any], spec: str) -> bool:
+    """Whether `spec` and all it refers to can be loaded from this index."""
+    entry = index.get(spec)
+    if entry is not None:
+        return entry.kind is not Kind.GROUP or _members_known(index, entry.cfg or {})
+    if not Path(spec).is_file():
+        return False
+    try:
+        return _members_known(index, load_yaml(spec, resolve_func=False))
+    except (yaml.YAMLError, OSError, ValueError):
+        return True  # loading it will say what is wrong
+
+
+def _members_known(index: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    members = config.get("task")
+    for member in members if isinstance(members, list) else []:
+        if isinstance(member, str):
+            known = _is_known(index, member)
+        elif "group" in member:
+            known = _is_known(index, member["group"]) if member["group"] in index else _members_known(index, member)
+        else:
+            known = "dataset_path" in member or _is_known(index, member.get("task", ""))
+        if not known:
+            return False
+    return True
+
+
+def _broken_files(folders: Sequence[str]) -> Iterator[str]:
+    """One sentence per task file that cannot be read. Fragments without a task, meant to be included, are fine."""
+    for folder in folders:
+        for path in TaskIndex._iter_yaml_files(Path(folder)):
+            try:
+                load_yaml(path, resolve_func=False)
+            except (yaml.YAMLError, OSError, UnicodeDecodeError, ValueError) as error:
+                if "Expected YAML dict" not in str(error):
+                    yield f"include_path: task file {path} cannot be read: {reason(error)}"
+
+
+def _folders_of(path: Path) -> list[Path]:
+    """The folder of a task file, then those of the files it includes."""
+    config = load_yaml(path, resolve_func=False, recursive=False)
+    included = config.get("include", [])
+    parts = included if isinstance(included, list) else [included]
+    return [path.parent, *(p for part in parts for p in _folders_of((path.parent / part).resolve()))]
+
+
+def _absolute_data(arguments: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, Any]:
+    """`dataset_kwargs` with relative local files made absolute where only a task file's folder has them."""
+    out = dict(arguments)
+    if isinstance(out.get("data_dir"), str):
+        out["data_dir"] = _absolute(out["data_dir"], folders)
+    elif "data_files" in out:
+        out["data_files"] = _absolute_files(out["data_files"], folders)
+    return out
+
+
+def _absolute_files(value: Any, folders: Sequence[Path]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _absolute_files(v, folders) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_absolute_files(v, folders) for v in value]
+    return _absolute(value, folders) if isinstance(value, str) else value
+
+
+def _absolute(text: str, folders: Sequence[Path]) -> str:
+    """`text` is a path or a pattern; as lm-eval does, the current directory comes first."""
+    if "://" in text or Path(text).is_absolute() or glob.glob(text, recursive=True):
+        return text
+    return next((str(f / text) for f in folders if glob.glob(str(f / text), recursive=True)), text)
+
+
+def _unsupported(name: str, task: Any, options: LmEvalOptions) -> Iterator[str]:
+    if getattr(task, "UNSAFE_CODE", False) and not options.confirm_run_unsafe_code:
+        yield (
+            f"tasks: {name!r} executes code that the model wrote; set confirm_run_unsafe_code: true if this machine "
+            "may run it"
+        )
+    if getattr(task, "MULTIMODAL", False):
+        yield f"tasks: {name!r} needs images or sound; only text tasks can be scored"
+
+
+def _set_shots(name: str, task: Any, num_fewshot: int | None) -> None:
+    """lm-eval's own rule: the option wins unless the task says 0; without both it is 0."""
+    own = task.get_config("num_fewshot")
+    if num_fewshot is not None and own == 0 != num_fewshot:
+        log.warning("task %r says num_fewshot: 0 itself, which the option num_fewshot does not override", name)
+    elif num_fewshot is not None or own is None:
+        task.set_config("num_fewshot", num_fewshot or 0)
+    splits = [task.get_config(f"{kind}_split") for kind in ("fewshot", "training", "validation")]
+    if task.get_config("num_fewshot") and not any(splits) and not task.get_config("fewshot_config"):
+        log.warning("task %r draws its shots from the questions themselves; give it a fewshot_split", name)

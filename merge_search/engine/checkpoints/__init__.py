@@ -1,0 +1,1 @@
+"""Checkpoints on disk: what their headers say, how tensors are named, read, hashed and written."""

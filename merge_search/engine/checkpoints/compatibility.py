@@ -1,0 +1,142 @@
+"""Whether experts fit a base, from headers, configs and tokenizer files alone: all problems at once. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from merge_search.engine.checkpoints.adapter import plan_adapter
+from merge_search.engine.checkpoints.headers import FLOATING, CheckpointInfo, read_checkpoint, resolve_model
+from merge_search.engine.checkpoints.layout import layout, name_groups
+from merge_search.engine.checkpoints.vocabulary import Vocabulary, compare, is_vocabulary_tensor, read_vocabulary
+from merge_search.errors import WeightsError
+
+__all__ = ["check_models"]
+
+N_SHOWN = 5
+_ANOTHER = "give a whole fine-tune of this base, or the base that it was trained from"
+
+
+def check_models(base: str | Path, experts: Mapping[str, str | Path]) -> list[str]:
+    """Every reason why the experts cannot be merged into the base; empty if there is none.
+
+    Dtypes may differ between base and experts. An expert's vocabulary may differ in added tokens.
+
+    Args:
+        base: Folder or hub id.
+        experts: Folder or hub id by expert name.
+    Cost: reads headers, configs and tokenizer files; hub ids are downloaded once.
+    """
+    problems: list[str] = []
+    base_info = _read(base, "base", problems)
+    vocabulary: Vocabulary | None = None
+    if base_info is not None:
+        problems += [f"base: {p}" for p in _check_base(base_info)]
+        vocabulary = _vocabulary(base_info, "base", problems)
+    for name, path in experts.items():
+        where = f"expert {name!r}"
+        info = _read(path, where, problems)
+        if info is None or base_info is None or (base_info.is_adapter):
+            continue
+        if info.folder.resolve() == base_info.folder.resolve():
+            problems.append(f"{where}: is the base's own folder, {info.folder}; an expert must differ from the base")
+            continue
+        theirs = _vocabulary(info, where, problems)
+        found = (
+            _check_adapter(base_info, info) if info.is_adapter else _check_expert(base_info, info, vocabulary, theirs)
+        )
+        problems += [f"{where} ({info.folder}): {p}" for p in found]
+    return problems
+
+
+def _read(path: str | Path, where: str, problems: list[str]) -> CheckpointInfo | None:
+    try:
+        return read_checkpoint(resolve_model(path))
+    except WeightsError as error:
+        problems.append(f"{where}: {error}")
+        return None
+
+
+def _vocabulary(info: CheckpointInfo, where: str, problems: list[str]) -> Vocabulary | None:
+    try:
+        return read_vocabulary(info.folder)
+    except WeightsError as error:
+        problems.append(f"{where}: {error}")
+        return None
+
+
+def _check_base(base: CheckpointInfo) -> list[str]:
+    if base.is_adapter:
+        return [f"{base.folder}: must be a whole model, found a LoRA adapter; give the model it was trained on"]
+    problems = _check_quantised(base)
+    if not layout(base):
+        problems.append(f"{base.folder}: must hold floating tensors, found none among {len(base.tensors)}")
+    return problems
+
+
+def _check_quantised(info: CheckpointInfo) -> list[str]:
+    quantised = info.config.get("quantization_config")
+    if not quantised:
+        return []
+    method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else "unknown"
+    return [f"{info.folder}: must hold plain weights, found quantised ones ({method}); dequantise and save them first"]
+
+
+def _check_adapter(base: CheckpointInfo, adapter: CheckpointInfo) -> list[str]:
+    return _shorten(plan_adapter(base, adapter)[1])
+
+
+def _check_expert(
+    base: CheckpointInfo, expert: CheckpointInfo, ours: Vocabulary | None, theirs: Vocabulary | None
+) -> list[str]:
+    problems = _check_quantised(expert)
+    for key in ("model_type", "tie_word_embeddings"):
+        a, b = base.config.get(key), expert.config.get(key)
+        if a is not None and b is not None and a != b:
+            problems.append(f"config.json: {key} must be equal, got {a!r} in the base and {b!r} in the expert")
+    mismatch = compare(ours, theirs) if ours is not None and theirs is not None else ""
+    if mismatch:
+        problems.append(f"its vocabulary must be the base's, apart from added tokens, but {mismatch}")
+    wanted = list(layout(base))
+    missing = [n for n in wanted if n not in expert.tensors]
+    extra = [n for n in layout(expert) if n not in base.tensors]
+    if missing:
+        problems.append(f"must have every tensor of the base, {_count(missing, 'missing')}; {_ANOTHER}")
+    if extra:
+        problems.append(f"must have only tensors of the base, {_count(extra, 'too many')}; {_ANOTHER}")
+    can_match_rows = ours is not None and theirs is not None and not mismatch
+    problems += _shorten(_check_tensors(base, expert, [n for n in wanted if n in expert.tensors], can_match_rows))
+    return problems
+
+
+def _check_tensors(base: CheckpointInfo, expert: CheckpointInfo, names: list[str], can_match_rows: bool) -> list[str]:
+    groups = name_groups(base.tensors)
+    problems = []
+    for name in names:
+        a, b = base.tensors[name], expert.tensors[name]
+        if b.dtype not in FLOATING:
+            problems.append(
+                f"tensor {name!r} must be floating, got {b.dtype} (base: {a.dtype}); dequantise the expert first"
+            )
+        elif a.shape != b.shape:
+            if a.shape[1:] == b.shape[1:] and len(a.shape) == len(b.shape) and is_vocabulary_tensor(base, groups[name]):
+                if can_match_rows:
+                    continue
+                why = "; rows can be matched only by tokenizers that both folders hold and that differ in added tokens alone"
+            else:
+                why = f"; {_ANOTHER}"
+            problems.append(
+                f"tensor {name!r} must have the base's shape, got {list(a.shape)} in the base and {list(b.shape)} in the expert{why}"
+            )
+    return problems
+
+
+def _count(names: list[str], what: str) -> str:
+    shown = ", ".join(names[:N_SHOWN]) + (", ..." if len(names) > N_SHOWN else "")
+    return f"{len(names)} {'is' if len(names) == 1 else 'are'} {what} ({shown})"
+
+
+def _shorten(problems: list[str]) -> list[str]:
+    if len(problems) <= N_SHOWN:
+        return problems
+    return [*problems[:N_SHOWN], f"and {len(problems) - N_SHOWN} more of the same kind"]

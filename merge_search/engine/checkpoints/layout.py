@@ -1,0 +1,122 @@
+"""Where a tensor belongs, by its name alone: its block and its module kind.
+
+A *stack* is a list of like layers (``model.layers``, ``encoder.block``); the first number of a name that stands
+behind a stack's name is the layer. Blocks are counted over all stacks, stacks in the order in which they appear
+among the naturally sorted names, so a decoder's blocks come before an encoder's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from merge_search.engine.checkpoints.headers import FLOATING, CheckpointInfo, TensorHeader, natural_key
+from merge_search.recipe import Group
+
+__all__ = ["is_before_blocks", "is_mergeable", "layout", "name_groups"]
+
+# Parts that may stand before a number without being a stack of layers: ``classifier.0``, ``merger.mlp.2``.
+NOT_A_STACK = re.compile(
+    r"(mlp|classifier|head|heads|proj|projector|projection|linear|dense|fc|conv|downsample|upsample|predictions|experts)$"
+)
+NORM = re.compile(r"norm|layrnorm|^ln(_|$|\d)|_ln$|^bn\d*$")
+ATTENTION = re.compile(r"attention|attn|^(wqkv|qkv|qkv_proj|[qkvo]_proj|query|key|value|query_key_value)$")
+MLP = re.compile(
+    r"mlp|ffn?$|^ffn|feed_?forward|^fc\d?$|^intermediate$|^output$|densereludense|dense_(h_to_4h|4h_to_h)|moe|expert|^router$"
+    r"|^(gate|up|down|gate_up)_proj$|^w[123]$|^lin[12]$"
+)
+HEAD = re.compile(
+    r"(^|_)head$|^embed_out$|^(classifier|score|cls|predictions|qa_outputs|pooler|proj_out|lm_logits|mlm|vocab_projector"
+    r"|vocab_transform|pre_classifier|output_projection|text_projection|visual_projection|final_logits_bias)$"
+)
+EMBEDDING = re.compile(r"embed|^(wte|wpe|shared|cls_token|mask_token|distillation_token|relative_attention_bias)$")
+MIXER = re.compile(r"^(mixer|mamba|ssm|recurrent|temporal_block|conv)$")
+
+# Buffers that old checkpoints carry as floats although no model learns them: causal masks and rotary frequencies.
+BUFFER = re.compile(r"(attn|attention)\.(masked_)?bias$")
+# Heads of pretraining that other model classes leave out: what is never computed is not merged.
+LANGUAGE_MODELS = ("ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForTokenClassification", "ForQuestionAnswering")
+PRETRAINING = ("ForPreTraining", "ForNextSentencePrediction")
+FREQUENCIES = re.compile(r"(^|\.)(inv_freq|rotary_pos_emb\.\w+)$")
+
+
+def is_mergeable(tensor: TensorHeader) -> bool:
+    """Whether a tensor takes part in merging: floating, and learned. All others are copied from the base."""
+    if tensor.dtype not in FLOATING or FREQUENCIES.search(tensor.name):
+        return False
+    # A causal mask is (1, 1, n, n) and its fill value a scalar; a real bias has one dimension.
+    return len(tensor.shape) == 1 or not BUFFER.search(tensor.name)
+
+
+def layout(info: CheckpointInfo) -> dict[str, Group]:
+    """Group of every tensor of a checkpoint that is merged, in its order.
+
+    Left out, and so the base's: what `is_mergeable` excludes, and poolers of language models.
+    """
+    groups = name_groups(info.tensors)
+    names = info.config.get("architectures") or [""]
+    return {n: groups[n] for n, t in info.tensors.items() if is_mergeable(t) and _is_used(n, str(names[0]))}
+
+
+def _is_used(name: str, architecture: str) -> bool:
+    parts = name.split(".")
+    if "seq_relationship" in parts:
+        return architecture.endswith(PRETRAINING)
+    return "pooler" not in parts or not architecture.endswith(LANGUAGE_MODELS)
+
+
+def name_groups(names: Iterable[str]) -> dict[str, Group]:
+    """Group of every name, in natural order.
+
+    Determinism: depends on the set of names only.
+    """
+    places = {name: _place(name) for name in sorted(names, key=natural_key)}
+    stacks: dict[str, set[int]] = {}
+    for place in places.values():
+        if place is not None:
+            stacks.setdefault(place[0], set()).add(place[1])
+    block: dict[tuple[str, int], int] = {}
+    for stack, layers in stacks.items():
+        for layer in sorted(layers):
+            block[stack, layer] = len(block)
+    return {
+        name: Group(name, None if place is None else block[place[:2]], _kind(name, None if place is None else place[2]))
+        for name, place in places.items()
+    }
+
+
+def is_before_blocks(group: Group) -> bool:
+    """Whether a tensor stands before all blocks: an embedding, or the norm of one (``embeddings.LayerNorm`` of BERT)."""
+    parts = group.tensor.lower().split(".")
+    return group.kind == "embedding" or (
+        group.block is None and group.kind == "norm" and any(EMBEDDING.search(p) for p in parts)
+    )
+
+
+def _place(name: str) -> tuple[str, int, str] | None:
+    """Stack, layer and what follows them in a name; None outside any stack."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal() and i > 0:
+            if NOT_A_STACK.search(parts[i - 1].lower()):
+                return None
+            return ".".join(parts[:i]), int(part), ".".join(parts[i + 1 :])
+    return None
+
+
+def _kind(name: str, tail: str | None) -> str:
+    """Module kind; `tail` is what follows the layer's number, None outside any stack."""
+    parts = (name if tail is None else tail).lower().split(".")
+    # The module that owns the parameter decides norms: ``self_attn.q_norm.weight`` is a norm, not attention.
+    owner = parts[-2] if len(parts) > 1 else parts[-1]
+    if NORM.search(owner):
+        return "norm"
+    order: tuple[tuple[str, re.Pattern[str]], ...]
+    if tail is None:
+        order = (("head", HEAD), ("embedding", EMBEDDING))
+    else:
+        order = (("other", MIXER), ("attention", ATTENTION), ("mlp", MLP))
+    for kind, pattern in order:
+        if any(pattern.search(p) for p in parts):
+            return kind
+    return "other"

@@ -1,0 +1,1 @@
+"""One compiled loop from a traced element-wise function."""

@@ -1,0 +1,78 @@
+"""A merge that is linear in its coefficients, taken apart: one processed delta per expert.
+
+    merged = base + sum_i lambda_i part_i          part_i = d merged / d lambda_i at fixed masks
+                                                          = scale * omega_i / lambda_i * rho_i m_i c_i tau_i
+
+Slopes are inner products of gradients with these parts, and learners move coefficients along them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from merge_search.engine.contracts import Pass
+from merge_search.engine.execute.runner import scalars, sweep
+from merge_search.engine.methods.operators import OPERATORS
+from merge_search.engine.methods.stages import combine, elect, survivors
+from merge_search.errors import RecipeError
+from merge_search.recipe import Recipe
+
+__all__ = ["linearity_problems", "pass_parts", "unit_recipe"]
+
+
+def linearity_problems(recipe: Recipe) -> list[str]:
+    """Why the merged weights are not linear in the recipe's coefficients; [] where they are."""
+    found = [f"post rule {rule.name!r} is not linear in the combined delta" for rule in recipe.post]
+    if recipe.operator is not None:
+        info = OPERATORS.get(recipe.operator.name)
+        if info is None or not info.decomposing:
+            found.append(f"operator {recipe.operator.name!r} gives no part per expert")
+        return found
+    if recipe.splice.kind == "coefficient":
+        found.append("splice 'coefficient' divides by the coefficients")
+    if recipe.resolve.kind != "none" and recipe.resolve.weighted:
+        found.append("a weighted election depends on the coefficients (resolve.weighted)")
+    for assess in (recipe.assess, recipe.splice.score):
+        if assess is not None and "scaled" in assess.options.values():
+            found.append(f"measure {assess.measure!r} is taken at the scaled model, so it depends on the coefficients")
+    return found
+
+
+def unit_recipe(recipe: Recipe) -> Recipe:
+    """`recipe` with every coefficient 1 and no maps: what its parts are made from.
+
+    Raises:
+        RecipeError: it is not linear in its coefficients.
+    """
+    if problems := linearity_problems(recipe):
+        raise RecipeError(
+            [*problems, "slopes and learners need a merge that is linear in its coefficients"],
+            where=f"recipe {recipe.preset!r}" if recipe.preset else "recipe",
+        )
+    return recipe.model_copy(update={"coefficients": {}, "maps": {}})
+
+
+def pass_parts(p: Pass, base: Tensor, experts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Parts of the experts of a pass that was planned with unit coefficients.
+
+    Each is the pass with one expert's coefficient left and the others' at zero: selection and election run once.
+
+    Args:
+        base, experts: Flat.
+    Returns:
+        float32, shape (experts, *shape), scale included.
+    """
+    s, n = p.structure, scalars(p.numbers, device)
+    out = torch.empty(len(p.experts), base.numel(), device=device)
+    nothing = torch.zeros((), device=device)
+    for where, b, e, given, index in sweep(p, base, experts, device):
+        origin = b.to(torch.float32)
+        left = survivors(s, origin, e, given, n, index)
+        agreed = elect(s, left.x, n)
+        for i, unit in enumerate(n["coefficient"]):
+            alone = [unit if j == i else nothing for j in range(s.experts)]
+            out[i, where] = n["scale"][0] * combine(s, origin, left, agreed, given, {**n, "coefficient": alone})
+    return out.reshape(len(p.experts), *p.shape)

@@ -1,0 +1,1 @@
+"""Small exact functions that the formulas are built from."""

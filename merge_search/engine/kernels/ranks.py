@@ -1,0 +1,273 @@
+"""Ranks and histograms of scores: in C where a compiler is there, by torch where not; the same integers.
+
+A score's bits are a 32-bit key that orders as the numbers do. Ranks: only the bits in which the keys of a row differ are
+sorted by, 11 at a time and least significant first, and the last pass stores where each entry went. Histograms: the upper
+bits are counted. Scores that are |own - base| are made on the way, never stored.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merge_search.engine.codegen.compiler import CompilerError, library
+from merge_search.engine.codegen.render_c import CONVERSIONS
+
+__all__ = ["BITS", "count_deltas", "count_scores", "counts_at_once", "counts_from", "delta_ranks", "row_ranks"]
+
+BITS = 20  # of a key, where it is counted
+
+_PART = 2**18  # elements worth a thread, or made at a time
+_LONGEST = 2**31  # of a row: positions are 32 bits of what is sorted
+_STORED = {torch.float32: "float", torch.bfloat16: "uint16_t", torch.float16: "uint16_t"}
+_LOADS = {torch.float32: "", torch.bfloat16: "from_bf16", torch.float16: "from_f16"}
+_RANKS = {torch.int16: "short", torch.int32: "int", torch.float32: "float"}
+
+log = logging.getLogger(__name__)
+
+
+def row_ranks(scores: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Rank of every element within its row, 0 the largest, ties by lowest index. Same shape.
+
+    A row is the last axis; a one-dimensional tensor is one row.
+
+    Args:
+        scores: Floating. NaN ranks above all numbers, as torch sorts it.
+        dtype: Of the result: int16, int32 or float32, which rounds what it cannot hold.
+    """
+    return _in_c(None, scores, dtype) if _is_plain(scores) else _sorted(scores, dtype)
+
+
+def delta_ranks(base: Tensor, own: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+    """`row_ranks` of |own - base|, subtracted in float32; base and own are finite and of one shape."""
+    if _is_plain(base) and _is_plain(own):
+        return _in_c(base, own, dtype)
+    return row_ranks((own.to(torch.float32) - base.to(torch.float32)).abs(), dtype)
+
+
+def _is_plain(t: Tensor) -> bool:
+    fits = t.ndim > 0 and 0 < t.shape[-1] < _LONGEST and t.numel() > 0
+    return fits and t.device.type == "cpu" and t.is_contiguous() and t.dtype in _STORED
+
+
+def _sorted(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    if scores.ndim == 0:
+        return torch.zeros((), dtype=dtype, device=scores.device)
+    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
+    places = torch.arange(scores.shape[-1], device=scores.device).to(dtype).expand(scores.shape)
+    return torch.empty_like(order, dtype=dtype).scatter_(-1, order, places)
+
+
+def _in_c(base: Tensor | None, own: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows are shared out among as many threads as torch has; nothing depends on how many."""
+    loaded = _loaded(None if base is None else base.dtype, own.dtype)
+    if loaded is None:
+        return _sorted(own if base is None else (own.to(torch.float32) - base.to(torch.float32)).abs(), dtype)
+    rank = loaded[f"rank_{_RANKS[dtype]}"]
+    rank.restype = None
+    out = torch.empty(own.shape, dtype=dtype)
+    columns = own.shape[-1]
+    rows = own.numel() // columns
+
+    def run(first: int, last: int) -> None:
+        work = np.empty(2 * columns, dtype=np.uint64)
+        shape = (ctypes.c_int64(n) for n in (first, last, columns))
+        rank(_place(base), _place(own), *shape, _place(out), ctypes.c_void_p(work.ctypes.data))
+
+    threads = min(torch.get_num_threads(), rows, -(-own.numel() // _PART))
+    if threads <= 1:
+        run(0, rows)
+    else:
+        edges = [rows * t // threads for t in range(threads + 1)]
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, edges[:-1], edges[1:]))
+    return out
+
+
+def counts_at_once(scores: Tensor) -> bool:
+    """Whether `count_scores` is as cheap in small parts as in large ones."""
+    return _is_plain(scores) and _loaded(None, scores.dtype) is not None
+
+
+def count_scores(scores: Tensor, counts: Tensor) -> None:
+    """Add to `counts` how many scores lie in each bin of the upper `BITS` bits of a key, the smallest numbers first.
+
+    Args:
+        scores: Flat, float32, no NaN. counts: int64, shape (2**BITS,), on the same device.
+    """
+    loaded = _loaded(None, scores.dtype) if _is_plain(scores) else None
+    if loaded is not None:
+        _count_in_c(loaded, None, scores, counts)
+        return
+    for part in torch.split(scores, 16 * _PART):  # each count makes a whole histogram, too dear for small parts
+        bits = (part + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+        bins = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> (32 - BITS)) + 2 ** (BITS - 1)
+        counts += torch.bincount(bins, minlength=2**BITS)
+
+
+def counts_from(x: Tensor, edges: Tensor) -> list[int]:
+    """How many numbers are no smaller than each edge.
+
+    Args:
+        x: Flat, no NaN. edges: Rising, of the dtype and on the device of `x`.
+    """
+    loaded = _steps() if _is_plain(x) and x.dtype == torch.float32 else None
+    if loaded is not None:
+        found, edges = np.zeros(len(edges), dtype=np.int64), edges.contiguous()
+        n, last = ctypes.c_int64(x.numel()), ctypes.c_int32(len(edges))
+        loaded(_place(x), n, _place(edges), last, ctypes.c_void_p(found.ctypes.data))
+        return [int(count) for count in found]
+    bins = torch.zeros(len(edges) + 1, dtype=torch.int64, device=x.device)
+    for part in torch.split(x, _PART):
+        bins += torch.bincount(torch.bucketize(part, edges, right=True), minlength=len(bins))
+    above: list[int] = bins.flip(0).cumsum(0).flip(0)[1:].tolist()
+    return above
+
+
+def count_deltas(base: Tensor, own: Tensor, counts: Tensor) -> None:
+    """`count_scores` of |own - base|, subtracted in float32; base and own are flat and finite."""
+    loaded = _loaded(base.dtype, own.dtype) if _is_plain(base) and _is_plain(own) else None
+    if loaded is not None:
+        _count_in_c(loaded, base, own, counts)
+        return
+    device = counts.device
+    for b, o in zip(torch.split(base, 16 * _PART), torch.split(own, 16 * _PART), strict=True):
+        count_scores((o.to(device, torch.float32) - b.to(device, torch.float32)).abs(), counts)
+
+
+def _count_in_c(loaded: ctypes.CDLL, base: Tensor | None, own: Tensor, counts: Tensor) -> None:
+    assert counts.shape == (2**BITS,)
+    assert counts.dtype == torch.int64
+    assert counts.is_contiguous()
+    loaded.count(_place(base), _place(own), ctypes.c_int64(own.numel()), ctypes.c_int32(32 - BITS), _place(counts))
+
+
+def _place(t: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+# ------------------------------------------------------------------------------------------------ in C
+
+_SOURCE = """\
+static const int64_t SHORT = 64;  /* entries of a row that are compared pair by pair */
+static const int DIGIT = 11;
+static const int64_t BLOCK = 4096;
+
+/* Keys over positions, ascending: the largest score first, and of equal ones the first. */
+static uint32_t load(const B *__restrict base, const O *__restrict own, uint32_t n, uint64_t *__restrict pairs) {
+    const uint32_t first = KEY(0);
+    uint32_t differ = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        const uint32_t key = KEY(i);
+        differ |= key ^ first;
+        pairs[i] = (uint64_t)key << 32 | i;
+    }
+    return differ;
+}
+
+template <class R>
+static void rank_row(const B *base, const O *own, uint32_t n, R *__restrict out, uint64_t *from, uint64_t *to) {
+    const uint32_t differ = load(base, own, n, from);
+    if (n <= SHORT) {
+        for (uint32_t i = 0; i < n; i++) {
+            uint32_t before = 0;
+            for (uint32_t j = 0; j < n; j++) before += from[j] < from[i];
+            out[i] = (R)before;
+        }
+        return;
+    }
+    if (!differ) for (uint32_t i = 0; i < n; i++) out[i] = (R)i;
+    const int end = differ ? 64 - __builtin_clz(differ) : 0;
+    for (int shift = 32 + (differ ? __builtin_ctz(differ) : 0); shift < end; shift += DIGIT) {
+        const int last = shift + DIGIT >= end, width = last ? end - shift : DIGIT;
+        const uint32_t mask = (1u << width) - 1;
+        uint32_t places[1 << DIGIT];
+        memset(places, 0, sizeof(uint32_t) << width);
+        for (uint32_t i = 0; i < n; i++) places[(uint32_t)(from[i] >> shift) & mask]++;
+        for (uint32_t d = 0, total = 0; d <= mask; d++) { const uint32_t count = places[d]; places[d] = total; total += count; }
+        if (last) for (uint32_t i = 0; i < n; i++) out[(uint32_t)from[i]] = (R)(int32_t)places[(uint32_t)(from[i] >> shift) & mask]++;
+        else for (uint32_t i = 0; i < n; i++) to[places[(uint32_t)(from[i] >> shift) & mask]++] = from[i];
+        uint64_t *swap = from; from = to; to = swap;
+    }
+}
+
+template <class R>
+static void rank(const B *base, const O *own, int64_t first, int64_t last, int64_t n, R *out, uint64_t *work) {
+    for (int64_t row = first; row < last; row++)
+        rank_row(base ? base + row * n : base, own + row * n, (uint32_t)n, out + row * n, work, work + n);
+}
+
+#define RANK(R) \\
+    extern "C" void rank_##R(const B *base, const O *own, int64_t first, int64_t last, int64_t n, R *out, uint64_t *work) \\
+    { rank(base, own, first, last, n, out, work); }
+RANK(short)
+RANK(int)
+RANK(float)
+
+/* Keys are made block by block, so that the counting, one by one, does not keep them from being made side by side. */
+extern "C" void count(const B *base, const O *own, int64_t n, int32_t shift, int64_t *bins) {
+    const uint32_t last = 0xffffffffu >> shift;
+    uint32_t keys[BLOCK];
+    for (int64_t at = 0; at < n; at += BLOCK, own += BLOCK, base = base ? base + BLOCK : base) {
+        const uint32_t m = (uint32_t)(n - at < BLOCK ? n - at : BLOCK);
+        for (uint32_t i = 0; i < m; i++) keys[i] = last - (KEY(i) >> shift);
+        for (uint32_t i = 0; i < m; i++) bins[keys[i]]++;
+    }
+}
+"""
+
+_SCORE_KEY = """\
+/* NaN above all, both zeros alike. */
+static inline uint32_t key_of(float x) {
+    const uint32_t u = (uint32_t)as_int(x + 0.0f), up = u & 0x80000000u ? ~u : u | 0x80000000u;
+    return x != x ? 0 : ~up;
+}
+"""
+_DELTA_KEY = "static inline uint32_t key_of(float x) { return 0x7fffffffu - ((uint32_t)as_int(x) & 0x7fffffffu); }"
+
+
+@functools.cache
+def _loaded(base: torch.dtype | None, own: torch.dtype) -> ctypes.CDLL | None:
+    """The functions for these dtypes; None where there is no compiler."""
+    value = f"{_LOADS[own]}(own[i])" + (f" - {_LOADS[base]}(base[i])" if base else "")
+    named = [f"typedef {_STORED[base or own]} B;", f"typedef {_STORED[own]} O;", f"#define KEY(i) key_of({value})"]
+    try:
+        found = library("\n".join([CONVERSIONS, _DELTA_KEY if base else _SCORE_KEY, *named, _SOURCE]))
+    except CompilerError as error:
+        log.info("ranks and histograms are made without a compiler: %s", error)
+        return None
+    found.count.restype = None
+    return found
+
+
+_STEPS = """\
+#include <stdint.h>
+extern "C" void counts_from(const float *x, int64_t n, const float *edges, int32_t last, int64_t *found) {
+    for (int64_t at = 0; at < n; at += 4096, x += 4096)
+        for (int32_t e = 0; e < last; e++) {
+            const int32_t m = (int32_t)(n - at < 4096 ? n - at : 4096);
+            int32_t count = 0;
+            for (int32_t i = 0; i < m; i++) count += x[i] >= edges[e];
+            found[e] += count;
+        }
+}
+"""
+
+
+@functools.cache
+def _steps() -> Callable[..., None] | None:
+    """`counts_from` in C; None where there is no compiler."""
+    try:
+        found = library(_STEPS).counts_from
+    except CompilerError as error:
+        log.info("histograms are made without a compiler: %s", error)
+        return None
+    found.restype = None
+    return found

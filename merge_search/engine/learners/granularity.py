@@ -1,0 +1,215 @@
+"""Which coefficients are one number: between a learner's flat vector, the tensors of a model, and a recipe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from merge_search.engine.learners.slopes import Parts
+from merge_search.engine.resident.coefficient_maps import n_rows, rows_of, write_map
+from merge_search.errors import NonFiniteError, RecipeError
+from merge_search.recipe import Group, Recipe
+
+__all__ = ["FINENESS", "Fineness", "PerGroup", "PerRow", "make_fineness"]
+
+Per = Literal["expert", "block", "block_kind", "tensor", "row"]
+FINENESS: tuple[Per, ...] = ("expert", "block", "block_kind", "tensor", "row")
+
+
+class Fineness(Protocol):
+    """A vector of coefficients and what it means.
+
+    Attributes:
+        start: Those of the recipe. Shape (n,), float64, on the device on which a learner steps.
+        needs_rows: Slopes per row are needed.
+    """
+
+    start: Tensor
+    needs_rows: bool
+
+    def gradient(self, slopes: Mapping[str, Tensor]) -> Tensor:
+        """Slopes of the vector, shape (n,), from slopes of tensors; tensors that are not given have none."""
+        ...
+
+    def coefficients(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Of every tensor that an expert can move: float32, shape (experts,) or (experts, rows)."""
+        ...
+
+    def recipe(self, vector: Tensor) -> Recipe:
+        """The recipe with these coefficients as plain numbers."""
+        ...
+
+
+def make_fineness(per: Per, parts: Parts, recipe: Recipe, *, map_folder: str | Path | None = None) -> Fineness:
+    """The fineness called `per`.
+
+    Args:
+        map_folder: Where ``row`` writes maps; the engine's tensors look there from now on.
+    Raises:
+        RecipeError: ``row`` without `map_folder`.
+    """
+    if per != "row":
+        return PerGroup(per, parts, recipe)
+    if map_folder is None:
+        raise RecipeError("coefficients per row are kept in a map: give the folder for it, or learn per tensor")
+    folder = Path(map_folder)
+    known = getattr(parts.engine.tensors, "map_folders", None)
+    if isinstance(known, list) and folder not in known:
+        known.append(folder)
+    return PerRow(parts, recipe, folder)
+
+
+class PerGroup:
+    """One number per expert and group of tensors; a map that the recipe has stays and is multiplied by it.
+
+    Outside blocks, ``block`` and ``block_kind`` have one number per module kind (embedding, head, norm). A group starts
+    at the size-weighted mean of its tensors' coefficients in the recipe.
+    """
+
+    def __init__(self, per: Per, parts: Parts, recipe: Recipe) -> None:
+        self._recipe, self._experts = recipe, parts.experts
+        tensors = parts.engine.tensors
+        self._keys: dict[tuple[str, str], int] = {}
+        self._index: dict[str, Tensor] = {}
+        values: list[list[tuple[float, int]]] = []
+        for name, group in tensors.groups.items():
+            places = parts.get(name)[0]
+            index = [self._keys.setdefault((e, _key(per, group)), len(self._keys)) for e in parts.experts]
+            values += [[] for _ in range(len(self._keys) - len(values))]
+            for i, (expert, at) in enumerate(zip(parts.experts, index, strict=True)):
+                size = tensors.base(name).numel() if i in places else 0
+                values[at].append((recipe.coefficient(expert, group), size))
+            if places:
+                self._index[name] = torch.tensor(index)
+        self.start = torch.tensor([_mean(v) for v in values], dtype=torch.float64)  # on the CPU: see `gradient`
+        self._device = parts.device
+        self._maps = {name: maps for name in self._index if (maps := _maps(parts, recipe, name)) is not None}
+        self.needs_rows = bool(self._maps)
+
+    def gradient(self, slopes: Mapping[str, Tensor]) -> Tensor:
+        names = [name for name in self._index if name in slopes]
+        index = torch.cat([self._index[name] for name in names])
+        if self._maps:
+            mine = [(slopes[name] * self._maps[name]).sum(1) for name in names]
+        else:
+            mine = [slopes[name] for name in names]
+        # NOTE: on the CPU; on a GPU the order in which index_add sums varies, and with it the last bits.
+        return torch.zeros_like(self.start).index_add_(0, index, torch.cat(mine).cpu())
+
+    def coefficients(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
+        single = vector.to(torch.float32)
+        for name, index in self._index.items():
+            values = single[index].to(self._device)
+            yield name, values if name not in self._maps else values[:, None] * self._maps[name]
+
+    def recipe(self, vector: Tensor) -> Recipe:
+        numbers = vector.tolist()
+        _require_finite(numbers)
+        tables: dict[str, float | dict[str, float]] = {}
+        for expert in self._experts:
+            own = {key: numbers[at] for (e, key), at in self._keys.items() if e == expert}
+            before = self._recipe.coefficients.get(expert, 1.0)
+            rest = before["*"] if isinstance(before, dict) else before
+            tables[expert] = own["*"] if own.keys() == {"*"} else {**own, "*": rest}
+        return _with(self._recipe, tables, dict(self._recipe.maps))
+
+
+class PerRow:
+    """One number per expert, tensor and output row, in maps; the recipe's own coefficients become 1."""
+
+    needs_rows = True
+
+    def __init__(self, parts: Parts, recipe: Recipe, folder: Path) -> None:
+        self._recipe, self._parts, self._folder = recipe, parts, folder
+        tensors, n = parts.engine.tensors, 0
+        self._where: dict[str, tuple[int, int]] = {}
+        pieces = []
+        for name in tensors.groups:
+            if not parts.get(name)[0]:
+                continue
+            start = _start_rows(parts, recipe, name)
+            self._where[name] = (n, n + start.numel())
+            n += start.numel()
+            pieces.append(start.reshape(-1))
+        self.start = torch.cat(pieces).to(torch.float64)
+
+    def _part(self, vector: Tensor, name: str) -> Tensor:
+        at, end = self._where[name]
+        return vector[at:end].reshape(len(self._parts.experts), -1)
+
+    def gradient(self, slopes: Mapping[str, Tensor]) -> Tensor:
+        result = torch.zeros_like(self.start)
+        for name in self._where:
+            if name in slopes:
+                self._part(result, name).copy_(slopes[name])
+        return result
+
+    def coefficients(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
+        single = vector.to(torch.float32)
+        for name in self._where:
+            yield name, self._part(single, name)
+
+    def recipe(self, vector: Tensor) -> Recipe:
+        _require_finite(vector.tolist())
+        learned = dict(self.coefficients(vector.cpu()))
+        maps = {}
+        for i, expert in enumerate(self._parts.experts):
+            tensors = {}
+            for name in self._parts.engine.tensors.groups:
+                found = learned[name][i] if name in learned else _start_rows(self._parts, self._recipe, name)[i]
+                tensors[name] = found
+            maps[expert] = write_map(self._folder, tensors)
+        return _with(self._recipe, dict.fromkeys(self._parts.experts, 1.0), maps)
+
+
+def _key(per: Per, group: Group) -> str:
+    """The key of a recipe's `PerGroup` value under which a tensor's number stands."""
+    if per == "expert":
+        return "*"
+    if per == "tensor":
+        return group.tensor
+    if group.block is None:
+        return group.kind
+    return f"block.{group.block}" if per == "block" else f"block.{group.block}.{group.kind}"
+
+
+def _mean(values: list[tuple[float, int]]) -> float:
+    """Mean of (value, size); a value that all share, or that nothing depends on, comes back as it is."""
+    total = sum(n for _, n in values)
+    if not total or len({v for v, n in values if n}) == 1:
+        return next((v for v, n in values if n), values[0][0])
+    return math.fsum(v * n for v, n in values) / total
+
+
+def _maps(parts: Parts, recipe: Recipe, name: str) -> Tensor | None:
+    """The recipe's maps for a tensor, ones where an expert has none: shape (experts, rows); None where nobody has one."""
+    if not recipe.maps:
+        return None
+    found = [rows_of(parts.engine.tensors, recipe, expert, name) for expert in parts.experts]
+    ones = torch.ones(n_rows(parts.engine.tensors.base(name).shape), device=parts.device)
+    return torch.stack([ones if f is None else f for f in found])
+
+
+def _start_rows(parts: Parts, recipe: Recipe, name: str) -> Tensor:
+    """The recipe's coefficients of a tensor per row: float32, shape (experts, rows)."""
+    tensors = parts.engine.tensors
+    numbers = [recipe.coefficient(expert, tensors.groups[name]) for expert in parts.experts]
+    column = torch.tensor(numbers, dtype=torch.float32, device=parts.device)[:, None]
+    maps = _maps(parts, recipe, name)
+    return column.repeat(1, n_rows(tensors.base(name).shape)) if maps is None else column * maps
+
+
+def _require_finite(numbers: list[float]) -> None:
+    if bad := sum(not math.isfinite(v) for v in numbers):
+        raise NonFiniteError(
+            f"learned coefficients must be finite, found NaN or infinity in {bad} of {len(numbers)}; take smaller steps"
+        )
+
+
+def _with(recipe: Recipe, coefficients: dict[str, float | dict[str, float]], maps: dict[str, str]) -> Recipe:
+    return Recipe.model_validate({**recipe.model_dump(), "coefficients": coefficients, "maps": maps})

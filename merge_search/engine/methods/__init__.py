@@ -1,0 +1,1 @@
+"""The formulas of merging methods: measures, selections, splices, operators, allocation."""

@@ -1,0 +1,137 @@
+"""Compatibility of every parameter, from local disagreement and global information content, without training.
+
+Two experts i, j: D = |W_i - W_j|, w_loc = sigmoid(gain z(D) + bias), z standardises over the tensor;
+H(W) histogram entropy over `bins` equal, half-open bins; w_glo = a / pi arctan(c sign (H_i - H_j)) + 1/2. Scores (i, j):
+
+    dual         w = 1 - w_glo (1 - w_loc), 1 - w          local   w_loc, 1 - w_loc          global  w_glo, 1 - w_glo
+    recommender  exp(u_i), exp(u_j), u_i = w_glo (1 - exp(-w_glo w_loc)), u_j the same with 1 - w_glo, 1 - w_loc
+
+Another number of experts: exp(u_i), u_i = sign a z(H_i) - gain z(|W_i - mean W|), for ``softmax`` or ``score`` splicing.
+Since the dual and the global rule prefer opposite entropies in the released code, `sign` (1 or -1) is an option.
+Source: CKI, arXiv 2501.07596, released code. Differs: the learned map is replaced by standardisation, gain and bias; the
+merge is on deltas, which is the same since the two weights sum to one; constant tensors have H = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from merge_search.engine.kernels.numerics import exp, sigmoid
+from merge_search.engine.kernels.ranks import counts_from
+from merge_search.engine.methods.assess import AssessContext
+from merge_search.recipe import Scalar
+
+__all__ = ["entropy", "numbers", "reduce", "scores"]
+
+_CHUNK = 2**18
+
+
+def entropy(weights: Tensor, bins: int) -> float:
+    """Entropy in nats of a histogram of `bins` equal half-open bins between minimum and maximum.
+
+    The maximum itself falls outside, as in the released code. Edges are float64, and comparisons with them exact.
+    """
+    flat = weights.reshape(-1)
+    low, high = (float(v) for v in torch.aminmax(flat))
+    if high <= low:
+        return 0.0
+    step = (high - low) / bins
+    edges = torch.tensor(
+        [low + b * step for b in range(1, bins)] + [low + bins * step], dtype=torch.float64, device=flat.device
+    )
+    if flat.dtype != torch.float64:
+        edges = _not_below(edges)
+    reached = [flat.numel(), *counts_from(flat, edges)]
+    shares = [(here - above) / flat.numel() for here, above in pairwise(reached)]
+    return -sum(p * math.log(p) for p in shares if p > 0)
+
+
+def _not_below(edges: Tensor) -> Tensor:
+    """The smallest float32 that is not below each edge: float32 numbers lie on the same side of it as of the edge."""
+    nearest = edges.to(torch.float32)
+    above = torch.nextafter(nearest, torch.tensor(math.inf, device=edges.device))
+    return torch.where(nearest.to(torch.float64) < edges, above, nearest)
+
+
+def _local(deltas: Sequence[Tensor]) -> list[Tensor]:
+    if len(deltas) == 2:
+        return [(deltas[0] - deltas[1]).abs()] * 2
+    mean = deltas[0]
+    for t in deltas[1:]:
+        mean = mean + t
+    mean = mean / float(len(deltas))
+    return [(t - mean).abs() for t in deltas]
+
+
+def reduce(context: AssessContext) -> list[tuple[float, ...]]:
+    """(entropy of the weights, mean and standard deviation of the disagreement) of each expert."""
+    bins = int(context.options["bins"])
+    spreads = _spreads(context.deltas)
+    return [(entropy(context.base + t, bins), *spread) for t, spread in zip(context.deltas, spreads, strict=True)]
+
+
+def _spreads(deltas: Sequence[Tensor]) -> list[tuple[float, float]]:
+    """Mean and standard deviation of the disagreement of each expert, chunk by chunk in float64."""
+    count, mean = 0, [0.0] * len(deltas)
+    squares = [0.0] * len(deltas)  # of the distances from the mean, summed
+    for parts in zip(*(torch.split(t.reshape(-1), _CHUNK) for t in deltas), strict=True):
+        before, n = count, parts[0].numel()
+        count += n
+        for i, d in enumerate(_local(parts)):
+            first = float(d[0])  # what is summed is near zero, and zero where all are the same
+            x = d.to(torch.float64).sub_(first)
+            total = float(x.sum())
+            apart = first - mean[i] + total / n
+            mean[i] += apart * n / count
+            squares[i] += max(0.0, float(x.dot(x)) - total * total / n) + apart * apart * before * n / count
+    return [(m, math.sqrt(s / max(1, count))) for m, s in zip(mean, squares, strict=True)]
+
+
+def numbers(
+    options: Mapping[str, Scalar], reduced: Sequence[tuple[float, ...]], n_experts: int, n_active: int
+) -> list[float]:
+    """gain, bias, then (global term, mean, 1 / standard deviation) of each expert."""
+    sign, a, c = float(options["sign"]), float(options["a"]), float(options["c"])
+    entropies = [r[0] for r in reduced]
+    if len(reduced) == 2:
+        share = a / math.pi * math.atan(c * sign * (entropies[0] - entropies[1])) + 0.5
+        terms = [share, 1 - share]
+    else:
+        mean = sum(entropies) / len(entropies)
+        spread = math.sqrt(sum((h - mean) ** 2 for h in entropies) / len(entropies))
+        terms = [sign * a * (h - mean) / spread if spread > 0 else 0.0 for h in entropies]
+    result = [float(options["gain"]), float(options["bias"])]
+    for term, (_, mean, spread) in zip(terms, reduced, strict=True):
+        result += [term, mean, 1.0 / spread if spread > 0 else 0.0]
+    return result
+
+
+def scores(context: AssessContext) -> list[Tensor]:
+    kind, n = context.options["kind"], context.numbers
+    disagreement = [(d - n[3 + 3 * i]) * n[4 + 3 * i] for i, d in enumerate(_local(context.deltas))]
+    if len(context.deltas) == 2:
+        return _two(str(kind), disagreement[0], n)
+    use_local, use_global = float(kind != "global"), float(kind != "local")
+    return [exp(use_global * n[2 + 3 * i] - use_local * (n[0] * z)) for i, z in enumerate(disagreement)]
+
+
+def _two(kind: str, z: Tensor, n: Sequence[Tensor]) -> list[Tensor]:
+    share = n[2]
+    local = sigmoid(n[0] * z + n[1])
+    if kind == "local":
+        return [local, 1.0 - local]
+    if kind == "global":
+        return [share.expand(z.shape), (1.0 - share).expand(z.shape)]
+    if kind == "recommender":
+        other = 1.0 - share
+        return [
+            exp(share * (1.0 - exp(-share * local))),
+            exp(other * (1.0 - exp(-other * (1.0 - local)))),
+        ]
+    w = 1.0 - share * (1.0 - local)
+    return [w, 1.0 - w]

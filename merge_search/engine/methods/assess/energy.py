@@ -1,0 +1,19 @@
+"""Mean square of the surviving deltas, one number per expert and tensor.
+
+As a mixing score the engine fills it in from the survivors; as a selection score it is that of the whole delta.
+Source: SCE (FuseChat), arXiv 2408.07990. Differs: mergekit weighs experts alike where the energies sum to less than 1e-6,
+which is the usual size of fine-tuning deltas; here the ratio alone counts unless the option ``floor`` says otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from merge_search.engine.methods.assess import AssessContext
+
+__all__ = ["scores"]
+
+
+def scores(context: AssessContext) -> list[Tensor]:
+    return [(t.to(torch.float64) ** 2).mean().to(torch.float32) for t in context.deltas]

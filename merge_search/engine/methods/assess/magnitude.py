@@ -1,0 +1,13 @@
+"""|delta|: large changes matter. TIES-Merging, arXiv 2306.01708; MagMax, arXiv 2407.06322."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from merge_search.engine.methods.assess import AssessContext
+
+__all__ = ["scores"]
+
+
+def scores(context: AssessContext) -> list[Tensor]:
+    return [t.abs() for t in context.deltas]

@@ -1,0 +1,14 @@
+"""Every parameter scores one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from merge_search.engine.methods.assess import AssessContext
+
+__all__ = ["scores"]
+
+
+def scores(context: AssessContext) -> list[Tensor]:
+    return [torch.ones_like(context.base)] * len(context.deltas)

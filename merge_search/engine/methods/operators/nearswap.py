@@ -1,0 +1,29 @@
+"""Nearswap: the expert's value where it is close to the base's."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from merge_search.engine.methods.operators import OperatorContext
+from merge_search.errors import RecipeError
+
+__all__ = ["parts"]
+
+_FLOOR = 1e-6
+
+
+def parts(context: OperatorContext) -> list[Tensor]:
+    """processed_i = w_i tau_i with w_i = min(1, t / max(|tau_i|, 1e-6)): deltas clipped to [-t, t].
+
+    Published for one expert; several are treated each alone and added up. Option ``t`` > 0; 1e-5 to 1e-2 are worth a try.
+
+    Returns:
+        float32, one per expert.
+    Raises:
+        RecipeError: t is not positive.
+    Source: mergekit's ``nearswap``.
+    """
+    t = context.number("t")
+    if t <= 0:
+        raise RecipeError(f"nearswap: t must be > 0, got {t:g}")
+    return [delta * (t / delta.abs().clamp_min(_FLOOR)).clamp_max(1.0) for delta in context.deltas]

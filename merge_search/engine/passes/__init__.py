@@ -1,0 +1,1 @@
+"""Turns a recipe into the numbers of one pass per tensor."""

@@ -1,0 +1,1 @@
+"""What stays in memory between candidates: base, experts, the live model, coefficient maps."""

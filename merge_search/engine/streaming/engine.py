@@ -1,0 +1,257 @@
+"""One merge from files to files: each tensor is read once, merged and let go, several at a time.
+
+The same passes and the same bits as `MergeEngine` over a resident pool. Reading and hashing (`feed`), merging and, by
+whoever takes the tensors, writing go on at the same time. The numbers that a pass needs are found by `thresholds`:
+largest deltas of all experts in one sweep, and of the order statistics only what one density asks for. For all but small
+models C loops are compiled, never graphs, which take longer than the merge.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from merge_search.engine.contracts import Pass, output_dtype
+from merge_search.engine.engine import MergeEngine
+from merge_search.engine.execute.runner import Runner
+from merge_search.engine.methods.assess import load, measure_of
+from merge_search.engine.passes.measurements import ByteCache, Facts, Scope
+from merge_search.engine.passes.order_statistics import EXACT_LIMIT, Keep, Table
+from merge_search.engine.passes.planner import Planner
+from merge_search.engine.resident.pool import ModelPool
+from merge_search.engine.streaming.buffers import Buffers
+from merge_search.engine.streaming.reader import Feed
+from merge_search.engine.streaming.thresholds import LateTable, keep_of_deltas, largest_values
+from merge_search.recipe import Assess, Recipe
+
+T = TypeVar("T")
+
+__all__ = ["LoopRunner", "OneOffEngine", "OneOffFacts", "is_element_wise"]
+
+_WORKERS = 4  # at most: each holds a tensor of every model
+_AHEAD = 1  # tensors read before their turn, or merged and not taken yet
+_CACHE_BYTES = 2**30
+_LOOPS_FROM = 2**23  # parameters: below, a loop that was never compiled costs more than it saves
+_LONG = 2**14  # elements
+_NEARLY = 0.9  # of the tensors are no longer than one that is nearly the longest
+
+
+class OneOffEngine(MergeEngine):
+    """A `MergeEngine` that streams.
+
+    Args:
+        tensors: A pool made with ``once=True``.
+        threads: Tensors merged at a time, where that changes no bit; None: as many as torch has threads, four at most.
+    Memory: base, experts and result of `threads` + 2 tensors, or of one that is longer than those; and float32 chunks.
+    """
+
+    def __init__(self, tensors: ModelPool, *, threads: int | None = None) -> None:
+        super().__init__(tensors, compile=False)
+        self._pool, self._buffers = tensors, Buffers()
+        self._facts = OneOffFacts(tensors)
+        self._sizes = {n: tensors.base_info.tensors[n].n_elements for n in tensors.groups}
+        if tensors.device.type == "cpu" and sum(self._sizes.values()) >= _LOOPS_FROM:
+            self._runner = LoopRunner()
+        self._planner = Planner(tensors, facts=self._facts, runner=self._runner)
+        if threads is None:
+            threads = (
+                1 if tensors.device.type == "cuda" else min(_WORKERS, torch.get_num_threads(), os.cpu_count() or 1)
+            )
+        self._threads = threads
+
+    def merged(self, recipe: Recipe) -> Generator[tuple[str, Tensor], None, None]:
+        """As `MergeEngine.merged`: the same bits, in the order of names. At its end `ModelPool.hashes` costs nothing."""
+        self._require(recipe)
+        names = sorted(self.tensors.groups)
+        feed, several = Feed(self._pool, self._buffers), self._threads > 1 and is_element_wise(recipe)
+        try:
+            yield from self._several(recipe, names, feed) if several else self._one_by_one(recipe, names, feed)
+            feed.finish()
+        finally:
+            feed.close()
+
+    @torch.no_grad()
+    def _merge(self, recipe: Recipe, name: str, asked: Sequence[Future[Tensor | None]]) -> Tensor:
+        base, *own = (future.result() for future in asked)
+        assert base is not None
+        with self._pool.holding(name, [base, *(base if t is None else t for t in own)]):
+            out = self._empty(base.shape, output_dtype(recipe, base))
+            self._merge_into(recipe, name, out)
+        return out
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        device = self.tensors.device
+        return (
+            self._buffers.tensor(shape, dtype)
+            if device.type == "cpu"
+            else torch.empty(shape, dtype=dtype, device=device)
+        )
+
+    def _one_by_one(self, recipe: Recipe, names: Sequence[str], feed: Feed) -> Iterator[tuple[str, Tensor]]:
+        for name, asked in _ahead(names, feed.ask, _AHEAD, self._sizes):
+            out = self._merge(recipe, name, asked)
+            asked.clear()
+            yield name, out
+            self._facts.stored = ByteCache(_CACHE_BYTES)  # scores of this tensor are not needed again
+
+    def _several(self, recipe: Recipe, names: Sequence[str], feed: Feed) -> Iterator[tuple[str, Tensor]]:
+        """A tensor per thread. torch's own threads rest meanwhile: they wait for each other after every operation, which
+        on a busy machine costs many times the work."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
+
+        def submit(name: str) -> Future[Tensor]:
+            return pool.submit(self._merge, recipe, name, feed.ask(name))
+
+        try:
+            if recipe.select.scope == "model":  # one thread finds what all tensors share
+                yield names[0], submit(names[0]).result()
+                names = names[1:]
+            for name, future in _ahead(names, submit, self._threads + _AHEAD, self._sizes):
+                yield name, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
+
+
+def _ahead(names: Iterable[str], take: Callable[[str], T], n: int, sizes: Mapping[str, int]) -> Iterator[tuple[str, T]]:
+    """What is taken for each name, in their order, up to `n` before it is given.
+
+    Of very long ones fewer are taken ahead: together no more than the longest by itself, or n + 1 of nearly the longest.
+    """
+    longest = sorted(sizes.values())
+    limit = max(longest[-1], (n + 1) * longest[int(_NEARLY * (len(longest) - 1))])
+    waiting: deque[tuple[str, T]] = deque()
+    for name in names:
+        while waiting and (len(waiting) > n or sizes[name] + sum(sizes[w] for w, _ in waiting) > limit):
+            yield waiting.popleft()
+        waiting.append((name, take(name)))
+    while waiting:
+        yield waiting.popleft()
+
+
+class _NoLoopError(Exception):
+    """A pass that `native` does not write out, or no compiler."""
+
+
+class _Loops(Runner):
+    """A `Runner` that makes C loops, and no graphs. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), compile=True)
+        self._ready: set[object] = set()
+        self._lock = threading.Lock()
+
+    def run(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> bool:
+        key = (p.structure, out.dtype)
+        if key in self._ready:
+            return super().run(p, base, experts, out)
+        with self._lock:  # one thread traces and compiles
+            finite = super().run(p, base, experts, out)
+        self._ready.add(key)
+        return finite
+
+    def _call_graph(self, *_: object) -> Tensor:
+        raise _NoLoopError
+
+
+class LoopRunner(Runner):
+    """A `Runner` on the CPU that compiles C loops for passes over long tensors and runs all else in chunks.
+
+    The bits are those of chunks. A structure's first loop takes half a second, and less if it was compiled before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), compile=False)
+        self._compiled = _Loops()
+
+    def run(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> bool:
+        if base.numel() >= _LONG:
+            try:
+                return self._compiled.run(p, base, experts, out)
+            except _NoLoopError:
+                pass
+        return super().run(p, base, experts, out)
+
+
+def is_element_wise(recipe: Recipe) -> bool:
+    """Whether no float of a merge depends on how many threads torch sums with: each rule works on elements, counts or orders."""
+    return (
+        recipe.operator is None
+        and not recipe.post
+        and recipe.allocate.kind == "constant"
+        and recipe.select.kind in ("all", "top_k", "band", "threshold", "bernoulli", "soft_threshold")
+        and recipe.select.scope != "row"
+        and recipe.rescale.kind not in ("match_l1", "match_l2")
+        and recipe.splice.kind in ("sum", "count", "mask", "coefficient")
+        and not recipe.splice.unique_boost
+        and measure_of(recipe.assess).cheap
+        and not hasattr(load(recipe.assess.measure), "reduce")
+    )
+
+
+class OneOffFacts(Facts):
+    """`Facts` of tensors that are asked about once."""
+
+    def __init__(self, tensors: ModelPool) -> None:
+        super().__init__(tensors, cache_bytes=_CACHE_BYTES)
+        self._pool = tensors
+
+    def flats(self, name: str, experts: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+        base, *own = (t.reshape(-1) for t in self._pool.read(name, experts))
+        return base, own
+
+    def largest_base(self, name: str) -> float:
+        if name not in self._largest_base:
+            self._sweep_largest(name)
+        return super().largest_base(name)
+
+    def largest_delta(self, expert: str, name: str) -> float:
+        if (expert, name) not in self._largest:
+            self._sweep_largest(name)
+        return super().largest_delta(expert, name)
+
+    def _sweep_largest(self, name: str) -> None:
+        """Largest |base| and |delta| of every expert in one sweep.
+
+        Raises:
+            WeightsError: NaN or infinity, with the file.
+        """
+        names = tuple(self.tensors.models.experts)
+        base, own = self.flats(name, names)
+        largest = largest_values(base, own)
+        if not all(map(math.isfinite, largest)):
+            self._pool.require_finite(name)
+        else:
+            self._largest_base[name] = largest[0]
+            self._largest.update({(e, name): x for e, x in zip(names, largest[1:], strict=True)})
+
+    def tables(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()) -> dict[str, Table]:
+        n = math.prod(self._pool.base_info.tensors[name].shape)
+        is_plain = assess.measure == "magnitude" and not scope.winsorise and scope.select.scope != "model"
+        if not is_plain or n <= EXACT_LIMIT or self.tensors.device.type != "cpu":
+            return super().tables(assess, scope, name, coefficients)
+        made: dict[str, dict[str, Table]] = {}
+
+        def whole() -> dict[str, Table]:
+            if not made:
+                made[name] = super(OneOffFacts, self).tables(assess, scope, name, coefficients)
+            return made[name]
+
+        return {
+            e: LateTable(n, lambda k, e=e: self._keep(e, name, k), lambda e=e: whole()[e])  # type: ignore[misc]
+            for e in self.active(name, scope.experts)
+        }
+
+    def _keep(self, expert: str, name: str, k: int) -> Keep | None:
+        base, (own,) = self.flats(name, [expert])
+        return keep_of_deltas(base, own, k, self.largest_delta(expert, name))

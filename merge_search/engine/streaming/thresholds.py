@@ -1,0 +1,275 @@
+"""Thresholds and largest values of tensors that are asked about once, in two sweeps over memory and without a histogram.
+
+The first sweep finds max |base| and max |delta| of every expert. For a threshold, a sample brackets the k-th largest
+|delta|; the second sweep counts what is above the bracket and makes a histogram of what is in it. Sweeps are C where a
+compiler is there, and numpy and torch where not: the same numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from merge_search.engine.codegen.compiler import CompilerError, library
+from merge_search.engine.codegen.render_c import CONVERSIONS
+from merge_search.engine.passes.order_statistics import _GOLDEN as GOLDEN
+from merge_search.engine.passes.order_statistics import EVERYTHING, NOTHING, Keep, Table
+
+__all__ = ["LateTable", "keep_of_deltas", "largest_values"]
+
+_CHUNK = 2**17
+_SAMPLE = 2**14
+_RUN = 8  # neighbours that a sample takes together: one wait for memory
+_SHIFT = 12  # bins of a table: the upper 20 bits of a float32
+
+log = logging.getLogger(__name__)
+
+
+class LateTable(Table):
+    """A `Table` that finds single thresholds by itself and makes the whole histogram only if something else is asked.
+
+    Args:
+        n: Elements, above `EXACT_LIMIT`.
+        find: k -> the rule that keeps the k largest; None if it was not found.
+        whole: Makes the whole table.
+    """
+
+    def __init__(self, n: int, find: Callable[[int], Keep | None], whole: Callable[[], Table]) -> None:
+        self.n = n
+        self._find, self._whole = find, whole
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("n", "_find", "_whole"):
+            raise AttributeError(name)
+        return getattr(self._whole(), name)
+
+    @property
+    def stride(self) -> int:
+        return GOLDEN
+
+    def keep(self, k: int) -> Keep:
+        if k <= 0:
+            return NOTHING
+        if k >= self.n:
+            return EVERYTHING
+        return self._find(k) or self._whole().keep(k)
+
+
+# ------------------------------------------------------------------------------------------------ largest values
+
+
+def largest_values(base: Tensor, own: Sequence[Tensor]) -> list[float]:
+    """max |base| and max |own - base| of each; NaN or infinity where one is found.
+
+    Args:
+        base, own: Flat, equally long, floating. An `own` that is the base itself gives zero.
+    """
+    swept = _loaded() if base.numel() >= _CHUNK else None
+    tensors = [t if t.data_ptr() != base.data_ptr() else None for t in own]
+    if swept is None or not all(_is_plain(t) for t in (base, *own)):
+        return [_largest(None, base), *(0.0 if t is None else _largest(base, t) for t in tensors)]
+    return [swept.largest(None, base), *(0.0 if t is None else swept.largest(base, t) for t in tensors)]
+
+
+def _largest(base: Tensor | None, own: Tensor) -> float:
+    """max |own - base|, or max |own|."""
+    found = [torch.zeros((), device=own.device)]
+    for start in range(0, own.numel(), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        x = own[part].to(torch.float32)
+        found.append((x if base is None else x - base[part].to(torch.float32)).abs().amax())
+    return float(torch.stack(found).max())
+
+
+# ------------------------------------------------------------------------------------------------ thresholds
+
+
+def keep_of_deltas(base: Tensor, own: Tensor, k: int, largest: float) -> Keep | None:
+    """The rule of `Table.keep` for the histogram of |own - base|, without the histogram.
+
+    Args:
+        base, own: Flat, finite, on the CPU.
+        k: In 1..n - 1.
+        largest: max |own - base|.
+    Returns:
+        The same numbers as the histogram gives; None if the sample's bracket missed (4 standard errors to either side).
+    """
+    bottom, top = _bracket(base, own, k / base.numel(), largest)
+    swept = _loaded() if _is_plain(base) and _is_plain(own) else None
+    above, bins = (count if swept is None else swept.count)(base, own, bottom, top)
+    reach = above + bins[::-1].cumsum()
+    if above >= k or reach[-1] < k:
+        return None
+    i = int(np.searchsorted(reach, k))
+    before = int(reach[i - 1]) if i else above
+    share = (k - before) / (int(reach[i]) - before)
+    return Keep(_edge(top - 1 - i), _edge(top - i), math.floor(share * 2**32) - 2**31 - 1)
+
+
+def count(base: Tensor, own: Tensor, bottom: int, top: int) -> tuple[int, NDArray[np.int64]]:
+    """How many |own - base| lie above the bins [bottom, top), and in each of them. Without a compiler."""
+    low, high = np.float32(_edge(bottom)), np.float32(_edge(top))
+    above, taken = 0, []
+    for size in _sizes(base, own):
+        over, inside = size >= high, size >= low
+        above += int(np.count_nonzero(over))
+        taken.append(size[np.logical_xor(inside, over, out=inside)])
+    bins = (np.concatenate(taken).view(np.int32) >> _SHIFT) - bottom
+    return above, np.bincount(bins, minlength=top - bottom)
+
+
+def _sizes(base: Tensor, own: Tensor) -> Iterator[NDArray[np.float32]]:
+    """|own - base| chunk by chunk, each in the place of the last: torch converts, and numpy compares, several times faster."""
+    origin, delta = torch.empty(2, min(_CHUNK, base.numel()), dtype=torch.float32)
+    for start in range(0, base.numel(), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        n = base[part].numel()
+        yield delta[:n].copy_(own[part]).sub_(origin[:n].copy_(base[part])).abs_().numpy()
+
+
+def _bracket(base: Tensor, own: Tensor, density: float, largest: float) -> tuple[int, int]:
+    """Bins [bottom, top) that hold the value of which a share `density` is larger, by a sample spread over the tensor."""
+    n = min(max(_SAMPLE, base.numel() // 128), 16 * _SAMPLE) // _RUN * _RUN
+    rows = base.numel() // _RUN
+    places = _places(n // _RUN, rows)
+    mine, origin = (t[: rows * _RUN].view(rows, _RUN)[places].reshape(-1).to(torch.float32) for t in (own, base))
+    sample = mine.sub_(origin).abs_().numpy()
+    sample[::-1].sort()
+    margin = 4 * math.sqrt(n * density * (1 - density)) + 8
+    first, last = math.floor(density * n - margin), math.ceil(density * n + margin)
+    top = _bin(float(sample[first]) if first >= 0 else largest) + 1
+    return (_bin(float(sample[last])) if last < n else 0), top
+
+
+@functools.lru_cache(maxsize=8)
+def _places(n: int, rows: int) -> Tensor:
+    """n positions spread over the rows."""
+    return (torch.arange(n) * 0x9E3779B1 % 2**32) * rows >> 32
+
+
+def _bin(value: float) -> int:
+    return int(np.float32(value).view(np.int32)) >> _SHIFT
+
+
+def _edge(number: int) -> float:
+    """Smallest float32 of a bin."""
+    return float(np.int32(number << _SHIFT).view(np.float32))
+
+
+# ------------------------------------------------------------------------------------------------ in C
+
+_C = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+_SOURCE = """\
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+static inline float to_float(bf16 x) { return from_bf16(x.bits); }
+static inline float to_float(f16 x) { return from_f16(x.bits); }
+static inline float to_float(float x) { return x; }
+static const int64_t BLOCK = 4096;
+
+/* Bits of |own - base|: they are ordered as the numbers are, with infinity and NaN above all. */
+template <class B, class O>
+static inline void sizes(const B *__restrict base, const O *__restrict own, int32_t n, uint32_t *__restrict bits) {
+    for (int32_t i = 0; i < n; i++) {
+        float delta = to_float(own[i]) - to_float(base[i]);
+        uint32_t u; memcpy(&u, &delta, 4);
+        bits[i] = u & 0x7fffffffu;
+    }
+}
+
+template <class O> static inline void sizes(const void *, const O *__restrict own, int32_t n, uint32_t *__restrict bits) {
+    for (int32_t i = 0; i < n; i++) {
+        float x = to_float(own[i]);
+        uint32_t u; memcpy(&u, &x, 4);
+        bits[i] = u & 0x7fffffffu;
+    }
+}
+
+template <class B, class O> static uint32_t largest(const void *base, const void *own, int64_t n) {
+    uint32_t bits[BLOCK], most = 0;
+    for (int64_t at = 0; at < n; at += BLOCK) {
+        const int32_t m = (int32_t)(n - at < BLOCK ? n - at : BLOCK);
+        if (base) sizes((const B *)base + at, (const O *)own + at, m, bits);
+        else sizes((const void *)0, (const O *)own + at, m, bits);
+        for (int32_t i = 0; i < m; i++) most = bits[i] > most ? bits[i] : most;
+    }
+    return most;
+}
+
+/* Counts what is at or above `high`; and by bins of 2^shift, what is at or above `low` and below `high`. */
+template <class B, class O>
+static int64_t count(const void *base, const void *own, int64_t n, uint32_t low, uint32_t high, int32_t shift, int64_t *bins) {
+    uint32_t bits[BLOCK];
+    uint8_t inside[BLOCK];
+    int64_t above = 0;
+    for (int64_t at = 0; at < n; at += BLOCK) {
+        const int32_t m = (int32_t)(n - at < BLOCK ? n - at : BLOCK);
+        if (m < BLOCK) memset(inside, 0, BLOCK);
+        sizes((const B *)base + at, (const O *)own + at, m, bits);
+        int32_t over = 0;
+        for (int32_t i = 0; i < m; i++) over += bits[i] >= high;
+        above += over;
+        for (int32_t i = 0; i < m; i++) inside[i] = bits[i] - low < high - low;
+        for (int32_t i = 0; i < m; i += 8) {  /* few are inside: eight at a time are passed over */
+            uint64_t eight; memcpy(&eight, inside + i, 8);
+            for (; eight; eight &= eight - 1) bins[(bits[i + (__builtin_ctzll(eight) >> 3)] - low) >> shift]++;
+        }
+    }
+    return above;
+}
+
+#define PAIR(B, O, NAME) \\
+    extern "C" uint32_t largest_##NAME(const void *base, const void *own, int64_t n) { return largest<B, O>(base, own, n); } \\
+    extern "C" int64_t count_##NAME(const void *base, const void *own, int64_t n, uint32_t low, uint32_t high, int32_t shift, int64_t *bins) \\
+    { return count<B, O>(base, own, n, low, high, shift, bins); }
+"""
+
+
+def _is_plain(t: Tensor) -> bool:
+    return t.device.type == "cpu" and t.is_contiguous() and t.dtype in _C
+
+
+@functools.cache
+def _loaded() -> _Swept | None:
+    """The sweeps in C; None where there is no compiler."""
+    pairs = [f"PAIR({_C[b]}, {_C[o]}, {_C[b]}_{_C[o]})" for b in _C for o in _C]
+    try:
+        return _Swept(library("\n".join([CONVERSIONS, _SOURCE, *pairs, ""])))
+    except CompilerError as error:
+        log.info("thresholds are found without a compiler: %s", error)
+        return None
+
+
+class _Swept:
+    """`_largest` and `count` in C: contiguous tensors on the CPU, of the dtypes of `_C`."""
+
+    def __init__(self, loaded: ctypes.CDLL) -> None:
+        self._loaded = loaded
+
+    def largest(self, base: Tensor | None, own: Tensor) -> float:
+        sweep = self._loaded[f"largest_{_C[own.dtype if base is None else base.dtype]}_{_C[own.dtype]}"]
+        sweep.restype = ctypes.c_uint32
+        place = None if base is None else ctypes.c_void_p(base.data_ptr())
+        bits = sweep(place, ctypes.c_void_p(own.data_ptr()), ctypes.c_int64(own.numel()))
+        return float(np.uint32(bits).view(np.float32))
+
+    def count(self, base: Tensor, own: Tensor, bottom: int, top: int) -> tuple[int, NDArray[np.int64]]:
+        sweep = self._loaded[f"count_{_C[base.dtype]}_{_C[own.dtype]}"]
+        sweep.restype = ctypes.c_int64
+        bins = np.zeros(top - bottom, dtype=np.int64)
+        above = sweep(
+            ctypes.c_void_p(base.data_ptr()), ctypes.c_void_p(own.data_ptr()), ctypes.c_int64(own.numel()),
+            ctypes.c_uint32(bottom << _SHIFT), ctypes.c_uint32(top << _SHIFT), ctypes.c_int32(_SHIFT),
+            ctypes.c_void_p(bins.ctypes.data),
+        )  # fmt: skip
+        return int(above), bins

@@ -1,0 +1,121 @@
+"""From a stored trial to a Hugging Face folder with the very weights that were scored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import optuna
+
+from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
+from merge_search.engine.checkpoints.layout import layout
+from merge_search.engine.checkpoints.writer import check_destination
+from merge_search.engine.resident.pool import ModelPool
+from merge_search.engine.statistics.provider import DataStatistics
+from merge_search.errors import InputError, StudyFileError
+from merge_search.merge_recipe import write_merge
+from merge_search.mergekit import to_mergekit
+from merge_search.recipe import Models
+from merge_search.report.table import card
+from merge_search.search.prepare import Plan
+from merge_search.search.records import Record, objective_of, owners_of, records, references_of
+from merge_search.search.storage import load_study
+from merge_search.search.trial.worker import maps_of, statistics_of
+from merge_search.search.verdict.selection import champions, nothing_to_hand_over
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Names in safetensors headers -> in recipes and mergekit files."""
+
+__all__ = ["export_mergekit", "export_trial"]
+
+
+def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
+    """Write trial `number`, or the study's best merge, to `out`; its weights are checked against the stored hash.
+
+    Raises:
+        StudyFileError: no study, no such trial, or it was never scored.
+        WeightsError: `out` is in use; or the weights differ from the scored ones, and nothing is written.
+    """
+    check_destination(out)
+    study = load_study(plan.file)
+    objective, experts = objective_of(study)
+    record = _wanted(study, number)
+    recipe = record.recipe.model_copy(update={"models": _local(record.recipe.models, plan.context.models)})
+    text = card(study, objective, record, experts)
+    owners = owners_of(objective, references_of(study, list(objective.metrics.values()), experts))
+
+    def statistics(pool: ModelPool) -> DataStatistics:
+        return statistics_of(plan, pool, owners, None)
+
+    device = plan.file.device
+    write_merge(recipe, out, text, maps_of(plan.file), statistics, device=device, expected=record.weights_sha256)
+    return record
+
+
+def _wanted(study: optuna.Study, number: int | None) -> Record:
+    """Trial `number`, or the winner by the objective that the study was run with, whatever the study file says by now."""
+    if number is not None:
+        return _choose(records(study), number)
+    objective, experts = objective_of(study)
+    found = champions(study, objective, experts)
+    if not found:
+        raise StudyFileError(nothing_to_hand_over(study))
+    if len(found) > 1:
+        names = "; ".join(_named_values(r, objective.names) for r in found)
+        raise StudyFileError(
+            f"the study has {len(objective.names)} objectives and {len(found)} merges that none of the others beats in "
+            f"everything; choose one with --trial (search scores): {names}"
+        )
+    return found[0]
+
+
+def _named_values(record: Record, names: list[str]) -> str:
+    values = ", ".join(f"{name} {value:.3g}" for name, value in zip(names, record.values, strict=True))
+    return f"{record.number} ({values})"
+
+
+def _choose(all_records: list[Record], number: int) -> Record:
+    if not 0 <= number < len(all_records):
+        raise StudyFileError(f"there is no trial {number}; the study has trials 0 to {len(all_records) - 1}")
+    record = all_records[number]
+    if not record.is_scored:
+        raise StudyFileError(
+            f"trial {number} has no scores: {record.outcome or 'not finished'} {record.reason}".rstrip()
+        )
+    return record
+
+
+def _local(stored: Models, here: Models) -> Models:
+    """The models' places on this machine, with the hashes of the scored ones.
+
+    Raises:
+        StudyFileError: the study file does not name one of them any more.
+    """
+    if missing := stored.experts.keys() - here.experts.keys():
+        raise StudyFileError(
+            f"models.experts must name every expert of the trial; {', '.join(sorted(missing))} is not there any more"
+        )
+    return here.model_copy(update={"experts": {e: here.experts[e] for e in stored.experts}, "hashes": stored.hashes})
+
+
+def export_mergekit(plan: Plan, out: Path, *, number: int | None = None) -> Record:
+    """Write trial `number`, or the study's best merge, as a mergekit YAML file; models as the study file names them.
+
+    Raises:
+        RecipeError: mergekit cannot say this recipe, with every reason.
+        InputError: `out` exists.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists; nothing was written, give another name")
+    record = _wanted(load_study(plan.file), number)
+    file = plan.file
+    named = Models(base=file.models.base, experts=file.models.experts)
+    info = read_checkpoint(resolve_model(plan.context.models.base))
+    vectors = [name for name, t in info.tensors.items() if len(t.shape) < 2]
+    recipe = record.recipe.model_copy(update={"models": named})
+    dtypes = Counter(info.tensors[name].dtype for name in layout(info))
+    dtype = DTYPES.get(dtypes.most_common(1)[0][0])
+    text = to_mergekit(recipe, layout(info), vectors=vectors, dtype=dtype)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    return record

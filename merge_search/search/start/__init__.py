@@ -1,0 +1,1 @@
+"""What a study tries first: baselines, earlier studies, fitted coefficients."""

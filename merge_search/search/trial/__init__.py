@@ -1,0 +1,1 @@
+"""One trial: its recipe, its scores, its outcome."""

@@ -1,0 +1,1 @@
+"""Which trial wins, and whether it is better: validation and sealed test."""

@@ -1,0 +1,1 @@
+"""What the families of search spaces are built from."""

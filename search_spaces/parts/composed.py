@@ -1,0 +1,204 @@
+"""A search space put together from methods, an axis of coefficients and an axis of densities.
+
+Different points are different merges, with two exceptions that flat spaces cannot avoid: densities count only where the
+method reads them (`Composed.active` says which do), and an expert's density does not count where its coefficient is exactly 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from merge_search.errors import SpaceError
+from merge_search.recipe import Recipe
+from merge_search.space import Categorical, Float, Integer, Parameter, Point, SpaceContext
+from search_spaces.parts.axes import Axis
+from search_spaces.parts.methods import Method
+
+__all__ = ["MAX_DIMENSIONS", "Composed", "check_point", "same_models", "size_notes"]
+
+MAX_DIMENSIONS = 100_000
+"""Above this a sampler's own bookkeeping fails."""
+MANY_DIMENSIONS = 200
+"""Above this a surrogate model learns little from the trials that a study affords."""
+
+LEVELS = (0.7, 1.0, 0.4, 0.55, 0.85, 0.25)
+"""Strengths of uniform recipes, the most promising first; for sums over more than three experts times 3 / M."""
+DENSITIES = (0.2, 0.5)
+UNUSED_DENSITY = 0.5
+"""What `encode` puts where the method reads no density."""
+FEWEST, MOST = 6, 12
+TOLERANCE = 1e-9
+
+Values = dict[str, str | int | float | bool]
+
+
+class Composed:
+    """Base of the families: method x coefficients x densities.
+
+    Args:
+        methods: Choices; more than one makes a categorical parameter named `choice`.
+        coefficients, density: Axes; `density` is left out where no method reads it, None keeps published densities.
+        advice: What would make the space smaller, for the message about its size.
+
+    Attributes:
+        parameters: Flat and bounded, in a fixed order: the method, coefficients, densities.
+        notes: What the user should know, for the log.
+    """
+
+    def __init__(
+        self,
+        context: SpaceContext,
+        methods: Sequence[Method],
+        coefficients: Axis,
+        density: Axis | None = None,
+        *,
+        choice: str = "preset",
+        advice: str = "",
+    ) -> None:
+        self.context = context
+        self._methods = {m.name: m for m in methods}
+        self._choice = choice
+        self._coefficients = coefficients
+        self._density = density if any(m.uses_density and not m.fixed_densities for m in methods) else None
+        parameters: dict[str, Parameter] = {}
+        if len(methods) > 1:
+            parameters[choice] = Categorical(tuple(self._methods))
+        parameters |= coefficients.parameters
+        if self._density is not None:
+            parameters |= self._density.parameters
+        self.parameters: Mapping[str, Parameter] = parameters
+        self.notes = size_notes(len(parameters), advice)
+
+    def _method(self, point: Point) -> Method:
+        name = str(point[self._choice]) if self._choice in self.parameters else next(iter(self._methods))
+        return self._methods[name]
+
+    def active(self, point: Point) -> frozenset[str]:
+        """Names of the parameters that the merge of `point` depends on: densities count only where they are read."""
+        names = frozenset(self.parameters)
+        if self._density is not None and not self._method(point).uses_density:
+            names -= self._density.parameters.keys()
+        return names
+
+    def decode(self, point: Point) -> Recipe:
+        """The recipe of a point.
+
+        Raises:
+            SpaceError: a value is missing or outside its domain; all of them are named.
+        """
+        check_point(self.parameters, point)
+        method = self._method(point)
+        densities = None
+        if self._density is not None and method.uses_density:
+            densities = self._density.values(point)
+        return method.recipe(self._coefficients.values(point), densities)
+
+    def encode(self, recipe: Recipe) -> Values | None:
+        """A point that decodes to `recipe` (to the same numbers up to rounding, whatever form they are written in), or None."""
+        if not same_models(self.context, recipe):
+            return None
+        for method in self._methods.values():
+            if not method.same_stages(recipe) or method.turns_signs(recipe):
+                continue
+            point: Values = {self._choice: method.name} if self._choice in self.parameters else {}
+            point |= self._coefficients.read(lambda e, g, m=method: m.strength(recipe, e, g))  # type: ignore[misc]
+            if self._density is not None:
+                point |= (
+                    self._density.read(recipe.density) if method.uses_density else self._density.uniform(UNUSED_DENSITY)
+                )
+            if not problems_of(self.parameters, point) and self._same(method, self.decode(point), recipe):
+                return {name: point[name] for name in self.parameters}
+        return None
+
+    def _same(self, method: Method, ours: Recipe, theirs: Recipe) -> bool:
+        for group in self.context.groups:
+            for e in self.context.experts:
+                if not _close(method.strength(ours, e, group), method.strength(theirs, e, group)):
+                    return False
+                if method.uses_density and not _close(ours.density(e, group), theirs.density(e, group)):
+                    return False
+        return method.scaling != "fixed" or ours.scale == theirs.scale
+
+    def initial_points(self) -> list[Values]:
+        """Uniform recipes, methods x strengths with densities at usual values: the cheapest good start known."""
+        points: dict[tuple[tuple[str, object], ...], Values] = {}
+        for rank, level in enumerate(self._levels()):
+            for i, method in enumerate(self._methods.values()):
+                many = 3 / len(self.context.experts)
+                strength = level * many if many < 1 and method.is_sum else level
+                point: Values = {self._choice: method.name} if self._choice in self.parameters else {}
+                point |= self._coefficients.uniform(strength)
+                if self._density is not None:
+                    usual = DENSITIES[(i + rank) % len(DENSITIES)] if method.uses_density else UNUSED_DENSITY
+                    point |= self._density.uniform(usual)
+                points.setdefault(tuple(point.items()), point)
+                if len(points) == MOST:
+                    return list(points.values())
+        return list(points.values())
+
+    def _levels(self) -> list[float]:
+        """Strengths within the bounds, enough of them for `FEWEST` points."""
+        low, high = self._coefficients.bounds
+        inside = [x for x in LEVELS if low <= x <= high]
+        if len(inside) < len(LEVELS) // 2:
+            inside = [low + x * (high - low) for x in LEVELS]
+        wanted = max(2, -(-FEWEST // len(self._methods)))
+        extra = [low + (high - low) * (k + 0.5) / FEWEST for k in range(FEWEST)]
+        return [*inside, *extra][: max(wanted, 3) if len(self._methods) < MOST else 1]
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= TOLERANCE * max(1.0, abs(a), abs(b))
+
+
+def same_models(context: SpaceContext, recipe: Recipe) -> bool:
+    """Whether `recipe` merges these models in this order with this seed and dtype; hashes count before places."""
+    ours, theirs = context.models, recipe.models
+    if (recipe.seed, recipe.dtype) != (context.seed, context.dtype) or list(ours.experts) != list(theirs.experts):
+        return False
+    if ours.hashes and theirs.hashes:
+        return ours.hashes == theirs.hashes
+    return (ours.base, dict(ours.experts)) == (theirs.base, dict(theirs.experts))
+
+
+def problems_of(parameters: Mapping[str, Parameter], point: Point) -> list[str]:
+    """What keeps `point` from being one of this space."""
+    problems = []
+    for name, domain in parameters.items():
+        if name not in point:
+            problems.append(f"point: {name} is missing")
+            continue
+        value = point[name]
+        match domain:
+            case Categorical(choices):
+                if value not in choices:
+                    problems.append(f"point: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+            case Float(low, high) | Integer(low, high):
+                if isinstance(value, str) or not low <= value <= high:
+                    problems.append(f"point: {name} must lie in [{low:g}, {high:g}], got {value!r}")
+    return problems
+
+
+def check_point(parameters: Mapping[str, Parameter], point: Point) -> None:
+    """Raises SpaceError naming everything that is missing or out of bounds."""
+    problems = problems_of(parameters, point)
+    if problems:
+        raise SpaceError(problems)
+
+
+def size_notes(n: int, advice: str = "") -> list[str]:
+    """Notes on the number of dimensions.
+
+    Raises:
+        SpaceError: there are none, or more than a sampler can handle.
+    """
+    if n == 0:
+        raise SpaceError("space: nothing varies: it has 0 dimensions and needs at least 1")
+    tail = f"; {advice}" if advice else ""
+    if n > MAX_DIMENSIONS:
+        raise SpaceError(f"space: it has {n} dimensions, and at most {MAX_DIMENSIONS} can be searched{tail}")
+    if n > MANY_DIMENSIONS:
+        return [
+            f"the space has {n} dimensions; above {MANY_DIMENSIONS} a search learns little from the trials that one affords{tail}"
+        ]
+    return []

@@ -1,0 +1,107 @@
+"""From labels of tensors to the keys of a `PerGroup` value, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Generic, Literal, TypeVar
+
+from merge_search.recipe import Group
+from merge_search.space import SpaceContext
+from search_spaces.parts.options import Bounds, DensityBounds, Options
+
+__all__ = ["REST", "DensityRange", "Per", "Range", "Slots", "cell", "in_depth_order"]
+
+Per = Literal["expert", "block", "kind", "block_kind"]
+
+REST = "rest"
+"""The cell of tensors that no block (or, per block and kind, no module) holds."""
+
+
+class Range(Options):
+    """``{per: block, bounds: [0, 1.5]}``: one parameter per expert and cell, all with the same bounds."""
+
+    per: Per = "expert"
+    bounds: Bounds = (0.0, 1.5)
+
+
+class DensityRange(Options):
+    """As `Range`, for densities; they are searched on a logarithmic scale."""
+
+    per: Per = "expert"
+    bounds: DensityBounds = (0.05, 1.0)
+
+
+def cell(per: Per, group: Group) -> str:
+    """The cell of a tensor: ``block.3``, ``mlp``, ``block.3.mlp``, ``rest`` or, per expert, the empty text.
+
+    Norm gains are few and small: per block and kind they share ``rest`` with the tensors outside blocks.
+    """
+    match per:
+        case "expert":
+            return ""
+        case "kind":
+            return group.kind
+        case "block":
+            return REST if group.block is None else f"block.{group.block}"
+        case "block_kind":
+            return REST if group.block is None or group.kind == "norm" else f"block.{group.block}.{group.kind}"
+
+
+def in_depth_order(context: SpaceContext) -> list[Group]:
+    """Groups by block, those outside any block last, otherwise in the order of the checkpoint."""
+    return sorted(context.groups, key=lambda g: (g.block is None, g.block or 0))
+
+
+def _outside(group: Group, inside: str) -> str:
+    return group.kind if group.block is None else inside
+
+
+_RESOLUTIONS: tuple[Callable[[Group], str], ...] = (
+    lambda g: "*",
+    lambda g: g.kind,
+    lambda g: _outside(g, f"block.{g.block}"),
+    lambda g: _outside(g, f"block.{g.block}.{g.kind}"),
+    lambda g: g.tensor,
+)
+"""Keys of a `PerGroup` value, coarse to fine; each tells tensors apart by itself."""
+
+L = TypeVar("L", bound=Hashable)
+
+
+class Slots(Generic[L]):
+    """The coarsest keys that tell apart what `label` tells apart.
+
+    Attributes:
+        labels: Distinct labels in the order of depth, those outside blocks last.
+        first: Label -> some tensor that has it.
+
+    Determinism: keys depend on the context and the labels only, never on values; but where all values are equal
+    they become one number, so that a uniform recipe has one form.
+    """
+
+    def __init__(self, context: SpaceContext, label: Callable[[Group], L]) -> None:
+        groups = in_depth_order(context)
+        self.first: dict[L, Group] = {}
+        for group in groups:
+            self.first.setdefault(label(group), group)
+        self.labels = tuple(self.first)
+        keys = next(k for r in _RESOLUTIONS if (k := _keys(groups, label, r)) is not None)
+        self._rest = label(groups[-1])
+        kept = {key: name for key, name in keys.items() if name != self._rest}
+        shadowed = any(key in kept for g in groups if label(g) == self._rest for key in g.keys())  # noqa: SIM118
+        self._keys = keys if shadowed else kept
+
+    def spread(self, values: Mapping[L, float]) -> float | dict[str, float]:
+        """The `PerGroup` value that gives every tensor the number of its label."""
+        numbers = {values[name] for name in self.labels}
+        if len(numbers) == 1:
+            return numbers.pop()
+        return {**{key: values[name] for key, name in self._keys.items()}, "*": values[self._rest]}
+
+
+def _keys(groups: list[Group], label: Callable[[Group], L], resolution: Callable[[Group], str]) -> dict[str, L] | None:
+    keys: dict[str, L] = {}
+    for group in groups:
+        if keys.setdefault(resolution(group), label(group)) != label(group):
+            return None
+    return keys

@@ -1,0 +1,37 @@
+"""Options of the families that search the coefficients of one method."""
+
+from __future__ import annotations
+
+from merge_search.errors import SpaceError
+from merge_search.space import SpaceContext
+from search_spaces.parts.axes import Linear, per_cell
+from search_spaces.parts.grouping import DensityRange
+from search_spaces.parts.methods import Method, of_preset, preset_problems
+from search_spaces.parts.options import Bounds, Options
+
+__all__ = ["OneMethod", "method_and_density"]
+
+
+class OneMethod(Options):
+    """``preset`` is the method; ``density`` is searched if given, else as published."""
+
+    bounds: Bounds = (0.0, 1.5)
+    preset: str = "task_arithmetic"
+    density: DensityRange | None = None
+
+
+def method_and_density(chosen: OneMethod, context: SpaceContext) -> tuple[Method, Linear | None]:
+    """The method and the axis of its densities.
+
+    Raises:
+        SpaceError: no such preset, or it reads no density.
+    """
+    problems = preset_problems([chosen.preset], context, at="space.preset")
+    if problems:
+        raise SpaceError(problems)
+    method = of_preset(chosen.preset, context, search_density=chosen.density is not None)
+    if chosen.density is None:
+        return method, None
+    if not method.uses_density:
+        raise SpaceError(f"space.density: preset {chosen.preset!r} reads no density; leave it out")
+    return method, per_cell("density", context, chosen.density)
