@@ -19,9 +19,9 @@ from torch import Tensor
 
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.execute.parts import unit_recipe
-from merge_search.engine.passes.byte_cache import room
 from merge_search.engine.resident.coefficient_maps import n_rows
 from merge_search.errors import RecipeError, WeightsError
+from merge_search.memory import BudgetedCache
 from merge_search.recipe import Recipe
 
 __all__ = ["Parts", "Place", "Slopes", "parameter_places"]
@@ -34,7 +34,7 @@ class Parts:
 
     Args:
         recipe: Linear in its coefficients, which do not matter.
-        cache_bytes: None: a third of the free memory.
+        cache_bytes: Most bytes; None: what the engine's budget allows one cache.
     Raises:
         RecipeError: the recipe is not linear in its coefficients, or cannot be merged.
     """
@@ -45,19 +45,18 @@ class Parts:
         self.engine, self.recipe = engine, unit_recipe(recipe)
         self.experts = tuple(recipe.models.experts)
         self.device = engine.tensors.device
-        self._left = room(self.device) if cache_bytes is None else cache_bytes
-        self._held: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+        engine.budget.next_turn()
+        self._cache: BudgetedCache[tuple[tuple[int, ...], Tensor]] = BudgetedCache(engine.budget, cache_bytes)
 
     def get(self, name: str) -> tuple[tuple[int, ...], Tensor]:
         """Places (in `experts`) of those that can move a tensor, and their parts: float32, shape (places, *shape)."""
-        if name in self._held:
-            return self._held[name]
+        if (kept := self._cache.get(name)) is not None:
+            return kept
         experts, parts = self.engine.parts(self.recipe, name)
         made = tuple(self.experts.index(e) for e in experts), parts
-        size = parts.numel() * parts.element_size()
-        if size <= self._left:  # first come, first kept: a sweep over all tensors would empty a cache that evicts
-            self._held[name] = made
-            self._left -= size
+        self._cache.put(
+            name, made, parts.numel() * parts.element_size()
+        )  # a sweep over all tensors: the first are kept
         return made
 
     @torch.no_grad()

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from merge_search.engine.contracts import Tensors
 from merge_search.errors import WeightsError
 from merge_search.recipe import Group, Models
 
 __all__ = ["MemoryTensors"]
 
 
-class MemoryTensors:
-    """A `pipeline.Tensors` over dicts of tensors.
+class MemoryTensors(Tensors):
+    """A `contracts.Tensors` over dicts of tensors.
 
     Args:
         base: Name -> tensor; floating ones are mergeable.
@@ -58,6 +59,11 @@ class MemoryTensors:
 
     def expert(self, expert: str, name: str) -> Tensor:
         return self._experts[expert][name]
+
+    @property
+    def has_statistics(self) -> bool:
+        """True: an empty mapping may make statistics when it is asked."""
+        return True
 
     def statistic(self, kind: str, expert: str, name: str) -> Tensor | None:
         return self._statistics.get((kind, expert, name))

@@ -24,10 +24,11 @@ from merge_search.engine.checkpoints.finite import file_problems, refuse, tensor
 from merge_search.engine.checkpoints.hashing import hash_once
 from merge_search.engine.checkpoints.headers import CheckpointInfo, resolve_model
 from merge_search.engine.checkpoints.layout import layout
-from merge_search.engine.passes.byte_cache import free_bytes
+from merge_search.engine.contracts import Tensors
 from merge_search.engine.resident.coefficient_maps import MapStore
 from merge_search.engine.resident.transfers import Transfers
 from merge_search.errors import WeightsError
+from merge_search.memory import free_bytes
 from merge_search.recipe import Group, Models
 
 __all__ = ["ModelPool", "StatisticsSource"]
@@ -52,7 +53,7 @@ class StatisticsSource(Protocol):
         ...
 
 
-class ModelPool:
+class ModelPool(Tensors):
     """Tensors of one base and its experts on one device.
 
     Args:
@@ -189,6 +190,20 @@ class ModelPool:
         if kind.startswith("map:"):
             return self._maps.get(kind.removeprefix("map:"), name)
         return None if self.statistics is None else self.statistics.get(kind, expert, name)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether statistics were measured, or can be."""
+        return self.statistics is not None
+
+    def statistic_problem(self, kind: str, expert: str) -> str:
+        """Why a statistic cannot be had, '' if it can; as `statistics` says."""
+        return "" if self.statistics is None else self.statistics.problem(kind, expert)
+
+    def look_for_maps(self, folder: Path) -> None:
+        """Look for the maps of recipes in this folder too."""
+        if folder not in self.map_folders:
+            self.map_folders.append(folder)
 
     def is_transposed(self, name: str) -> bool:
         """Whether a matrix is stored (in, out), as transformers' Conv1D keeps it."""
