@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import optuna
 
     from merge_search.report.table import Table
-    from merge_search.search.prepare import Plan
+    from merge_search.search.plan import Plan
     from merge_search.study_file import StudyFile
 
 __all__ = ["main"]
@@ -47,11 +47,10 @@ OutArgument = Annotated[Path, typer.Argument(help="Folder to write; must not exi
 @app.command()
 def run(study: StudyArgument, device: DeviceOption = None) -> None:
     """Search, or resume: the same command goes on after a crash, a Ctrl-C or on another day."""
+    file = _read(study, device)
     from merge_search.search.progress import Progress
     from merge_search.search.run import run as run_study
-    from merge_search.study_file import read_study_file
 
-    file = _on(read_study_file(study), device)
     with Progress(err) as progress:
         result = run_study(file, progress)
     _print_result(result, study)
@@ -77,10 +76,10 @@ def validate(study: StudyArgument) -> None:
 @app.command(name="test")
 def sealed_test(study: StudyArgument, device: DeviceOption = None) -> None:
     """Open the sealed test questions, once: the best merge against base, experts, average and best preset."""
+    plan = _plan(study, device)
     from merge_search.report.table import sealed_table
     from merge_search.search.verdict.sealed import open_test
 
-    plan = _plan(study, device)
     table = sealed_table(open_test(plan), plan.objective, plan.context.experts)
     _show(table, "test questions (± one standard error)")
 
@@ -96,13 +95,14 @@ def export(
     device: DeviceOption = None,
 ) -> None:
     """Write the best model, or a trial's, as a Hugging Face folder."""
+    plan = _plan(study, device)
     from merge_search.export_trial import export_mergekit, export_trial
 
     if mergekit:
-        record = export_mergekit(_plan(study), out_path, number=trial)
+        record = export_mergekit(plan, out_path, number=trial)
         out.print(f"{record.name} written to {out_path}, for mergekit-yaml", highlight=False, soft_wrap=True)
         return
-    record = export_trial(_plan(study, device), out_path, number=trial)
+    record = export_trial(plan, out_path, number=trial)
     digest = record.weights_sha256
     out.print(f"{record.name} written to {out_path} (sha256 of the weights {digest})", highlight=False, soft_wrap=True)
 
@@ -114,6 +114,8 @@ def merge(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "auto",
 ) -> None:
     """Make the model of a recipe or of a mergekit file, without a study."""
+    if not recipe.is_file():
+        raise InputError(f"no such file: {recipe}")
     with _importing():
         from merge_search.merge_recipe import merge_recipe
 
@@ -127,12 +129,12 @@ def report(
     trials: Annotated[int, typer.Option(help="How many trials to list; 0 for all.", min=0)] = 20,
 ) -> None:
     """Show what a study has found so far, from its storage alone: also while it runs."""
+    file = _read(study)
     from merge_search.report.table import front_table, sealed_table, summary_table, trials_table
     from merge_search.search.records import objective_of
     from merge_search.search.storage import load_study
-    from merge_search.study_file import read_study_file
 
-    stored = load_study(read_study_file(study))
+    stored = load_study(file)
     objective, experts = objective_of(stored)
     listed = trials_table(stored, objective, n=trials or None)
     _show(listed, "trials (search questions, ± one standard error)")
@@ -176,7 +178,10 @@ def _version(
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """Without looking for garbage: of what modules make, much and for good, there is none, and looking takes half as long again."""
+    """Disable garbage collection during the import.
+
+    Imported modules create many long-lived objects, so collecting finds nothing and adds about 50 % to the import time.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -188,13 +193,17 @@ def _importing() -> Iterator[None]:
 
 
 def _plan(study: Path, device: str | None = None, *, look_for_earlier: bool = False) -> Plan:
+    file = _read(study, device)
     from merge_search.search.prepare import prepare
+
+    return prepare(file, look_for_earlier=look_for_earlier)
+
+
+def _read(study: Path, device: str | None = None) -> StudyFile:
+    """The study file with the given device. Called before anything heavy is imported, so a wrong path is told at once."""
     from merge_search.study_file import read_study_file
 
-    return prepare(_on(read_study_file(study), device), look_for_earlier=look_for_earlier)
-
-
-def _on(file: StudyFile, device: str | None) -> StudyFile:
+    file = read_study_file(study)
     return file if device is None else file.model_copy(update={"device": device})
 
 

@@ -16,9 +16,9 @@ from merge_search.errors import InputError, StudyFileError
 from merge_search.merge_recipe import write_merge
 from merge_search.mergekit import to_mergekit
 from merge_search.recipe import Models
-from merge_search.report.table import card
-from merge_search.search.prepare import Plan
-from merge_search.search.records import Record, objective_of, owners_of, records, references_of
+from merge_search.report.model_card import card
+from merge_search.search.plan import Plan
+from merge_search.search.records import Record, objective_of, records, references_of, teachers_of
 from merge_search.search.storage import load_study
 from merge_search.search.trial.worker import maps_of, statistics_of
 from merge_search.search.verdict.selection import champions, nothing_to_hand_over
@@ -42,10 +42,10 @@ def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
     record = _wanted(study, number)
     recipe = record.recipe.model_copy(update={"models": _local(record.recipe.models, plan.context.models)})
     text = card(study, objective, record, experts)
-    owners = owners_of(objective, references_of(study, list(objective.metrics.values()), experts))
+    teachers = teachers_of(objective, references_of(study, list(objective.metrics.values()), experts))
 
     def statistics(pool: ModelPool) -> DataStatistics:
-        return statistics_of(plan, pool, owners, None)
+        return statistics_of(plan, pool, teachers, None)
 
     device = plan.file.device
     write_merge(recipe, out, text, maps_of(plan.file), statistics, device=device, expected=record.weights_sha256)

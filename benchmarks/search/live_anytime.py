@@ -26,11 +26,12 @@ from zoo import Zoo, search_study, test_study, write_tasks
 from merge_search.evaluation import Evaluation, Evaluator, Split
 from merge_search.objective import Objective
 from merge_search.recipe import Recipe
-from merge_search.search.prepare import Plan, prepare
-from merge_search.search.records import Record, finished_records, owners_of, references_of
+from merge_search.search.plan import Plan
+from merge_search.search.prepare import prepare
+from merge_search.search.records import Record, finished_records, references_of, teachers_of
 from merge_search.search.run import run
 from merge_search.search.start.baselines import baselines
-from merge_search.search.trial.worker import Workbench
+from merge_search.search.trial.worker import Worker
 from merge_search.search.verdict import selection
 from merge_search.study_file import read_study_file
 
@@ -95,7 +96,7 @@ class Bench:
 
     def __init__(self, task: Task, plan: Plan, folder: Path) -> None:
         self.task, self.plan = task, plan
-        self.work = Workbench(plan, device="cpu")
+        self.work = Worker(plan, device="cpu")
         self._folder = folder
         self._test: list[Evaluator] | None = None
 
@@ -203,7 +204,7 @@ def anytime_rows(task: Task) -> list[Row]:
         study = run(plan.file, clock)
         bench = Bench(task, plan, folder)
         known = references_of(study, plan.metrics, plan.context.experts)
-        bench.work.offer_statistics(owners_of(plan.objective, known))
+        bench.work.set_teachers(teachers_of(plan.objective, known))
         bench.keep_validated(study)
         references = bench.references()
         rows = []

@@ -35,10 +35,11 @@ from zoo import ZOOS, search_study, write_tasks
 
 from merge_search.evaluation import Split
 from merge_search.recipe import Recipe
-from merge_search.search.prepare import Plan, prepare
+from merge_search.search.plan import Plan
+from merge_search.search.prepare import prepare
 from merge_search.search.samplers.unit_cube import UnitCube
 from merge_search.search.start.baselines import baselines
-from merge_search.search.trial.worker import Workbench
+from merge_search.search.trial.worker import Worker
 from merge_search.seeding import derive_seed
 from merge_search.study_file import read_study_file
 
@@ -195,7 +196,7 @@ class Recorder:
 
     def __init__(self, plan: Plan, fidelity: float) -> None:
         self.fidelity = fidelity
-        self.plan, self.bench, self.cube = plan, Workbench(plan, device="cpu"), UnitCube(plan.space.parameters)
+        self.plan, self.bench, self.cube = plan, Worker(plan, device="cpu"), UnitCube(plan.space.parameters)
         self.metrics = [
             next(m.name for m in plan.metrics if m.task == t) for t in dict.fromkeys(m.task for m in plan.metrics)
         ]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from merge_search import catalogue
 from merge_search.engine.checkpoints.compatibility import check_models
@@ -20,55 +19,17 @@ from merge_search.objective import Objective
 from merge_search.presets import PRESETS
 from merge_search.recipe import Models
 from merge_search.search.checks import search_problems
+from merge_search.search.plan import Plan
 from merge_search.search.samplers import SAMPLERS, check_sampler
 from merge_search.search.start.baselines import ALWAYS
 from merge_search.search.start.earlier_studies import earlier_problems
-from merge_search.search.start.warm_start import LearnedSpace
+from merge_search.search.start.learned_space import LearnedSpace
 from merge_search.space import SearchSpace, SpaceContext
-from merge_search.study_file import Learner, StatisticsSection, StudyFile
+from merge_search.study_file import Learner, StudyFile
 
-__all__ = ["Plan", "prepare", "prepare_models"]
+__all__ = ["prepare"]
 
 T = TypeVar("T")
-N_ROWS = StatisticsSection().n_rows  # left out of identities, as in studies of before it could be set
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A study file that fits its models, tasks and metrics.
-
-    Attributes:
-        context: The models and their groups.
-        metrics: Of all evaluators, in order.
-        baselines: Names of presets tried before the search.
-    """
-
-    file: StudyFile
-    context: SpaceContext
-    space: SearchSpace
-    evaluators: list[Evaluator]
-    metrics: list[MetricInfo]
-    objective: Objective
-    baselines: list[str]
-
-    def identity(self, hashes: dict[str, str]) -> dict[str, Any]:
-        """What must not change between runs of one study; JSON."""
-        file = self.file
-        return {
-            "models": hashes,
-            "dtype": file.models.dtype,
-            "seed": file.study.seed,
-            "space": file.space.model_dump(mode="json"),
-            "evaluate": {
-                f"{i}.{entry.evaluator}": {"options": entry.options, "questions": evaluator.fingerprint()}
-                for i, (entry, evaluator) in enumerate(zip(file.evaluate, self.evaluators, strict=True))
-            },
-            "splits": file.splits.model_dump(mode="json"),
-            "fidelity": file.search.fidelity,
-            "objective": file.objective.model_dump(mode="json"),
-            "learner": file.search.learner.model_dump(mode="json") if file.search.learner else None,
-            **({} if file.statistics.n_rows == N_ROWS else {"statistics_rows": file.statistics.n_rows}),
-        }
 
 
 class _Problems:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,23 +17,18 @@ from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
 
 __all__ = [
-    "ASKED_IN_VAIN",
     "Record",
+    "best",
+    "best_expert",
+    "candidates",
     "finished_records",
     "objective_of",
-    "owners_of",
-    "questions_asked",
-    "questions_left",
-    "questions_of_a_trial",
     "records",
     "references_of",
-    "seconds_spent",
     "store_metrics",
     "stored_references",
+    "teachers_of",
 ]
-
-ASKED_IN_VAIN = "asked_in_vain"
-"""Study attribute, absent for none: questions put to base or an expert whose scores then did not come about."""
 
 
 @dataclass(frozen=True)
@@ -101,51 +95,32 @@ def finished_records(study: optuna.Study) -> list[Record]:
     return [r for r in records(study) if r.outcome is not None and r.outcome is not Outcome.LOST]
 
 
-def questions_asked(study: optuna.Study) -> int:
-    """By base, experts and all trials, over all runs: scores, fits and statistics.
+def candidates(study: optuna.Study) -> list[Record]:
+    """Scored trials that meet the constraints and are merges: neither the base nor an expert."""
+    references = stored_references(study)
+    return [
+        r
+        for r in records(study)
+        if r.is_scored and r.feasible and r.label not in references and "same_as" not in r.attributes
+    ]
 
-    Base and experts are asked before the first trial; the trials that carry their names only repeat those answers. What was
-    asked of them before a run ended in the middle counts, too (`ASKED_IN_VAIN`).
-    """
-    known = stored_references(study)
-    trials = [t.user_attrs for t in study.get_trials(deepcopy=False) if t.user_attrs.get("label") not in known]
-    asked = sum(int(a.get("cost", (0, 0, 0))[2]) for a in trials)
-    asked += sum(int(data["evaluation"]["cost"][2]) for data in known.values())
-    return asked + int(study.user_attrs.get(ASKED_IN_VAIN, 0))
+
+def best(study: optuna.Study, objective: Objective) -> Record | None:
+    """The candidate with the best first objective as measured, among those that were asked all questions."""
+    full = [r for r in candidates(study) if r.outcome is Outcome.OK]
+    return max(full, key=lambda r: objective.key(r.values), default=None)
+
+
+def best_expert(study: optuna.Study, objective: Objective, experts: Sequence[str], references: References) -> float:
+    """First objective of the expert that is best in it, on the search questions."""
+    stored = stored_references(study)
+    evaluations = (Evaluation.from_attribute(stored[e]["evaluation"]) for e in experts)
+    return max((objective.values(e, references)[0].value for e in evaluations), key=lambda v: objective.key([v]))
 
 
 def stored_references(study: optuna.Study) -> dict[str, Mapping[str, Any]]:
     """What is stored of base and experts, by name: ``evaluation`` and ``weights_sha256``."""
     return {k.removeprefix("reference."): v for k, v in study.user_attrs.items() if k.startswith("reference.")}
-
-
-def questions_left(study: optuna.Study, budget: int | None) -> int | None:
-    """What a fit may still ask of `budget` questions, its scoring set aside; may be negative. None: no such budget."""
-    if budget is None:
-        return None
-    return budget - questions_asked(study) - questions_of_a_trial(study)
-
-
-def questions_of_a_trial(study: optuna.Study) -> int:
-    """What scoring one trial asks: what scoring the base did."""
-    return Evaluation.from_attribute(study.user_attrs["reference.base"]["evaluation"]).cost.questions
-
-
-def seconds_spent(study: optuna.Study) -> float:
-    """Wall time of base, experts and all trials, over all runs.
-
-    Trials that were lost with a killed process ended when the next run closed them, maybe days later: they count with what
-    they had charged themselves.
-    """
-    took = [_seconds(t) for t in study.get_trials(deepcopy=False)]
-    costs = [data["evaluation"]["cost"] for data in stored_references(study).values()]
-    return sum(took) + sum(float(merge_s + evaluate_s) for merge_s, evaluate_s, _ in costs)
-
-
-def _seconds(trial: FrozenTrial) -> float:
-    if trial.user_attrs.get("outcome") in (Outcome.LOST, Outcome.DIED):
-        return math.fsum(trial.user_attrs.get("cost", ())[:2])
-    return 0.0 if trial.duration is None else trial.duration.total_seconds()
 
 
 def store_metrics(study: optuna.Study, metrics: Sequence[MetricInfo]) -> None:
@@ -165,7 +140,7 @@ def references_of(study: optuna.Study, metrics: Sequence[MetricInfo], experts: S
     return References.from_evaluations(metrics, found.pop("base"), found)
 
 
-def owners_of(objective: Objective, references: References) -> dict[str, str]:
+def teachers_of(objective: Objective, references: References) -> dict[str, str]:
     """Task -> the expert that is best at it, by the task's main metric; ``base`` where none beats the base.
 
     Whose answers teach a task without labels, and whose statistics are measured on its rows: a task that the experts only

@@ -16,6 +16,7 @@ import optuna
 import sqlalchemy
 from optuna.trial import TrialState
 
+from merge_search._compat.optuna import set_user_attribute
 from merge_search.errors import StorageError, StudyChangedError, StudyFileError, first_line
 from merge_search.outcome import Outcome
 from merge_search.study_file import StudyFile
@@ -143,7 +144,7 @@ def reclaim_lost_trials(study: optuna.Study) -> list[str]:
     outcome ``died``. Returns, in words, what was done with those that had begun. Call while holding `driver_lock`.
     """
     trials = study.get_trials(deepcopy=False)
-    storage, said = study._storage, []
+    sentences = []
     for trial in (t for t in trials if t.state == TrialState.RUNNING):
         keep = {k: v for k, v in trial.user_attrs.items() if k in ("label", "given_recipe")}
         params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
@@ -153,15 +154,15 @@ def reclaim_lost_trials(study: optuna.Study) -> list[str]:
         outcome = Outcome.DIED if died >= TRIES else Outcome.LOST
         if outcome is Outcome.DIED:
             reason = f"its process died {died} times in it (main memory used up, or a crash)"
-            storage.set_trial_user_attr(trial._trial_id, "reason", reason)
-            said.append(f"trial {trial.number} of a killed run is given up: {reason}")
+            set_user_attribute(study, trial, "reason", reason)
+            sentences.append(f"trial {trial.number} of a killed run is given up: {reason}")
         elif params or keep:
             if not any(t.number > trial.number for t in tries):
                 study.enqueue_trial(params, user_attrs={**keep, "retry_of": first})
-            said.append(f"trial {trial.number} of a killed run is closed, and its point queued again")
-        storage.set_trial_user_attr(trial._trial_id, "outcome", str(outcome))
+            sentences.append(f"trial {trial.number} of a killed run is closed, and its point queued again")
+        set_user_attribute(study, trial, "outcome", str(outcome))
         study.tell(trial.number, state=TrialState.FAIL)
-    return said
+    return sentences
 
 
 def describe_changes(old: Any, new: Any, at: str = "") -> list[str]:

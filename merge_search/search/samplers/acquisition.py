@@ -39,6 +39,7 @@ from botorch.utils.multi_objective.scalarization import get_chebyshev_scalarizat
 from botorch.utils.sampling import sample_simplex
 from torch import Tensor
 
+from merge_search._compat.botorch import skip_compilation
 from merge_search.search.samplers.cost import log_cost
 from merge_search.search.samplers.history import History, Quantity
 from merge_search.search.samplers.kernels import Surrogate, fit, make_kernel
@@ -47,8 +48,7 @@ from merge_search.search.samplers.unit_cube import UnitCube
 
 __all__ = ["propose", "quasi_random"]
 
-# NOTE: otherwise the first use compiles C++ for minutes, for the same values at the same speed.
-multi_objective_logei._load_attempted = True
+skip_compilation()
 
 N_RAW = 768
 N_SOURCES = 5  # points of B

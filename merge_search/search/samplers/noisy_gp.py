@@ -18,6 +18,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from merge_search._compat.optuna import set_system_attribute, set_user_attribute
 from merge_search.errors import StudyFileError
 from merge_search.search.samplers.acquisition import propose, quasi_random
 from merge_search.search.samplers.history import POINT_ATTRIBUTE, History, read_history
@@ -106,7 +107,7 @@ class NoisyGPSampler(BaseSampler):
         point |= trial.system_attrs.get("fixed_params", {})  # of a trial that was enqueued in part
         # Parameters are stored one by one: from here on other drivers see the whole point as pending.
         noted = self._cube.encode({**_singles(self._space), **point}) or x
-        study._storage.set_trial_system_attr(trial._trial_id, POINT_ATTRIBUTE, noted)
+        set_system_attribute(study, trial, POINT_ATTRIBUTE, noted)
         return point
 
     def _point(self, study: Study, trial: FrozenTrial, history: History) -> list[float]:
@@ -127,7 +128,7 @@ class NoisyGPSampler(BaseSampler):
         except NUMERICAL_ERRORS as error:
             reason = f"{type(error).__name__}: {error}"[:500]
             log.warning("the model failed at trial %d, trying a quasi-random point instead: %s", trial.number, reason)
-            study._storage.set_trial_user_attr(trial._trial_id, FALLBACK_ATTRIBUTE, reason)
+            set_user_attribute(study, trial, FALLBACK_ATTRIBUTE, reason)
             return quasi_random(self._cube, seed=start, index=trial.number)
 
     def _is_started(self, history: History) -> bool:

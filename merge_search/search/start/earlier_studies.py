@@ -20,9 +20,8 @@ import optuna
 
 from merge_search.errors import MergeSearchError, StorageError, StudyFileError, nearest
 from merge_search.recipe import Models, PerGroup, Recipe
-from merge_search.search.records import objective_of
+from merge_search.search.records import candidates, objective_of
 from merge_search.search.storage import open_storage
-from merge_search.search.verdict.selection import candidates
 from merge_search.space import SearchSpace
 from merge_search.study_file import Earlier, StudyFile, read_study_file
 

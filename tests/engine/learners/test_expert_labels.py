@@ -19,7 +19,7 @@ from merge_search.engine.resident.live_model import LiveModel
 from merge_search.errors import InputError
 from merge_search.recipe import Recipe
 from merge_search.search.prepare import prepare
-from merge_search.search.trial.worker import Workbench
+from merge_search.search.trial.worker import Worker
 from merge_search.study_file import read_study_file
 
 N_ROWS = 300
@@ -172,7 +172,7 @@ DEMO_OWNERS = {f"demo_{e}": e for e in EXPERTS}
 N_FIT = 48
 
 
-def workbench(folder: Path, demo: Path) -> tuple[Workbench, Recipe]:
+def workbench(folder: Path, demo: Path) -> tuple[Worker, Recipe]:
     """As a new process makes it: evaluators without any labels."""
     data = {
         "study": {"name": "s", "seed": 1},
@@ -190,7 +190,7 @@ def workbench(folder: Path, demo: Path) -> tuple[Workbench, Recipe]:
     }  # fmt: skip
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(data, sort_keys=False))
-    bench = Workbench(prepare(read_study_file(path)), device="cpu")
+    bench = Worker(prepare(read_study_file(path)), device="cpu")
     return bench, Recipe(models=bench.models, coefficients=dict.fromkeys(EXPERTS, 0.3))
 
 

@@ -22,7 +22,7 @@ from merge_search.presets import preset
 from merge_search.recipe import Models, Recipe
 from merge_search.search.prepare import prepare
 from merge_search.search.start.baselines import baselines
-from merge_search.search.trial.worker import Workbench, statistics_of
+from merge_search.search.trial.worker import Worker, statistics_of
 from merge_search.study_file import read_study_file
 
 # --- checks before work, files of others, exports
@@ -144,9 +144,9 @@ def test_a_study_measures_on_its_fit_rows_charges_for_them_and_starts_from_prese
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     plan = prepare(read_study_file(tmp_path / "study.yaml"))
-    bench = Workbench(plan, device="cpu")
+    bench = Worker(plan, device="cpu")
     assert "fisher" not in baselines(plan.context, plan.baselines, can_measure=bench.can_measure)
-    bench.offer_statistics(tasks)
+    bench.set_teachers(tasks)
     recipe = baselines(plan.context, plan.baselines, can_measure=bench.can_measure)["fisher"]
     plain = bench.score(preset("average", plan.context.models), Split.SEARCH)
     first = bench.score(recipe, Split.SEARCH)

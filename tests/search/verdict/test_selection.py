@@ -11,10 +11,12 @@ import pytest
 
 from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split
 from merge_search.objective import Objective, References
-from merge_search.report.table import card, front_table, sealed_table, summary_table, trials_table
-from merge_search.search.records import records
+from merge_search.report.model_card import card
+from merge_search.report.table import front_table, sealed_table, summary_table, trials_table
+from merge_search.search.records import best, candidates, records
 from merge_search.search.storage import open_storage
 from merge_search.search.verdict import selection
+from merge_search.search.verdict.validation import to_validate
 from merge_search.space import Float
 
 METRIC = MetricInfo("t", "acc", True, {Split.SEARCH: 100, Split.VALIDATION: 100})
@@ -51,9 +53,9 @@ def study(tmp_path: Path) -> optuna.Study:
 
 
 def test_the_progress_line_names_the_best_merge_not_the_best_expert(study: optuna.Study) -> None:
-    best = selection.best(study, OBJECTIVE)
-    assert best is not None
-    assert best.number == 4
+    incumbent = best(study, OBJECTIVE)
+    assert incumbent is not None
+    assert incumbent.number == 4
 
 
 def test_the_winner_is_best_on_validation_not_the_luckiest(study: optuna.Study) -> None:
@@ -131,7 +133,7 @@ def test_finalists_meet_base_experts_average_and_the_best_baseline(study: optuna
         trial.set_user_attr("noise", {"value": 0.002})
         trial.set_user_attr("outcome", "ok")
         study.tell(trial, search / 100)
-    found = selection.to_validate(study, OBJECTIVE, {"c": Float(0, 1)}, seed=0, n=1)
+    found = to_validate(study, OBJECTIVE, {"c": Float(0, 1)}, seed=0, n=1)
     assert [r.label for r in found] == ["", "base", "x", "average", "ties"]
 
 
@@ -301,7 +303,7 @@ TWO = Objective(["t"], ["drift/kl"], [], [METRIC, KL])
 
 
 def test_the_front_leaves_out_what_another_merge_beats_in_everything(trade_off: optuna.Study) -> None:
-    merges = selection.candidates(trade_off)
+    merges = candidates(trade_off)
     assert [r.number for r in selection.front(merges, TWO)] == [3, 4, 5, 7]
     assert TWO.dominates((0.8, 0.5), (0.7, 0.6))
     assert not TWO.dominates((0.8, 0.5), (0.8, 0.5))
