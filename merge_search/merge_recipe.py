@@ -20,7 +20,7 @@ from merge_search.engine.streaming.engine import OneOffEngine
 from merge_search.errors import RecipeError
 from merge_search.mergekit import read_mergekit
 from merge_search.recipe import Models, Recipe
-from merge_search.report.model_card import recipe_card
+from merge_search.report.recipe_card import recipe_card
 
 __all__ = ["merge_recipe", "write_merge"]
 

@@ -1,38 +1,16 @@
-"""Model cards: of a merge that a study found, and of one made from a recipe alone."""
+"""The model card of a merge that a study found."""
 
 from __future__ import annotations
 
 import optuna
 
 from merge_search.objective import Objective
-from merge_search.recipe import Recipe
+from merge_search.report.recipe_card import recipe_sources
 from merge_search.report.table import sealed_table, summary_table
 from merge_search.search.budget import questions_asked
 from merge_search.search.records import Record, finished_records
 
-__all__ = ["card", "recipe_card", "recipe_sources"]
-
-
-def recipe_card(recipe: Recipe) -> str:
-    """README.md of a model made from a recipe alone, whose scores are not known."""
-    return f"""---
-library_name: transformers
-tags: [merge, merge-search]
----
-
-# A merge by {recipe.preset or "a custom recipe"}
-
-{recipe_sources(recipe)}
-
-`recipe.json` holds the whole recipe: `merge-search merge recipe.json OUT` gives these weights, bit for bit.
-"""
-
-
-def recipe_sources(recipe: Recipe) -> str:
-    """Base and experts, one a line."""
-    return "\n".join(
-        f"- {name}: `{ref}`" for name, ref in {"base": recipe.models.base, **recipe.models.experts}.items()
-    )
+__all__ = ["card"]
 
 
 def card(study: optuna.Study, objective: Objective, record: Record, experts: tuple[str, ...]) -> str:
