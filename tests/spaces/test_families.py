@@ -225,8 +225,7 @@ class OneKnob:
 
 def test_a_space_of_ones_own_is_found_by_file_and_class(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(USER_SPACE)
-    kind = catalogue.load("search_spaces", "mine.py:OneKnob", folder=tmp_path)
-    space = kind({"high": 2.0}, CONTEXT)
+    space = catalogue.build_space("mine.py:OneKnob", {"high": 2.0}, CONTEXT, folder=tmp_path)
     assert isinstance(space, SearchSpace)
     recipe = space.decode({"strength": 0.5})
     assert (recipe.coefficients["code"], recipe.seed, recipe.dtype) == (0.5, 5, "bfloat16")

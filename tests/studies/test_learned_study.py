@@ -26,7 +26,7 @@ from merge_search.search.first_trials import Start
 from merge_search.search.records import Record, finished_records, questions_asked
 from merge_search.search.start.warm_start import LearnedSpace, better_start, structure_of
 from merge_search.search.storage import reclaim_lost_trials
-from merge_search.space import Categorical, Float
+from merge_search.space import Categorical, Float, SearchSpace
 from merge_search.study_file import Learner
 
 EXPERTS = ["maths", "stories", "spelling"]
@@ -244,7 +244,7 @@ def test_tasks_that_share_no_questions_with_a_learner_are_told_the_share_that_wo
     here("validate", path)
 
 
-class Line:
+class Line(SearchSpace):
     """A space of one coefficient."""
 
     parameters = {"c": Float(0.0, 1.0)}  # noqa: RUF012
@@ -328,7 +328,7 @@ def merges(**answers: list[int]) -> optuna.Study:
             "recipe": recipe.to_json(), "noise": {"value": 0.002},
         }.items():  # fmt: skip
             trial.set_user_attr(key, value)
-        study.tell(trial, float(values.mean()))
+        study.teacher_outputs(trial, float(values.mean()))
     return study
 
 
@@ -390,7 +390,7 @@ def test_a_kill_while_the_ladder_is_queued_does_not_move_the_start_of_the_rest(n
         queue_of(killed).go_on()
     assert len(first_points(killed)) == n_queued
     for _ in range(n_queued):
-        killed.tell(killed.ask(), 0.6)
+        killed.teacher_outputs(killed.ask(), 0.6)
     killed.add_trial(merges(tsv_m=[1] * 90 + [0] * 10).trials[0])  # what a rung may find
     queue_of(killed).go_on()
     assert first_points(killed) == first_points(whole)
