@@ -328,7 +328,7 @@ def merges(**answers: list[int]) -> optuna.Study:
             "recipe": recipe.to_json(), "noise": {"value": 0.002},
         }.items():  # fmt: skip
             trial.set_user_attr(key, value)
-        study.teacher_outputs(trial, float(values.mean()))
+        study.tell(trial, float(values.mean()))
     return study
 
 
@@ -390,7 +390,7 @@ def test_a_kill_while_the_ladder_is_queued_does_not_move_the_start_of_the_rest(n
         queue_of(killed).go_on()
     assert len(first_points(killed)) == n_queued
     for _ in range(n_queued):
-        killed.teacher_outputs(killed.ask(), 0.6)
+        killed.tell(killed.ask(), 0.6)
     killed.add_trial(merges(tsv_m=[1] * 90 + [0] * 10).trials[0])  # what a rung may find
     queue_of(killed).go_on()
     assert first_points(killed) == first_points(whole)
