@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from merge_search import catalogue
-from merge_search.errors import InputError
-
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("merge_search", "search_spaces", "evaluators")
 HEAVY = ("torch", "botorch", "gpytorch", "transformers", "lm_eval")
@@ -37,7 +34,7 @@ def test_imports_point_downwards() -> None:
         "import merge_search.cli; merge_search.cli.main(['--help'])",
         "import merge_search.cli; merge_search.cli.main(['list'])",
         "import merge_search.recipe, merge_search.presets, merge_search.space, merge_search.evaluation",
-        "import merge_search.objective, merge_search.study_file, merge_search.catalogue",
+        "import merge_search.objective, merge_search.study_file, merge_search.catalogue, merge_search.options",
         "import search_spaces, evaluators, search_spaces.compatibility",
         "import merge_search.engine.checkpoints.headers, merge_search.engine.checkpoints.layout",
     ],
@@ -45,28 +42,6 @@ def test_imports_point_downwards() -> None:
 def test_light_things_load_nothing_heavy(code: str) -> None:
     check = f"import sys\ntry:\n    exec({code!r})\nexcept SystemExit:\n    pass\nprint('HEAVY', [m for m in {HEAVY} if m in sys.modules])"
     assert python(check).stdout.strip().endswith("HEAVY []")
-
-
-@pytest.mark.parametrize("kind", ["search_spaces", "evaluators"])
-def test_every_row_of_a_catalogue_names_a_class(kind: str) -> None:
-    table = catalogue.names(kind)
-    assert table
-    for name in table:
-        assert isinstance(catalogue.load(kind, name), type), name
-
-
-def test_an_unknown_name_gets_the_nearest_known_one() -> None:
-    with pytest.raises(InputError, match=r"no search space is called 'compatability'; did you mean 'compatibility'\?"):
-        catalogue.load("search_spaces", "compatability")
-
-
-def test_a_users_own_file_is_loaded_by_path(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("class Mine:\n    pass\n")
-    assert catalogue.load("evaluators", "mine.py:Mine", folder=tmp_path).__name__ == "Mine"
-    with pytest.raises(InputError, match="has no class 'Yours'"):
-        catalogue.load("evaluators", "mine.py:Yours", folder=tmp_path)
-    with pytest.raises(InputError, match="no file"):
-        catalogue.load("evaluators", "none.py:Mine", folder=tmp_path)
 
 
 def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path: Path) -> None:

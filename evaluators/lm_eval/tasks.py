@@ -30,6 +30,9 @@ __all__ = ["load_tasks", "quiet_lm_eval", "reason"]
 
 log = logging.getLogger(__name__)
 
+_LARGE = 2**20
+"""Bytes. A file of this size holds rows, so it need not be read to know that it is not empty."""
+
 
 def reason(error: BaseException) -> str:
     """An exception of somebody else's code in one line: its type, and the start of its message."""
@@ -61,7 +64,8 @@ def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict
     Args:
         folder: What task files named by a path are relative to before ``include_path``; None: the current directory.
     """
-    manager = _manager(options.include_path, defaults=False)
+    data_files: list[Any] = []
+    manager = _manager(options.include_path, data_files, defaults=False)
     folders = [str(folder or ""), *options.include_path]
     specs = [_path(name, folders) if name not in manager.task_index else name for name in options.tasks]
     broken = list(_broken_files(options.include_path))
@@ -71,10 +75,11 @@ def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict
     for problem in broken:
         log.warning("%s", problem)
     if not all(is_local):
-        manager = _manager(options.include_path, defaults=True)
+        manager = _manager(options.include_path, data_files, defaults=True)
     tasks: dict[str, Any] = {}
     problems: list[str] = []
     for spec in specs:
+        data_files.clear()
         if spec not in manager.task_index and not Path(spec).is_file():
             hint = nearest(spec, manager.task_index)
             problems.append(f"tasks: lm-eval has no task, tag or group called {spec!r}{hint}")
@@ -82,7 +87,9 @@ def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict
         try:
             found = manager.load([spec])["tasks"]
         except Exception as error:  # whatever a task file, its Python code or its data set raises
-            problems.append(f"tasks: {spec!r} cannot be loaded: {reason(error)}")
+            empty = [path for files in data_files for path in _local_files(files) if _is_empty(path)]
+            why = f"{', '.join(map(str, empty))} has no rows" if empty else reason(error)
+            problems.append(f"tasks: {spec!r} cannot be loaded: {why}")
             continue
         if not found:
             problems.append(f"tasks: {spec!r} holds no task")
@@ -96,7 +103,14 @@ def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict
     return tasks, problems
 
 
-def _manager(folders: Sequence[str], *, defaults: bool) -> Any:
+def _manager(folders: Sequence[str], data_files: list[Any], *, defaults: bool) -> Any:
+    """lm-eval's task manager, which also finds data files beside the task file.
+
+    Args:
+        folders: Folders of task files.
+        data_files: Every ``data_files`` entry of a task that the manager loads is appended to this list.
+        defaults: Whether to index lm-eval's own tasks, too.
+    """
     manager = TaskManager(include_path=list(folders) or None, include_defaults=defaults)
     factory = manager._factory
     original = factory._load_full_config
@@ -105,6 +119,7 @@ def _manager(folders: Sequence[str], *, defaults: bool) -> Any:
         config: dict[str, Any] = original(entry, overrides)
         if entry.yaml_path is not None and isinstance(config.get("dataset_kwargs"), dict):
             config["dataset_kwargs"] = _absolute_data(config["dataset_kwargs"], _folders_of(Path(entry.yaml_path)))
+            data_files.append(config["dataset_kwargs"].get("data_files"))
         return config
 
     factory._load_full_config = load_full_config
@@ -176,6 +191,20 @@ def _absolute_data(arguments: Mapping[str, Any], folders: Sequence[Path]) -> dic
     elif "data_files" in out:
         out["data_files"] = _absolute_files(out["data_files"], folders)
     return out
+
+
+def _local_files(value: Any) -> Iterator[Path]:
+    """The files on this machine that a ``data_files`` entry names."""
+    if isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _local_files(item)
+    elif isinstance(value, str) and "://" not in value:
+        yield from (path for path in map(Path, sorted(glob.glob(value, recursive=True))) if path.is_file())
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a file holds nothing but white space."""
+    return path.stat().st_size < _LARGE and not path.read_bytes().strip()
 
 
 def _absolute_files(value: Any, folders: Sequence[Path]) -> Any:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from merge_search import catalogue
@@ -112,29 +110,18 @@ def _objective(file: StudyFile, metrics: list[MetricInfo], problems: _Problems) 
 
 
 def _space(file: StudyFile, context: SpaceContext) -> SearchSpace:
-    family = catalogue.load("search_spaces", file.space.type, folder=file.folder)
-    options = file.space.options
-    if isinstance(options.get("file"), str):
-        options["file"] = str((file.folder / Path(options["file"]).expanduser()).resolve())
-    space: SearchSpace = family(options, context)
-    return space
+    return catalogue.build_space(file.space.type, file.space.options, context, folder=file.folder)
 
 
 def _evaluator(file: StudyFile, index: int) -> Evaluator:
     entry = file.evaluate[index]
-    options = entry.options
-    paths = options.get("include_path") or []
-    if paths:
-        paths = [paths] if isinstance(paths, str) else paths
-        options["include_path"] = [str((file.folder / Path(p).expanduser()).resolve()) for p in paths]
     shares = SplitShares(file.splits.search, file.splits.validation, file.splits.test, file.splits.fit)
-    kind = catalogue.load("evaluators", entry.evaluator, folder=file.folder)
-    place = {"folder": file.folder} if "folder" in inspect.signature(kind).parameters else {}
     try:
-        evaluator: Evaluator = kind(options, shares=shares, seed=file.study.seed, **place)
+        return catalogue.build_evaluator(
+            entry.evaluator, entry.options, shares=shares, seed=file.study.seed, folder=file.folder
+        )
     except InputError as error:
         raise StudyFileError([f"evaluate.{index}: {p}" for p in error.problems]) from None
-    return evaluator
 
 
 def _check_sampler(file: StudyFile, n_objectives: int) -> None:

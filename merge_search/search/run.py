@@ -75,7 +75,7 @@ def run(file: StudyFile, listener: Listener) -> optuna.Study:
     with storage.driver_lock(backend, file.storage_url, file.study.name):
         executor = LocalExecutor(plan, device=file.device)
         try:
-            for text in (*executor.notes, *getattr(plan.space, "notes", []), *plan.objective.notes):
+            for text in (*executor.notes, *plan.space.notes, *plan.objective.notes):
                 listener.note(text)
             study = _open_study(plan, backend, sampler)
             storage.check_identity(study, plan.identity(executor.models.hashes))

@@ -1,119 +1,129 @@
-"""Conformance tests of an executor: what the search relies on, whatever runs the jobs."""
+"""What an executor promises: whatever runs the jobs, the search relies on these tests."""
 
 from __future__ import annotations
 
 import pickle
-from abc import ABC, abstractmethod
-from concurrent.futures import FIRST_COMPLETED, wait
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from merge_search.evaluation import Split
 from merge_search.recipe import Recipe
-from merge_search.search.trial.executor import Executor
-from merge_search.search.trial.job import Failed, Job, Learned, Report, Scored, Spent
+from merge_search.search.trial.job import Failed, Job, Learned, Report, Result, Scored, Spent
 
-__all__ = ["ExecutorTests"]
+if TYPE_CHECKING:
+    from merge_search.search.trial.executor import Executor
+
+__all__ = ["ExecutorCase", "ExecutorConformance"]
 
 
-class ExecutorTests(ABC):
-    """Inherit from this class in a test file, as ``TestMyExecutor``, and define the abstract methods.
+@dataclass(frozen=True)
+class ExecutorCase:
+    """An executor to test.
 
-    Every test makes an executor of its own with `make_executor`, and shuts it down.
+    Attributes:
+        make: Makes an executor of a small study with at least one expert.
+        broken: Changes to the recipe of the experts' average (`Recipe` fields) with which it cannot be scored, for a
+            reason of its own such as weights that overflow.
+        fit: Settings of a short fit (`FitSettings` fields) with the loss ``gold``. None: the study has no such loss.
     """
 
-    @abstractmethod
-    def make_executor(self) -> Executor:
-        """An executor of a small study with at least one expert."""
+    make: Callable[[], Executor]
+    broken: Mapping[str, Any]
+    fit: Mapping[str, Any] | None = None
 
-    @abstractmethod
-    def broken_recipe(self, executor: Executor) -> Recipe:
-        """A recipe over `executor.models` that cannot be scored, for a reason that is its own (such as an overflow)."""
+    @contextmanager
+    def executor(self) -> Iterator[Executor]:
+        """An executor that is shut down afterwards."""
+        executor = self.make()
+        try:
+            yield executor
+        finally:
+            executor.shutdown()
 
-    def fit_settings(self) -> dict[str, Any] | None:
-        """Settings of a short fit (`FitSettings` fields); None if the study has no evaluator with a loss."""
-        return None
-
-    def good_recipe(self, executor: Executor) -> Recipe:
-        """A recipe over `executor.models` that can be scored. By default the average of the experts."""
+    @staticmethod
+    def recipe(executor: Executor, **changes: Any) -> str:
+        """The average of the experts with these changes, as JSON."""
         experts = executor.models.experts
-        return Recipe(models=executor.models, coefficients=dict.fromkeys(experts, 1 / len(experts)))
+        average = {"models": executor.models, "coefficients": dict.fromkeys(experts, 1 / len(experts))}
+        return Recipe.model_validate({**average, **changes}).to_json()
 
-    def test_a_job_and_its_result_can_be_pickled(self) -> None:
-        executor = self.make_executor()
-        job = Job(self.good_recipe(executor).to_json())
-        result = executor.submit(pickle.loads(pickle.dumps(job))).result()
-        executor.shutdown()
-        assert isinstance(result, Scored)
+
+def _scored(result: Result) -> Scored:
+    assert isinstance(result, Scored), result
+    return result
+
+
+class ExecutorConformance:
+    """Derive a class, define the fixture ``case``, and pytest runs these tests on it."""
+
+    def test_a_job_and_its_result_can_be_pickled(self, case: ExecutorCase) -> None:
+        """Jobs and results are plain values, so that they can go to another process and come back unchanged."""
+        with case.executor() as executor:
+            job = pickle.loads(pickle.dumps(Job(case.recipe(executor))))
+            result = _scored(executor.submit(job).result())
         again = pickle.loads(pickle.dumps(result))
         assert again.weights_sha256 == result.weights_sha256
         assert again.evaluation.to_attribute() == result.evaluation.to_attribute()
 
-    def test_one_recipe_gives_the_same_weights_and_answers_each_time(self) -> None:
-        executor = self.make_executor()
-        good, base = self.good_recipe(executor), Recipe(models=executor.models, preset="base", scale=0.0)
-        results = [executor.submit(Job(recipe.to_json())).result() for recipe in (good, base, good)]
-        executor.shutdown()
+    def test_a_recipe_gives_the_same_weights_and_answers_each_time(self, case: ExecutorCase) -> None:
+        """A result depends on its job alone, not on the jobs before it."""
+        with case.executor() as executor:
+            average, base = case.recipe(executor), case.recipe(executor, scale=0.0)
+            results = [_scored(executor.submit(Job(recipe)).result()) for recipe in (average, base, average)]
         first, other, second = results
-        assert isinstance(first, Scored)
-        assert isinstance(other, Scored)
-        assert isinstance(second, Scored)
         assert first.weights_sha256 == second.weights_sha256 != other.weights_sha256
-        answers = [r.evaluation.to_attribute()["scores"] for r in (first, second)]
-        assert answers[0] == answers[1]
+        assert first.evaluation.to_attribute()["scores"] == second.evaluation.to_attribute()["scores"]
 
-    def test_more_jobs_than_workers_are_all_done(self) -> None:
-        executor = self.make_executor()
-        assert executor.capacity >= 1
-        job = Job(self.good_recipe(executor).to_json())
-        pending = {executor.submit(job) for _ in range(executor.capacity + 2)}
-        results = []
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            results += [future.result() for future in done]
-        n = executor.capacity + 2
-        executor.shutdown()
-        assert len(results) == n
-        assert all(isinstance(r, Scored) for r in results)
+    def test_more_jobs_than_workers_are_all_done(self, case: ExecutorCase) -> None:
+        """Futures work with `concurrent.futures.wait`."""
+        with case.executor() as executor:
+            assert executor.capacity >= 1
+            job = Job(case.recipe(executor))
+            pending: set[Future[Result]] = {executor.submit(job) for _ in range(executor.capacity + 2)}
+            n_submitted, n_done = len(pending), 0
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                n_done += sum(isinstance(future.result(), Scored) for future in done)
+        assert n_done == n_submitted
 
-    def test_a_recipe_that_fails_is_a_result_and_the_next_job_runs(self) -> None:
-        executor = self.make_executor()
+    def test_a_recipe_that_fails_is_a_result_and_the_next_job_runs(self, case: ExecutorCase) -> None:
+        """A failure that belongs to the recipe is typed, has a reason and the questions that were asked."""
         reports: list[Report] = []
-        failed = executor.submit(Job(self.broken_recipe(executor).to_json()), reports.append).result()
-        scored = executor.submit(Job(self.good_recipe(executor).to_json())).result()
-        executor.shutdown()
+        with case.executor() as executor:
+            failed = executor.submit(Job(case.recipe(executor, **case.broken)), reports.append).result()
+            _scored(executor.submit(Job(case.recipe(executor))).result())
         assert isinstance(failed, Failed)
         assert not failed.outcome.is_scored
         assert failed.reason
-        assert isinstance(reports[-1], Spent)
-        assert reports[-1].questions == failed.questions
-        assert isinstance(scored, Scored)
+        assert reports[-1] == Spent(failed.questions)
 
-    def test_split_and_fidelity_are_those_of_the_job(self) -> None:
-        executor = self.make_executor()
-        recipe = self.good_recipe(executor).to_json()
-        part = executor.submit(Job(recipe, Split.SEARCH, 0.5)).result()
-        validation = executor.submit(Job(recipe, Split.VALIDATION)).result()
-        executor.shutdown()
-        assert isinstance(part, Scored)
-        assert isinstance(validation, Scored)
-        assert (part.evaluation.split, part.evaluation.fidelity) == (Split.SEARCH, 0.5)
-        assert validation.evaluation.split is Split.VALIDATION
+    def test_split_and_fidelity_are_those_of_the_job(self, case: ExecutorCase) -> None:
+        """A job asks its own questions."""
+        with case.executor() as executor:
+            recipe = case.recipe(executor)
+            part = _scored(executor.submit(Job(recipe, Split.SEARCH, 0.5)).result()).evaluation
+            validation = _scored(executor.submit(Job(recipe, Split.VALIDATION)).result()).evaluation
+        assert (part.split, part.fidelity) == (Split.SEARCH, 0.5)
+        assert validation.split is Split.VALIDATION
 
-    def test_a_fit_reports_its_recipe_before_it_is_scored_and_asks_what_was_foreseen(self) -> None:
-        settings = self.fit_settings()
-        if settings is None:
+    def test_a_fit_is_reported_before_its_recipe_is_scored(self, case: ExecutorCase) -> None:
+        """The questions of every step and then the fitted recipe are reported, and they are as many as foreseen."""
+        if case.fit is None:
             return
-        executor = self.make_executor()
-        executor.set_teachers({})
-        foreseen = executor.fit_questions(settings)
         reports: list[Report] = []
-        result = executor.submit(Job(self.good_recipe(executor).to_json(), fit=settings), reports.append).result()
-        executor.shutdown()
-        assert isinstance(result, Scored)
-        learned = [r for r in reports if isinstance(r, Learned)]
-        assert len(learned) == 1
-        assert learned[0].questions == result.extra.questions == foreseen
-        assert pickle.loads(pickle.dumps(learned[0])) == learned[0]
-        asked = [r.questions for r in reports if isinstance(r, Spent)]
+        with case.executor() as executor:
+            executor.set_teachers({})
+            foreseen = executor.fit_questions(case.fit)
+            job = Job(case.recipe(executor), fit=case.fit)
+            result = _scored(executor.submit(job, reports.append).result())
+        *steps, learned = reports
+        assert isinstance(learned, Learned)
+        assert pickle.loads(pickle.dumps(learned)) == learned
+        assert learned.questions == result.extra.questions == foreseen
+        asked = [report.questions for report in steps if isinstance(report, Spent)]
+        assert len(asked) == len(steps) == case.fit["steps"]
         assert asked == sorted(asked)
-        assert len(asked) == settings["steps"]
+        assert asked[-1] <= foreseen

@@ -28,7 +28,7 @@ from merge_search.search.records import Record, finished_records
 from merge_search.search.start.learned_space import LearnedSpace
 from merge_search.search.start.warm_start import better_start, structure_of
 from merge_search.search.storage import reclaim_lost_trials
-from merge_search.space import Categorical, Float
+from merge_search.space import Categorical, Float, SearchSpace
 from merge_search.study_file import Learner, Search
 
 EXPERTS = ["maths", "stories", "spelling"]
@@ -246,7 +246,7 @@ def test_tasks_that_share_no_questions_with_a_learner_are_told_the_share_that_wo
     here("validate", path)
 
 
-class Line:
+class Line(SearchSpace):
     """A space of one coefficient."""
 
     parameters = {"c": Float(0.0, 1.0)}  # noqa: RUF012

@@ -201,13 +201,13 @@ def docs(e: LmEval, task: str) -> list[Any]:
     return [row.doc for row in e._fit[task].rows]
 
 
-def remember_another(e: LmEval, model: Any, task: str) -> None:
+def cache_another(e: LmEval, model: Any, task: str) -> None:
     """Let a model of other weights be the expert of all fit rows."""
     kept = {name: p.detach().clone() for name, p in model.named_parameters()}
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * p.std() * torch.randn(p.shape, generator=draw).to(p.dtype))
-        e.remember(task, range(e.fit_tasks()[task]))
+        e.cache_teacher(task, range(e.fit_tasks()[task]))
         for name, p in model.named_parameters():
             p.copy_(kept[name])

@@ -85,12 +85,12 @@ class ExpertLabels:
 
 def _price(evaluator: Differentiable, task: str, kind: str) -> int:
     """Questions per row."""
-    return _teachable(evaluator).questions_to_remember(task) if kind == "kl" else 1
+    return _teachable(evaluator).teacher_questions(task) if kind == "kl" else 1
 
 
 def _answer(evaluator: Differentiable, task: str, rows: list[int], kind: str) -> None:
     if kind == "kl":
-        _teachable(evaluator).remember(task, rows)
+        _teachable(evaluator).cache_teacher(task, rows)
         return
     for at in range(0, len(rows), _AT_ONCE):
         some = rows[at : at + _AT_ONCE]
@@ -100,6 +100,6 @@ def _answer(evaluator: Differentiable, task: str, rows: list[int], kind: str) ->
 def _teachable(evaluator: Differentiable) -> Teachable:
     if not isinstance(evaluator, Teachable):
         raise InputError(
-            f"learner: {type(evaluator).__name__} has no loss kl (it cannot remember an expert's answers); take pseudo"
+            f"learner: {type(evaluator).__name__} has no loss kl (it cannot store an expert's answers); take pseudo"
         )
     return evaluator

@@ -21,7 +21,7 @@ Fit rows come from a task's own training split where it has one, else from ``spl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from merge_search.recipe import Recipe
@@ -55,7 +55,7 @@ class LearnedSpace:
 
     def __init__(self, space: SearchSpace, learner: Learner, *, n_rows: int) -> None:
         self.space, self.learner, self.n_rows = space, learner, n_rows
-        self.notes: list[str] = list(getattr(space, "notes", []))
+        self.notes: Sequence[str] = space.notes
         self.parameters: Mapping[str, Parameter] = {**space.parameters, **self._learner_parameters()}
 
     def _learner_parameters(self) -> dict[str, Parameter]:

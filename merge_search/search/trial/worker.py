@@ -28,7 +28,7 @@ from merge_search.engine.resident.live_model import LiveModel
 from merge_search.engine.resident.pool import ModelPool
 from merge_search.engine.statistics.provider import DataStatistics
 from merge_search.errors import EvaluationError
-from merge_search.evaluation import Cost, Counting, Evaluation, Evaluator, Split, asking
+from merge_search.evaluation import Cost, Evaluation, Evaluator, Split, asking
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
 from merge_search.search.plan import Plan
@@ -181,12 +181,12 @@ class Worker:
         """
         began, parts = time.perf_counter(), []
         for evaluator in self.evaluators:
-            before = _n_asked(evaluator)
+            before = evaluator.n_asked
             try:
                 with fast_products(self.views):
                     parts.append(_evaluate(evaluator, split, fidelity, after))
             except BaseException:
-                self._answered += _n_asked(evaluator) - before
+                self._answered += evaluator.n_asked - before
                 raise
             self._answered += parts[-1].cost.questions
         scores = {name: s for part in parts for name, s in part.scores.items()}
@@ -295,11 +295,6 @@ def _out_of_memory_explained(when: str) -> Iterator[None]:
 def _kind_on_rows(loss: str) -> str:
     """The kind of loss on rows. Block outputs are compared on the prompts with the experts' own answers."""
     return "pseudo" if loss == "block_output" else loss
-
-
-def _n_asked(evaluator: Evaluator) -> int:
-    """Questions that an evaluator has counted so far. One that does not count is charged for completed calls only."""
-    return evaluator.n_asked if isinstance(evaluator, Counting) else 0
 
 
 def _evaluate(evaluator: Evaluator, split: Split, fidelity: float, after: float) -> Evaluation:

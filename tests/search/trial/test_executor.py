@@ -15,33 +15,28 @@ from optuna.trial import TrialState
 
 from merge_search.errors import EvaluationError, InputError, NonFiniteError
 from merge_search.outcome import Outcome
-from merge_search.recipe import Recipe
 from merge_search.search import run as module
 from merge_search.search.budget import questions_asked
 from merge_search.search.prepare import prepare
 from merge_search.search.records import finished_records
 from merge_search.search.run import run
 from merge_search.search.storage import INTERRUPTED
-from merge_search.search.trial.executor import Executor, LocalExecutor
+from merge_search.search.trial.executor import LocalExecutor
 from merge_search.search.trial.job import Failed, Job, Reporter, Result, failure_of
 from merge_search.study_file import read_study_file
-from merge_search.testing.executor import ExecutorTests
+from merge_search.testing import ExecutorCase, ExecutorConformance
 
 
-class TestLocalExecutor(ExecutorTests):
-    @pytest.fixture(autouse=True)
-    def _study(self, demo: Path, tmp_path: Path) -> None:
-        self.path = write_study(tmp_path, demo, "Learned", learner=LEARNER)
+class TestLocalExecutor(ExecutorConformance):
+    @pytest.fixture
+    def case(self, demo: Path, tmp_path: Path) -> ExecutorCase:
+        path = write_study(tmp_path, demo, "Learned", learner=LEARNER)
         evaluator(tmp_path, "Learned")
-
-    def make_executor(self) -> Executor:
-        return LocalExecutor(prepare(read_study_file(self.path)), device="cpu")
-
-    def broken_recipe(self, executor: Executor) -> Recipe:
-        return Recipe(models=executor.models, coefficients={"maths": 1e38}, scale=1e38)
-
-    def fit_settings(self) -> dict[str, Any]:
-        return {"per": "block", "steps": 3, "step_size": 0.01, "batch_rows": 4}
+        return ExecutorCase(
+            lambda: LocalExecutor(prepare(read_study_file(path)), device="cpu"),
+            broken={"coefficients": {"maths": 1e38}, "scale": 1e38},
+            fit={"per": "block", "steps": 3, "step_size": 0.01, "batch_rows": 4},
+        )
 
 
 class SeveralWorkers:
