@@ -99,7 +99,7 @@ def _held(excess: float, stderr: float) -> str:
 
 
 def front_table(study: optuna.Study, objective: Objective) -> Table:
-    """The merges that no other merge beats in every objective, on the search questions. With one objective, the best."""
+    """The front of the search questions: merges that no other merge beats in every objective."""
     full = [r for r in candidates(study) if r.outcome == "ok"]
     rows = front(full, objective)
     verdict = (
@@ -118,7 +118,8 @@ def trials_table(study: optuna.Study, objective: Objective, *, n: int | None = N
     failed = [r for r in done if not r.is_scored]
     chosen = [*scored, *failed][:n]
     cells = [[*_trial_row(r, len(objective.names)), _note(r)] for r in chosen]
-    verdict = f"{len(done)} trials, {len(failed)} of them failed; values on the search questions, the best are too good by luck."
+    counts = f"{len(done)} trials, {len(failed)} of them failed"
+    verdict = f"{counts}; values on the search questions, the best are too good by luck."
     return Table(["model", *objective.names, ""], cells, (), verdict)
 
 
@@ -217,8 +218,8 @@ def _comparison(objective: Objective, references: References) -> tuple[str, dict
     """The quantity that two merges are compared by, and its weights over metrics, where larger is better.
 
     Returns:
-        The objective, if it is a weighted sum of metrics. Otherwise (`worst`) the mean of the tasks' scores. The weights
-        are empty if higher is not better in all of these.
+        The objective, if it is a weighted sum of metrics. Otherwise (`worst`) the mean of the tasks' scores. The
+        weights are empty if higher is not better in all of these.
     """
     weights = objective.weights(references)
     if weights is not None:

@@ -90,8 +90,8 @@ def questions_of_a_trial(study: optuna.Study) -> int:
 def seconds_spent(study: optuna.Study) -> float:
     """Wall time of the base, the experts and all trials, over all runs.
 
-    A trial that was lost with a killed process is closed by the next run, maybe days later. It counts with the time that
-    it had charged itself before.
+    A trial that was lost with a killed process is closed by the next run, maybe days later. It counts with the time
+    that it had charged itself before.
     """
     trials = [_seconds(t) for t in study.get_trials(deepcopy=False)]
     costs = [data["evaluation"]["cost"] for data in stored_references(study).values()]

@@ -5,9 +5,9 @@
     first points     the space's uniform recipes and, with a learner, the first fits. They are queued once all of the
                      above are scored, since the fits may begin at one of them
 
-Every entry is queued once per study, so a killed run goes on where it was. Baselines that the study file names only later
-come next. The first points are chosen once and stored before any is queued. If they were chosen again after a restart,
-results already found would change the starting point of the remaining ones.
+Every entry is queued once per study, so a killed run goes on where it was. Baselines that the study file names only
+later come next. The first points are chosen once and stored before any is queued. If they were chosen again after a
+restart, results already found would change the starting point of the remaining ones.
 """
 
 from __future__ import annotations

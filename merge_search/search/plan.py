@@ -14,8 +14,8 @@ from merge_search.study_file import StatisticsSection, StudyFile
 __all__ = ["N_ROWS", "Plan"]
 
 N_ROWS = StatisticsSection().n_rows
-"""The default number of rows for statistics. An identity leaves it out, so that studies stored before the setting existed
-keep their identity."""
+"""The default number of rows for statistics. An identity leaves it out, so that studies stored before the setting
+existed keep their identity."""
 
 
 @dataclass(frozen=True)

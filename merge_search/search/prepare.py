@@ -1,4 +1,4 @@
-"""Everything that can be known before a weight is loaded; every problem in one message."""
+"""Check a study before any weight is loaded, and list every problem in one message."""
 
 from __future__ import annotations
 
@@ -31,10 +31,17 @@ T = TypeVar("T")
 
 
 class _Problems:
+    """Collects the problems of a study.
+
+    Attributes:
+        found: A sentence for each problem.
+    """
+
     def __init__(self) -> None:
         self.found: list[str] = []
 
     def attempt(self, step: Callable[[], T]) -> T | None:
+        """The result of `step`; None, with its problems collected, if it fails."""
         try:
             return step()
         except InputError as error:
@@ -44,8 +51,8 @@ class _Problems:
         return None
 
 
-def prepare_models(file: StudyFile, problems: _Problems) -> SpaceContext | None:
-    """Resolve, read headers, compare: no tensor data is read."""
+def _context(file: StudyFile, problems: _Problems) -> SpaceContext | None:
+    """The models and their groups, from the headers of the files. None if the base cannot be read."""
     models = Models(
         base=file.model_reference(file.models.base),
         experts={k: file.model_reference(v) for k, v in file.models.experts.items()},
@@ -53,7 +60,7 @@ def prepare_models(file: StudyFile, problems: _Problems) -> SpaceContext | None:
     problems.found += [f"models: {p}" for p in check_models(models.base, models.experts)]
     try:
         info = read_checkpoint(resolve_model(models.base))
-    except WeightsError:  # among the problems already
+    except WeightsError:  # `check_models` has found it
         return None
     return SpaceContext(models, tuple(layout(info).values()), seed=file.study.seed, dtype=file.models.dtype)
 
@@ -62,14 +69,18 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     """Check the whole study.
 
     Args:
-        look_for_earlier: Also that the studies of ``search.learn_from`` are there. A study that goes on does not need
-            them any more.
+        file: The study file.
+        look_for_earlier: Also check that the studies of ``search.learn_from`` exist. A study that goes on has read
+            them.
+
+    Returns:
+        The checked study.
 
     Raises:
-        StudyFileError: listing every problem with models, space, tasks, metrics, sampler and baselines.
+        StudyFileError: It lists every problem with models, space, tasks, metrics, sampler and baselines.
     """
     problems = _Problems()
-    context = prepare_models(file, problems)
+    context = _context(file, problems)
     space = problems.attempt(lambda: _space(file, context)) if context is not None else None
     built = [problems.attempt(partial(_evaluator, file, i)) for i in range(len(file.evaluate))]
     evaluators = [e for e in built if e is not None]
@@ -136,12 +147,13 @@ def _fit_rows(evaluators: list[Evaluator]) -> dict[str, int]:
 
 
 def _learner_problems(learner: Learner, evaluators: list[Evaluator], search_share: float) -> list[str]:
-    """A learner needs a loss, and rows to fit on."""
+    """Problems of a study whose trials fit coefficients: tasks without the loss or without enough rows."""
     rows = _fit_rows(evaluators)
     if not rows:
         return ["search.learner: no evaluator of this study has a differentiable loss; leave the learner out"]
     able = [e for e in evaluators if isinstance(e, Differentiable)]
-    wanted = [(kind, "pseudo" if kind == "block_output" else kind) for kind in learner.loss]  # it follows their answers
+    # Block outputs are compared on the experts' answers, so a task needs the loss on these.
+    wanted = [(kind, "pseudo" if kind == "block_output" else kind) for kind in learner.loss]
     lacking = [
         f"search.learner.loss: task {task!r} has no loss {named!r}; it has {', '.join(e.losses(task))}"
         for e in able
@@ -153,7 +165,7 @@ def _learner_problems(learner: Learner, evaluators: list[Evaluator], search_shar
 
 
 def _few_rows(wanted: int, rows: dict[str, int], evaluators: Sequence[Evaluator], search_share: float) -> Iterator[str]:
-    """Tasks with fewer rows to fit on than a batch: with the batch, or else the share of their questions, that would do."""
+    """A sentence for each task with fewer fit rows than a batch, with the batch size or the share that would do."""
     fewest = min(rows.values())
     totals = {m.task: sum(m.n_questions.values()) for e in evaluators for m in e.metrics()}
     for task, n in rows.items():

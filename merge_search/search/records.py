@@ -1,4 +1,4 @@
-"""A trial as this project sees it, read from Optuna's storage alone."""
+"""Trials and references of a study, read from Optuna's storage alone."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Record:
-    """One numbered attempt.
+    """A trial.
 
     Attributes:
-        number: Of the trial.
-        label: Name of a baseline (``base``, an expert, ``average``, a preset), '' for a searched candidate.
-        outcome: How it ended; None while it runs or waits.
+        number: The trial's number.
+        label: Name of a baseline (``base``, an expert, ``average``, a preset); '' for a searched candidate.
+        outcome: How the trial ended; None while it runs or waits.
+        reason: Why it failed; '' unless it did.
         values: Objective values in the user's direction; empty unless scored.
-        feasible: All constraints hold.
+        feasible: Whether all constraints hold.
+        attributes: The trial's user attributes.
     """
 
     number: int
@@ -81,17 +83,17 @@ class Record:
 
     @property
     def name(self) -> str:
-        """What to call it in a table."""
+        """The trial's name in tables."""
         return self.label or f"trial {self.number}"
 
 
 def records(study: optuna.Study) -> list[Record]:
-    """All trials, in order."""
+    """All trials, in the order of their numbers."""
     return [Record.of(t) for t in study.get_trials(deepcopy=False)]
 
 
 def finished_records(study: optuna.Study) -> list[Record]:
-    """Trials that count towards the budget: ended, and not lost with a killed process."""
+    """Trials that count towards `n_trials`: those that ended and were not lost with a killed process."""
     return [r for r in records(study) if r.outcome is not None and r.outcome is not Outcome.LOST]
 
 
@@ -119,12 +121,12 @@ def best_expert(study: optuna.Study, objective: Objective, experts: Sequence[str
 
 
 def stored_references(study: optuna.Study) -> dict[str, Mapping[str, Any]]:
-    """What is stored of base and experts, by name: ``evaluation`` and ``weights_sha256``."""
+    """The stored ``evaluation`` and ``weights_sha256`` of base and experts, by name."""
     return {k.removeprefix("reference."): v for k, v in study.user_attrs.items() if k.startswith("reference.")}
 
 
 def store_metrics(study: optuna.Study, metrics: Sequence[MetricInfo]) -> None:
-    """Keep what the evaluators report beside the trials, so that a report needs the storage alone."""
+    """Store the metrics of the evaluators beside the trials, so that a report needs the storage alone."""
     rows = [
         [m.task, m.metric, m.higher_is_better, {str(k): v for k, v in m.n_questions.items()}, m.chance, m.is_cost]
         for m in metrics
@@ -136,14 +138,14 @@ def store_metrics(study: optuna.Study, metrics: Sequence[MetricInfo]) -> None:
 def references_of(study: optuna.Study, metrics: Sequence[MetricInfo], experts: Sequence[str]) -> References:
     """Scores of base and experts as the study stored them."""
     stored = {name: study.user_attrs[f"reference.{name}"]["evaluation"] for name in ("base", *experts)}
-    found = {name: Evaluation.from_attribute(data) for name, data in stored.items()}
-    return References.from_evaluations(metrics, found.pop("base"), found)
+    evaluations = {name: Evaluation.from_attribute(data) for name, data in stored.items()}
+    return References.from_evaluations(metrics, evaluations.pop("base"), evaluations)
 
 
 def teachers_of(objective: Objective, references: References) -> dict[str, str]:
-    """Task -> the expert that is best at it, by the task's main metric; ``base`` where none beats the base.
+    """Task -> its teacher: the expert that is best in the task's main metric, or ``base`` if no expert beats the base.
 
-    Whose answers teach a task without labels, and whose statistics are measured on its rows: a task that the experts only
+    A teacher's answers replace labels, and its statistics are measured on the task's rows. A task that the experts only
     forgot is better taught by the base.
     """
     best = {m.task: references.best_expert[m.name] for m in objective.skills.values()}
@@ -154,7 +156,7 @@ def objective_of(study: optuna.Study) -> tuple[Objective, tuple[str, ...]]:
     """The objective and the experts' names of a study that has run.
 
     Raises:
-        StudyFileError: it was stopped before anything was scored.
+        StudyFileError: The study was stopped before anything was scored.
     """
     if not {"metrics", "identity"} <= study.user_attrs.keys():
         raise StudyFileError(f"study {study.study_name!r} was stopped before its first trial; run it first")

@@ -173,7 +173,7 @@ class _Driver:
         return self.first.go_on() or n_running == 0
 
     def _reason_to_end(self) -> str:
-        """Why the search ends before its last trial: the stop rule, or the budget in questions or hours; '' to go on."""
+        """A sentence that says why the search ends before its last trial; '' to go on."""
         stop = self.search.stop
         reason = "" if stop is None else reason_to_stop(finished_records(self.study), stop)
         return reason or self.budget.used_up()

@@ -1,9 +1,9 @@
 """Optuna's own samplers by name, made safe for studies with baselines, restarts and several drivers.
 
 Optuna's samplers model only the parameters that *all* complete trials share, so one baseline outside the space would
-switch them off. After a restart they repeat their first random draws. Here each sampler is made afresh for every draw, with
-a seed derived from (study seed, trial number), and sees only the complete trials that belong to the space. No sampler sees
-failed trials. ``tpe``, ``gp`` and ``nsga2`` use constraints.
+switch them off. After a restart they repeat their first random draws. Here each sampler is made afresh for every draw,
+with a seed derived from (study seed, trial number), and sees only the complete trials that belong to the space. No
+sampler sees failed trials. ``tpe``, ``gp`` and ``nsga2`` use constraints.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class StudyOfSpace(StudyView):
 
 
 class SeededSampler(BaseSampler):
-    """One of Optuna's samplers, made afresh per draw: a function of (seed, trial number, stored trials).
+    """One of Optuna's samplers, made afresh for each draw: a function of (seed, trial number, stored trials).
 
     Args:
-        parameters: Of the search space.
+        parameters: Parameters of the search space.
         make: Builds the inner sampler from a seed.
-        seed: Of the study.
-        numeric_only: The inner sampler cannot handle categories; they are drawn at random.
+        seed: Seed of the study.
+        numeric_only: Whether the inner sampler cannot handle categories. They are then drawn at random.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class SeededSampler(BaseSampler):
 
 
 def _checked(kind: type[BaseSampler], options: Mapping[str, Any]) -> Callable[[int], BaseSampler]:
-    """A builder of `kind`, tried once, so that wrong options are found before the first trial."""
+    """A function that builds `kind` from a seed. It is called once here, to find wrong options before the first trial."""
     check_options(optuna_options(kind), options)
 
     def make(seed: int) -> BaseSampler:
@@ -134,7 +134,7 @@ def random(parameters: Mapping[str, Parameter], *, seed: int, n_objectives: int 
 
 
 def tpe(parameters: Mapping[str, Parameter], *, seed: int, n_objectives: int = 1, **options: Any) -> BaseSampler:
-    """Tree-structured Parzen estimator over all parameters jointly; running trials count as bad ones."""
+    """Tree-structured Parzen estimator over all parameters jointly. Running trials count as bad ones."""
     make = _checked(optuna.samplers.TPESampler, options)
     return SeededSampler(parameters, make, seed=seed)
 
@@ -145,9 +145,9 @@ def gp(parameters: Mapping[str, Parameter], *, seed: int, n_objectives: int = 1,
 
 
 def cmaes(parameters: Mapping[str, Parameter], *, seed: int, n_objectives: int = 1, **options: Any) -> BaseSampler:
-    """CMA-ES over the numeric parameters, from the middle of the box; categories are drawn at random.
+    """CMA-ES over the numeric parameters, from the middle of the box. Categories are drawn at random.
 
-    Its state is stored with the trials; constraints are ignored.
+    Its state is stored with the trials. It ignores constraints.
     """
     _one_objective("cmaes", n_objectives)
     make = _checked(optuna.samplers.CmaEsSampler, {"warn_independent_sampling": False, **options})

@@ -6,17 +6,19 @@
 The outer search chooses the structure (assessment, selection, splicing, density) and the learner's settings. The inner
 step fits the coefficients through the merge and writes plain numbers into the recipe.
 
-The first learned trials form a ladder: from the fewest steps to the most, and from coarse coefficients to the finest that
-the fit rows are enough for. Each trial begins where the one before it ended. Few steps go further with few numbers.
+The first learned trials form a ladder: from the fewest steps to the most, and from coarse coefficients to the finest
+that the fit rows are enough for. Each trial begins where the one before it ended. Few steps go further with few
+numbers.
 
 With a budget in questions there is no ladder: the longest fit that the budget pays for comes first. On a real base with
-three experts a fit per row reached 0.818 after 15 000 questions (five seeds, test rows), and a ladder per tensor and row
-0.775. After 6 000 questions, too few for rows, a fit per tensor reached 0.753 and per row 0.725 (two seeds, 0.677 and
-0.773). On validation rows, with two or three seeds each: 10 steps (160 rows a task) per tensor 0.837, per row 0.831
+three experts a fit per row reached 0.818 after 15 000 questions (five seeds, test rows), and a ladder per tensor and
+row 0.775. After 6 000 questions, too few for rows, a fit per tensor reached 0.753 and per row 0.725 (two seeds, 0.677
+and 0.773). On validation rows, with two or three seeds each: 10 steps (160 rows a task) per tensor 0.837, per row 0.831
 (encoders); 25 steps 0.735 and 0.750, 33 steps 0.749 and 0.753 (language models, 30 for one seed), 0.837 and 0.842
 (encoders). So coefficients per row pay from about 400 rows seen.
 
-Fit rows come from a task's own training split where it has one, else from ``splits.fit``. They are never scored questions.
+Fit rows come from a task's own training split where it has one, else from ``splits.fit``. They are never scored
+questions.
 """
 
 from __future__ import annotations
@@ -42,10 +44,11 @@ SEEN_FOR_FINEST = 400
 
 
 class LearnedSpace:
-    """A space with the learner's settings as further parameters: ``learner.steps``, ``.per``, ``.step_size``, ``.loss``.
+    """A space with the learner's settings as further parameters: ``learner.steps``, ``.per``, ``.step_size``,
+    ``.loss``.
 
-    `decode` gives the recipe at which the fit begins. `settings` gives the learner's settings, or None if the point fits
-    nothing. A setting with a single choice is a constant and no parameter.
+    `decode` gives the recipe at which the fit begins. `settings` gives the learner's settings, or None if the point
+    fits nothing. A setting with a single choice is a constant and no parameter.
 
     Args:
         space: The space of the recipes.
@@ -98,7 +101,8 @@ class LearnedSpace:
         """The first learned points, then the space's uniform recipes without a fit.
 
         Args:
-            begin: A recipe that the space holds, where the learned trials begin. None: the space's first uniform recipe.
+            begin: A recipe that the space holds, where the learned trials begin. None: the space's first uniform
+                recipe.
             affordable: Gives, for the learner's settings, how many such steps the budget in questions pays for. None
                 means that there is no such budget.
         """
@@ -113,8 +117,8 @@ class LearnedSpace:
     def _first_fits(self, first: Values, affordable: Callable[[dict[str, Any]], int | None]) -> list[Values]:
         """The learner's parameters of the first learned trials, which begin at the point `first`.
 
-        Without a budget in questions they are a ladder: all numbers of steps, ascending, at the finest coefficients that
-        the rows are enough for. The first rung is one granularity coarser.
+        Without a budget in questions they are a ladder: all numbers of steps, ascending, at the finest coefficients
+        that the rows are enough for. The first rung is one granularity coarser.
 
         With a budget they all use the largest number of steps, as often as the budget pays for it. They use the finest
         coefficients if the budget feeds those, else one granularity coarser. The last fit is cut to what is left.

@@ -1,9 +1,9 @@
 """Where the first fits of a study begin, and where later ones go on from.
 
-A learned trial goes on from the coefficients of the best finished trial of the same structure (``warm_start``). The first
-learned trials begin at the space's first recipe, or at the best baseline of another structure if that is clearly better
-(`better_start`): with few steps the structure matters. Beginning at TSV-M's parts, five encoders reached 0.84 with the
-questions that took plain deltas to 0.82.
+A learned trial goes on from the coefficients of the best finished trial of the same structure (``warm_start``). The
+first learned trials begin at the space's first recipe, or at the best baseline of another structure if that is clearly
+better (`better_start`): with few steps the structure matters. Beginning at TSV-M's parts, five encoders reached 0.84
+with the questions that took plain deltas to 0.82.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ CLEARLY = 2.0
 def better_start(study: optuna.Study, objective: Objective, space: LearnedSpace) -> Recipe | None:
     """The best merge so far, if the first fits should begin there; None if they begin at the space's first recipe.
 
-    Only merges count that the space holds and that a learner can fit. Given enough questions, plain deltas are learned a
-    little further than TSV-M's parts of them, so a difference that may be chance does not move the start.
+    Only merges count that the space holds and that a learner can fit. Given enough questions, plain deltas are learned
+    a little further than TSV-M's parts of them, so a difference that may be chance does not move the start.
     """
     ranked = _fittable(study, objective, space.space)
     if not ranked:
@@ -46,7 +46,7 @@ def better_start(study: optuna.Study, objective: Objective, space: LearnedSpace)
 
 
 def _fittable(study: optuna.Study, objective: Objective, space: SearchSpace) -> list[tuple[Record, str]]:
-    """Fully scored merges that `space` holds and a learner can fit, each with its structure in the space; best first."""
+    """Fully scored merges that `space` holds and a learner can fit, best first, with their structures in the space."""
     found = []
     for record in candidates(study):
         if record.outcome is not Outcome.OK or linearity_problems(record.recipe):

@@ -7,12 +7,12 @@ candidate - incumbent on the first n questions,
     D = sum_m w_m mean(d_m),    se^2 = sum_m w_m^2 (var(d_m) + u_m^2 / n_m) / n_m,    stop if D + z se < 0.
 
 z is the (1 - error / looks) quantile of the normal distribution. By Bonferroni over the looks, a candidate that is no
-worse than the incumbent on all search questions is stopped with probability at most `error`. The incumbent is the luckiest
-candidate so far. A candidate of its true quality without its luck is stopped more often: beside the best of 40, in a fifth
-of the simulated cases. It would have ended behind the incumbent.
+worse than the incumbent on all search questions is stopped with probability at most `error`. The incumbent is the
+luckiest candidate so far. A candidate of its true quality without its luck is stopped more often: beside the best of
+40, in a fifth of the simulated cases. It would have ended behind the incumbent.
 
-u^2/n stands for one question's worth of disagreement that was not seen yet (u is 1 for right or wrong, else the range of
-the answers). Without it the few differences of a first look would pass for certainty.
+u^2/n stands for one question's worth of disagreement that was not seen yet (u is 1 for right or wrong, else the range
+of the answers). Without it the few differences of a first look would pass for certainty.
 
 The answers of a stopped candidate are used: its score on the prefix is carried to all questions by the panel of full
 trials, which shows whether the prefix is easy or hard,

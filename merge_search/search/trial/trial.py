@@ -39,7 +39,7 @@ from merge_search.space import decoded
 __all__ = ["CHARGE_EVERY", "StudyInProgress", "TrialInProgress"]
 
 CHARGE_EVERY = 5.0
-"""Seconds between two charges of a running fit. A killed process leaves at most the questions of that time uncounted."""
+"""Seconds between two charges of a running fit. A kill leaves at most the questions of that time uncounted."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class TrialInProgress:
         self._trial.set_user_attr("learner", {**(self._settings or {}), **learned})
 
     def interrupt(self) -> None:
-        """The user stops the run: the trial is lost and will be tried again, but its questions are asked and counted."""
+        """The user stops the run. The trial is lost and tried again; its questions so far are counted."""
         if stored(self._s.study, self._trial).state.is_finished():
             return
         self._trial.set_user_attr(storage.INTERRUPTED, True)

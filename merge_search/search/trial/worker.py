@@ -202,7 +202,7 @@ class Worker:
 
     @property
     def asked(self) -> int:
-        """Questions of the live model so far: for scores, statistics, the teachers' answers and fits, completed or not."""
+        """Questions of the live model so far, for scores, statistics, teachers' answers and fits, completed or not."""
         measured = 0 if self._statistics is None else self._statistics.questions
         return self._answered + self._labels.asked + measured
 
@@ -228,8 +228,8 @@ class Worker:
         Args:
             recipe: Where the fit begins.
             settings: How it is run.
-            teachers: Task -> the expert whose answers are its labels. The losses ``gold``, ``choice`` and ``entropy`` do
-                without.
+            teachers: Task -> the expert whose answers are its labels. The losses ``gold``, ``choice`` and ``entropy``
+                do without.
         """
         kind = _kind_on_rows(settings.loss)
         if kind in ("pseudo", "kl"):

@@ -22,8 +22,8 @@ __all__ = ["open_test"]
 def open_test(plan: Plan) -> optuna.Study:
     """Score the winner, or the front, and what it is compared with on the test questions.
 
-    Opened again, it keeps the scores of the first time and adds those that are missing. A rival that cannot be scored is
-    left out, and `selection.failures` has the reason.
+    Opened again, it keeps the scores of the first time and adds those that are missing. A rival that cannot be scored
+    is left out, and `selection.failures` has the reason.
 
     Raises:
         EvaluationError: the winner, or a merge of the front, cannot be scored.

@@ -1,19 +1,20 @@
 """Which trial wins: by posterior mean, and by scores on questions that the search never saw.
 
-The best of many noisy values is several points too good (the winner's curse). The posterior mean of a model that knows the
-noise is nearly honest. So the finalists are chosen by posterior mean and scored again on the validation split, beside the
-average and the best baseline. The winner meets the constraints there and is best by all answers. With m, s^2 the posterior
-of the search and y, v the value and variance on validation,
+The best of many noisy values is several points too good (the winner's curse). The posterior mean of a model that knows
+the noise is nearly honest. So the finalists are chosen by posterior mean and scored again on the validation split,
+beside the average and the best baseline. The winner meets the constraints there and is best by all answers. With m, s^2
+the posterior of the search and y, v the value and variance on validation,
 
     expected = ((m + shift) / s^2 + y / v) / (1 / s^2 + 1 / v),    shift = mean(y - m) over base, experts and baselines.
 
-The shift says how much easier the validation questions are. The retention in y is defined by base and experts on the search
-questions, as in m: the few validation questions may show another gap between them, or none, and would weight the tasks
-differently. Validation often has the smaller part of the questions, so by validation alone a lucky merge would win too often.
+The shift says how much easier the validation questions are. The retention in y is defined by base and experts on the
+search questions, as in m: the few validation questions may show another gap between them, or none, and would weight the
+tasks differently. Validation often has the smaller part of the questions, so by validation alone a lucky merge would
+win too often.
 
-A baseline outside the space has no posterior: its measured value and variance stand for m and s^2. This is fair for base,
-experts and average, which are compared whatever they scored. The best preset is compared because of its score, so its m is
-too good by luck outside the space, and it does not count in the shift.
+A baseline outside the space has no posterior: its measured value and variance stand for m and s^2. This is fair for
+base, experts and average, which are compared whatever they scored. The best preset is compared because of its score, so
+its m is too good by luck outside the space, and it does not count in the shift.
 
 With several objectives there is no winner but a front: the merges that no other merge beats in every objective. The
 finalists are spread over the front of the search questions. The front of the validation questions is handed over.
@@ -55,7 +56,7 @@ __all__ = [
 ]
 
 POSTERIOR_ATTRIBUTE = "search_posterior"
-"""Study attribute: trial -> [mean, sd] of the one objective on the search questions, for trials with validation scores."""
+"""Study attribute: trial -> [mean, sd] of the one objective on the search questions, for validated trials."""
 
 
 def finalists(
@@ -181,8 +182,8 @@ def references_on(study: optuna.Study, objective: Objective, experts: tuple[str,
     """The scores of base and experts that define retention in the rows of `standings`.
 
     Returns:
-        The scores on the search questions if no expert beats the base on `split`, or if one of them has no scores there.
-        None until base and experts were asked.
+        The scores on the search questions if no expert beats the base on `split`, or if one of them has no scores
+        there. None until base and experts were asked.
     """
     by_label = {r.label: e for r, e in _scored_on(study, split) if r.label}
     lacking = {"base", *experts} - by_label.keys()
@@ -210,7 +211,8 @@ def _with_search(
     Args:
         rows: Models with validation scores.
         here: Their first objective on the validation questions, by trial number.
-        stored: Their posterior mean and standard deviation on the search questions, by trial number. Some may be missing.
+        stored: Their posterior mean and standard deviation on the search questions, by trial number. Some may be
+            missing.
     """
     posteriors = {int(number): (mean, sd) for number, (mean, sd) in stored.items()}
     fair = [s for s in rows if s.record.label and s.record.number in posteriors]
@@ -234,7 +236,8 @@ def _is_lucky(s: Standing, mean: float) -> bool:
 
 
 def winner(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Record | None:
-    """The merge with the best expected value, which may be a published baseline. Before validation, the best measured one.
+    """The merge with the best expected value, which may be a published baseline. Before validation, the best measured
+    one.
 
     Constraints come first: if no merge meets them on the validation questions, the nearest one wins.
     """
@@ -275,10 +278,11 @@ def outdated_test(study: optuna.Study, objective: Objective, experts: tuple[str,
     scored = study.user_attrs.get("test", {})
     score = "no test score" if any(str(n) not in scored for n in now) else "a test score only from standing beside it"
     return (
-        f"the sealed test questions were opened for {then}; the study went on, and its {best} is now {here}, which has {score}. "
-        "An honest one cannot be measured any more: the questions prove something once, for what was chosen before they were "
-        "opened, and another seed or study of the same tasks asks the same ones. Hand over what was tested (export with "
-        f"--trial {opened[0]}), or {here} on its validation score alone; a new proof needs questions that no study has opened"
+        f"the sealed test questions were opened for {then}; the study went on, and its {best} is now {here}, which has "
+        f"{score}. An honest one cannot be measured any more: the questions prove something once, for what was chosen "
+        "before they were opened, and another seed or study of the same tasks asks the same ones. Hand over what was "
+        f"tested (export with --trial {opened[0]}), or {here} on its validation score alone; a new proof needs questions "
+        "that no study has opened"
     )
 
 

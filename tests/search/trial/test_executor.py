@@ -1,4 +1,4 @@
-"""The executor of one process keeps the contract, and the search keeps its promises with executors of several workers."""
+"""The local executor keeps the contract, and the search keeps its promises with several workers."""
 
 from __future__ import annotations
 

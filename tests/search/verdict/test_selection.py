@@ -80,8 +80,8 @@ def test_rows_are_ordered_by_role_then_score(study: optuna.Study) -> None:
 def test_a_merge_that_is_lucky_on_validation_alone_does_not_win(study: optuna.Study) -> None:
     """The search's own error equals that of a score of 74 here, so trial 5 lies halfway: (0.74 + m + shift) / 2.
 
-    Validation is 0.01 harder for the baselines: shift = mean(0.50 - 0.51, 0.60 - 0.61, 0.66 - 0.67). Trial 5 is expected at
-    (0.74 + 0.69) / 2 = 0.715, trial 3 at about (0.71 + 0.77) / 2 = 0.74.
+    Validation is 0.01 harder for the baselines: shift = mean(0.50 - 0.51, 0.60 - 0.61, 0.66 - 0.67). Trial 5 is
+    expected at (0.74 + 0.69) / 2 = 0.715, trial 3 at about (0.71 + 0.77) / 2 = 0.74.
     """
     error = next(s for s in selection.standings(study, OBJECTIVE, ("x",)) if s.record.number == 5).stderrs[0]
     means = {"0": 0.51, "1": 0.61, "2": 0.67, "3": 0.78, "5": 0.70}
@@ -103,7 +103,8 @@ def test_a_merge_that_is_lucky_on_validation_alone_does_not_win(study: optuna.St
 def test_the_best_preset_has_a_say_in_the_shift_only_where_a_process_took_its_luck_out(
     study: optuna.Study, m: float, shift: float
 ) -> None:
-    """Scored 0.80 in the search and chosen for it, 0.70 on validation; base, experts and average are compared anyhow."""
+    """Scored 0.80 in the search and chosen for it, 0.70 on validation; base, experts and average are compared
+    anyhow."""
     trial = study.ask()
     for key, value in {
         "label": "ties", "evaluation": evaluation(80), "noise": {"value": 0.002}, "outcome": "ok",
