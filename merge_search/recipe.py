@@ -339,6 +339,13 @@ class Recipe(_Value):
 
     def known_rules(self) -> list[Rule]:
         """Rows of the rules that the recipe names, without names that no table has."""
+        return [table[name] for table, name in self._named_rules() if name in table]
+
+    def unknown_rules(self) -> list[str]:
+        """A problem for every rule that the recipe names and no table has."""
+        return [problem for table, name in self._named_rules() if (problem := table.unknown(name))]
+
+    def _named_rules(self) -> list[tuple[RuleTable[Any], str]]:
         names: list[tuple[RuleTable[Any], str]] = [
             (MEASURES, self.assess.measure), (SELECTIONS, self.select.kind), (SPLICES, self.splice.kind),
         ]  # fmt: skip
@@ -348,8 +355,7 @@ class Recipe(_Value):
             names.append((MEASURES, self.allocate.measure))
         if self.operator is not None:
             names.append((OPERATORS, self.operator.name))
-        names += [(POSTS, rule.name) for rule in self.post]
-        return [table[name] for table, name in names if name in table]
+        return names + [(POSTS, rule.name) for rule in self.post]
 
     def to_dict(self) -> dict[str, Any]:
         """Only what differs from the defaults, JSON types."""
