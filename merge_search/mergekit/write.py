@@ -35,7 +35,10 @@ def to_mergekit(
     Raises:
         RecipeError: with every reason why mergekit cannot say it.
     """
-    reasons: list[str] = []
+    brought = dict.fromkeys(row.name for row in recipe.known_rules() if row.is_outside)
+    reasons = [f"{name}: mergekit has no rule from outside" for name in brought]
+    if brought:
+        raise RecipeError(reasons, where="mergekit cannot say this recipe")
     written = stages_as_method(recipe, reasons) if recipe.operator is None else operator_as_method(recipe, reasons)
     if recipe.post:
         reasons.append(f"post: mergekit has no rule {recipe.post[0].name!r} on combined deltas")
