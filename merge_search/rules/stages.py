@@ -108,7 +108,8 @@ SELECTIONS: RuleTable[Selection] = RuleTable("selection", (
     ),
     Selection(
         name="soft_threshold", summary="masks between 0 and 1 that rise with the score above a quantile (PCB)",
-        is_hard=False, takes_exclusive=False, is_element_wise=True, scopes=_NOT_ROWS, usual={"scope": "model"},
+        is_hard=False, takes_exclusive=False, rounds=True, is_element_wise=True, scopes=_NOT_ROWS,
+        usual={"scope": "model"},
     ),
     Selection(name="n_m", summary="the density's share of every few consecutive entries of a row (CABS)", steps=True),
     Selection(

@@ -272,7 +272,9 @@ def test_an_installed_package_brings_rules_by_name(installed: Any, tensors: Memo
 
 def test_a_package_that_cannot_be_loaded_is_a_sentence(installed: Any) -> None:
     installed("1 / 0\n")
-    with pytest.raises(InputError, match="rules 'mine' .* of an installed package cannot be loaded: ZeroDivisionError"):
+    with pytest.raises(
+        InputError, match=r"rules 'mine' .* of an installed package cannot be loaded: ZeroDivisionError"
+    ):
         list(MEASURES)
 
 

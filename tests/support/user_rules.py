@@ -21,21 +21,20 @@ def above_mean(context, *, times: float = 1.0):
 @selection("lottery", uses_scores=False, is_random=True, rescale="inverse_density")
 def lottery(context):
     """each at random"""
-    return [context.uniform(e) < d for e, d in zip(context.experts, context.densities)]
+    return [context.uniform(e) < d for e, d in zip(context.experts, context.densities, strict=True)]
 
 
 @splice("middle", is_scored=False)
 def middle(context):
     """median of the deltas times their coefficients"""
-    return torch.stack([c * t for c, t in zip(context.coefficients, context.deltas)]).median(0).values
+    return torch.stack([c * t for c, t in zip(context.coefficients, context.deltas, strict=True)]).median(0).values
 
 
 @operator("median")
 def median(context):
     """median of the weights"""
     return (
-        context.base
-        + context.scale * torch.stack([torch.zeros_like(context.base)] + list(context.deltas)).median(0).values
+        context.base + context.scale * torch.stack([torch.zeros_like(context.base), *context.deltas]).median(0).values
     )
 
 
