@@ -2,8 +2,8 @@
 
     preset("ties", models, densities=0.2, scale=1.0) -> Recipe
 
-Each preset names its paper, says where released code differs from it, and lists the values that were published or are
-usual (`grid`), which serve as baselines. torch-free.
+Each preset names its paper and says where released code differs from it. Its `grid` lists values that were published or are
+usual: a caller who tunes presets without a search tries these, as the opponents in ``benchmarks/search`` do. torch-free.
 """
 
 from __future__ import annotations

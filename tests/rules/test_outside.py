@@ -260,6 +260,19 @@ def test_an_edited_file_is_run_again(tmp_path: Path) -> None:
         assert MEASURES["mine"].summary == summary
 
 
+def test_the_rules_of_the_example_and_of_the_page_can_be_used(tmp_path: Path, tensors: MemoryTensors) -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "study-file.md").read_text(encoding="utf-8")
+    (tmp_path / "on_the_page.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    for file, names in (
+        (root / "examples" / "rules" / "my_rules.py", ("log_ties", "whitened")),
+        (tmp_path / "on_the_page.py", ("log_ties",)),
+    ):
+        use_rule_files([file])
+        for name in names:
+            merged(MergeEngine(tensors, compile=False), preset(name, tensors.models))
+
+
 def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "user_rules.py").write_bytes(RULES.read_bytes())
     with pytest.raises(RuleError, match=r"two rule files are called user_rules\.py"):

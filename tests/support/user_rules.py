@@ -50,6 +50,11 @@ def clipped(context, delta, *, limit: float = 0.1):
     return delta.clamp(-limit, limit)
 
 
+DROPPED = {"select": {"kind": "lottery"}, "rescale": {"kind": "inverse_density"}}
+
 add_preset(
-    "log_ties", "TIES by log size", {"assess": {"measure": "log_size"}, "select": {"kind": "top_k"}}, density=0.4
+    "log_ties", "trimmed by log size", {"assess": {"measure": "log_size"}, "select": {"kind": "top_k"}}, density=0.4
 )
+add_preset("lucky_middle", "median of what a lottery leaves", {**DROPPED, "splice": {"kind": "middle"}}, density=0.5)
+add_preset("above", "what is above the mean", {"select": {"kind": "above_mean"}})
+add_preset("half", "half of everything, clipped", {"operator": {"name": "halved"}, "post": [{"name": "clipped"}]})
