@@ -14,6 +14,7 @@ import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from merge_search.errors import InputError, MergeSearchError, first_line
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import optuna
 
     from merge_search.report.table import Table
+    from merge_search.rules import RuleTable
     from merge_search.search.plan import Plan
     from merge_search.study_file import StudyFile
 
@@ -119,7 +121,10 @@ def merge(
     with _importing():
         from merge_search.merge_recipe import merge_recipe
 
-    digest = merge_recipe(recipe, out_folder, device=device)
+    def note(text: str) -> None:
+        err.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    digest = merge_recipe(recipe, out_folder, device=device, note=note)
     out.print(f"written to {out_folder} (sha256 of the weights {digest})", highlight=False, soft_wrap=True)
 
 
@@ -148,15 +153,29 @@ def report(
 
 @app.command(name="list")
 def list_() -> None:
-    """Show presets, search spaces, evaluators and samplers by name."""
+    """Show presets, rules (measures, selections, splices, operators, post rules), spaces, evaluators and samplers."""
     from merge_search import catalogue
     from merge_search.presets import PRESETS
+    from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES
     from merge_search.search.samplers import SAMPLERS
 
     table = RichTable("preset", "what it does", "source", title="presets", title_justify="left")
     for name, p in PRESETS.items():
-        table.add_row(name, p.summary, p.paper)
+        table.add_row(name, Text(p.summary), Text(p.paper))
     out.print(table)
+    tables: list[tuple[str, RuleTable[Any]]] = [
+        ("measures: assess, splice.score, allocate", MEASURES),
+        ("selections: select", SELECTIONS),
+        ("splices: splice", SPLICES),
+        ("operators: operator", OPERATORS),
+        ("post rules: post", POSTS),
+    ]
+    for title, rules in tables:
+        shown = RichTable("name", "what it does", "options", title=title, title_justify="left")
+        for name, row in rules.items():
+            options = ", ".join(k if v is None else f"{k}={v}" for k, v in row.options.items())
+            shown.add_row(name, Text(row.summary), Text(options))
+        out.print(shown)
     for title, names in (
         ("search spaces", catalogue.names("search_spaces")),
         ("evaluators", catalogue.names("evaluators")),

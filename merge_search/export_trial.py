@@ -17,6 +17,7 @@ from merge_search.merge_recipe import write_merge
 from merge_search.mergekit import to_mergekit
 from merge_search.recipe import Models
 from merge_search.report.model_card import card
+from merge_search.rules import use_rule_files
 from merge_search.search.plan import Plan
 from merge_search.search.records import Record, objective_of, records, references_of, teachers_of
 from merge_search.search.storage import load_study
@@ -37,6 +38,7 @@ def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
         WeightsError: `out` is in use; or the weights differ from the scored ones, and nothing is written.
     """
     check_destination(out)
+    use_rule_files(plan.file.rule_files)
     study = load_study(plan.file)
     objective, experts = objective_of(study)
     record = _wanted(study, number)

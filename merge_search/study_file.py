@@ -10,6 +10,7 @@
     splits:  {search: 0.6, validation: 0.2, test: 0.2}
     objective: {maximise: mean_retention}
     search:  {sampler: botorch, n_trials: 40}
+    rules:   [my_rules.py]
     device:  auto
 
 Relative paths (models, evaluators' files, SQLite files) are relative to the study file. All problems are reported
@@ -239,12 +240,24 @@ class StudyFile(_Section):
     objective: ObjectiveSection = ObjectiveSection(maximise=["mean_retention"])
     search: Search = Search()
     statistics: StatisticsSection = StatisticsSection()
+    rules: list[str] = []
+    """Python files whose decorated functions are rules of this study (`merge_search.rules`)."""
     device: str = "auto"
     path: Annotated[Path, Field(exclude=True)] = Path("study.yaml")
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _as_list(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
 
     @property
     def folder(self) -> Path:
         return self.path.parent
+
+    @property
+    def rule_files(self) -> list[Path]:
+        """Absolute paths of `rules`."""
+        return [(self.folder / Path(text).expanduser()).resolve() for text in self.rules]
 
     def model_reference(self, text: str) -> str:
         """A folder's absolute path, or the text as it is (a hub id)."""

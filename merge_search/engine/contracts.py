@@ -17,6 +17,7 @@ from torch import Tensor
 
 from merge_search.errors import RecipeError
 from merge_search.recipe import Group, Models, Recipe, Scalar
+from merge_search.rules import SELECTIONS
 
 __all__ = [
     "SHORT_RANKS",
@@ -111,6 +112,9 @@ class Source(NamedTuple):
 NO_SCORES = Source()
 
 
+_GIVEN_MASKS = ("rank", "rank_band", "mask")
+
+
 class Structure(NamedTuple):
     """Which rules one pass runs; everything that would change its code and nothing else.
 
@@ -134,11 +138,13 @@ class Structure(NamedTuple):
     boost: bool = False
     rows: bool = False
     emit: str = "weights"
+    outside: Source = NO_SCORES
+    """The splice from outside, by name and options, in place of `splice`: such a pass runs in chunks."""
 
     @property
     def needs_index(self) -> bool:
         """Whether masks depend on an element's position."""
-        return self.select in ("top_k", "band", "bernoulli", "rank_probability", "proportional") or self.rows
+        return self.rows or (self.select not in _GIVEN_MASKS and SELECTIONS[self.select].needs_position)
 
 
 @dataclass(frozen=True)

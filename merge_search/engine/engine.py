@@ -22,6 +22,7 @@ from merge_search.engine.methods.operators import (
     load_operator,
     require_known,
 )
+from merge_search.engine.methods.outside import on_tensor
 from merge_search.engine.passes.measurements import Facts
 from merge_search.engine.passes.planner import Planner
 from merge_search.engine.resident.coefficient_maps import rows_of
@@ -214,7 +215,8 @@ class MergeEngine:
 
     def _run(self, p: Pass, out: Tensor) -> bool:
         base, experts = self._planner.facts.flats(p.name, p.experts)
-        return self._runner.run(p, base, experts, out.view(-1))
+        with on_tensor(p.name):
+            return self._runner.run(p, base, experts, out.view(-1))
 
     def _add(self, recipe: Recipe, context: OperatorContext, delta: Tensor, scale: float, out: Tensor) -> bool:
         """out = base + scale * post(delta)."""
@@ -276,7 +278,8 @@ class MergeEngine:
         else:
             p = self._planner.plan(linear, name, emit="delta")
         assert p is not None
-        return p.experts, pass_parts(p, *self._planner.facts.flats(name, p.experts), self.tensors.device)
+        with on_tensor(name):
+            return p.experts, pass_parts(p, *self._planner.facts.flats(name, p.experts), self.tensors.device)
 
     def _fallback(self, recipe: Recipe, name: str) -> Pass | None:
         """Mean of lambda_i tau_i over the active experts: for tensors with axes an operator does not handle."""

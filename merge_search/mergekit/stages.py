@@ -8,6 +8,7 @@ from typing import Any
 
 from merge_search.mergekit.values import Table
 from merge_search.recipe import Group, Operator, Recipe, value_for
+from merge_search.rules import SELECTIONS, SPLICES
 
 __all__ = ["Said", "operator_as_method", "stages_as_method"]
 
@@ -85,25 +86,26 @@ def _elects(recipe: Recipe, reasons: list[str]) -> bool:
 def _by_selection(recipe: Recipe, reasons: list[str]) -> Said:
     """task_arithmetic, ties, dare, della, breadcrumbs."""
     select, elects = recipe.select, _elects(recipe, reasons)
-    if recipe.splice.kind not in ("sum", "coefficient"):
+    divides = SPLICES[recipe.splice.kind].divides_by_coefficients
+    if not (divides or recipe.splice.kind == "sum"):
         reasons.append(f"splice: mergekit has no {recipe.splice.kind!r} mixing, only sum and coefficient")
+    method, each, notes = _method(recipe, elects, reasons)
     if select.kind != "all" and (select.scope == "row") != (select.kind == "rank_probability"):
         reasons.append(
             f"select.scope: mergekit ranks {'rows' if select.kind == 'rank_probability' else 'tensors'}, not by {select.scope}"
         )
-    if select.kind in ("top_k", "band", "rank_probability") and recipe.assess.measure != "magnitude":
+    if method and SELECTIONS[select.kind].uses_scores and recipe.assess.measure != "magnitude":
         reasons.append(f"assess: mergekit selects by magnitude, not by {recipe.assess.measure!r}")
-    method, each, notes = _method(recipe, elects, reasons)
     selects = select.kind != "all"
     rescaled = recipe.rescale.kind == "match_l1"
     if selects and recipe.rescale.kind not in ("none", "match_l1"):
         reasons.append(
             f"rescale: mergekit rescales to the old L1 norm (match_l1) or not at all, not by {recipe.rescale.kind!r}"
         )
-    parameters: dict[str, Any] = {"normalize": recipe.splice.kind == "coefficient"}
+    parameters: dict[str, Any] = {"normalize": divides}
     if selects:
         parameters["rescale"] = rescaled
-    if recipe.splice.kind == "coefficient" and not elects:
+    if divides and not elects:
         notes = (*notes, "an expert that left a tensor as it is counts in mergekit's denominator, in ours it does not")
         if selects:
             reasons.append(
@@ -118,7 +120,7 @@ def _by_selection(recipe: Recipe, reasons: list[str]) -> Said:
 def _method(recipe: Recipe, elects: bool, reasons: list[str]) -> tuple[str, dict[str, Any], tuple[str, ...]]:
     """(name, parameters of each model, notes)."""
     select = recipe.select
-    rounded = (_ROUNDED,) if select.kind in ("top_k", "band") and select.rounding != "down" else ()
+    rounded = (_ROUNDED,) if SELECTIONS[select.kind].rounds and select.rounding != "down" else ()
     if select.kind == "all":
         return ("ties" if elects else "task_arithmetic"), {}, ()
     if select.kind == "top_k":

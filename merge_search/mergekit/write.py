@@ -13,6 +13,7 @@ from merge_search.mergekit.methods import CANCEL, cancel
 from merge_search.mergekit.stages import Said, operator_as_method, stages_as_method
 from merge_search.mergekit.values import Table
 from merge_search.recipe import Group, Recipe, value_for
+from merge_search.rules import SPLICES
 
 __all__ = ["to_mergekit"]
 
@@ -34,7 +35,10 @@ def to_mergekit(
     Raises:
         RecipeError: with every reason why mergekit cannot say it.
     """
-    reasons: list[str] = []
+    brought = dict.fromkeys(row.name for row in recipe.known_rules() if row.is_outside)
+    reasons = [f"{name}: mergekit has no rule from outside" for name in brought]
+    if brought:
+        raise RecipeError(reasons, where="mergekit cannot say this recipe")
     written = stages_as_method(recipe, reasons) if recipe.operator is None else operator_as_method(recipe, reasons)
     if recipe.post:
         reasons.append(f"post: mergekit has no rule {recipe.post[0].name!r} on combined deltas")
@@ -73,7 +77,7 @@ def _file(
     if written.has_lambda:
         scale = _value({n: value_for(recipe.scale, g) for n, g in groups.items()}, groups, reasons)
         settings |= {} if scale == 1.0 else {"lambda": scale}
-    if recipe.resolve.kind != "none" and recipe.splice.kind == "coefficient":
+    if recipe.resolve.kind != "none" and SPLICES[recipe.splice.kind].divides_by_coefficients:
         rows = {tuple(recipe.coefficient(e, g) for e in recipe.models.experts) for g in groups.values()}
         reasons += [f"coefficients: {CANCEL}"] if any(map(cancel, rows)) else []
     if written.has_select_topk:

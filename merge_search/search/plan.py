@@ -8,6 +8,7 @@ from typing import Any
 
 from merge_search.evaluation import Evaluator, MetricInfo
 from merge_search.objective import Objective
+from merge_search.rules import RuleFile
 from merge_search.space import SearchSpace, SpaceContext
 from merge_search.study_file import StatisticsSection, StudyFile
 
@@ -23,9 +24,14 @@ class Plan:
     """A study file that fits its models, tasks and metrics.
 
     Attributes:
+        file: The study file.
         context: The models and their groups.
-        metrics: Of all evaluators, in order.
+        space: The search space, with the learner's parameters if trials may fit their coefficients.
+        evaluators: In the order of the study file.
+        metrics: Metrics of all evaluators, in order.
+        objective: What is maximised or minimised, and the constraints.
         baselines: Names of presets tried before the search.
+        rules: Rule files in use.
     """
 
     file: StudyFile
@@ -35,9 +41,14 @@ class Plan:
     metrics: list[MetricInfo]
     objective: Objective
     baselines: list[str]
+    rules: tuple[RuleFile, ...] = ()
 
     def identity(self, hashes: Mapping[str, str]) -> dict[str, Any]:
-        """What must not change between runs of one study; JSON."""
+        """The settings that must not change between runs of one study, as JSON.
+
+        Args:
+            hashes: Hashes of the models by name.
+        """
         file = self.file
         return {
             "models": dict(hashes),
@@ -53,4 +64,5 @@ class Plan:
             "objective": file.objective.model_dump(mode="json"),
             "learner": file.search.learner.model_dump(mode="json") if file.search.learner else None,
             **({} if file.statistics.n_rows == N_ROWS else {"statistics_rows": file.statistics.n_rows}),
+            **({"rules": {rules.name: rules.sha256 for rules in self.rules}} if self.rules else {}),
         }

@@ -11,11 +11,12 @@ from merge_search import catalogue
 from merge_search.engine.checkpoints.compatibility import check_models
 from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
 from merge_search.engine.checkpoints.layout import layout
-from merge_search.errors import InputError, MergeSearchError, StudyFileError, WeightsError, nearest
+from merge_search.errors import InputError, MergeSearchError, RuleError, StudyFileError, WeightsError, nearest
 from merge_search.evaluation import Differentiable, Evaluator, MetricInfo, SplitShares
 from merge_search.objective import Objective
 from merge_search.presets import PRESETS
 from merge_search.recipe import Models
+from merge_search.rules import RuleFile, use_rule_files
 from merge_search.search.checks import search_problems
 from merge_search.search.plan import Plan
 from merge_search.search.samplers import SAMPLERS, check_sampler
@@ -80,6 +81,7 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
         StudyFileError: It lists every problem with models, space, tasks, metrics, sampler and baselines.
     """
     problems = _Problems()
+    rules = problems.attempt(lambda: _rules(file))
     context = _context(file, problems)
     space = problems.attempt(lambda: _space(file, context)) if context is not None else None
     built = [problems.attempt(partial(_evaluator, file, i)) for i in range(len(file.evaluate))]
@@ -107,7 +109,14 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     assert context is not None
     assert space is not None
     assert objective is not None
-    return Plan(file, context, space, evaluators, metrics, objective, names)
+    return Plan(file, context, space, evaluators, metrics, objective, names, tuple(rules or ()))
+
+
+def _rules(file: StudyFile) -> list[RuleFile]:
+    try:
+        return use_rule_files(file.rule_files)
+    except RuleError as error:
+        raise StudyFileError([f"rules: {p}" for p in error.problems]) from error
 
 
 def _objective(file: StudyFile, metrics: list[MetricInfo], problems: _Problems) -> Objective | None:
@@ -188,8 +197,9 @@ def _baseline_names(file: StudyFile, problems: _Problems) -> list[str]:
     names = file.search.baselines
     if names is None:
         listed = file.space.options.get("presets")
-        names = [n for n in listed if n in PRESETS] if isinstance(listed, list) else ["ties", "dare", "della"]
-        return names
+        if not isinstance(listed, list):
+            return ["ties", "dare", "della"]
+        return [n for n in listed if isinstance(n, str) and n in PRESETS]
     for name in names:
         if name not in PRESETS:
             problems.found.append(f"search.baselines: no preset is called {name!r}{nearest(name, PRESETS)}")

@@ -55,7 +55,7 @@ def export_folder(
     tensors: Iterable[tuple[str, Tensor]],
     recipe: Recipe,
     card: str,
-    extra: Callable[[], Mapping[str, str | Path]] | None = None,
+    extra: Callable[[], Mapping[str, str | bytes | Path]] | None = None,
     left_out: Collection[str] = (),
     shard_bytes: int = SHARD_BYTES,
     expected: str = "",
@@ -70,7 +70,7 @@ def export_folder(
         tensors: Every tensor of the base once, the base's shape; cast where the dtype differs. In any order; that of
             their names is the cheapest.
         card: Text of README.md.
-        extra: More files by name (``maps/x.safetensors`` lies in a folder): their text, or a file to copy.
+        extra: More files by name (``maps/x.safetensors`` lies in a folder): their text or bytes, or a file to copy.
         expected: sha256 that the tensors must have; '' for any.
         left_out: Names of the base that are not written: second copies of tied tensors.
     Raises:
@@ -91,7 +91,7 @@ def export_folder(
         written = HashInTurn([e.name for e in entries])
         _write_tensors(temporary, entries, tensors, shard_bytes, written)
         _write_settings(temporary, base, entries)
-        texts: dict[str, str | Path] = {
+        texts: dict[str, str | bytes | Path] = {
             "README.md": card,
             "recipe.json": recipe.to_json() + "\n",  # unless `extra` has another
             **(extra() if extra else {}),
@@ -275,14 +275,14 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     return changed
 
 
-def _write_file(file: Path, content: str | Path) -> None:
+def _write_file(file: Path, content: str | bytes | Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     # Written anew, not copied with its mode: files get the user's umask, cached originals may be read-only or links.
     if isinstance(content, Path):
         with content.open("rb") as source, file.open("wb") as target:
             shutil.copyfileobj(source, target)
     else:
-        file.write_text(content, encoding="utf-8")
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _sync(folder: Path) -> None:

@@ -121,8 +121,7 @@ class Facts:
 
     @staticmethod
     def options(assess: Assess) -> dict[str, Scalar]:
-        defaults = measure_of(assess).options
-        return {**{k: v for k, v in defaults.items() if v is not None}, **assess.options}
+        return measure_of(assess).completed(assess.options)
 
     def numbers(self, assess: Assess, scope: Scope, name: str) -> list[float]:
         """Scalars of a cheap measure for one tensor."""
@@ -207,8 +206,8 @@ class Facts:
             len(scope.experts),
             active,
             group,
-            scope.seed,
-            coefficients,
+            scope.seed if measure_of(assess).is_random else 0,
+            self.depends_on(assess, coefficients),
             self.tensors,
         )
 
@@ -238,12 +237,12 @@ class Facts:
     def scores_key(self, assess: Assess, scope: Scope, name: str, *, logarithm: bool) -> Hashable:
         """Where `scores` are stored."""
         options = tuple(sorted(self.options(assess).items()))
-        seed = scope.seed if assess.measure == "random" else 0
+        seed = scope.seed if measure_of(assess).is_random else 0
         return ("scores", assess.measure, options, scope.key(), seed, name, logarithm)
 
     def depends_on(self, assess: Assess, coefficients: tuple[float, ...]) -> tuple[float, ...]:
         """The coefficients, where the scores of a measure depend on them."""
-        return coefficients if "scaled" in self.options(assess).values() else ()
+        return coefficients if measure_of(assess).depends_on_coefficients(assess.options) else ()
 
     def _made_scores(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...]) -> list[Tensor]:
         if measure_of(assess).cheap:
@@ -325,7 +324,7 @@ class Facts:
             assess.measure,
             options,
             scope.key(),
-            scope.seed if assess.measure == "random" else 0,
+            scope.seed if measure_of(assess).is_random else 0,
             "" if model else name,
             at,
         )

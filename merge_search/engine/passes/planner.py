@@ -15,6 +15,7 @@ from merge_search.engine.kernels.n_m_masks import balanced_masks, counts_of
 from merge_search.engine.kernels.random_bits import draw_limit, mask_keys
 from merge_search.engine.methods.allocate import Allocation, allocate
 from merge_search.engine.methods.assess import measure_of
+from merge_search.engine.methods.outside import SelectContext, outside_masks
 from merge_search.engine.passes.measurements import Facts, Scope
 from merge_search.engine.passes.order_statistics import Table, dropped_count, kept_count
 from merge_search.engine.passes.settings import Known, TensorSettings, cuts, largest_factors, ranked_together
@@ -22,13 +23,12 @@ from merge_search.engine.passes.softmax_weights import Mixtures
 from merge_search.engine.passes.survivors import Samples, majority_sign, measure
 from merge_search.engine.resident.coefficient_maps import n_rows, rows_of
 from merge_search.recipe import Assess, Recipe, value_for
+from merge_search.rules import SELECTIONS, SPLICES
 
 __all__ = ["Planner", "TensorSettings"]
 
 T = TypeVar("T")
-_SCORED = {"top_k", "threshold", "band", "rank_probability", "proportional", "soft_threshold", "n_m", "mass"}
 _LARGEST = torch.finfo(torch.float32).max
-_MIXED = {"score", "softmax", "argmax"}
 
 
 class Planner:
@@ -54,7 +54,8 @@ class Planner:
         that sort otherwise the sums, and so the weights, may differ in their last bits.
         """
         measures = [recipe.assess, recipe.splice.score or recipe.assess]
-        if recipe.select.exclusive or recipe.splice.kind == "argmax" or any(measure_of(m).ordered for m in measures):
+        ordered = SPLICES[recipe.splice.kind].ordered or any(measure_of(m).ordered for m in measures)
+        if recipe.select.exclusive or ordered:
             return tuple(recipe.models.experts)
         return tuple(sorted(recipe.models.experts))
 
@@ -108,7 +109,7 @@ class Planner:
 
     def _importance(self, rule: Assess, scope: Scope, expert: str, name: str) -> float:
         """Mean score of an expert on a tensor."""
-        seed = scope.seed if rule.measure == "random" else 0
+        seed = scope.seed if measure_of(rule).is_random else 0
         key = (rule.model_dump_json(), scope.key(), seed, name)
         if key not in self._means:
             scores = self.facts.whole_scores(rule, scope, name)
@@ -152,9 +153,10 @@ class Planner:
     def _bound(self, recipe: Recipe, p: Pass) -> float:
         """What no merged element can exceed; infinite where weights are not known to lie in [0, 1]."""
         s, n = p.structure, p.numbers
-        if s.rows or (s.splice == "coefficient" and min(n["coefficient"]) < 0):
+        splice = SPLICES[recipe.splice.kind]
+        if s.rows or s.outside.measure or (splice.divides_by_coefficients and min(n["coefficient"]) < 0):
             return math.inf
-        if s.splice in _MIXED and not measure_of(recipe.splice.score or recipe.assess).bounded:
+        if splice.is_scored and not measure_of(recipe.splice.score or recipe.assess).bounded:
             return math.inf
         if recipe.splice.kind == "softmax" and recipe.splice.temperature < 1e-30:
             return math.inf
@@ -193,6 +195,8 @@ class Planner:
         ranked = select.scope == "row" and kind in ("top_k", "band")
         if kind == "n_m":
             p = self._balanced(recipe, scope, p, densities, coefficients)
+        elif SELECTIONS[kind].is_outside:
+            p = self._outside_masks(recipe, scope, p, densities, coefficients)
         elif ranked or kind == "rank_probability":
             p.given["rank"] = self.facts.ranks(recipe.assess, scope, p.name, coefficients)
             kind = {"top_k": "rank", "band": "rank_band"}.get(kind, kind)
@@ -200,7 +204,7 @@ class Planner:
             p = replace(p, structure=p.structure._replace(select=kind))
         else:
             source = Source()
-            if kind in _SCORED:
+            if SELECTIONS[kind].uses_scores:
                 source = self._slot(recipe.assess, scope, p, "a", coefficients)
             p = replace(p, structure=p.structure._replace(select=kind, assess=source))
             p = self._threshold_numbers(recipe, scope, p, densities, coefficients)
@@ -277,7 +281,7 @@ class Planner:
             p.name,
             tuple(counts_of(d, p.shape[-1] if p.shape else 1, select.block_size) for d in densities),
             scope.seed,
-            coefficients if recipe.assess.options.get("at") == "scaled" else (),
+            self.facts.depends_on(recipe.assess, coefficients),
         )
         masks = self.facts.stored.get(key)
         if masks is None:
@@ -292,9 +296,36 @@ class Planner:
         p.given["mask"] = masks
         return replace(p, structure=p.structure._replace(select="mask", exclusive=False))
 
+    def _outside_masks(
+        self, recipe: Recipe, scope: Scope, p: Pass, densities: tuple[float, ...], coefficients: tuple[float, ...]
+    ) -> Pass:
+        """Masks of a selection from outside, made of whole tensors and stored."""
+        select, row = recipe.select, SELECTIONS[recipe.select.kind]
+        assess = recipe.assess if row.uses_scores else Assess()
+        densities = densities if row.uses_density else ()
+        at = (self.facts.depends_on(assess, coefficients), scope.seed)
+        key = ("outside", select.model_dump_json(), assess.model_dump_json(), scope.key(), p.name, densities, at)
+        masks = self.facts.stored.get(key)
+        if masks is None:
+            scores = self.facts.whole_scores(assess, scope, p.name, coefficients) if row.uses_scores else []
+            context = SelectContext(
+                tuple(a.reshape(p.shape) for a in scores), densities, p.experts, self.tensors.groups[p.name], p.shape,
+                select.scope, self.tensors.device, scope.seed if row.is_random else None,
+            )  # fmt: skip
+            dtype = self.tensors.base(p.name).dtype
+            dtype = dtype if dtype.itemsize == 2 else torch.bfloat16  # booleans load slowly
+            masks = [m.to(dtype) for m in outside_masks(row, context, row.completed(select.options))]
+            self.facts.store(key, p.name, masks)
+        p.given["mask"] = masks
+        return replace(p, structure=p.structure._replace(select="mask"))
+
     def _mixing(self, recipe: Recipe, scope: Scope, p: Pass, coefficients: tuple[float, ...]) -> Pass:
         splice, s = recipe.splice, p.structure
-        if splice.kind not in _MIXED:
+        if SPLICES[splice.kind].is_outside:
+            options = SPLICES[splice.kind].completed(splice.options)
+            s = s._replace(outside=Source("splice", splice.kind, tuple(sorted(options.items()))))
+            p = replace(p, structure=s)
+        if not SPLICES[splice.kind].is_scored:
             return p
         mixing = splice.score or recipe.assess
         if splice.kind == "softmax":
@@ -382,7 +413,7 @@ def _given_key(recipe: Recipe, p: Pass) -> str:
     if not p.given:
         return ""
     blank: dict[str, Any] = {"scale": 1.0, "preset": ""}
-    if recipe.assess.options.get("at") != "scaled":
+    if not measure_of(recipe.assess).depends_on_coefficients(recipe.assess.options):
         blank["coefficients"] = {}
     return recipe.model_copy(update=blank).fingerprint
 

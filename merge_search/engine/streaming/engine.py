@@ -31,6 +31,7 @@ from merge_search.engine.streaming.buffers import Buffers
 from merge_search.engine.streaming.reader import Feed
 from merge_search.engine.streaming.thresholds import LateTable, keep_of_deltas, largest_values
 from merge_search.recipe import Assess, Recipe
+from merge_search.rules import SELECTIONS, SPLICES
 
 T = TypeVar("T")
 
@@ -189,10 +190,10 @@ def is_element_wise(recipe: Recipe) -> bool:
         recipe.operator is None
         and not recipe.post
         and recipe.allocate.kind == "constant"
-        and recipe.select.kind in ("all", "top_k", "band", "threshold", "bernoulli", "soft_threshold")
+        and SELECTIONS[recipe.select.kind].is_element_wise
         and recipe.select.scope != "row"
         and recipe.rescale.kind not in ("match_l1", "match_l2")
-        and recipe.splice.kind in ("sum", "count", "mask", "coefficient")
+        and not (SPLICES[recipe.splice.kind].is_scored or SPLICES[recipe.splice.kind].is_outside)
         and not recipe.splice.unique_boost
         and measure_of(recipe.assess).cheap
         and not hasattr(load(recipe.assess.measure), "reduce")
