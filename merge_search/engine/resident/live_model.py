@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_search.engine.checkpoints.checkpoint import DTYPES, Checkpoint, dtype_name, raw_bytes, tied_aliases
+from merge_search.engine.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint, dtype_name, raw_bytes, tied_aliases
+from merge_search.engine.checkpoints.dtypes import FLOATING
 from merge_search.engine.checkpoints.hashing import WeightsHash, hash_folder
-from merge_search.engine.checkpoints.headers import FLOATING, CheckpointInfo
+from merge_search.engine.checkpoints.headers import CheckpointInfo
 from merge_search.engine.checkpoints.layout import is_mergeable, layout
 from merge_search.engine.checkpoints.views import disk_views, storages_shared
 from merge_search.errors import WeightsError
@@ -129,7 +130,7 @@ def _wanted_dtype(info: CheckpointInfo, dtype: str | torch.dtype | None) -> torc
     for t in info.tensors.values():
         if t.dtype in FLOATING:
             count[t.dtype] += t.n_elements
-    return DTYPES[count.most_common(1)[0][0]] if count else torch.float32
+    return TORCH_DTYPES[count.most_common(1)[0][0]] if count else torch.float32
 
 
 def _load(info: CheckpointInfo, dtype: torch.dtype, task: str) -> tuple[Any, dict[str, Any]]:
@@ -230,7 +231,7 @@ def _select(
 def _check_dtypes(info: CheckpointInfo, views: dict[str, Tensor], dtype: torch.dtype | None) -> None:
     """Every view must have the dtype in which it is exported, or the scored and the exported bits would differ."""
     for name, view in views.items():
-        on_disk = DTYPES[info.tensors[name].dtype]
+        on_disk = TORCH_DTYPES[info.tensors[name].dtype]
         exported = dtype if dtype is not None and is_mergeable(info.tensors[name]) else on_disk
         if view.dtype != exported:
             advice = "set dtype to float32 or bfloat16" if dtype is None else "leave dtype out, or set it to float32"

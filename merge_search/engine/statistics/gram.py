@@ -1,6 +1,6 @@
 """Gram matrices X^T X / n of the inputs of every matrix, for RegMean. Source: Jin et al. 2022, arXiv 2212.09849.
 
-Embeddings have none, also where a head shares their matrix: they are averaged.
+Embeddings have none, even where a head shares their matrix: RegMean averages them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["measure"]
 
 def _products(role: Role, inputs: Tensor, _: Tensor) -> Tensor | None:
     if role == "embedding":
-        return torch.zeros((), device=inputs.device)  # seen: that is all there is to know
+        return torch.zeros((), device=inputs.device)  # marks the matrix as an embedding
     x = inputs.to(torch.float32)
     return (x.mT @ x).to(torch.float64)
 

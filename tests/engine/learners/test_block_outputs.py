@@ -148,7 +148,7 @@ def test_the_same_fit_twice_gives_the_same_bits(make_models, tmp_path: Path) -> 
 def test_requests_that_cannot_be_met_are_refused(make_models, tmp_path: Path) -> None:
     pool, live = make_models()
     recipe = Recipe(models=pool.models)
-    with pytest.raises(InputError, match="take a fineness of block or finer, not 'expert'"):
+    with pytest.raises(InputError, match="set per to block or finer, not 'expert'"):
         learn(pool, live, recipe, tmp_path, per="expert")
     engine, losses = MergeEngine(pool), forward_only(live)
     with pytest.raises(InputError, match="'second' needs a model that is best at it"):

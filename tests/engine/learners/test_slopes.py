@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.execute.parts import linearity_problems
-from merge_search.engine.learners.granularity import make_fineness
+from merge_search.engine.learners.granularity import make_granularity
 from merge_search.engine.learners.slopes import Parts, Slopes
 from merge_search.engine.methods.operators import OPERATORS
 from merge_search.engine.resident.in_memory import MemoryTensors
@@ -81,27 +81,27 @@ def test_slopes_are_those_of_automatic_differentiation(make_models, tied: bool, 
 
 @pytest.mark.parametrize("per", ["expert", "block", "block_kind", "tensor", "row"])
 def test_grouped_slopes_are_central_differences_of_the_engines_own_merges(make_models, tmp_path, per: str) -> None:
-    """The loss is taken in double precision at weights that the engine merged from the recipes that a fineness writes."""
+    """The loss is taken in double precision at weights that the engine merged from the recipes that a granularity writes."""
     pool, live = make_models()
     engine = MergeEngine(pool)
     recipe = Recipe(models=pool.models, **ARITHMETIC)
     parts = Parts(engine, recipe)
-    fineness = make_fineness(per, parts, recipe, map_folder=tmp_path / "maps")
-    at = fineness.recipe(fineness.start)
-    gradient = fineness.gradient(recorded(engine, live, at, rows=fineness.needs_rows).values)
+    granularity = make_granularity(per, parts, recipe, map_folder=tmp_path / "maps")
+    at = granularity.recipe(granularity.start)
+    gradient = granularity.gradient(recorded(engine, live, at, rows=granularity.needs_rows).values)
     double = copy.deepcopy(live.model).double()
 
     def value(vector: Tensor) -> float:
-        merged = engine.merged(fineness.recipe(vector))
+        merged = engine.merged(granularity.recipe(vector))
         with torch.no_grad():
             return float(token_loss(double, {name: t.double() for name, t in merged}))
 
     eps = 2e-2
     largest = gradient.abs().topk(min(3, len(gradient))).indices.tolist()
     for k in {*largest, 0, len(gradient) - 1}:
-        step = torch.zeros_like(fineness.start)
+        step = torch.zeros_like(granularity.start)
         step[k] = eps
-        difference = (value(fineness.start + step) - value(fineness.start - step)) / (2 * eps)
+        difference = (value(granularity.start + step) - value(granularity.start - step)) / (2 * eps)
         assert float(gradient[k]) == pytest.approx(difference, rel=1e-2, abs=1e-2 * float(gradient.abs().max()) + 1e-5)
 
 
