@@ -36,8 +36,10 @@ __all__ = ["check_destination", "export_folder"]
 SHARD_BYTES = 5 * 10**9
 COPIED = (
     "generation_config.json", "tokenizer*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.model",
-    "chat_template*", "preprocessor_config.json", "processor_config.json", "image_processor_config.json", "LICENSE*", "NOTICE*",
+    "chat_template*", "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+    "LICENSE*", "NOTICE*",
 )  # fmt: skip
+"""Files of the base that are copied into the merged model's folder."""
 _SAFETENSORS_NAMES = {recipe_name: name for name, recipe_name in RECIPE_NAMES.items()}
 
 

@@ -264,7 +264,7 @@ def _enter(
     teachers: Mapping[str, str],
     n_rows: Mapping[str, int],
 ) -> tuple[list[int], dict[str, _Inputs]]:
-    """Return the order of the blocks and what enters the first one, by merge and teachers. `recipe` is live afterwards."""
+    """Return the order of the blocks, and what enters the first one by merge and teachers. `recipe` is live afterwards."""
     inputs = {task: _Inputs(teachers[task]) for task in losses}
     engine.apply(recipe, views)
     order = _capture(blocks, losses, inputs, n_rows)
@@ -399,15 +399,15 @@ def _order(seen: Sequence[_Seen], n_blocks: int) -> list[int]:
     follows = all(torch.equal(a.output[0], b.hidden) for a, b in itertools.pairwise(seen) if a.output)
     if sorted(order) != list(range(n_blocks)) or not follows:
         raise InputError(
-            "learner: block outputs need a model whose blocks follow each other, each once and with nothing in between, "
-            f"found {len(order)} calls of {n_blocks} blocks; take another loss"
+            "learner: block outputs need a model whose blocks follow each other, each once and with nothing "
+            f"in between, found {len(order)} calls of {n_blocks} blocks; take another loss"
         )
     _require_plain([s.call for s in seen])
     return order
 
 
 def _require_plain(calls: Sequence[_Call]) -> None:
-    """Raise `InputError` unless all arguments are tensors, plain values or tuples of them, which can be passed again."""
+    """Raise `InputError` unless all arguments are tensors, plain values or tuples of them: those can be passed again."""
     for value in (v for call in calls for v in (*call.args, *call.kwargs.values())):
         inner = value if isinstance(value, tuple) else (value,)
         if bad := [v for v in inner if not isinstance(v, Tensor | bool | int | float | str | None)]:

@@ -145,7 +145,8 @@ def task_losses(evaluators: Sequence[object], kind: str = "gold") -> dict[str, T
                     losses[task] = TaskLoss(n, loss_of(evaluator, task, kind))
     if not losses:
         raise InputError(
-            "learner: no task has a differentiable loss and rows to fit on; give tasks a training split, or set splits.fit"
+            "learner: no task has a differentiable loss and rows to fit on; "
+            "give tasks a training split, or set splits.fit"
         )
     return losses
 

@@ -38,7 +38,7 @@ class ParameterSlice:
 
 
 def parameter_slices(model: Any, views: Mapping[str, Tensor]) -> list[tuple[Tensor, list[ParameterSlice]]]:
-    """Return every parameter that holds tensors of `views`, with the slices that they take. A tied parameter comes once.
+    """Return every parameter that holds tensors of `views`, with its slices. A tied parameter comes once.
 
     Args:
         model: The module that owns the parameters.
@@ -75,7 +75,7 @@ def _contains(parameter: Tensor, view: Tensor, offset: int) -> bool:
 def receiving_gradients(
     slices: Sequence[tuple[Tensor, Sequence[ParameterSlice]]], receive: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Call `receive` with the gradient of every tensor on disk, as soon as a backward pass inside the context makes it.
+    """Call `receive` with the gradient of every tensor on disk, as soon as a backward pass makes it.
 
     Each gradient of a parameter is dropped after use, so the gradients of the whole model are never held at once.
     Gradients are enabled inside. ``requires_grad`` and ``.grad`` of the parameters are restored on exit.

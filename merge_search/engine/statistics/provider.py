@@ -116,7 +116,10 @@ class DataStatistics:
                 "no task has a differentiable loss and rows to fit on: give tasks a training split, or set splits.fit"
             )
         if self.live is None and not self._path(kind, expert).is_file():
-            return f"it was not measured in this study, or its file was removed to keep statistics.max_gib (looked in {self.folder})"
+            return (
+                "it was not measured in this study, or its file was removed to keep statistics.max_gib "
+                f"(looked in {self.folder})"
+            )
         return ""
 
     def files(self) -> dict[str, str | Path]:

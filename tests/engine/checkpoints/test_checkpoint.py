@@ -266,7 +266,7 @@ def test_the_pool_holds_the_bits_of_the_files(save_model) -> None:
     base = save_model("llama", shards="5KB")
     a, b = save_model("llama", name="a", seed=1), save_model("llama", name="b", seed=2, dtype="bfloat16")
     pool = ModelPool(models(base, a=a, b=b), device="cpu")
-    assert pool.plan.startswith("resident on cpu: base and 2 experts need 0.00 GiB, ")
+    assert pool.placement_report.startswith("resident on cpu: base and 2 experts need 0.00 GiB, ")
     assert list(pool.groups) == list(Checkpoint(base).info.tensors)
     for name in pool.groups:
         assert bits(pool.base(name)) == bits(weights(base)[name])
@@ -279,7 +279,7 @@ def test_the_pool_falls_back_to_mapped_files_with_the_same_bits(save_model) -> N
     base, a = save_model("llama"), save_model("llama", name="a", seed=1)
     pool = ModelPool(models(base, a=a), device="cpu", memory=1e-6)
     assert pool.placement == "mapped"
-    assert "0.00 GiB were allowed" in pool.plan
+    assert "0.00 GiB were allowed" in pool.placement_report
     for name in pool.groups:
         assert bits(pool.expert("a", name)) == bits(weights(a)[name])
 

@@ -42,10 +42,10 @@ def spoiled(make_models: Callable[[], Any]) -> Models:
     return models
 
 
-@pytest.mark.parametrize("once", [True, False])
-def test_all_tensors_that_are_not_finite_are_named_at_once(spoiled: Models, once: bool) -> None:
+@pytest.mark.parametrize("streaming", [True, False])
+def test_all_tensors_that_are_not_finite_are_named_at_once(spoiled: Models, streaming: bool) -> None:
     with pytest.raises(WeightsError) as caught:
-        ModelPool(spoiled, device="cpu", once=once)
+        ModelPool(spoiled, device="cpu", streaming=streaming)
     text = str(caught.value)
     assert text.startswith("3 tensors are not finite:\n")
     for expert, name, n_bad in (("a", FIRST, 2), ("a", LAST, 1), ("b", FIRST, 1)):
@@ -71,7 +71,7 @@ def test_what_does_not_fit_in_free_memory_is_refused_when_its_turn_comes(
     spoiled: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "free_bytes", lambda _: 1000)
-    engine = OneOffEngine(ModelPool(spoiled, device="cpu", once=True), threads=1)
+    engine = OneOffEngine(ModelPool(spoiled, device="cpu", streaming=True), threads=1)
     with pytest.raises(WeightsError, match=r"a/model\.safetensors: .* expert 'a', tensor 'model.embed_tokens.weight'"):
         list(engine.merged(preset("ties", spoiled)))
 

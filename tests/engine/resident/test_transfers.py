@@ -41,7 +41,7 @@ def test_names_asked_for_in_the_order_expected_move_once_each_the_next_one_ahead
             assert not {t.data_ptr() for t in found} & {t.data_ptr() for t in host.tensors[name]}
         moved.append("".join(host.read))
         assert moved[-1] == ahead
-        assert len(transfers._there) <= 2
+        assert len(transfers._moved) <= 2
 
 
 def test_names_asked_for_otherwise_are_moved_when_they_are_and_never_more_than_two_are_held() -> None:
@@ -50,7 +50,7 @@ def test_names_asked_for_otherwise_are_moved_when_they_are_and_never_more_than_t
     transfers.expect("abc")
     for name in "adcab":
         assert all(map(torch.equal, transfers.get(name), host.tensors[name]))
-        assert set(transfers._there) <= {name, *{"a": "b", "b": "c"}.get(name, "")}
+        assert set(transfers._moved) <= {name, *{"a": "b", "b": "c"}.get(name, "")}
     transfers.expect("")
     del host.read[:]
     for name in "cd":
@@ -63,7 +63,7 @@ def test_what_was_moved_is_let_go_when_a_pass_ends_and_kept_where_the_next_one_b
     transfers = Transfers(host, CPU)
     transfers.expect("abc")
     held = [weakref.ref(t) for name in "ab" for t in transfers.get(name)]
-    held += [weakref.ref(t) for t in transfers._there["c"].tensors]  # it has come ahead
+    held += [weakref.ref(t) for t in transfers._moved["c"].tensors]  # it has come ahead
     transfers.expect("")
     assert not [t for t in held if t() is not None]
     mine = transfers.get("b")
@@ -91,16 +91,16 @@ def test_a_name_that_does_not_fit_ahead_moves_when_it_is_asked_for(caplog: pytes
         for name in "abcd":
             host.tensors[name] = fitting[name]
             assert all(map(torch.equal, transfers.get(name), fitting[name]))
-            assert list(transfers._there) == [name]
+            assert list(transfers._moved) == [name]
     assert host.read == ["a", "b", "b", "c", "c", "d", "d"]
     assert [r.message for r in caplog.records] == [
-        "cpu: no room for two tensors at a time, so some are copied when their turn comes"
+        "cpu: too little memory for two tensors at a time; some are copied only when they are needed"
     ]
     full()
     transfers.expect("ab")
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         transfers.get("b")  # there is no room for it alone
-    assert transfers._there == {}
+    assert transfers._moved == {}
     assert torch.equal(transfers.get("a")[0], fitting["a"][0])
 
 

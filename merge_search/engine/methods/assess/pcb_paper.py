@@ -1,7 +1,8 @@
 """Parameter competition balancing as published: softmax(M norm(tau_i^2)) x sum_j softmax(norm(tau_i tau_j)).
 
-norm is the L2 normalisation and both softmaxes run over all parameters of the tensor.
-Source: PCB-Merging, arXiv 2410.02396, equations as restated in a re-implementation; the paper's scope is the whole model.
+norm is the L2 normalisation. Both softmaxes run over all parameters of the tensor.
+Source: PCB-Merging, arXiv 2410.02396, equations as restated in a re-implementation. Differs: the paper's scope is the
+whole model.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from merge_search.engine.methods.assess import AssessContext
 
 __all__ = ["scores"]
 
-_CHUNK = 2**18
+_CHUNK = 2**18  # elements that are summed in float64 at a time
 
 
 def scores(context: AssessContext) -> list[Tensor]:
-    """float32. Each pair's softmax is made once; memory beside the results: two tensors, used again and again."""
+    """Return the scores of each expert, float32.
+
+    Cost: one softmax per pair. Memory beside the results: two tensors, which are reused.
+    """
     deltas = [t.reshape(-1) for t in context.deltas]
     product, shares = torch.empty_like(deltas[0]), torch.empty_like(deltas[0])
     found = [torch.zeros_like(t) for t in deltas]
@@ -34,6 +38,6 @@ def scores(context: AssessContext) -> list[Tensor]:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """`x` divided by its length, in place."""
+    """Divide `x` by its length, in place."""
     parts = [part.to(torch.float64).square_().sum() for part in torch.split(x, _CHUNK)]
     return x.div_(torch.stack(parts).sum().sqrt().clamp(min=1e-30).to(torch.float32))
