@@ -1,8 +1,7 @@
 """Float32 matrix products on a CPU by oneDNN, where it is as exact as the library that torch uses by default.
 
-torch gives float32 products to MKL, which uses half of the vector width on processors of other makers than Intel.
-There oneDNN's forward and backward passes of a wide model take half to two thirds of the time
-(`benchmarks/products.py`).
+torch gives float32 products to MKL, which uses half of the vector width on processors of other makers than Intel. There
+oneDNN's forward and backward passes of a wide model take half to two thirds of the time (`benchmarks/products.py`).
 torch gives the products to oneDNN when they may be computed in bfloat16. On a processor whose matrix unit would really
 compute them so, `exact` is false and nothing is changed.
 """
@@ -34,9 +33,8 @@ def fast_products(weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Run float32 products on the CPU on oneDNN inside the context, if that pays for a model of these `weights`.
 
     The setting holds for the whole process with all its threads, and is restored on exit. The results are exact to
-    float32, but
-    their bits differ from those outside. Merges are computed outside, so the weights of a recipe do not depend on the
-    setting. A program that set precisions backend by backend keeps its choice.
+    float32, but their bits differ from those outside. Merges are computed outside, so the weights of a recipe do not
+    depend on the setting. A program that set precisions backend by backend keeps its choice.
 
     Args:
         weights: Tensors of the model by name.

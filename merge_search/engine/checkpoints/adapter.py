@@ -6,8 +6,8 @@ tensors. Adapters name *modules*. A module may have another name on disk (ViT, G
 be several tensors there (experts saved whole); `module_names` finds them. `adapter_parameters` finds the factors of
 single parameters (``target_parameters``). The arithmetic is in `checkpoint`.
 
-Source: Hu et al. 2021, arXiv 2106.09685; scale alpha / sqrt(r): Kalajdzievski 2023, arXiv 2312.03732;
-DoRA: Liu et al. 2024, arXiv 2402.09353.
+Source: Hu et al. 2021, arXiv 2106.09685; scale alpha / sqrt(r): Kalajdzievski 2023, arXiv 2312.03732; DoRA: Liu et al.
+2024, arXiv 2402.09353.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ class AdapterEntry:
     """How one tensor of the base changes. The strings are names of the adapter's tensors, '' where there is none.
 
     With `whole` alone, the tensor is replaced. With `a` and `b` it becomes W + scale * B @ A. If `whole` is given as
-    well,
-    it takes the place of W (peft saves an embedding that it also adapts).
+    well, it takes the place of W (peft saves an embedding that it also adapts).
 
     Attributes:
         whole: The tensor that replaces the base's.

@@ -1,9 +1,8 @@
 """LoRA factors of single parameters (peft's ``target_parameters``): experts stacked in one tensor, and other matrices.
 
 peft wraps a module once per parameter, in the order in which the module has them. The first parameter is innermost,
-under
-as many ``.base_layer`` as there are other parameters. A key gives only the depth; the model without weights gives the
-parameter.
+under as many ``.base_layer`` as there are other parameters. A key gives only the depth; the model without weights gives
+the parameter.
 
 Source: Hu et al. 2021, arXiv 2106.09685, applied to every expert of a stack by itself.
 """

@@ -1,8 +1,8 @@
 """One hash for weights: the same for a live model, for a folder, and for any way of cutting it into files.
 
 Rule: sha256 over the tensors in the order of their names. Each tensor is ``name|dtype|shape`` in UTF-8 (``BF16``,
-``2,3``),
-then its bytes, little-endian and contiguous. Tensors are hashed, not files, so shards and metadata do not matter.
+``2,3``), then its bytes, little-endian and contiguous. Tensors are hashed, not files, so shards and metadata do not
+matter.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The contents of a checkpoint, from its headers alone: names, dtypes, shapes, positions. Imports no torch.
 
-A safetensors file is an 8-byte little-endian length, that many bytes of JSON, then the tensors back to back.
-The parser refuses what the reference implementation refuses (truncation, trailing bytes, overlaps, holes,
-sizes that do not match shapes, unknown dtypes), and repeated names as well. Pickles are never opened.
+A safetensors file is an 8-byte little-endian length, that many bytes of JSON, then the tensors back to back. The parser
+refuses what the reference implementation refuses (truncation, trailing bytes, overlaps, holes, sizes that do not match
+shapes, unknown dtypes), and repeated names as well. Pickles are never opened.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The group of a tensor, by its name alone: its block and its module kind.
 
-A *stack* is a list of like layers (``model.layers``, ``encoder.block``). The first number in a name that follows
-a stack's name is the layer. Blocks are counted over all stacks. Stacks come in the order in which they appear
-among the naturally sorted names, so a decoder's blocks come before an encoder's.
+A *stack* is a list of like layers (``model.layers``, ``encoder.block``). The first number in a name that follows a
+stack's name is the layer. Blocks are counted over all stacks. Stacks come in the order in which they appear among the
+naturally sorted names, so a decoder's blocks come before an encoder's.
 """
 
 from __future__ import annotations

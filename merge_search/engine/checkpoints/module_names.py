@@ -1,8 +1,7 @@
 """Where the parameters of a module are on disk, for architectures that transformers renames, splits or stacks.
 
 Adapters name modules. This file runs transformers' own conversion for saving on the addresses of single parameters of a
-model
-without weights. The result shows which tensors on disk a parameter is made of, and which of its elements each one
+model without weights. The result shows which tensors on disk a parameter is made of, and which of its elements each one
 holds.
 """
 

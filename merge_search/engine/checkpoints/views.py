@@ -1,8 +1,7 @@
 """Views of a live model's weights under the names that they have on disk.
 
-transformers renames, splits and stacks tensors when it loads some architectures (fused experts of Mixtral, ViT,
-LLaVA). This file runs transformers' own conversion for saving on *addresses* instead of weights: every element holds
-its
+transformers renames, splits and stacks tensors when it loads some architectures (fused experts of Mixtral, ViT, LLaVA).
+This file runs transformers' own conversion for saving on *addresses* instead of weights: every element holds its
 position in the model. The result shows, for each tensor on disk, where in which parameter its elements are. As long as
 that is an offset and strides, a view of the parameter is the tensor on disk, and writing into the view is exact.
 """

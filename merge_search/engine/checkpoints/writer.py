@@ -1,9 +1,8 @@
 """Write a merged model as a Hugging Face folder: either whole or not at all.
 
 Everything is written into a temporary folder beside the destination, flushed to disk and renamed. Tensors are written
-straight
-to their positions in files laid out beforehand, so one tensor at a time is in memory. The files are canonical: byte for
-byte those that safetensors writes. Settings and tokenizer are copies of the base's files.
+straight to their positions in files laid out beforehand, so one tensor at a time is in memory. The files are canonical:
+byte for byte those that safetensors writes. Settings and tokenizer are copies of the base's files.
 """
 
 from __future__ import annotations

@@ -264,7 +264,10 @@ def _enter(
     teachers: Mapping[str, str],
     n_rows: Mapping[str, int],
 ) -> tuple[list[int], dict[str, _Inputs]]:
-    """Return the order of the blocks, and what enters the first one by merge and teachers. `recipe` is live afterwards."""
+    """Return the order of the blocks, and what enters the first one by merge and teachers.
+
+    `recipe` is live afterwards.
+    """
     inputs = {task: _Inputs(teachers[task]) for task in losses}
     engine.apply(recipe, views)
     order = _capture(blocks, losses, inputs, n_rows)
@@ -407,7 +410,10 @@ def _order(seen: Sequence[_Seen], n_blocks: int) -> list[int]:
 
 
 def _require_plain(calls: Sequence[_Call]) -> None:
-    """Raise `InputError` unless all arguments are tensors, plain values or tuples of them: those can be passed again."""
+    """Raise `InputError` unless all arguments are tensors, plain values or tuples of them.
+
+    Only those can be passed to the block again.
+    """
     for value in (v for call in calls for v in (*call.args, *call.kwargs.values())):
         inner = value if isinstance(value, tuple) else (value,)
         if bad := [v for v in inner if not isinstance(v, Tensor | bool | int | float | str | None)]:

@@ -25,8 +25,8 @@ class ExpertLabels:
     """The fit rows that each task's teacher has answered, for the losses ``pseudo`` and ``kl``.
 
     A teacher is the expert, or the base, that is best at a task. ``pseudo`` keeps the teacher's answers, ``kl`` its
-    distribution over answers.
-    Both stay with the evaluators, in this process. A resumed process asks again for the rows that it draws.
+    distribution over answers. Both stay with the evaluators, in this process. A resumed process asks again for the rows
+    that it draws.
 
     Args:
         evaluators: Those with a differentiable loss answer for their tasks. The others are ignored.

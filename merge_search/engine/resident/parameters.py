@@ -66,7 +66,7 @@ def parameter_slices(model: Any, views: Mapping[str, Tensor]) -> list[tuple[Tens
 
 
 def _contains(parameter: Tensor, view: Tensor, offset: int) -> bool:
-    """Whether all elements of `view`, which begins `offset` elements into a parameter of the same storage, lie in it."""
+    """Whether all elements of `view` lie in a parameter of the same storage, `offset` elements after its first."""
     last = offset + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
     return parameter.device == view.device and offset >= 0 and last < parameter.numel()
 

@@ -1,11 +1,9 @@
 """Base and experts, ready for merging: a candidate never waits for a disk.
 
 There are three placements, and the first that fits is taken: ``resident`` (on the device), ``pinned`` (in page-locked
-host
-memory) and ``mapped`` (from the files, through the system's page cache). Tensors that are not resident come to a GPU
-one
-by one, and the next is copied while the current one is merged (`transfers`). `ModelPool.placement_report` gives the
-placement and its reason.
+host memory) and ``mapped`` (from the files, through the system's page cache). Tensors that are not resident come to a
+GPU one by one, and the next is copied while the current one is merged (`transfers`). `ModelPool.placement_report` gives
+the placement and its reason.
 """
 
 from __future__ import annotations
@@ -285,8 +283,8 @@ class ModelPool:
         """Raise `WeightsError` naming all NaN and infinity in the files, if the files fit in free memory.
 
         Files that fit are read from the disk once, by this check, and by the merge from the page cache. Larger files
-        would be
-        read from the disk twice, which takes longer than most merges. Their tensors are checked when they are merged.
+        would be read from the disk twice, which takes longer than most merges. Their tensors are checked when they are
+        merged.
         """
         if sum(source.info.n_bytes for source in self.sources) <= MARGIN * free_bytes(torch.device("cpu")):
             refuse(file_problems(self._named_sources, self.groups))

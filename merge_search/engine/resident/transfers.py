@@ -33,10 +33,10 @@ class _Moved(NamedTuple):
 class Transfers:
     """Copies of host tensors on a device: those of the name in use and of the next expected name, no others.
 
-    On a GPU, copies run on their own stream, beside the merge. The host waits for the work on the last name before
-    it starts to move the name after next. So the memory of two names is the most that is taken, however far the host is
-    ahead.
-    If there is no room to move a name ahead, it moves when it is asked for, and takes the memory of the name before.
+    On a GPU, copies run on their own stream, beside the merge. The host waits for the work on the last name before it
+    starts to move the name after next. So the memory of two names is the most that is taken, however far the host is
+    ahead. If there is no room to move a name ahead, it moves when it is asked for, and takes the memory of the name
+    before.
 
     Args:
         read: Name -> base and experts in host memory, page-locked if copies are to overlap. Where an expert shares the

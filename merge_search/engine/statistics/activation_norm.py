@@ -2,8 +2,8 @@
 
 The division makes experts comparable whose rows differ in length. Within an expert it changes no ranking. The input of
 an embedding's row is the tokens that look it up: sqrt(share of tokens), zero for tokens that never occur. Tensors that
-are no
-matrices (gains of normalised inputs, biases) count as having an input of size one. Source: Wanda, arXiv 2306.11695.
+are no matrices (gains of normalised inputs, biases) count as having an input of size one. Source: Wanda, arXiv
+2306.11695.
 """
 
 from __future__ import annotations

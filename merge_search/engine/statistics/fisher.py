@@ -3,10 +3,8 @@
 *Empirical* means that the answer is the right one. The proper Fisher information takes the mean over answers that the
 model itself gives, and costs one backward pass per choice. log p is the mean over the answer's tokens, as in DF-Merge's
 release, so that long answers do not weigh more. The gradient of every row is squared separately, because squares of
-batch
-gradients would add cross terms. The measure ``fisher`` adds its ``floor`` afterwards. Half-precision gradients below
-6e-8
-(float16) are lost: use bfloat16 or float32.
+batch gradients would add cross terms. The measure ``fisher`` adds its ``floor`` afterwards. Half-precision gradients
+below 6e-8 (float16) are lost: use bfloat16 or float32.
 Sources: Fisher merging, arXiv 2111.09832; DF-Merge, arXiv 2504.18992 (sums over choices, 30 rows).
 """
 

@@ -1,8 +1,7 @@
 """The inputs of every matrix of the live model, observed while it runs.
 
 Calls are observed, not modules, and a matrix is recognised by its address. So fused projections, routers and experts
-that
-a model slices out of one parameter are told apart by their names on disk.
+that a model slices out of one parameter are told apart by their names on disk.
 """
 
 from __future__ import annotations

@@ -43,15 +43,12 @@ class DataStatistics:
     """A `StatisticsSource`: kinds of `KINDS` from data, all others from files that the user put into `folder`.
 
     Measured statistics are kept in ``<folder>/<key>.safetensors``. The key is a hash of kind, point, weights, dtype,
-    tasks, rows,
-    seed and `VERSION`, so a file found by its key holds what would be measured. A damaged file is measured again.
-    Once the files exceed `max_gib`, the longest unused are removed first. Files at a model itself that this process has
-    used are
-    never removed. A statistic whose file was removed is measured again, to the same bits.
+    tasks, rows, seed and `VERSION`, so a file found by its key holds what would be measured. A damaged file is measured
+    again. Once the files exceed `max_gib`, the longest unused are removed first. Files at a model itself that this
+    process has used are never removed. A statistic whose file was removed is measured again, to the same bits.
 
     A statistic may be asked for while a recipe is being written into the live model. The model's weights are then saved
-    on
-    the host and restored bit for bit. Engines notice by version counters that the weights were touched.
+    on the host and restored bit for bit. Engines notice by version counters that the weights were touched.
 
     Args:
         pool: Base and experts.

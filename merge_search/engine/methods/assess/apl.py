@@ -1,11 +1,9 @@
 """|<gradient of the expert's loss at the base, delta>| per tensor: the causal effect of a partition, to first order.
 
 Signs may cancel within a partition, as in the paper; `gradient_product` is the rule per parameter. With ``normalise``
-the
-product is divided by both norms. It then measures how far the delta points along the gradient, in [0, 1]. The plain
+the product is divided by both norms. It then measures how far the delta points along the gradient, in [0, 1]. The plain
 product grows with the number of elements, so the largest matrices of every expert would take all of a coefficient that
-is
-shared out in proportion to it.
+is shared out in proportion to it.
 Source: APL, arXiv 2408.09485. Differs: partitions are tensors. No code was released, and `normalise` is an addition.
 """
 

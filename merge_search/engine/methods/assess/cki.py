@@ -1,16 +1,14 @@
 """Compatibility of every parameter, from local disagreement and global information content, without training.
 
-For two experts i, j: D = |W_i - W_j| and w_loc = sigmoid(gain z(D) + bias), where z standardises over the tensor.
-H(W) is the entropy of a histogram with `bins` equal, half-open bins, and w_glo = a / pi arctan(c sign (H_i - H_j)) +
-1/2.
+For two experts i, j: D = |W_i - W_j| and w_loc = sigmoid(gain z(D) + bias), where z standardises over the tensor. H(W)
+is the entropy of a histogram with `bins` equal, half-open bins, and w_glo = a / pi arctan(c sign (H_i - H_j)) + 1/2.
 The option ``kind`` selects the scores of (i, j):
 
     dual         w = 1 - w_glo (1 - w_loc), 1 - w          local   w_loc, 1 - w_loc          global  w_glo, 1 - w_glo
     recommender  exp(u_i), exp(u_j), u_i = w_glo (1 - exp(-w_glo w_loc)), u_j the same with 1 - w_glo, 1 - w_loc
 
 For any other number of experts: exp(u_i), u_i = sign a z(H_i) - gain z(|W_i - mean W|), for ``softmax`` or ``score``
-splicing.
-The dual and the global rule prefer opposite entropies in the released code, so `sign` (1 or -1) is an option.
+splicing. The dual and the global rule prefer opposite entropies in the released code, so `sign` (1 or -1) is an option.
 Source: CKI, arXiv 2501.07596, released code. Differs: standardisation, gain and bias replace the learned map. The merge
 is on deltas, which is the same because the two weights sum to one. Constant tensors have H = 0.
 """

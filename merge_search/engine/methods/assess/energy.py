@@ -3,8 +3,7 @@
 As a mixing score it is computed by the engine from the surviving deltas. As a selection score it is that of the whole
 delta.
 Source: SCE (FuseChat), arXiv 2408.07990. Differs: mergekit weighs experts alike where the energies sum to less than
-1e-6,
-which is the usual size of fine-tuning deltas. Here the ratio alone counts unless the option ``floor`` is set.
+1e-6, which is the usual size of fine-tuning deltas. Here the ratio alone counts unless the option ``floor`` is set.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Diagonal Fisher information F_i^power + floor, from data.
 
 The option ``at`` selects where it was measured: ``expert`` (Fisher merging), or ``scaled`` for base + coefficient x
-delta
-(DF-Merge), which is the statistic "fisher@<coefficient>". ``normalise`` divides by the norm of F over the tensor.
+delta (DF-Merge), which is the statistic "fisher@<coefficient>". ``normalise`` divides by the norm of F over the tensor.
 Sources: Fisher merging, arXiv 2111.09832; DF-Merge, arXiv 2504.18992.
 """
 

@@ -1,10 +1,14 @@
 """Parameter competition balancing as released: exp(k a~^2) x inter-task agreement.
 
-a~ is |winsorised delta| scaled to [0, 1] over the tensor, or over the model if the model is ranked as one. k is
-`temperature`, by default the number of experts. `inter`: ``nlp`` tanh(tau_i sum_j tau_j); ``vision``
-tanh(tau_i sum_j sign(tau_j) a~_j); ``es`` sum_j tanh(sign_i a~_i sign_j a~_j). A negative score means that the
-parameter
-disagrees with the others. The three variants are not equivalent, and all are called PCB.
+a~ is |winsorised delta| scaled to [0, 1] over the tensor, or over the model if the model is ranked as one. k is the
+option ``temperature``, by default the number of experts. The option ``inter`` selects the agreement:
+
+    nlp      tanh(tau_i sum_j tau_j)
+    vision   tanh(tau_i sum_j sign(tau_j) a~_j)
+    es       sum_j tanh(sign_i a~_i sign_j a~_j)
+
+The three are not equivalent, and all are called PCB. A negative score means that the parameter disagrees with the
+others.
 Source: PCB-Merging, arXiv 2410.02396, released code. Differs: a range of zero gives a~ = 0 instead of NaN.
 """
 

@@ -1,9 +1,8 @@
 """Omega = sum over i and j != i of |gradient_i| |delta_j|, one score for all experts: where tasks interfere.
 
 |gradient_i| is the mean over samples of absolute gradients at the base (statistic ``absolute_gradient``). With the
-option
-``zero_shot``, |delta_i| takes its place and no data are needed. The method drops the parameters with the *largest*
-Omega.
+option ``zero_shot``, |delta_i| takes its place and no data are needed. The method drops the parameters with the
+*largest* Omega.
 Source: Task Arithmetic in the Trust Region, fusion_bench's implementation. Differs: gradients are kept per task.
 """
 

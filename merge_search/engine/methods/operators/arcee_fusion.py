@@ -17,8 +17,7 @@ def parts(context: OperatorContext) -> list[Tensor]:
     """processed_i = tau_i where its importance is at least median + ``multiple`` * (Q_3/4 - Q_1/4), else 0.
 
     Importance is |tau| * KL(softmax(row of theta_i) || softmax(row of theta_0)). A row belongs to one output; a vector
-    is one
-    row. The method was published for one expert. Several experts are treated separately and added up.
+    is one row. The method was published for one expert. Several experts are treated separately and added up.
     Differs: quantiles of all elements, where mergekit samples a million; no 1e-8 is added to probabilities.
 
     Returns:

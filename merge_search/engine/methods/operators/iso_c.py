@@ -26,13 +26,11 @@ def parts(context: OperatorContext) -> list[Tensor]:
     """processed_i = P tau_i with P = U diag(f) U^T and f = mean(S) / S, where sum_i tau_i = U diag(S) V^T.
 
     The parts sum to mean(S) U V^T. Where the deltas nearly cancel (small S), single parts can be much longer than their
-    sum;
-    consider this when coefficients are fitted. Tensors that are no matrices are averaged.
+    sum; consider this when coefficients are fitted. Tensors that are no matrices are averaged.
 
     Options: ``power`` a: singular values become S**a with the same sum (0 as published; 1 gives the deltas back: task
     arithmetic). ``tolerance``: S up to this share of the largest count as noise and become 0. ``embeddings``: treat
-    embedding
-    and head as well.
+    embedding and head as well.
     Differs: the tolerance (the released code raises noise to the mean as well).
 
     Returns:

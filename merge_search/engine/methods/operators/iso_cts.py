@@ -27,14 +27,10 @@ def parts(context: OperatorContext) -> list[Tensor]:
     """Parts of mean(S) U_perp V_perp^T: frames of common and task-specific directions side by side, made orthogonal.
 
     The common directions are the leading singular triples of sum_i tau_i = U diag(S) V^T. The task-specific directions
-    are the
-    leading triples of the rest of each delta, tau_i - U_c U_c^T tau_i. mean(S) is over all of them. Expert i gets its
-    own
-    directions whole, and of each common direction r the share u_r^T tau_i v_r / S_r that it contributed. These shares
-    sum to
-    one. They are a choice of this implementation, as the paper has no parts. M counts the experts that changed the
-    tensor.
-    Tensors that are no matrices are averaged.
+    are the leading triples of the rest of each delta, tau_i - U_c U_c^T tau_i. mean(S) is over all of them. Expert i
+    gets its own directions whole, and of each common direction r the share u_r^T tau_i v_r / S_r that it contributed.
+    These shares sum to one. They are a choice of this implementation, as the paper has no parts. M counts the experts
+    that changed the tensor. Tensors that are no matrices are averaged.
 
     Options: ``common``: fraction of directions that are common. ``tolerance``: singular values up to this share of the
     largest count as noise and are left out of frames and mean. ``embeddings``: treat embedding and head as well.

@@ -104,8 +104,7 @@ def polar(frame: Tensor) -> Tensor:
     """Return the nearest matrix with orthonormal columns (rows if wide): P Q^T of the SVD P S Q^T.
 
     Columns of zeros stay zero, and directions with S = 0 are left out. The released codes keep such directions, with
-    arbitrary
-    vectors of the SVD that differ from machine to machine.
+    arbitrary vectors of the SVD that differ from machine to machine.
 
     Args:
         frame: Shape (..., n, k).

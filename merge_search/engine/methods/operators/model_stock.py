@@ -19,12 +19,10 @@ def parts(context: OperatorContext) -> list[Tensor]:
     scale.
 
     Options: ``scope``: with ``layer``, M counts the experts that changed any tensor of the block, and the block's
-    deltas are
-    taken as one long vector; with ``row``, cos and M are those of each row of the matrix. ``clamp``: clamp cos to [0,
-    1]
-    first. Without it, opposed deltas lead away from the average, and t is undefined at cos = -1 / (M - 1), where it is
-    set
-    to 0. ``count="all"``: M counts all experts, and a zero delta has cosine 0 to the others (mergekit).
+    deltas are taken as one long vector; with ``row``, cos and M are those of each row of the matrix. ``clamp``: clamp
+    cos to [0, 1] first. Without it, opposed deltas lead away from the average, and t is undefined at cos = -1 / (M -
+    1), where it is set to 0. ``count="all"``: M counts all experts, and a zero delta has cosine 0 to the others
+    (mergekit).
     Differs: the paper leaves cos unclamped and works per tensor.
 
     Returns:

@@ -19,8 +19,7 @@ def merge(context: OperatorContext) -> Tensor:
 
     mergekit then adds a weighted sum of tangents at m, by the same weights. That sum is zero, so it is left out here.
     Zero vectors have no direction; they and their weights are left out. Where the directions cancel, the weighted mean
-    of the
-    vectors is used instead (mergekit refuses this for more than two).
+    of the vectors is used instead (mergekit refuses this for more than two).
 
     Returns:
         float32 weights, moved by `scale` from the base.

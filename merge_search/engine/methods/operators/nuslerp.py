@@ -20,8 +20,8 @@ def merge(context: OperatorContext) -> Tensor:
     With a single expert the path starts at the base, with t = c_1.
 
     Options: ``space``: join weights or deltas. ``axis``: the vectors are the whole tensor, the rows (one per output) or
-    the
-    columns of a matrix. Tensors of one dimension are taken whole. Stacks and transposed storage are taken into account.
+    the columns of a matrix. Tensors of one dimension are taken whole. Stacks and transposed storage are taken into
+    account.
 
     Returns:
         float32 weights, moved by `scale` from the base; the base where both coefficients are zero.

@@ -18,14 +18,12 @@ def parts(context: OperatorContext) -> list[Tensor]:
     """processed_i = tau_i G_i (sum_j G_j)^-1, so that theta = (sum_i W_i G_i)(sum_i G_i)^-1; W is (out, in).
 
     G_i is the statistic ``gram`` of expert i: X_i^T X_i / n of the layer's inputs, shape (in, in), or (stack, in, in)
-    for fused
-    experts. An expert that did not change the matrix still pulls towards the base by its Gram matrix. Tensors without
-    Gram
-    matrices (vectors, embeddings) are averaged.
+    for fused experts. An expert that did not change the matrix still pulls towards the base by its Gram matrix. Tensors
+    without Gram matrices (vectors, embeddings) are averaged.
 
     Options: ``alpha`` multiplies the off-diagonal of G_i (released: 0.95 for CLIP, 0.6 for GPT-2, 0.1 elsewhere).
-    ``ridge``
-    times the mean diagonal is added to every diagonal, which pulls inputs that were never seen to the average.
+    ``ridge`` times the mean diagonal is added to every diagonal, which pulls inputs that were never seen to the
+    average.
     Differs: solved in float64, the ridge.
 
     Returns:

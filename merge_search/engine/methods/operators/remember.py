@@ -23,8 +23,7 @@ def remembered(name: str) -> Callable[[Parts], Parts]:
     """Decorate an operator: its result is kept per tensor and experts, for the options it was last called with.
 
     Results are kept in `OperatorContext.memory`, on the device of the deltas, up to a third of the memory that is free
-    when the
-    first is kept. Beyond that they are computed every time. Callers must not write to them.
+    when the first is kept. Beyond that they are computed every time. Callers must not write to them.
 
     Args:
         name: Name of the operator, part of the key.

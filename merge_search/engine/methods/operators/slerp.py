@@ -19,8 +19,7 @@ def merge(context: OperatorContext) -> Tensor:
     With two experts a and b are these; with one they are base and expert.
 
     Options: ``t``, taken from the coefficients by default (c_2 / (c_1 + c_2), or c_1 of a single expert), which may
-    vary by
-    group. ``space``: join weights (as published) or deltas.
+    vary by group. ``space``: join weights (as published) or deltas.
 
     Returns:
         float32 weights, moved by `scale` from the base. The path is straight where |cos w| > 0.9995 or a vector is

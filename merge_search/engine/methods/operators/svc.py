@@ -20,8 +20,7 @@ def post(context: OperatorContext, combined: Tensor) -> Tensor:
     afterwards.
 
     Options: ``alpha`` > 0 (released: 0.1, for Iso-CTS 0.2, for TSV-M 1); gamma is at most 1 / alpha. ``cap``: upper
-    bound
-    of gamma, none by default.
+    bound of gamma, none by default.
 
     Args:
         context: The tensor, its deltas and the options.

@@ -30,12 +30,9 @@ def parts(context: OperatorContext) -> list[Tensor]:
     """processed_i = U_perp[:, idx_i] diag(S_i) V_perp[:, idx_i]^T: expert i's share of TSV-M's delta.
 
     Each delta is cut to its k = rank_share * min(out, in) / M leading singular triples (at least one). U_perp and
-    V_perp are
-    the polar factors of all U_i, V_i side by side. idx_i are expert i's columns. The parts sum to TSV-M's delta. M
-    counts the
-    experts that changed the tensor; a single one keeps its whole delta. Tensors that are no matrices are averaged. The
-    paper's
-    alpha is the recipe's scale.
+    V_perp are the polar factors of all U_i, V_i side by side. idx_i are expert i's columns. The parts sum to TSV-M's
+    delta. M counts the experts that changed the tensor; a single one keeps its whole delta. Tensors that are no
+    matrices are averaged. The paper's alpha is the recipe's scale.
 
     Options: ``rank_share``, 1 as published (0.2 to 1.5 are worth trying). ``embeddings``: treat embedding and head as
     well.

@@ -29,17 +29,14 @@ def parts(context: OperatorContext) -> list[Tensor]:
 
     The rows of tau_i take the place of inputs. With A_i = tau_i^T tau_i / ||tau_i||^2 and A = sum_i A_i:
 
-    solver ``adam``    ``steps`` steps of Adam from sum_i tau_i, as released. Few and small steps act as its
-    regulariser.
-                       processed_i = tau_i + (change by Adam) / M. With ``relative_lr``, ``lr`` is a multiple of the RMS
-                       of
-                       the sum. As published, ``lr`` is absolute and so depends on the size of the deltas.
+    solver ``adam``    ``steps`` steps of Adam from sum_i tau_i, as released; few, small steps act as its regulariser.
+                       processed_i = tau_i + (change by Adam) / M. With ``relative_lr``, ``lr`` is a multiple of the
+                       RMS of the sum. As published, ``lr`` is absolute and so depends on the size of the deltas.
     solver ``closed``  the stationary point, pulled to sum_i tau_i by ``ridge`` times the mean diagonal of A:
                        processed_i = tau_i + tau_i (A_i - A)(A + ridge m I)^-1. Ridge 0: the optimum nearest to the sum.
 
     ``norm="plain"`` divides by ||tau_i||, as the authors' vision code does. ``embeddings``: treat embedding and head as
-    well.
-    M counts the experts that changed the tensor. Tensors that are no matrices are averaged.
+    well. M counts the experts that changed the tensor. Tensors that are no matrices are averaged.
     Differs: the gradient 2 (D A - sum_i tau_i A_i) is written out, with one product a step whatever M is.
 
     Returns:
