@@ -1,4 +1,4 @@
-"""Experts stand against a base tensor by tensor; adapters give peft's bits; the pool refuses what cannot be merged."""
+"""Experts are read against a base, tensor by tensor; adapters give peft's bits; the pool refuses unfit models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def models(base: Path, **experts: Path) -> Models:
 
 
 def make_adapter(folder: Path, out: Path, dtype: torch.dtype, **options: Any) -> dict[str, torch.Tensor]:
-    """A LoRA adapter with random factors in `out`, and what peft's merge_and_unload makes of the base with it."""
+    """Write a LoRA adapter with random factors into `out`. Return the base after peft's merge_and_unload with it."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -114,30 +114,70 @@ def test_an_adapter_of_gpt2_is_transposed(save_model, tmp_path: Path, use_dora: 
 
 
 RENAMED: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit, renamed modules": ("vit", {"r": 2, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "fc1"], "modules_to_save": ["classifier"]}),
+    "vit, renamed modules": (
+        "vit",
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "v_proj", "fc1"],
+            "modules_to_save": ["classifier"],
+        },
+    ),
     "vit, dora": ("vit", {"r": 2, "use_dora": True, "target_modules": ["q_proj", "fc2"]}),
     "vit, patterns of modules": (
         "vit",
-        {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "fc1"], "rank_pattern": {"layers.1.attention.q_proj": 3}, "alpha_pattern": {"fc1": 5}},
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["q_proj", "fc1"],
+            "rank_pattern": {"layers.1.attention.q_proj": 3},
+            "alpha_pattern": {"fc1": 5},
+        },
     ),
-    "gpt_neox, head saved whole": ("gpt_neox", {"r": 2, "target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]}),
-    "mixtral, fused experts saved whole": ("mixtral", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
+    "gpt_neox, head saved whole": (
+        "gpt_neox",
+        {"r": 2, "target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]},
+    ),
+    "mixtral, fused experts saved whole": (
+        "mixtral",
+        {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["experts"]},
+    ),
     "mixtral, router saved whole": ("mixtral", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["gate"]}),
     "mixtral, stacked experts and router": (
-        "mixtral", {"r": 2, "lora_alpha": 5, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]},
+        "mixtral",
+        {
+            "r": 2,
+            "lora_alpha": 5,
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"],
+        },
     ),
     "mixtral, one stack, patterns of parameters": (
         "mixtral",
         {
-            "r": 3, "target_modules": [], "target_parameters": ["gate_up_proj"],
-            "rank_pattern": {"layers.1.mlp.experts.gate_up_proj": 1}, "alpha_pattern": {"layers.0.mlp.experts.gate_up_proj": 7},
+            "r": 3,
+            "target_modules": [],
+            "target_parameters": ["gate_up_proj"],
+            "rank_pattern": {"layers.1.mlp.experts.gate_up_proj": 1},
+            "alpha_pattern": {"layers.0.mlp.experts.gate_up_proj": 7},
         },
     ),
     "gpt_oss, experts stored the other way": (
-        "gpt_oss", {"r": 2, "lora_alpha": 3, "use_rslora": True, "target_modules": ["v_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        "gpt_oss",
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "use_rslora": True,
+            "target_modules": ["v_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        },
     ),
-    "llama, parameters of linear layers": ("llama", {"r": 2, "lora_alpha": 3, "target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"]}),
-}  # fmt: skip
+    "llama, parameters of linear layers": (
+        "llama",
+        {"r": 2, "lora_alpha": 3, "target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"]},
+    ),
+}
 
 
 @PEFT_WARNS
@@ -255,7 +295,8 @@ def test_rows_are_matched_by_token_and_the_rest_stays_the_bases(save_model, save
     assert embedding[62].tolist() == [5.0] * 16  # <pad> moved from row 64 to row 62
     assert torch.equal(embedding[63], ours[63])  # the base's own token: no delta
     assert found.notes == [
-        "expert 'x', tensor 'model.embed_tokens.weight': 63 of 64 rows are matched by token; 1 tokens that only the expert has are left out"
+        "expert 'x', tensor 'model.embed_tokens.weight': 63 of 64 rows are matched by token; "
+        "1 tokens that only the expert has are left out"
     ]
 
 

@@ -1,4 +1,4 @@
-"""NaN and infinity in checkpoints are refused before anything is merged, all of them, with their places."""
+"""NaN and infinity in checkpoints are refused before anything is merged, and all their positions are named."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def spoil(folder: Path, name: str, *bad: float) -> None:
 
 @pytest.fixture
 def spoiled(make_models: Callable[[], Any]) -> Models:
-    """Experts a and b with NaN and infinity in three tensors."""
+    """Experts a and b with NaN or infinity in three tensors."""
     models: Models = make_models()[0].models
     a, b = (Path(models.experts[e]) for e in "ab")
     spoil(a, FIRST, torch.nan, 1.0, torch.inf)
@@ -67,7 +67,7 @@ def test_a_merge_of_bad_files_ends_before_the_first_tensor_and_writes_nothing(
     assert set(tmp_path.iterdir()) == before
 
 
-def test_what_does_not_fit_in_free_memory_is_refused_when_its_turn_comes(
+def test_tensors_of_files_larger_than_free_memory_are_checked_when_they_are_merged(
     spoiled: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "free_bytes", lambda _: 1000)

@@ -1,4 +1,4 @@
-"""Tensors of host memory reach the device once each, two names at a time, and change no bit."""
+"""Tensors of host memory reach the device once each, two names at a time, without a changed bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class Host:
-    """Tensors by name, and which were asked for."""
+    """Tensors by name, and the names that were read."""
 
     def __init__(self, names: str) -> None:
         self.tensors = {n: [torch.full((3,), float(i)), torch.full((3,), i + 0.5)] for i, n in enumerate(names)}
@@ -29,7 +29,7 @@ class Host:
         return self.tensors[name]
 
 
-def test_names_asked_for_in_the_order_expected_move_once_each_the_next_one_ahead() -> None:
+def test_names_in_the_expected_order_are_moved_once_each_and_the_next_one_ahead() -> None:
     host = Host("abcd")
     transfers = Transfers(host, CPU)
     transfers.expect("abcd")
@@ -44,7 +44,7 @@ def test_names_asked_for_in_the_order_expected_move_once_each_the_next_one_ahead
         assert len(transfers._moved) <= 2
 
 
-def test_names_asked_for_otherwise_are_moved_when_they_are_and_never_more_than_two_are_held() -> None:
+def test_names_outside_the_expected_order_are_moved_on_request_and_at_most_two_are_held() -> None:
     host = Host("abcd")
     transfers = Transfers(host, CPU)
     transfers.expect("abc")
@@ -58,7 +58,7 @@ def test_names_asked_for_otherwise_are_moved_when_they_are_and_never_more_than_t
     assert host.read == ["c", "d"]  # when they are asked for, and nothing ahead
 
 
-def test_what_was_moved_is_let_go_when_a_pass_ends_and_kept_where_the_next_one_begins_with_it() -> None:
+def test_moved_tensors_are_freed_at_the_end_of_a_pass_unless_the_next_pass_begins_with_them() -> None:
     host = Host("abc")
     transfers = Transfers(host, CPU)
     transfers.expect("abc")
@@ -75,7 +75,7 @@ def test_what_was_moved_is_let_go_when_a_pass_ends_and_kept_where_the_next_one_b
     assert host.read == [*"abc", "b", "c", "b"]
 
 
-def test_a_name_that_does_not_fit_ahead_moves_when_it_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_name_that_does_not_fit_ahead_is_moved_on_request(caplog: pytest.LogCaptureFixture) -> None:
     host = Host("abcd")
     fitting = host.tensors.copy()
 
@@ -142,7 +142,7 @@ def test_an_engine_moves_every_tensor_once_a_candidate_and_merges_the_same_bits(
         assert all(torch.equal(views[0][n], views[1][n]) for n in pool.groups)
     assert host == [*pool.groups]
     assert [(n, t.tolist()) for n, t in engine.merged(recipe)] == [(n, t.tolist()) for n, t in resident.merged(recipe)]
-    assert not streamed._transfers._after  # what follows the last pass is not moved ahead
+    assert not streamed._transfers._next  # what follows the last pass is not moved ahead
 
 
 @pytest.mark.cuda
@@ -162,7 +162,7 @@ def test_a_pool_in_pinned_memory_merges_the_bits_of_one_on_the_gpu(make_models: 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_what_is_used_is_whole_and_two_names_of_memory_are_all_that_is_taken() -> None:
+def test_tensors_in_use_are_complete_and_at_most_two_names_are_in_memory() -> None:
     n, names = 2**24, [str(i) for i in range(12)]
     held = {name: [torch.full((n,), float(i)).pin_memory()] for i, name in enumerate(names)}
     transfers = Transfers(held.__getitem__, torch.device("cuda"))

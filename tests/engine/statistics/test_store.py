@@ -1,4 +1,4 @@
-"""Statistics from data: the live model given back, what was measured found again, files bounded."""
+"""Statistics from data: the live model is restored, measured files are found again and stay bounded."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_measurement_that_fails_says_so_and_gives_the_model_back(bench: Bench)
 
 
 @pytest.mark.parametrize("kind", ["fisher", "gradient", "absolute_gradient", "activation_norm", "gram"])
-def test_what_is_found_is_bit_for_bit_what_was_measured(bench: Bench, kind: str) -> None:
+def test_a_statistic_from_the_cache_has_the_bits_that_were_measured(bench: Bench, kind: str) -> None:
     warm = Bench(bench.pool, bench.live, bench.folder)
     for name in bench.pool.groups:
         cold, found = bench.statistics.get(kind, "b", name), warm.statistics.get(kind, "b", name)
@@ -115,7 +115,7 @@ def test_a_damaged_file_is_measured_again_with_a_warning(
     assert path.read_bytes() == data
 
 
-def test_files_beyond_the_bound_go_the_longest_unused_first_and_are_measured_again(bench: Bench) -> None:
+def test_files_beyond_the_bound_are_removed_the_longest_unused_first_and_measured_again(bench: Bench) -> None:
     first = bench.statistics.get("fisher@0.25", "a", NAME)
     (path,) = bench.folder.glob("*.safetensors")
     os.utime(path, ns=(1, 1))
