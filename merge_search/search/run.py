@@ -88,7 +88,13 @@ def run(file: StudyFile, listener: Listener) -> optuna.Study:
     with storage.driver_lock(backend, file.storage_url, file.study.name):
         bench = Workbench(plan, device=file.device)
         of_space = getattr(plan.space, "notes", [])
-        for text in (bench.pool.placement_report, *bench.pool.notes, *bench.live.notes, *of_space, *plan.objective.notes):
+        for text in (
+            bench.pool.placement_report,
+            *bench.pool.notes,
+            *bench.live.notes,
+            *of_space,
+            *plan.objective.notes,
+        ):
             listener.note(text)
         study = _open_study(plan, backend, sampler)
         storage.check_identity(study, plan.identity(dict(bench.models.hashes)))

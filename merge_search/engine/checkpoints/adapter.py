@@ -272,8 +272,7 @@ def _magnitude_problem(target: str, entry: AdapterEntry, base: CheckpointInfo, a
     n_norms = shape[1] if entry.transpose else shape[0]
     if not entry.magnitude or math.prod(adapter.tensors[entry.magnitude].shape) == n_norms:
         return ""
-    found = adapter.tensors[entry.magnitude].shape
-    return f"tensor {target!r}: DoRA's magnitudes must be {n_norms}, found {found}"
+    return f"tensor {target!r}: DoRA's magnitudes must be {n_norms}, found {adapter.tensors[entry.magnitude].shape}"
 
 
 def _by_pattern(patterns: Any, module: str, default: Any) -> Any:

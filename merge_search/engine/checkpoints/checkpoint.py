@@ -284,16 +284,13 @@ def tied_aliases(checkpoint: Checkpoint) -> dict[str, str]:
     aliases: dict[str, str] = {}
     candidates = [g for g in groups.values() if is_vocabulary_tensor(info, g) and is_mergeable(info.tensors[g.tensor])]
     for group in sorted(candidates, key=lambda g: g.kind):  # embeddings before heads; sorting is stable
-        twins = (
-            o.tensor
-            for o in kept
-            if (is_tied or group.kind == o.kind) and _are_equal(checkpoint, group.tensor, o.tensor)
-        )
-        twin = next(twins, None)
+        may_be_one = [other.tensor for other in kept if is_tied or group.kind == other.kind]
+        twin = next((name for name in may_be_one if _are_equal(checkpoint, group.tensor, name)), None)
         if twin is None:
             kept.append(group)
         else:
             aliases[group.tensor] = twin
+
     return aliases
 
 

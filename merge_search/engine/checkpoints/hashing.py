@@ -46,6 +46,7 @@ class WeightsHash:
             self._sha.update(buffer)
 
     def hexdigest(self) -> str:
+        """Return the hash of the tensors added so far."""
         return self._sha.hexdigest()
 
 

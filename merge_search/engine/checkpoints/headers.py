@@ -59,10 +59,12 @@ class TensorHeader:
 
     @property
     def n_elements(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def n_bytes(self) -> int:
+        """Number of bytes on disk."""
         return self.end - self.start
 
 
@@ -84,10 +86,12 @@ class CheckpointInfo:
 
     @property
     def n_bytes(self) -> int:
+        """Number of bytes of all tensors."""
         return sum(t.n_bytes for t in self.tensors.values())
 
     @property
     def files(self) -> tuple[Path, ...]:
+        """Files that hold tensors, sorted."""
         return tuple(sorted({t.file for t in self.tensors.values()}))
 
 

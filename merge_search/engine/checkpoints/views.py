@@ -55,6 +55,11 @@ def _portions(state: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def _convert(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the views of the tensors on disk that `state` is saved as.
+
+    Raises:
+        WeightsError: A tensor on disk is not a strided part of one parameter.
+    """
     addresses, starts, parameters, n = {}, [], [], 0
     for name, tensor in state.items():
         if not tensor.is_contiguous():

@@ -425,6 +425,7 @@ def _equal_calls(a: Sequence[_Call], b: Sequence[_Call]) -> bool:
 
 
 def _equal(a: Any, b: Any) -> bool:
+    """Whether two arguments of a block are equal: tensors element by element, containers entry by entry."""
     if a is b:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):

@@ -52,7 +52,7 @@ class FitSettings:
             (`evaluation.Differentiable`). ``block_output`` selects `block_outputs.fit_blocks`.
         normalise: Divide each task's loss by its value at the start (on the first batch). This is for losses of
             different units. It gives most weight to tasks that are nearly solved.
-        pull: Weight of the squared distance from the start.
+        pull: Weight of half the squared distance from the start, which is added to the loss.
         average: Share of the steps, counted from the end, whose coefficients are averaged. 0 takes the coefficients
             after the last step alone. Small batches leave the last coefficients noisy (Polyak and Juditsky 1992). After
             200 steps on language models, 0.801 of the validation rows were right at the last coefficients, 0.809 where

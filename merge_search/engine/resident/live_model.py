@@ -87,25 +87,19 @@ class LiveModel:
                 after loading, custom code, or a part that cannot be written in place.
         """
         checkpoint = Checkpoint(folder)
-        wanted = _wanted_dtype(checkpoint.info, dtype)
-        model, info = _load(checkpoint.info, wanted, task)
-        notes = _check_loading(checkpoint.info, model, info)
+        loaded_dtype = _wanted_dtype(checkpoint.info, dtype)
+        asked_dtype = None if dtype is None else loaded_dtype
+        model, loading = _load(checkpoint.info, loaded_dtype, task)
+        notes = _check_loading(checkpoint.info, model, loading)
         model.to(device)  # without a dtype, which would also cast the rotary buffers
         views, absent = _select(checkpoint, disk_views(model), tied_aliases(checkpoint))
-        _check_dtypes(checkpoint.info, views, None if dtype is None else wanted)
+        _check_dtypes(checkpoint.info, views, asked_dtype)
         _check_values(checkpoint, views)
         model.requires_grad_(False)
         model.eval()
         _reset_generation(model)
-        return cls(
-            Path(folder),
-            model,
-            _load_tokenizer(checkpoint.info.folder),
-            views,
-            absent,
-            notes,
-            None if dtype is None else wanted,
-        )
+        tokenizer = _load_tokenizer(checkpoint.info.folder)
+        return cls(Path(folder), model, tokenizer, views, absent, notes, asked_dtype)
 
     def hash(self, names: Collection[str] | None = None) -> str:
         """Return the sha256 of the weights as they are now, equal to `hash_folder` of the folder exported from them.
@@ -143,10 +137,11 @@ def _load(info: CheckpointInfo, dtype: torch.dtype, task: str) -> tuple[Any, dic
     import transformers
 
     names = info.config.get("architectures") or []
-    known = getattr(transformers, names[0], None) if names else None
-    if task == "causal" or (known is None and not names):
-        known = transformers.AutoModelForCausalLM if task == "causal" else transformers.AutoModel
-    if known is None:
+    if task == "causal":
+        model_class = transformers.AutoModelForCausalLM
+    else:
+        model_class = getattr(transformers, names[0], None) if names else transformers.AutoModel
+    if model_class is None:
         raise WeightsError(
             f"{info.folder / 'config.json'}: the architecture must be one that transformers "
             f"{transformers.__version__} knows, got {names[0]!r}; models that bring their own code are not run"
@@ -157,7 +152,9 @@ def _load(info: CheckpointInfo, dtype: torch.dtype, task: str) -> tuple[Any, dic
     transformers.utils.logging.set_verbosity_error()  # `_check_loading` reports missing and unexpected tensors
     try:
         # The model must not map the files, which may be replaced while it lives.
-        model, loading = known.from_pretrained(str(info.folder), disable_mmap=True, local_files_only=True, **options)
+        model, loading = model_class.from_pretrained(
+            str(info.folder), disable_mmap=True, local_files_only=True, **options
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise WeightsError(f"{info.folder}: transformers cannot load the base: {error}") from error
     finally:

@@ -110,7 +110,8 @@ def _named(args: Any, kwargs: Any, first: str, second: str) -> tuple[Tensor, Ten
 
 def _is_rows_of(view: Tensor, weight: Tensor) -> bool:
     """Return whether `view` is a range of whole rows of `weight`, which shares its storage."""
-    if view.shape[1] != weight.shape[1] or view.stride() != weight.stride() or weight.stride(1) != 1:
+    has_same_columns = view.shape[1] == weight.shape[1] and view.stride() == weight.stride()
+    if not has_same_columns or weight.stride(1) != 1:
         return False
     start = int(view.storage_offset()) - int(weight.storage_offset())
     row, rest = divmod(start, weight.stride(0))

@@ -22,10 +22,13 @@ def _products(role: Role, inputs: Tensor, _: Tensor) -> Tensor | None:
 
 
 def measure(work: Work) -> dict[str, Tensor]:
-    """Shape (in, in). Products in float32, their sum in float64: while it runs, 8 in^2 bytes per matrix."""
-    found = mean_over_inputs(work, _products)
+    """Return the Gram matrices by tensor name: float32, shape (in, in).
+
+    Cost: products in float32 and their sums in float64, so 8 in^2 bytes per matrix while it runs.
+    """
+    means = mean_over_inputs(work, _products)
     return {
         name: gram.to(torch.float32)
-        for (name, role), gram in found.items()
-        if role != "embedding" and (name, "embedding") not in found
+        for (name, role), gram in means.items()
+        if role != "embedding" and (name, "embedding") not in means
     }

@@ -52,6 +52,7 @@ class Work:
 
     @property
     def n_rows(self) -> int:
+        """Number of rows of all tasks."""
         return sum(len(t.rows) for t in self.tasks)
 
     def each(self) -> Iterator[tuple[float, Callable[[], Tensor]]]:

@@ -143,6 +143,11 @@ class FolderStatistics:
         return path if path.is_file() else None
 
     def get(self, kind: str, expert: str, name: str) -> Tensor | None:
+        """Return the statistic of a tensor, on the CPU; None where there is no file or it lacks the tensor.
+
+        Raises:
+            WeightsError: The file cannot be read, or holds NaN or infinity.
+        """
         if (kind, expert) not in self._open:
             path = self.path(kind, expert)
             self._open[kind, expert] = None if path is None else StatisticFile(path, needs_checksum=False)

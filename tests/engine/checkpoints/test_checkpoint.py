@@ -22,7 +22,7 @@ from merge_search.recipe import Models
 PEFT_WARNS = pytest.mark.filterwarnings(
     "ignore::UserWarning",
     "ignore:.*is_gradient_checkpointing:FutureWarning",
-    "ignore:.*_pattern keys did not match any targeted module:RuntimeWarning",  # of parameters, which it does match
+    "ignore:.*_pattern keys did not match any targeted module:RuntimeWarning",  # these patterns match parameters
 )
 
 
@@ -376,7 +376,7 @@ def test_integers_and_masks_are_copied_from_the_base_and_not_merged(save_model) 
     mask = torch.ones(1, 1, 32, 32).tril()
     extra = {"transformer.h.0.attn.bias": mask, "transformer.ids": torch.arange(4)}
     save_file({**weights(base), **extra}, base / "model.safetensors")
-    pool = ModelPool(models(base, a=a), device="cpu")  # the expert need not have them
+    pool = ModelPool(models(base, a=a), device="cpu")  # the expert may lack them
     assert {n: bits(t) for n, t in pool.copied()} == {n: bits(t) for n, t in extra.items()}
     assert not set(extra) & set(pool.groups)
 

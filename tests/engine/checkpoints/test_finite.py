@@ -78,7 +78,7 @@ def test_tensors_of_files_larger_than_free_memory_are_checked_when_they_are_merg
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_entries_are_counted_by_their_bits_in_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
-    n = 3 * hashing.CHUNK_BYTES // dtype.itemsize + 5  # pieces, and a shorter last one
+    n = 3 * hashing.CHUNK_BYTES // dtype.itemsize + 5  # whole pieces and a shorter last one
     weight = torch.linspace(-1, 1, n, dtype=torch.float64).to(dtype)
     weight[:4] = torch.tensor(
         [torch.finfo(dtype).max, torch.finfo(dtype).min, torch.finfo(dtype).tiny, -0.0], dtype=dtype

@@ -146,7 +146,7 @@ def test_a_task_that_no_expert_improves_is_labelled_by_the_base(make_models) -> 
     pool, live = make_models()
     engine, recipe = MergeEngine(pool), Recipe(models=pool.models)
     answers = Answers(live)
-    engine.apply(recipe, live.views)  # what was live before does not matter
+    engine.apply(recipe, live.views)  # the weights before the fit do not matter
     ExpertLabels([answers]).ask(engine, live.views, recipe, {"next": "base"}, "pseudo", {"next": [3]})
     assert answers.asked == [[3]]
     for name, view in live.views.items():

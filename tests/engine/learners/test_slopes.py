@@ -113,7 +113,7 @@ def test_fused_experts_get_the_slopes_of_the_tensors_on_disk(make_models, tmp_pa
     for parameter in live.model.parameters():
         parameter.requires_grad_(True)
     token_loss(live.model).backward()
-    gradients = LiveModel.load(pool.base_folder)  # its views give gradients the names on disk
+    gradients = LiveModel.load(pool.base_folder)  # its views name the gradients as on disk
     with torch.no_grad():
         for mine, other in zip(gradients.model.parameters(), live.model.parameters(), strict=True):
             mine.copy_(other.grad)

@@ -55,7 +55,7 @@ def test_names_outside_the_expected_order_are_moved_on_request_and_at_most_two_a
     del host.read[:]
     for name in "cd":
         transfers.get(name)
-    assert host.read == ["c", "d"]  # when they are asked for, and nothing ahead
+    assert host.read == ["c", "d"]  # each on request, nothing ahead
 
 
 def test_moved_tensors_are_freed_at_the_end_of_a_pass_unless_the_next_pass_begins_with_them() -> None:
@@ -63,7 +63,7 @@ def test_moved_tensors_are_freed_at_the_end_of_a_pass_unless_the_next_pass_begin
     transfers = Transfers(host, CPU)
     transfers.expect("abc")
     held = [weakref.ref(t) for name in "ab" for t in transfers.get(name)]
-    held += [weakref.ref(t) for t in transfers._moved["c"].tensors]  # it has come ahead
+    held += [weakref.ref(t) for t in transfers._moved["c"].tensors]  # moved ahead
     transfers.expect("")
     assert not [t for t in held if t() is not None]
     mine = transfers.get("b")
@@ -71,7 +71,7 @@ def test_moved_tensors_are_freed_at_the_end_of_a_pass_unless_the_next_pass_begin
     assert transfers.get("b")[0] is mine[0]
     transfers.expect("cb")
     assert torch.equal(transfers.get("c")[1], host.tensors["c"][1])
-    assert torch.equal(mine[0], host.tensors["b"][0])  # whoever holds it still has it
+    assert torch.equal(mine[0], host.tensors["b"][0])  # tensors in use stay alive
     assert host.read == [*"abc", "b", "c", "b"]
 
 
@@ -99,7 +99,7 @@ def test_a_name_that_does_not_fit_ahead_is_moved_on_request(caplog: pytest.LogCa
     full()
     transfers.expect("ab")
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        transfers.get("b")  # there is no room for it alone
+        transfers.get("b")  # there is no room even for it alone
     assert transfers._moved == {}
     assert torch.equal(transfers.get("a")[0], fitting["a"][0])
 
@@ -117,7 +117,7 @@ def test_a_transfer_that_fails_can_be_asked_for_again() -> None:
     transfers = Transfers(host, CPU)
     transfers.expect("ab")
     with pytest.raises(KeyError):
-        transfers.get("a")  # b, which comes ahead, is not there
+        transfers.get("a")  # b, which is moved ahead, does not exist
     assert torch.equal(transfers.get("a")[0], torch.zeros(3))
 
 
@@ -134,7 +134,7 @@ def test_an_engine_moves_every_tensor_once_a_candidate_and_merges_the_same_bits(
     streamed._transfers = Transfers(read, CPU)
     engine = MergeEngine(streamed, compile=False)
     views = [{n: torch.empty_like(pool.base(n)) for n in pool.groups} for _ in range(2)]
-    for coefficient in (0.3, 0.4):  # the second candidate has all its facts
+    for coefficient in (0.3, 0.4):  # the second candidate finds all measurements in the cache
         del host[:]
         recipe = preset("ties", pool.models, coefficients=coefficient)
         resident.apply(recipe, views[0])
@@ -142,7 +142,7 @@ def test_an_engine_moves_every_tensor_once_a_candidate_and_merges_the_same_bits(
         assert all(torch.equal(views[0][n], views[1][n]) for n in pool.groups)
     assert host == [*pool.groups]
     assert [(n, t.tolist()) for n, t in engine.merged(recipe)] == [(n, t.tolist()) for n, t in resident.merged(recipe)]
-    assert not streamed._transfers._next  # what follows the last pass is not moved ahead
+    assert not streamed._transfers._next  # nothing is moved ahead after the last pass
 
 
 @pytest.mark.cuda
@@ -171,7 +171,7 @@ def test_tensors_in_use_are_complete_and_at_most_two_names_are_in_memory() -> No
     torch.cuda.reset_peak_memory_stats()
     totals = torch.zeros(len(names), device="cuda", dtype=torch.float64)
     for i, name in enumerate(names):
-        for _ in range(20):  # the host runs ahead of this
+        for _ in range(20):  # slow work that the host runs ahead of
             totals[i] = transfers.get(name)[0].sum(dtype=torch.float64)
     assert totals.tolist() == [float(i) * n for i in range(len(names))]
     assert torch.cuda.max_memory_allocated() - before <= 2 * 4 * n + 2**22

@@ -134,7 +134,7 @@ def test_fisher_merging_is_the_fisher_weighted_mean(bench: Bench) -> None:
     fishers = [mean_over_tasks(bench.gradients(e), torch.square) for e in "ab"]
     for name in bench.pool.groups:
         if any(not bool(d.any()) for d in deltas(bench, name)):
-            continue  # an expert that left the tensor has no vote
+            continue  # an expert that did not change the tensor has no weight
         weights = [f[name] / f[name].norm() + 1e-6 for f in fishers]
         experts = [bench.pool.expert(e, name) for e in "ab"]
         wanted = (weights[0] * experts[0] + weights[1] * experts[1]) / (weights[0] + weights[1])

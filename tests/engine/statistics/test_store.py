@@ -104,7 +104,7 @@ def test_a_damaged_file_is_measured_again_with_a_warning(
     (path,) = bench.folder.iterdir()
     data = path.read_bytes()
     bad = {"cut": data[: len(data) // 2], "empty": b"", "flipped": data[:-8] + bytes([data[-8] ^ 1]) + data[-7:]}
-    path.unlink()  # the old one is mapped
+    path.unlink()  # the old file is memory-mapped
     path.write_bytes(bad[damage])
     warm = Bench(bench.pool, bench.live, bench.folder)
     with caplog.at_level(logging.WARNING):
@@ -129,7 +129,9 @@ def test_files_beyond_the_bound_are_removed_the_longest_unused_first_and_measure
         small.get(kind, expert, NAME)
     assert not path.exists()
     assert given.is_file()
-    assert len(list(bench.folder.glob("*.safetensors"))) == len(kept)  # in use by this process, whatever they take
+    assert len(list(bench.folder.glob("*.safetensors"))) == len(
+        kept
+    )  # files that this process uses stay, whatever they take
     again = small.get("fisher@0.25", "a", NAME)
     assert torch.equal(first, again)
 

@@ -86,7 +86,10 @@ def test_an_export_merges_again_from_its_own_files_and_a_study_from_its_cache(be
     with pytest.raises(RecipeError, match="none were measured"):
         list(MergeEngine(pool).merged(recipe))
     cached = DataStatistics(pool, None, [bench.tasks], OWNERS, folder=bench.folder)
-    for source in (FolderStatistics(tmp_path / "export" / FOLDER), cached):  # cached last: the check below asks it
+    for source in (
+        FolderStatistics(tmp_path / "export" / FOLDER),
+        cached,
+    ):  # the cache comes last, because the check below reads it
         pool.statistics = source
         assert MergeEngine(pool).check(recipe) == []
         assert all(torch.equal(t, merged[n]) for n, t in MergeEngine(pool).merged(recipe))
@@ -158,6 +161,6 @@ def test_a_study_measures_on_its_fit_rows_charges_for_them_and_starts_from_prese
     assert first.weights_sha256 == second.weights_sha256 != plain.weights_sha256
     assert len(list((tmp_path / "tiny.statistics").glob("*.safetensors"))) == 2
     pool = ModelPool(plan.context.models, device="cpu")
-    pool.statistics = statistics_of(plan, pool, tasks, None)  # an export: nothing is bound
+    pool.statistics = statistics_of(plan, pool, tasks, None)  # as in an export, without a live model
     exported = dict(MergeEngine(pool).merged(recipe))
     assert all(torch.equal(exported[n], bench.views[n]) for n in exported)

@@ -24,17 +24,17 @@ def scores(context: AssessContext) -> list[Tensor]:
     """
     deltas = [t.reshape(-1) for t in context.deltas]
     product, shares = torch.empty_like(deltas[0]), torch.empty_like(deltas[0])
-    found = [torch.zeros_like(t) for t in deltas]
-    for i, mine in enumerate(deltas):
+    inter = [torch.zeros_like(t) for t in deltas]
+    for i, delta in enumerate(deltas):
         for j in range(i, len(deltas)):  # so that every sum runs over the experts in their order
-            _unit(torch.mul(mine, deltas[j], out=product))
+            _unit(torch.mul(delta, deltas[j], out=product))
             torch.softmax(product, 0, out=shares)
-            for place in {i, j}:
-                found[place] += shares
-    for mine, inter in zip(deltas, found, strict=True):
-        torch.softmax(_unit(torch.mul(mine, mine, out=product)).mul_(context.n_experts), 0, out=shares)
-        inter.mul_(shares).mul_(mine.numel() ** 2)  # a constant that keeps 1 / numel**2 out of the denormals
-    return [t.reshape(context.base.shape) for t in found]
+            for k in {i, j}:
+                inter[k] += shares
+    for delta, result in zip(deltas, inter, strict=True):
+        torch.softmax(_unit(torch.mul(delta, delta, out=product)).mul_(context.n_experts), 0, out=shares)
+        result.mul_(shares).mul_(delta.numel() ** 2)  # a constant that keeps 1 / numel**2 out of the denormals
+    return [t.reshape(context.base.shape) for t in inter]
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -26,5 +26,5 @@ def post(context: OperatorContext, combined: Tensor) -> Tensor:
     length = float(torch.linalg.vector_norm(combined))
     if not alive or length == 0:
         return combined
-    wanted = sum(float(torch.linalg.vector_norm(context.deltas[i])) for i in alive) / len(alive)
-    return combined * (wanted / length)
+    mean_length = sum(float(torch.linalg.vector_norm(context.deltas[i])) for i in alive) / len(alive)
+    return combined * (mean_length / length)
