@@ -1,4 +1,1 @@
-"""Undocumented parts of libraries that this project uses, one file a library.
-
-Each has a test in `tests/library_internals` that fails when the library moves or changes them.
-"""
+"""Uses of other libraries' internals, one module a library. Each use has a test that fails when the library changes it."""
