@@ -7,6 +7,7 @@ from pathlib import Path
 
 import optuna
 
+from merge_search.engine.checkpoints.dtypes import RECIPE_NAMES
 from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
 from merge_search.engine.checkpoints.layout import layout
 from merge_search.engine.checkpoints.writer import check_destination
@@ -23,9 +24,6 @@ from merge_search.search.records import Record, objective_of, records, reference
 from merge_search.search.storage import load_study
 from merge_search.search.trial.worker import maps_of, statistics_of
 from merge_search.search.verdict.selection import champions, nothing_to_hand_over
-
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Names in safetensors headers -> in recipes and mergekit files."""
 
 __all__ = ["export_mergekit", "export_trial"]
 
@@ -116,7 +114,7 @@ def export_mergekit(plan: Plan, out: Path, *, number: int | None = None) -> Reco
     vectors = [name for name, t in info.tensors.items() if len(t.shape) < 2]
     recipe = record.recipe.model_copy(update={"models": named})
     dtypes = Counter(info.tensors[name].dtype for name in layout(info))
-    dtype = DTYPES.get(dtypes.most_common(1)[0][0])
+    dtype = RECIPE_NAMES.get(dtypes.most_common(1)[0][0])
     text = to_mergekit(recipe, layout(info), vectors=vectors, dtype=dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")

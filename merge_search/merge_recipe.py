@@ -92,7 +92,7 @@ def write_merge(
     Raises:
         WeightsError: the weights are not those; nothing is written.
     """
-    pool = ModelPool(recipe.models, device=device, map_folders=[maps], once=not expected)
+    pool = ModelPool(recipe.models, device=device, map_folders=[maps], streaming=not expected)
     source = pool.statistics = statistics(pool)
     # Bits that were scored are made again by the engine that made them, which may have been compiled.
     engine = MergeEngine(pool) if expected else OneOffEngine(pool)

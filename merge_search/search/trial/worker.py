@@ -101,7 +101,7 @@ class Worker:
     @property
     def notes(self) -> list[str]:
         """Sentences about the models' memory and the live model, for the user."""
-        return [self.pool.plan, *self.pool.notes, *self.live.notes]
+        return [self.pool.placement_report, *self.pool.notes, *self.live.notes]
 
     def run(self, job: Job, report: Reporter = lambda report: None) -> Result:
         """Do a job. A failure that belongs to its recipe is a result, and leaves the worker ready for the next job.

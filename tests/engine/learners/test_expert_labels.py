@@ -1,4 +1,4 @@
-"""Losses without labels: experts answer the rows that a fit draws, each once, and what that costs is known before."""
+"""Losses without labels: teachers answer each row that a fit draws once, and the cost is known before."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OWNERS = {"next": "a"}
 
 
 class Answers:
-    """A `Differentiable` evaluator over the live model: predict the next token."""
+    """A `Differentiable` evaluator over the live model whose task is to predict the next token."""
 
     def __init__(self, live: LiveModel, n: int = N_ROWS) -> None:
         self.live, self.n = live, n
@@ -77,8 +77,8 @@ def test_experts_answer_for_their_tasks_and_learning_from_the_answers_makes_the_
     assert np.mean(np.array(evaluator.answers(range(N_ROWS))) == wanted) > before + 0.1
 
 
-def test_experts_that_fail_to_answer_are_asked_all_the_same(make_models) -> None:
-    """What one task's expert answered counts although the next one's fails, and is not asked again."""
+def test_questions_to_an_expert_that_fails_to_answer_count(make_models) -> None:
+    """The answers of one task's teacher are kept although the next task's teacher fails."""
     pool, live = make_models()
 
     class Fails(Answers):
@@ -142,11 +142,11 @@ def test_a_fit_asks_the_expert_for_its_own_rows_and_the_next_for_those_that_are_
     assert 0 < len(before) < N_ROWS
 
 
-def test_a_task_that_no_expert_masters_is_labelled_by_the_base(make_models) -> None:
+def test_a_task_that_no_expert_improves_is_labelled_by_the_base(make_models) -> None:
     pool, live = make_models()
     engine, recipe = MergeEngine(pool), Recipe(models=pool.models)
     answers = Answers(live)
-    engine.apply(recipe, live.views)  # what was live before does not matter
+    engine.apply(recipe, live.views)  # the weights before the fit do not matter
     ExpertLabels([answers]).ask(engine, live.views, recipe, {"next": "base"}, "pseudo", {"next": [3]})
     assert answers.asked == [[3]]
     for name, view in live.views.items():

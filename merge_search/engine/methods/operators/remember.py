@@ -1,6 +1,6 @@
-"""Processed deltas that do not depend on the candidate are made once: a search that varies coefficients pays one SVD per tensor.
+"""Cache processed deltas that do not depend on the candidate: a search over coefficients pays for one SVD per tensor.
 
-What is kept changes no bit: it is what would be computed again.
+A cached result has the bits that would be computed again.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ _LEDGER = ("operators", "bytes")
 
 
 def remembered(name: str) -> Callable[[Parts], Parts]:
-    """Decorator: keep an operator's result per tensor and experts, for the options it was last asked for.
+    """Decorate an operator: its result is kept per tensor and experts, for the options it was last called with.
 
-    Kept in `OperatorContext.memory`, on the device of the deltas, up to a third of the memory that is free when the first is
-    kept; beyond that results are made anew every time. Callers must not write to them.
+    Results are kept in `OperatorContext.memory`, on the device of the deltas, up to a third of the memory that is free
+    when the first is kept. Beyond that they are computed every time. Callers must not write to them.
+
+    Args:
+        name: Name of the operator, part of the key.
     """
 
     def decorate(parts: Parts) -> Parts:
