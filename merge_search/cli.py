@@ -1,4 +1,4 @@
-"""Command line. Nothing heavy is imported before a command needs it."""
+"""The command line. A command imports heavy modules only when it needs them, and reads its file before that."""
 
 from __future__ import annotations
 
@@ -37,18 +37,20 @@ app = typer.Typer(
 out = Console()
 VALIDATION = "validation questions (± one standard error), best by these and the search questions first"
 err = Console(stderr=True)
-KEPT = "what was finished and stored before is kept"
+KEPT = "all stored results are kept"
 LOST = ("sqlalchemy.exc.OperationalError", "sqlalchemy.exc.InterfaceError", "sqlalchemy.exc.DatabaseError")
-"""Errors of a database that is gone, locked or damaged; by name, since nothing heavy is imported here."""
+"""Errors of a database that is gone, locked or damaged. They are named, since importing their classes is slow."""
 
 StudyArgument = Annotated[Path, typer.Argument(help="The study file (YAML).", show_default=False)]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...: in place of the study file's.")]
-OutArgument = Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.", show_default=False)]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; replaces that of the study file.")]
+OutArgument = Annotated[
+    Path, typer.Argument(help="Folder to write. It must be empty or not exist.", show_default=False)
+]
 
 
 @app.command()
 def run(study: StudyArgument, device: DeviceOption = None) -> None:
-    """Search, or resume: the same command goes on after a crash, a Ctrl-C or on another day."""
+    """Run or resume a search. After a crash or a Ctrl-C, the same command goes on."""
     file = _read(study, device)
     from merge_search.search.progress import Progress
     from merge_search.search.run import run as run_study
@@ -60,7 +62,7 @@ def run(study: StudyArgument, device: DeviceOption = None) -> None:
 
 @app.command()
 def validate(study: StudyArgument) -> None:
-    """Check a study file, its models, tasks and metrics, before any weight is loaded."""
+    """Check a study file, its models, tasks and metrics without loading any weight."""
     plan = _plan(study, look_for_earlier=True)
     dimension = len(plan.space.parameters)
     out.print(
@@ -77,7 +79,7 @@ def validate(study: StudyArgument) -> None:
 
 @app.command(name="test")
 def sealed_test(study: StudyArgument, device: DeviceOption = None) -> None:
-    """Open the sealed test questions, once: the best merge against base, experts, average and best preset."""
+    """Compare the best merge with base, experts, average and best preset on the sealed test questions."""
     plan = _plan(study, device)
     from merge_search.report.table import sealed_table
     from merge_search.search.verdict.sealed import open_test
@@ -90,13 +92,13 @@ def sealed_test(study: StudyArgument, device: DeviceOption = None) -> None:
 def export(
     study: StudyArgument,
     out_path: Annotated[Path, typer.Argument(metavar="OUT", help="Folder (or file) to write.", show_default=False)],
-    trial: Annotated[int | None, typer.Option(help="A trial's number; the best one if not given.")] = None,
+    trial: Annotated[int | None, typer.Option(help="Number of the trial; the best one by default.")] = None,
     mergekit: Annotated[
-        bool, typer.Option("--mergekit", help="Write a mergekit YAML file in place of a model.")
+        bool, typer.Option("--mergekit", help="Write a mergekit YAML file instead of a model.")
     ] = False,
     device: DeviceOption = None,
 ) -> None:
-    """Write the best model, or a trial's, as a Hugging Face folder."""
+    """Write the best model, or that of a trial, as a Hugging Face folder."""
     plan = _plan(study, device)
     from merge_search.export_trial import export_mergekit, export_trial
 
@@ -115,7 +117,7 @@ def merge(
     out_folder: OutArgument,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "auto",
 ) -> None:
-    """Make the model of a recipe or of a mergekit file, without a study."""
+    """Merge a recipe or a mergekit file without a study."""
     if not recipe.is_file():
         raise InputError(f"no such file: {recipe}")
     with _importing():
@@ -131,9 +133,9 @@ def merge(
 @app.command()
 def report(
     study: StudyArgument,
-    trials: Annotated[int, typer.Option(help="How many trials to list; 0 for all.", min=0)] = 20,
+    trials: Annotated[int, typer.Option(help="Number of trials to list; 0 for all.", min=0)] = 20,
 ) -> None:
-    """Show what a study has found so far, from its storage alone: also while it runs."""
+    """Show the results of a study so far. It reads only the storage, so it also works while the study runs."""
     file = _read(study)
     from merge_search.report.table import front_table, sealed_table, summary_table, trials_table
     from merge_search.search.records import objective_of
@@ -219,7 +221,8 @@ def _plan(study: Path, device: str | None = None, *, look_for_earlier: bool = Fa
 
 
 def _read(study: Path, device: str | None = None) -> StudyFile:
-    """The study file with the given device. Called before anything heavy is imported, so a wrong path is told at once."""
+    """The study file with the given device. Called before anything heavy is imported, so a wrong path is told at
+    once."""
     from merge_search.study_file import read_study_file
 
     file = read_study_file(study)
@@ -245,7 +248,7 @@ def _print_result(study: optuna.Study, path: Path) -> None:
 
 
 def _show(table: Table, title: str) -> None:
-    """A table and its verdict below."""
+    """Print a table with its verdict below."""
     shown = RichTable(*table.header, title=title, title_justify="left", box=SIMPLE)
     for i, row in enumerate(table.rows):
         shown.add_row(*row, style="bold" if i in table.emphasised else "")
@@ -254,7 +257,7 @@ def _show(table: Table, title: str) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point: problems become a message and an exit status, not a traceback.
+    """Run the command line. Expected problems become a message and an exit status, and no traceback.
 
     Exit status: 0 done; 1 it cannot be done here; 2 the input must be changed; 130 interrupted.
     """
@@ -268,7 +271,7 @@ def main(args: list[str] | None = None) -> None:
         err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        err.print("stopped; nothing finished is lost, the same command goes on from here", highlight=False)
+        err.print("stopped; nothing finished is lost, and the same command goes on from here", highlight=False)
         sys.exit(130)
     except Exception as error:
         text = _outage(error)
@@ -279,7 +282,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _outage(error: BaseException) -> str | None:
-    """What to know and do where the machine failed and not the program: a full disk, a lost database; else None."""
+    """A sentence with what to do if the disk is full or the database is lost; None for other errors."""
     chain = [error]
     while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
         chain.append(before)
@@ -291,7 +294,8 @@ def _outage(error: BaseException) -> str | None:
     for e in chain:
         if f"{type(e).__module__}.{type(e).__name__}" in LOST:
             return (
-                f"the study's database cannot be used any more: {first_line(e)}. See that it is there, can be reached and written "
-                "and is whole, and give the same command again: it goes on from the trials that are stored there"
+                f"the study's database cannot be used any more: {first_line(e)}. See that it is there, can be reached "
+                "and written and is whole, and give the same command again: it goes on from the trials that are stored "
+                "there"
             )
     return None

@@ -1,6 +1,7 @@
 """Derive any number of named random streams from the one seed of a study.
 
-Streams are derived from names and never advanced. So trial 17 draws the same numbers in any process and after any restart.
+Streams are derived from names and never advanced. So trial 17 draws the same numbers in any process and after any
+restart.
 """
 
 from __future__ import annotations

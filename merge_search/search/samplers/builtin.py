@@ -108,7 +108,7 @@ class SeededSampler(BaseSampler):
 
 
 def _checked(kind: type[BaseSampler], options: Mapping[str, Any]) -> Callable[[int], BaseSampler]:
-    """A function that builds `kind` from a seed. It is called once here, to find wrong options before the first trial."""
+    """A function that builds `kind` from a seed. It is called once, to find wrong options before the first trial."""
     check_options(optuna_options(kind), options)
 
     def make(seed: int) -> BaseSampler:

@@ -105,7 +105,7 @@ def signs(study: Study) -> list[float]:
 
 
 def coordinates(cube: UnitCube, trial: FrozenTrial) -> list[float] | None:
-    """A trial's coordinates: of its parameters, the sampler's note or the queued point. None: it is not of the space."""
+    """A trial's coordinates: of its parameters, the sampler's note or the queued point. None if it has none."""
     stored: list[float] | None = trial.system_attrs.get(POINT_ATTRIBUTE)
     return cube.encode(trial.params) or stored or cube.encode(trial.system_attrs.get("fixed_params", {}))
 

@@ -33,7 +33,7 @@ N_DRAWS = 4096
 
 
 class Recommendation(NamedTuple):
-    """A trial, the posterior of its noise-free value in the objective's units, and its probability of being the best."""
+    """A trial, the posterior of its noise-free value in the objective's units, and its chance of being the best."""
 
     number: int
     mean: float

@@ -281,8 +281,8 @@ def outdated_test(study: optuna.Study, objective: Objective, experts: tuple[str,
         f"the sealed test questions were opened for {then}; the study went on, and its {best} is now {here}, which has "
         f"{score}. An honest one cannot be measured any more: the questions prove something once, for what was chosen "
         "before they were opened, and another seed or study of the same tasks asks the same ones. Hand over what was "
-        f"tested (export with --trial {opened[0]}), or {here} on its validation score alone; a new proof needs questions "
-        "that no study has opened"
+        f"tested (export with --trial {opened[0]}), or {here} on its validation score alone; a new proof needs "
+        "questions that no study has opened"
     )
 
 
