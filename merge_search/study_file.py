@@ -127,7 +127,7 @@ class Racing(_Section):
         return value
 
 
-Fineness = Literal["expert", "block", "block_kind", "tensor", "row"]
+Granularity = Literal["expert", "block", "block_kind", "tensor", "row"]
 Loss = Literal["gold", "choice", "pseudo", "kl", "entropy", "block_output"]
 
 
@@ -137,7 +137,7 @@ class Learner(_Section):
     steps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 50, 100, 200]
     """Numbers of Adam steps; 0 fits nothing. All are tried first, ascending; with a budget in questions only the
     largest."""
-    per: Annotated[list[Fineness], Field(min_length=1)] = ["block", "tensor", "row"]
+    per: Annotated[list[Granularity], Field(min_length=1)] = ["block", "tensor", "row"]
     step_size: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.03, 0.3)
     """Bounds, searched on a logarithmic scale, or one fixed number. The first trials take the geometric mean."""
     batch_rows: Annotated[int, Field(ge=1)] = 16

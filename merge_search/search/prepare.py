@@ -35,20 +35,20 @@ class _Problems:
     """Collects the problems of a study.
 
     Attributes:
-        found: A sentence for each problem.
+        sentences: A sentence for each problem.
     """
 
     def __init__(self) -> None:
-        self.found: list[str] = []
+        self.sentences: list[str] = []
 
     def attempt(self, step: Callable[[], T]) -> T | None:
         """The result of `step`; None, with its problems collected, if it fails."""
         try:
             return step()
         except InputError as error:
-            self.found += error.problems
+            self.sentences += error.problems
         except MergeSearchError as error:
-            self.found.append(str(error))
+            self.sentences.append(str(error))
         return None
 
 
@@ -58,7 +58,7 @@ def _context(file: StudyFile, problems: _Problems) -> SpaceContext | None:
         base=file.model_reference(file.models.base),
         experts={k: file.model_reference(v) for k, v in file.models.experts.items()},
     )
-    problems.found += [f"models: {p}" for p in check_models(models.base, models.experts)]
+    problems.sentences += [f"models: {p}" for p in check_models(models.base, models.experts)]
     try:
         info = read_checkpoint(resolve_model(models.base))
     except WeightsError:  # `check_models` has found it
@@ -90,22 +90,22 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     objective = _objective(file, metrics, problems) if len(evaluators) == len(built) else None
     learner = file.search.learner
     if learner is not None and len(evaluators) == len(built):
-        problems.found += _learner_problems(learner, evaluators, file.splits.search)
+        problems.sentences += _learner_problems(learner, evaluators, file.splits.search)
     if space is not None and objective is not None:
-        if learner is not None and not problems.found:
+        if learner is not None and not problems.sentences:
             space = LearnedSpace(space, learner, n_rows=min(_fit_rows(evaluators).values()))
-        problems.found += search_problems(file.search, space.parameters, objective)
+        problems.sentences += search_problems(file.search, space.parameters, objective)
     problems.attempt(lambda: _check_sampler(file, 1 if objective is None else len(objective.names)))
     names = _baseline_names(file, problems)
-    problems.found += [
+    problems.sentences += [
         f"models.experts: {name!r} is the name of a baseline that is tried, too; give the expert another name"
         for name in file.models.experts
         if name in {*ALWAYS, *names}
     ]
     if look_for_earlier:
-        problems.found += earlier_problems(file)
-    if problems.found:
-        raise StudyFileError(problems.found, where=file.path.name)
+        problems.sentences += earlier_problems(file)
+    if problems.sentences:
+        raise StudyFileError(problems.sentences, where=file.path.name)
     assert context is not None
     assert space is not None
     assert objective is not None
@@ -121,7 +121,7 @@ def _rules(file: StudyFile) -> list[RuleFile]:
 
 def _objective(file: StudyFile, metrics: list[MetricInfo], problems: _Problems) -> Objective | None:
     names = [m.name for m in metrics]
-    problems.found += [
+    problems.sentences += [
         f"evaluate: two evaluators report {n!r}; name each task once"
         for n in sorted({n for n in names if names.count(n) > 1})
     ]
@@ -202,5 +202,5 @@ def _baseline_names(file: StudyFile, problems: _Problems) -> list[str]:
         return [n for n in listed if isinstance(n, str) and n in PRESETS]
     for name in names:
         if name not in PRESETS:
-            problems.found.append(f"search.baselines: no preset is called {name!r}{nearest(name, PRESETS)}")
+            problems.sentences.append(f"search.baselines: no preset is called {name!r}{nearest(name, PRESETS)}")
     return names

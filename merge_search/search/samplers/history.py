@@ -196,15 +196,15 @@ def objective_variances(trial: FrozenTrial, n_objectives: int) -> list[float | N
 def _variance(trial: FrozenTrial, key: str, position: int | None = None, length: int = 0) -> float | None:
     noise = trial.user_attrs.get("noise")
     imported = bool(trial.user_attrs.get("imported"))
-    found: Any = noise.get(key, None if imported else "nothing") if isinstance(noise, dict) else noise
-    if found is None and (imported or noise is not None):
+    value: Any = noise.get(key, None if imported else "nothing") if isinstance(noise, dict) else noise
+    if value is None and (imported or noise is not None):
         return None
-    if position is not None and isinstance(found, list) and len(found) == length:
-        found = found[position]
-        if found is None:
+    if position is not None and isinstance(value, list) and len(value) == length:
+        value = value[position]
+        if value is None:
             return None
-    if isinstance(found, (int, float)) and math.isfinite(found) and found >= 0:
-        return float(found)
+    if isinstance(value, (int, float)) and math.isfinite(value) and value >= 0:
+        return float(value)
     raise StorageError(
         f"every complete trial must have a noise variance >= 0 in user_attrs['noise'][{key!r}], "
         f"found noise={noise!r} in trial {trial.number}. Without it lucky trials win; store the squared standard "

@@ -80,11 +80,11 @@ def recommend(
     mean[rows] = sign * modelled.mean[picked]
     covariance[np.ix_(rows, rows)] = modelled.covariance[np.ix_(picked, picked)]
     chance = _chance_best(sign * mean, covariance, derive_seed(seed, "recommend", "draws"))
-    found = [
+    recommendations = [
         Recommendation(t.number, float(m), float(np.sqrt(max(v, 0.0))), float(p))
         for t, m, v, p in zip(trials, mean, np.diag(covariance), chance, strict=True)
     ]
-    return sorted(found, key=lambda r: (-sign * r.mean, r.number))
+    return sorted(recommendations, key=lambda r: (-sign * r.mean, r.number))
 
 
 class _Modelled(NamedTuple):
@@ -129,10 +129,10 @@ def _is_eligible(trial: FrozenTrial) -> bool:
 
 def _variances(trials: list[FrozenTrial]) -> NDArray[np.float64]:
     """Noise variances of the measured values. An imported trial without one gets the median of the others."""
-    found = [objective_variances(t, 1)[0] for t in trials]
-    known = [v for v in found if v is not None]
+    variances = [objective_variances(t, 1)[0] for t in trials]
+    known = [v for v in variances if v is not None]
     median = float(np.median(known)) if known else 0.0
-    return np.array([median if v is None else v for v in found])
+    return np.array([median if v is None else v for v in variances])
 
 
 def _chance_best(mean: NDArray[np.float64], covariance: NDArray[np.float64], seed: int) -> NDArray[np.float64]:

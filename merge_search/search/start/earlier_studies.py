@@ -25,13 +25,13 @@ from merge_search.search.storage import open_storage
 from merge_search.space import SearchSpace
 from merge_search.study_file import Earlier, StudyFile, read_study_file
 
-__all__ = ["Known", "best_recipes", "earlier_problems", "open_earlier", "renamed", "starts_from"]
+__all__ = ["EarlierPoint", "best_recipes", "earlier_problems", "open_earlier", "renamed", "starts_from"]
 
 SQLITE = "sqlite:///"
 
 
 @dataclass(frozen=True)
-class Known:
+class EarlierPoint:
     """A point to try first.
 
     Attributes:
@@ -106,7 +106,7 @@ def _require_study(name: str, url: str) -> None:
 
 def starts_from(
     file: StudyFile, models: Models, space: SearchSpace, done: Sequence[str], note: Callable[[str], None]
-) -> Iterator[tuple[str, list[Known]]]:
+) -> Iterator[tuple[str, list[EarlierPoint]]]:
     """For every earlier study its place (`Earlier.place`) and the points of its best recipes in this space.
 
     Args:
@@ -137,8 +137,8 @@ def _points(
     models: Models,
     space: SearchSpace,
     note: Callable[[str], None],
-) -> list[Known]:
-    out: list[Known] = []
+) -> list[EarlierPoint]:
+    out: list[EarlierPoint] = []
     reasons: list[str] = []
     for number, recipe in recipes:
         if len(out) == source.best:
@@ -150,8 +150,8 @@ def _points(
             continue
         if point is None:
             reasons.append(f"trial {number}: this study's space does not hold its recipe")
-        elif all(point != k.point for k in out):
-            out.append(Known(f"{source.place} trial {number}", point))
+        elif all(point != earlier.point for earlier in out):
+            out.append(EarlierPoint(f"{source.place} trial {number}", point))
     note(f"{len(out)} recipe(s) of study {study.study_name!r} are tried first" + ("" if out else " (none fits)"))
     if reasons and len(out) < source.best:
         note(f"left out of study {study.study_name!r}: {'; '.join(reasons[:3])}" + _more(len(reasons) - 3))
@@ -187,12 +187,12 @@ def renamed(recipe: Recipe, models: Models) -> Recipe:
         StudyFileError: It merges another base, an expert that is not here with a coefficient other than 0, or has a map
             of coefficients.
     """
-    theirs, ours = recipe.models, {digest: name for name, digest in models.hashes.items() if name != "base"}
-    if theirs.hashes.get("base") != models.hashes.get("base") or "base" not in models.hashes:
+    merged, names_here = recipe.models, {digest: name for name, digest in models.hashes.items() if name != "base"}
+    if merged.hashes.get("base") != models.hashes.get("base") or "base" not in models.hashes:
         raise StudyFileError("it merges another base")
     if recipe.maps:
         raise StudyFileError("its coefficients per output row lie in a map, which no point of a space holds")
-    names = {e: ours.get(theirs.hashes.get(e, "")) for e in theirs.experts}
+    names = {e: names_here.get(merged.hashes.get(e, "")) for e in merged.experts}
     missing = [e for e, here in names.items() if here is None and not _is_zero(recipe.coefficients.get(e, 1.0))]
     if missing:
         raise StudyFileError(f"its expert(s) {', '.join(missing)} are not in this study")

@@ -47,14 +47,14 @@ def better_start(study: optuna.Study, objective: Objective, space: LearnedSpace)
 
 def _fittable(study: optuna.Study, objective: Objective, space: SearchSpace) -> list[tuple[Record, str]]:
     """Fully scored merges that `space` holds and a learner can fit, best first, with their structures in the space."""
-    found = []
+    fittable = []
     for record in candidates(study):
         if record.outcome is not Outcome.OK or linearity_problems(record.recipe):
             continue
         point = space.encode(record.recipe)
         if point is not None:
-            found.append((record, structure_of(space.decode(point))))
-    return sorted(found, key=lambda pair: -objective.key(pair[0].values))
+            fittable.append((record, structure_of(space.decode(point))))
+    return sorted(fittable, key=lambda pair: -objective.key(pair[0].values))
 
 
 def _first_structure(space: SearchSpace) -> str | None:

@@ -56,7 +56,7 @@ def open_test(plan: Plan) -> optuna.Study:
 
 
 def _missing(study: optuna.Study, plan: Plan) -> list[Record]:
-    """The trials without a test score, the chosen ones first: a rival that fails must not keep them from theirs."""
+    """The trials without a test score, the chosen ones first, so that a failing rival does not keep them from one."""
     scored, chosen = study.user_attrs.get("test", {}), selection.tested(study)
     missing = [r for r in selection.compared(study, plan.objective) if str(r.number) not in scored]
     return sorted(missing, key=lambda r: r.number not in chosen)

@@ -79,9 +79,9 @@ def posterior(study: optuna.Study, parameters: Mapping[str, Parameter], seed: in
     return {r.number: (r.mean, r.sd) for r in recommend(study, parameters, seed=seed)}
 
 
-def front(found: Sequence[Record], objective: Objective) -> list[Record]:
+def front(merges: Sequence[Record], objective: Objective) -> list[Record]:
     """The records that no other one dominates, the best in the first objective first."""
-    return sorted(objective.front(found), key=lambda r: (-objective.key(r.values), r.number))
+    return sorted(objective.front(merges), key=lambda r: (-objective.key(r.values), r.number))
 
 
 def _spread(ordered: list[Record], n: int) -> list[Record]:
