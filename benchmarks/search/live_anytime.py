@@ -33,6 +33,7 @@ from merge_search.search.run import run
 from merge_search.search.start.baselines import baselines
 from merge_search.search.trial.worker import Worker
 from merge_search.search.verdict import selection
+from merge_search.search.verdict.validation import validate
 from merge_search.study_file import read_study_file
 
 __all__ = ["Bench", "Row", "Silent", "Task", "anytime_rows", "main_mean", "make_plan", "row_of"]
@@ -255,7 +256,7 @@ def recommended(study: optuna.Study, done: Sequence[Record], bench: Bench) -> tu
         asked += found.cost.questions
         return found
 
-    selection.validate(then, plan, score, note=lambda text: None)
+    validate(then, plan, score, note=lambda text: None)
     return selection.winner(then, plan.objective, plan.context.experts), asked
 
 

@@ -63,10 +63,10 @@ def run(file: StudyFile, listener: Listener) -> optuna.Study:
     """Run or resume the study until it has its trials and its finalists' validation scores.
 
     Raises:
-        StudyFileError: the study file has problems. It lists all of them, before any weight is loaded.
-        StudyChangedError: the stored study was made with other settings.
-        StorageError: the storage cannot be used.
-        WeightsError: a checkpoint cannot be used, or base or an expert cannot be scored.
+        StudyFileError: The study file has problems. It lists all of them, before any weight is loaded.
+        StudyChangedError: The stored study was made with other settings.
+        StorageError: The storage cannot be used.
+        WeightsError: A checkpoint cannot be used, or base or an expert cannot be scored.
     """
     plan = prepare(file)
     sampler = _sampler(plan)

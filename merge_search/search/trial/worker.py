@@ -112,7 +112,7 @@ class Worker:
                 the fitted recipe before it is scored.
 
         Raises:
-            BaseException: an error that says nothing about the recipe; the last report has the questions asked.
+            BaseException: Any error that says nothing about the recipe. The last report has the questions asked.
         """
         before = self.asked
         self.on_step = lambda: report(Spent(self.asked - before))
@@ -167,7 +167,10 @@ class Worker:
             The hash of its weights, and the seconds that it took.
 
         Raises:
-            RecipeError, NonFiniteError, torch.OutOfMemoryError, MemoryError.
+            RecipeError: The recipe does not fit the models.
+            NonFiniteError: Its weights have NaN or infinity.
+            torch.OutOfMemoryError: The device has too little memory.
+            MemoryError: The host has too little memory.
         """
         began = time.perf_counter()
         self.engine.apply(recipe, self.views)
@@ -177,7 +180,9 @@ class Worker:
         """Ask the live model questions. The cost includes statistics that splicing its recipe measured.
 
         Raises:
-            NonFiniteError, EvaluationError, MemoryError.
+            NonFiniteError: A score is NaN or infinity.
+            EvaluationError: An evaluator failed, or does not report a metric.
+            MemoryError: There is too little memory.
         """
         began, parts = time.perf_counter(), []
         for evaluator in self.evaluators:

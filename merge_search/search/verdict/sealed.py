@@ -26,10 +26,10 @@ def open_test(plan: Plan) -> optuna.Study:
     is left out, and `selection.failures` has the reason.
 
     Raises:
-        EvaluationError: the winner, or a merge of the front, cannot be scored.
-        StudyFileError: there is nothing to test yet, or the search has not ended. Or the study went on and has another
+        EvaluationError: The winner, or a merge of the front, cannot be scored.
+        StudyFileError: There is nothing to test yet, or the search has not ended. Or the study went on and has another
             winner than the tested one (`selection.outdated_test` says what to do).
-        StudyChangedError: the study file was changed, so its test questions may have been asked in the search.
+        StudyChangedError: The study file was changed, so its test questions may have been asked in the search.
     """
     study = storage.load_study(plan.file)
     backend = storage.open_storage(plan.file.storage_url)
