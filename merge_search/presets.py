@@ -14,6 +14,7 @@ from typing import Any
 
 from merge_search.errors import RecipeError, nearest
 from merge_search.recipe import Models, Recipe
+from merge_search.rules import OPERATORS
 
 __all__ = ["PRESETS", "Preset", "preset"]
 
@@ -54,11 +55,8 @@ class Preset:
     def is_linear(self) -> bool:
         """Whether it makes one processed delta per expert, so that any coefficients make sense (in a search, a learner)."""
         operator = self.settings.get("operator")
-        return operator is None or operator["name"] not in _WHOLE
+        return operator is None or OPERATORS[operator["name"]].decomposing
 
-
-_WHOLE = ("passthrough", "slerp", "nuslerp", "multislerp", "karcher")
-"""Operators that make weights directly."""
 
 _TASK_ARITHMETIC = "Ilharco et al. 2023, Editing Models with Task Arithmetic, arXiv 2212.04089"
 _TIES = "Yadav et al. 2023, TIES-Merging, arXiv 2306.01708"

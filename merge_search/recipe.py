@@ -21,13 +21,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from merge_search.errors import RecipeError, sentences
+from merge_search.errors import RecipeError, nearest, sentences
+from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, Rule, RuleTable
+from merge_search.rules.table import Scalar
 
 __all__ = [
     "Allocate",
@@ -39,12 +51,11 @@ __all__ = [
     "Recipe",
     "Rescale",
     "Resolve",
+    "Scalar",
     "Select",
     "Splice",
     "value_for",
 ]
-
-Scalar = bool | int | float | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +148,26 @@ class Allocate(_Value):
     """alpha >= 0: coefficients times importance**alpha, mean one over the groups of an expert."""
 
 
+def _known(table: RuleTable[Any]) -> AfterValidator:
+    """A name must be in the table; where a recipe brings rule files along, `engine.check` looks once they are in use."""
+
+    def check(name: str, info: ValidationInfo) -> str:
+        if not (info.context or {}).get("rules") and name not in table:
+            raise ValueError(f"must name a {table.kind}, got {name!r}{nearest(name, table)}")
+        return name
+
+    return AfterValidator(check)
+
+
 class Select(_Value):
     """Which parameters of a delta are kept.
 
-    kind:
+    ``merge-search list`` shows every kind with a summary; a rule from outside is one more. The formulas:
+
         all               everything
         top_k             the round(density * n) largest scores; ties by lowest index. Above 2**16 elements the
-                          threshold comes from a histogram: the count is off by little (`engine.order` says how little)
+                          threshold comes from a histogram: the count is off by little (`engine.passes.order_statistics` says
+                          how little)
         threshold         score > `threshold`; density is not used
         band              drop the round(gamma * n) largest, keep the round(density * n) next
         bernoulli         each with probability density (counter-based, nested in the density)
@@ -152,22 +176,13 @@ class Select(_Value):
         soft_threshold    m = relu(a - Q) / (max a - Q) in [0, 1], Q the (1 - density)-quantile
         n_m               in every `block_size` consecutive entries of a row the density's share
         mass              largest scores until their sum is the density's share of the total
-    scope: what is ranked together: each row, each tensor, or the whole model.
     """
 
-    kind: Literal[
-        "all",
-        "top_k",
-        "threshold",
-        "band",
-        "bernoulli",
-        "rank_probability",
-        "proportional",
-        "soft_threshold",
-        "n_m",
-        "mass",
-    ] = "all"
+    kind: Annotated[str, _known(SELECTIONS)] = "all"
+    options: dict[str, Scalar] = Field(default_factory=dict)
+    """Of a selection from outside."""
     scope: Literal["row", "tensor", "model"] = "tensor"
+    """What is ranked together: each row, each tensor, or the whole model."""
     threshold: Finite = 0.0
     gamma: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rounding: Literal["nearest", "down"] = "nearest"
@@ -207,7 +222,8 @@ class Resolve(_Value):
 class Splice(_Value):
     """How surviving deltas are combined; denominators of zero give zero.
 
-    kind:
+    ``merge-search list`` shows every kind with a summary; a rule from outside is one more. The formulas of omega_i:
+
         sum          lambda_i
         count        lambda_i / number of survivors
         mask         lambda_i / sum_j m_j c_j
@@ -217,7 +233,9 @@ class Splice(_Value):
         argmax       lambda_i [i = argmax_j b_j m_j c_j]   (hard splicing)
     """
 
-    kind: Literal["sum", "count", "mask", "coefficient", "score", "softmax", "argmax"] = "sum"
+    kind: Annotated[str, _known(SPLICES)] = "sum"
+    options: dict[str, Scalar] = Field(default_factory=dict)
+    """Of a splice from outside."""
     score: Assess | None = None
     """The mixing score b; None: the selection score a."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -272,6 +290,26 @@ class Recipe(_Value):
     """Of the merged floating tensors; None: as the base has them."""
     seed: int = 0
     """Of the counter-based masks."""
+    rules: dict[str, str] = Field(default_factory=dict)
+    """Rule file -> its sha256, for every file whose rules the recipe names. Filled in where such a rule is in use."""
+
+    @field_validator("rules")
+    @classmethod
+    def _plain_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, digest in value.items():
+            if not re.fullmatch(r"[^/\\\0]+\.py", name):
+                raise ValueError(f"a rule file is named without its folder and ends in .py, got {name!r}")
+            if not re.fullmatch("[0-9a-f]{64}", digest):
+                raise ValueError(f"a rule file's sha256 has 64 hexadecimal digits, got {digest!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _bring_rule_files(self) -> Recipe:
+        origins = [row.origin for row in self.known_rules() if row.origin is not None and row.origin.file]
+        added = {o.file: o.sha256 for o in origins if o.file not in self.rules}
+        if added:
+            self.__dict__["rules"] = {**self.rules, **added}
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -299,6 +337,20 @@ class Recipe(_Value):
         """Kept fraction of `expert` for the tensors of `group`, in (0, 1]."""
         return value_for(self.densities.get(expert, 1.0), group)
 
+    def known_rules(self) -> list[Rule]:
+        """Rows of the rules that the recipe names, without names that no table has."""
+        names: list[tuple[RuleTable[Any], str]] = [
+            (MEASURES, self.assess.measure), (SELECTIONS, self.select.kind), (SPLICES, self.splice.kind),
+        ]  # fmt: skip
+        if self.splice.score is not None:
+            names.append((MEASURES, self.splice.score.measure))
+        if self.allocate.kind == "importance":
+            names.append((MEASURES, self.allocate.measure))
+        if self.operator is not None:
+            names.append((OPERATORS, self.operator.name))
+        names += [(POSTS, rule.name) for rule in self.post]
+        return [table[name] for table, name in names if name in table]
+
     def to_dict(self) -> dict[str, Any]:
         """Only what differs from the defaults, JSON types."""
         return {"format": 1, **self.model_dump(mode="json", exclude_defaults=True)}
@@ -325,7 +377,7 @@ class Recipe(_Value):
         if isinstance(models, Mapping) and isinstance(models.get("experts"), list):
             data["models"] = {**models, "experts": dict(models["experts"])}
         try:
-            return cls.model_validate(data)
+            return cls.model_validate(data, context={"rules": data.get("rules")})
         except ValidationError as error:
             raise RecipeError(sentences(error, cls, root="recipe"), where=where) from None
 
@@ -343,10 +395,14 @@ class Recipe(_Value):
     def fingerprint(self) -> str:
         """sha256 of what the result depends on: equal for recipes that mean the same merge.
 
-        The label is left out; models count by their hashes where these are given, else by their places.
+        The label is left out; models count by their hashes where these are given, else by their places; rule files count by
+        their hashes alone.
         """
         models = self.models
         if models.hashes.keys() == {"base", *models.experts}:
             models = models.model_copy(update={"base": "", "experts": dict.fromkeys(models.experts, "")})
-        plain = self.model_copy(update={"preset": "", "models": models})
+        update: dict[str, Any] = {"preset": "", "models": models}
+        if self.rules:
+            update["rules"] = {digest: digest for digest in self.rules.values()}
+        plain = self.model_copy(update=update)
         return hashlib.sha256(plain.to_json().encode()).hexdigest()

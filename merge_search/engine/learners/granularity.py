@@ -63,9 +63,7 @@ def make_granularity(per: Per, parts: Parts, recipe: Recipe, *, map_folder: str 
     if map_folder is None:
         raise RecipeError("coefficients per row are kept in a map: give the folder for it, or learn per tensor")
     folder = Path(map_folder)
-    known = getattr(parts.engine.tensors, "map_folders", None)
-    if isinstance(known, list) and folder not in known:
-        known.append(folder)
+    parts.engine.tensors.look_for_maps(folder)
     return PerRow(parts, recipe, folder)
 
 
