@@ -263,9 +263,7 @@ class State:
         return values
 
     def finish(self) -> None:
-        """Replace the coefficients by their mean over the last steps (`FitSettings.average`) and write them into the
-        live model.
-        """
+        """Replace the coefficients by their mean over the last steps (`FitSettings.average`), also in the live model."""
         if self._count:
             with torch.no_grad():
                 self.vector.copy_(self._sum / self._count)
@@ -296,8 +294,9 @@ class State:
 
 
 def _draw(settings: FitSettings, task: str, n_rows: int, step: int) -> list[int]:
-    """Return the rows of one step: the next rows of an endless sequence of permutations, each with its own derived
-    seed.
+    """Return the rows of one step.
+
+    They are the next rows of an endless sequence of permutations, each with its own derived seed.
     """
     size = min(settings.batch_rows, n_rows)
     positions = (divmod(k, n_rows) for k in range(step * size, (step + 1) * size))

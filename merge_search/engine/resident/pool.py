@@ -218,9 +218,7 @@ class ModelPool(Tensors):
         return self.statistics is not None
 
     def statistic_problem(self, kind: str, expert: str) -> str:
-        """Return why a statistic is unavailable according to `statistics`, '' if it is available or nothing was
-        measured.
-        """
+        """Return why a statistic is unavailable, '' if it is available or nothing was measured."""
         return "" if self.statistics is None else self.statistics.problem(kind, expert)
 
     def look_for_maps(self, folder: Path) -> None:
