@@ -263,7 +263,10 @@ class State:
         return values
 
     def finish(self) -> None:
-        """Replace the coefficients by their mean over the last steps (`FitSettings.average`), also in the live model."""
+        """Replace the coefficients by their mean over the last steps (`FitSettings.average`).
+
+        The live model gets the new coefficients too.
+        """
         if self._count:
             with torch.no_grad():
                 self.vector.copy_(self._sum / self._count)

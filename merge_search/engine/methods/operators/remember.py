@@ -20,8 +20,8 @@ Parts = Callable[[OperatorContext], list[Tensor]]
 def remembered(name: str) -> Callable[[Parts], Parts]:
     """Decorate an operator: its result is kept per tensor and experts, for the options it was last called with.
 
-    Results are kept in `OperatorContext.cache`, on the device of the deltas, while there is room. Results that do not fit
-    are computed every time: a merge asks for every tensor once, so dropping another tensor's result would gain nothing.
+    Results are kept in `OperatorContext.cache`, on the device of the deltas, while there is room. The others are
+    computed every time: a merge asks for every tensor once, so dropping another tensor's result would gain nothing.
     Callers must not write to them.
 
     Args:
