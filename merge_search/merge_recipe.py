@@ -16,7 +16,7 @@ from merge_search.engine.resident.pool import ModelPool
 from merge_search.engine.statistics.provider import DataStatistics
 from merge_search.engine.statistics.store import FOLDER as STATISTICS
 from merge_search.engine.statistics.store import FolderStatistics
-from merge_search.engine.streaming.engine import OneOffEngine
+from merge_search.engine.streaming.engine import StreamingEngine
 from merge_search.errors import RecipeError
 from merge_search.mergekit import read_mergekit
 from merge_search.recipe import Models, Recipe
@@ -95,7 +95,7 @@ def write_merge(
     pool = ModelPool(recipe.models, device=device, map_folders=[maps], streaming=not expected)
     source = pool.statistics = statistics(pool)
     # Bits that were scored are made again by the engine that made them, which may have been compiled.
-    engine = MergeEngine(pool) if expected else OneOffEngine(pool)
+    engine = MergeEngine(pool) if expected else StreamingEngine(pool)
 
     def others() -> dict[str, str | bytes | Path]:
         models = recipe.models.model_copy(update={"hashes": pool.hashes()})  # known once the tensors have been read

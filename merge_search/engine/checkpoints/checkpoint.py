@@ -271,8 +271,7 @@ def lora_weight(base: Tensor, a: Tensor, b: Tensor, entry: AdapterEntry, magnitu
 
 
 def tied_aliases(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the embeddings and heads that a checkpoint stores twice although they are one tensor: alias -> the name
-    kept.
+    """Return the embeddings and heads that a checkpoint stores twice: alias -> the name that is kept.
 
     Such a pair is one parameter of the live model, and is merged and written once. Equal bytes make a pair of two
     embeddings. They make a pair of an embedding and a head unless the config says that these are not tied.

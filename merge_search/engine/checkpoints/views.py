@@ -44,8 +44,9 @@ def disk_views(model: Any) -> dict[str, Tensor]:
 
 
 def _portions(state: Mapping[str, Tensor]) -> list[list[str]]:
-    """Return the names block by block: a conversion never spans two blocks, and the addresses of one block fit in
-    memory.
+    """Return the names block by block. A conversion never spans two blocks.
+
+    The addresses of one block fit in memory; those of the whole model may not.
     """
     groups = name_groups(state)
     portions: dict[int | None, list[str]] = {}

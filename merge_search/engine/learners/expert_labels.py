@@ -1,5 +1,6 @@
-"""Teachers' answers to fit rows, for losses without labels. A row is asked when a fit first draws it, and the answer is
-kept.
+"""Teachers' answers to fit rows, for losses without labels.
+
+A row is asked when a fit first draws it, and its answer is kept.
 """
 
 from __future__ import annotations
@@ -56,8 +57,7 @@ class ExpertLabels:
         kind: str,
         rows: Mapping[str, Iterable[int]],
     ) -> int:
-        """Let each task's teacher answer those of `rows` that it has not answered, and return the number of questions
-        asked.
+        """Let each task's teacher answer those of `rows` that it has not answered.
 
         Args:
             engine: The engine that writes a teacher into the live model.
@@ -68,10 +68,13 @@ class ExpertLabels:
                 call.
             kind: ``pseudo`` or ``kl``.
             rows: Rows by task.
+        Returns:
+            The number of questions asked.
         Raises:
             InputError: A task has no teacher, or an evaluator has no loss ``kl``.
         Determinism: rows are asked in ascending order. Where the last bits of an answer depend on the other rows of its
-        batch, they depend on which rows were answered before.
+        batch,
+        they depend on which rows were answered before.
         """
         before = self.asked
         for evaluator, task, new in self._unanswered(kind, rows):

@@ -263,8 +263,9 @@ class State:
         return values
 
     def finish(self) -> None:
-        """Replace the coefficients by their mean over the last steps (`FitSettings.average`) and write them into the
-        live model.
+        """Replace the coefficients by their mean over the last steps (`FitSettings.average`).
+
+        The live model gets the new coefficients too.
         """
         if self._count:
             with torch.no_grad():
@@ -296,8 +297,9 @@ class State:
 
 
 def _draw(settings: FitSettings, task: str, n_rows: int, step: int) -> list[int]:
-    """Return the rows of one step: the next rows of an endless sequence of permutations, each with its own derived
-    seed.
+    """Return the rows of one step.
+
+    They are the next rows of an endless sequence of permutations, each with its own derived seed.
     """
     size = min(settings.batch_rows, n_rows)
     positions = (divmod(k, n_rows) for k in range(step * size, (step + 1) * size))

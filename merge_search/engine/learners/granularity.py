@@ -37,8 +37,10 @@ class Granularity(Protocol):
         ...
 
     def coefficients(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield (tensor name, coefficients) for every tensor that an expert can move: float32, shape (experts,) or
-        (experts, rows).
+        """Yield the name and the coefficients of every tensor that an expert can move.
+
+        Yields:
+            float32 coefficients of shape (experts,) or (experts, rows).
         """
         ...
 
@@ -63,18 +65,17 @@ def make_granularity(per: Per, parts: Parts, recipe: Recipe, *, map_folder: str 
     if map_folder is None:
         raise RecipeError("coefficients per row are kept in a map: give the folder for it, or learn per tensor")
     folder = Path(map_folder)
-    known = getattr(parts.engine.tensors, "map_folders", None)
-    if isinstance(known, list) and folder not in known:
-        known.append(folder)
+    parts.engine.tensors.look_for_maps(folder)
     return PerRow(parts, recipe, folder)
 
 
 class PerGroup:
-    """One number per expert and group of tensors. Maps of the recipe stay, and each is multiplied by its group's
-    number.
+    """One number per expert and group of tensors.
 
-    Outside blocks, ``block`` and ``block_kind`` have one number per module kind (embedding, head, norm). A group starts
-    at the size-weighted mean of its tensors' coefficients in the recipe.
+    A map of the recipe stays, and each of its rows is multiplied by its group's number. Outside blocks, ``block`` and
+    ``block_kind`` have one number per module kind (embedding, head, norm). A group starts at the size-weighted mean of
+    its
+    tensors' coefficients in the recipe.
     """
 
     def __init__(self, per: Per, parts: Parts, recipe: Recipe) -> None:
@@ -196,8 +197,10 @@ def _mean(values: list[tuple[float, int]]) -> float:
 
 
 def _maps(parts: Parts, recipe: Recipe, name: str) -> Tensor | None:
-    """Return the recipe's maps for a tensor, shape (experts, rows), with ones for experts without a map; None if no
-    expert has one.
+    """Return the recipe's maps for a tensor; None if no expert has one.
+
+    Returns:
+        Shape (experts, rows), float32, with ones for experts without a map.
     """
     if not recipe.maps:
         return None

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.execute.parts import unit_recipe
-from merge_search.engine.passes.byte_cache import room
 from merge_search.engine.resident.coefficient_maps import n_rows
 from merge_search.engine.resident.parameters import parameter_slices, receiving_gradients
 from merge_search.errors import RecipeError
+from merge_search.memory import BudgetedCache
 from merge_search.recipe import Recipe
 
 __all__ = ["Parts", "Slopes"]
@@ -29,13 +29,14 @@ _CHUNK = 2**18  # elements of the parts multiplied at a time
 
 
 class Parts:
-    """The parts of a recipe's tensors. They stay on the engine's device while they fit, and are computed again
-    otherwise.
+    """The parts of a recipe's tensors.
+
+    They stay on the engine's device while they fit, and are computed again otherwise.
 
     Args:
         engine: The engine that merges the recipe.
         recipe: A recipe that is linear in its coefficients. The values of the coefficients do not matter.
-        cache_bytes: Most bytes to keep on the device. None: a third of the free memory.
+        cache_bytes: Most bytes to keep on the device. None: as many as the engine's budget allows one cache.
     Raises:
         RecipeError: The recipe is not linear in its coefficients, or cannot be merged.
     """
@@ -46,8 +47,8 @@ class Parts:
         self.engine, self.recipe = engine, unit_recipe(recipe)
         self.experts = tuple(recipe.models.experts)
         self.device = engine.tensors.device
-        self._left = room(self.device) if cache_bytes is None else cache_bytes
-        self._held: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+        engine.budget.next_turn()
+        self._cache: BudgetedCache[tuple[tuple[int, ...], Tensor]] = BudgetedCache(engine.budget, cache_bytes)
 
     def get(self, name: str) -> tuple[tuple[int, ...], Tensor]:
         """Return the indices (in `experts`) of the experts that can move a tensor, and their parts.
@@ -55,14 +56,12 @@ class Parts:
         Returns:
             The indices, and the parts: float32, shape (indices, *shape).
         """
-        if name in self._held:
-            return self._held[name]
+        if (kept := self._cache.get(name)) is not None:
+            return kept
         experts, parts = self.engine.parts(self.recipe, name)
         indices = tuple(self.experts.index(e) for e in experts)
-        size = parts.numel() * parts.element_size()
-        if size <= self._left:  # nothing is evicted: a learner scans all tensors, which would empty an evicting cache
-            self._held[name] = indices, parts
-            self._left -= size
+        # Nothing is evicted: a learner scans all tensors, which would empty an evicting cache.
+        self._cache.put(name, (indices, parts), parts.numel() * parts.element_size())
         return indices, parts
 
     @torch.no_grad()

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from merge_search.engine.contracts import Tensors
 from merge_search.errors import WeightsError
 from merge_search.recipe import Group, Models
 
 __all__ = ["MemoryTensors"]
 
 
-class MemoryTensors:
+class MemoryTensors(Tensors):
     """A `contracts.Tensors` over dicts of tensors.
 
     Args:
@@ -58,6 +59,11 @@ class MemoryTensors:
 
     def expert(self, expert: str, name: str) -> Tensor:
         return self._experts[expert][name]
+
+    @property
+    def has_statistics(self) -> bool:
+        """True, because even an empty mapping may compute statistics when it is asked."""
+        return True
 
     def statistic(self, kind: str, expert: str, name: str) -> Tensor | None:
         return self._statistics.get((kind, expert, name))

@@ -25,10 +25,11 @@ from merge_search.engine.checkpoints.finite import file_problems, refuse, tensor
 from merge_search.engine.checkpoints.hashing import hash_once
 from merge_search.engine.checkpoints.headers import CheckpointInfo, resolve_model
 from merge_search.engine.checkpoints.layout import layout
-from merge_search.engine.passes.byte_cache import free_bytes
+from merge_search.engine.contracts import Tensors
 from merge_search.engine.resident.coefficient_maps import MapStore
 from merge_search.engine.resident.transfers import Transfers
 from merge_search.errors import WeightsError
+from merge_search.memory import free_bytes
 from merge_search.recipe import Group, Models
 
 __all__ = ["ModelPool", "StatisticsSource"]
@@ -59,7 +60,7 @@ class StatisticsSource(Protocol):
         ...
 
 
-class ModelPool:
+class ModelPool(Tensors):
     """Tensors of one base and its experts on one device.
 
     Args:
@@ -210,6 +211,20 @@ class ModelPool:
         if kind.startswith("map:"):
             return self._maps.get(kind.removeprefix("map:"), name)
         return None if self.statistics is None else self.statistics.get(kind, expert, name)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether statistics were measured, or can be."""
+        return self.statistics is not None
+
+    def statistic_problem(self, kind: str, expert: str) -> str:
+        """Return why a statistic is unavailable, '' if it is available or nothing was measured."""
+        return "" if self.statistics is None else self.statistics.problem(kind, expert)
+
+    def look_for_maps(self, folder: Path) -> None:
+        """Add `folder` to the folders where the maps of recipes are looked for."""
+        if folder not in self.map_folders:
+            self.map_folders.append(folder)
 
     def is_transposed(self, name: str) -> bool:
         """Whether a matrix is stored (in, out), as in transformers' Conv1D."""

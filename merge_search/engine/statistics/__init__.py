@@ -1,7 +1,6 @@
-"""Statistics: numbers measured on data, once per study. One statistic a file. This file lists them without importing
-torch.
+"""Statistics: numbers measured on data, once per study. This file lists them without importing torch.
 
-A statistic is a module with
+There is one file a statistic. A statistic is a module with
 
     measure(work: Work) -> dict[str, Tensor]     tensor name on disk -> float32, broadcastable to the tensor
 

@@ -56,9 +56,7 @@ class Work:
         return sum(len(t.rows) for t in self.tasks)
 
     def each(self) -> Iterator[tuple[float, Callable[[], Tensor]]]:
-        """Yield the weight of every row (the weights sum to one) and a function that returns its loss, in a fixed
-        order.
-        """
+        """Yield the weight and the loss function of every row, in a fixed order. The weights sum to one."""
         for task in self.tasks:
             for row in task.rows:
                 yield 1.0 / (len(self.tasks) * len(task.rows)), lambda task=task, row=row: task.loss([row])  # type: ignore[misc]

@@ -86,8 +86,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
 
 
 def prune(folder: Path, max_bytes: float, keep: Collection[Path]) -> list[Path]:
-    """Remove measured files, the longest unused first, until the rest take at most `max_bytes`. Return the removed
-    files.
+    """Remove measured files, the longest unused first, until the rest take at most `max_bytes`.
 
     Only files named by a key count. Files that users put into `folder` and its sub-folders are left alone.
 
@@ -95,6 +94,8 @@ def prune(folder: Path, max_bytes: float, keep: Collection[Path]) -> list[Path]:
         folder: Folder of the measured files.
         max_bytes: Most bytes on disk.
         keep: Files that are never removed, whatever they take.
+    Returns:
+        The removed files.
     """
     files = []
     for path in folder.glob("*.safetensors"):

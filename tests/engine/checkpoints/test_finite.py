@@ -15,7 +15,7 @@ from merge_search.engine.checkpoints import finite, hashing
 from merge_search.engine.checkpoints.headers import read_checkpoint
 from merge_search.engine.resident import pool
 from merge_search.engine.resident.pool import ModelPool
-from merge_search.engine.streaming.engine import OneOffEngine
+from merge_search.engine.streaming.engine import StreamingEngine
 from merge_search.errors import WeightsError
 from merge_search.merge_recipe import merge_recipe
 from merge_search.presets import preset
@@ -57,7 +57,7 @@ def test_a_merge_of_bad_files_ends_before_the_first_tensor_and_writes_nothing(
     spoiled: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merged: list[str] = []
-    monkeypatch.setattr(OneOffEngine, "_merge", lambda *_: merged.append("a tensor"))
+    monkeypatch.setattr(StreamingEngine, "_merge", lambda *_: merged.append("a tensor"))
     file = tmp_path / "recipe.json"
     file.write_text(preset("task_arithmetic", spoiled).to_json())
     before = set(tmp_path.iterdir())
@@ -71,7 +71,7 @@ def test_tensors_of_files_larger_than_free_memory_are_checked_when_they_are_merg
     spoiled: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "free_bytes", lambda _: 1000)
-    engine = OneOffEngine(ModelPool(spoiled, device="cpu", streaming=True), threads=1)
+    engine = StreamingEngine(ModelPool(spoiled, device="cpu", streaming=True), threads=1)
     with pytest.raises(WeightsError, match=r"a/model\.safetensors: .* expert 'a', tensor 'model.embed_tokens.weight'"):
         list(engine.merged(preset("ties", spoiled)))
 

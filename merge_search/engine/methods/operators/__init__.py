@@ -10,7 +10,7 @@ A post rule is ``post(context: OperatorContext, delta: Tensor) -> Tensor``; the 
 Guaranteed by all: inputs are not changed, no random numbers are drawn, the order of the experts changes only the rounding of
 sums, zero deltas of all experts give the base bit for bit. Operators that return a list see neither coefficients nor scale,
 so that coefficients per group, learners and slopes apply to what they return; the costly ones keep it in
-`OperatorContext.memory`.
+`OperatorContext.cache`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_search.engine.methods.outside import outside_operator, outside_post
 from merge_search.errors import RecipeError
+from merge_search.memory import BudgetedCache
 from merge_search.recipe import Group, Operator, Scalar
 from merge_search.rules import OPERATORS, POSTS, OperatorInfo, RuleTable
 from merge_search.rules import operator_problems as _problems
@@ -50,8 +51,9 @@ class OperatorContext:
         statistic: (kind, expert) -> a statistic measured on data; raises `RecipeError` where there is none.
         siblings: () -> deltas of every tensor of the same block, one tuple per tensor, where the engine can give them.
         seed: Of the recipe.
-        memory: Lives as long as the engine: results that do not depend on the candidate (SVDs), by a key that names the
+        memory: Lives as long as the engine: small results that do not depend on the candidate, by a key that names the
             operator, the tensor, the experts and the options it depends on.
+        cache: Processed deltas that do not depend on the candidate (`remember.remembered`); None: nothing is kept.
     """
 
     name: str
@@ -69,6 +71,7 @@ class OperatorContext:
     siblings: Callable[[], Iterable[tuple[Tensor, ...]]] | None = None
     seed: int = 0
     memory: dict[Any, Any] = field(default_factory=dict)
+    cache: BudgetedCache[tuple[Any, list[Tensor]]] | None = None
 
     def number(self, option: str) -> float:
         """A numeric option."""
