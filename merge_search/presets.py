@@ -4,8 +4,9 @@
     >>> preset("ties", models, densities=0.2).select.kind
     'top_k'
 
-Each preset names its paper and says where released code differs from it. Its `grid` lists values that were published or are
-usual: a caller who tunes presets without a search tries these, as the opponents in ``benchmarks/search`` do. torch-free.
+Each preset names its paper and says where released code differs from it. Its `grid` lists values that were published or
+are usual: a caller who tunes presets without a search tries these, as the opponents in ``benchmarks/search`` do.
+torch-free.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Preset:
 
     @property
     def is_linear(self) -> bool:
-        """Whether it makes one processed delta per expert, so that a search or a learner can choose any coefficients."""
+        """Whether it makes one processed delta per expert. A search or a learner can then choose any coefficients."""
         operator = self.settings.get("operator")
         return operator is None or ((row := OPERATORS.get(operator["name"])) is not None and row.decomposing)
 
@@ -355,8 +356,8 @@ def preset(
     Args:
         name: One of `PRESETS`.
         models: Base and experts.
-        coefficients: One number for all experts, or by expert (a number or a value per group); ``mean`` is 1 / number of
-            experts; None: the preset's.
+        coefficients: One number for all experts, or by expert (a number or a value per group); ``mean`` is
+            1 / number of experts; None: the preset's.
         densities: One number for all experts, or by expert; None: the preset's.
         scale: lambda_out, a number or a value per group; None: the preset's.
         **overrides: `Recipe` fields that replace the preset's (``select={...}``, ``seed=3``); for ``expert`` also

@@ -70,7 +70,7 @@ class Group:
 
     Attributes:
         tensor: Name of the tensor on disk.
-        block: Index of its layer, counted over all stacks; None for tensors outside all layers (embedding, head, final norm).
+        block: Index of its layer, counted over all stacks; None outside all layers (embedding, head, final norm).
         kind: ``attention``, ``mlp``, ``norm``, ``embedding``, ``head`` or ``other``.
     """
 
@@ -103,7 +103,8 @@ def _with_default(value: float | dict[str, float]) -> float | dict[str, float]:
 PerGroup = Annotated[Finite | dict[str, Finite], AfterValidator(_with_default)]
 """One number for all groups, or numbers by group key with '*' for the rest.
 
-The most specific key wins. Keys are, in that order: a tensor's name; ``block.3.attention``; ``block.3``; ``attention``; ``*``.
+The most specific key wins. Keys are, in that order: a tensor's name; ``block.3.attention``; ``block.3``; ``attention``;
+``*``.
 """
 
 
@@ -175,8 +176,8 @@ class Select(_Value):
 
         all               everything
         top_k             the round(density * n) largest scores; ties by lowest index. Above 2**16 elements the
-                          threshold comes from a histogram: the count is off by little (`engine.passes.order_statistics` says
-                          how little)
+                          threshold comes from a histogram: the count is off by little (`engine.passes.order_statistics`
+                          says how little)
         threshold         score > `threshold`; density is not used
         band              drop the round(gamma * n) largest, keep the round(density * n) next
         bernoulli         each with probability density (counter-based, nested in the density)
@@ -220,12 +221,13 @@ class Rescale(_Value):
 class Resolve(_Value):
     """Sign conflicts: at each entry only experts that agree with the elected sign are kept.
 
-    ``sum`` elects the sign of the sum of surviving deltas, ``count`` the sign of the sum of their signs. With `weighted`,
-    deltas are multiplied by their coefficients first, and an expert agrees where that product has the elected sign. An expert
-    with a negative coefficient then votes for the opposite of its delta, and one with coefficient zero does not vote.
+    ``sum`` elects the sign of the sum of surviving deltas, ``count`` the sign of the sum of their signs. With
+    `weighted`, deltas are multiplied by their coefficients first, and an expert agrees where that product has the
+    elected sign. An expert with a negative coefficient then votes for the opposite of its delta, and one with
+    coefficient zero does not vote.
 
-    `tie` decides an exact zero: ``plus``, ``minus``, ``drop``, or ``majority``. ``majority`` takes the sign that most entries
-    of the tensor elect, counted on at most 2048 evenly spaced ones.
+    `tie` decides an exact zero: ``plus``, ``minus``, ``drop``, or ``majority``. ``majority`` takes the sign that most
+    entries of the tensor elect, counted on at most 2048 evenly spaced ones.
     """
 
     kind: Literal["none", "sum", "count"] = "none"
@@ -273,8 +275,8 @@ Density = Annotated[float, Field(gt=0, le=1)]
 class Recipe(_Value):
     """Complete description of one merge.
 
-    Invariants: every expert of `coefficients`, `densities` and `maps` is one of `models.experts`; densities lie in (0, 1];
-    numbers are finite.
+    Invariants: every expert of `coefficients`, `densities` and `maps` is one of `models.experts`; densities lie in
+    (0, 1]; numbers are finite.
     """
 
     format: Literal[1] = 1
@@ -423,8 +425,8 @@ class Recipe(_Value):
     def fingerprint(self) -> str:
         """sha256 of everything that the result depends on: recipes of the same merge have the same one.
 
-        The label `preset` is left out. Models count by their hashes where these are given, else by their places. Rule files
-        count by their hashes alone.
+        The label `preset` is left out. Models count by their hashes where these are given, else by their places. Rule
+        files count by their hashes alone.
         """
         models = self.models
         if models.hashes.keys() == {"base", *models.experts}:

@@ -61,8 +61,8 @@ def _keys(recipe: Recipe, tensors: Tensors) -> list[str]:
 def _rule_files(recipe: Recipe) -> list[str]:
     """Rule files of the recipe that are not in use."""
     return [
-        f"rules: the recipe was made with the rule file {name} of sha256 {digest[:12]}..., which is not in use; name that "
-        "file under rules in the study file, or keep it beside the recipe"
+        f"rules: the recipe was made with the rule file {name} of sha256 {digest[:12]}..., which is not in use; name "
+        "that file under rules in the study file, or keep it beside the recipe"
         for name, digest in recipe.rules.items()
         if in_use(name, digest) is None
     ]
@@ -149,8 +149,8 @@ def _scores(recipe: Recipe) -> list[str]:
         return [f"assess: {measure.name!r} is one number per tensor, made after selection: use it as splice.score"]
     if measure.per_tensor and recipe.select.scope != "model" and SELECTIONS[recipe.select.kind].compares:
         return [
-            f"assess: {measure.name!r} is one number per tensor: within a tensor {recipe.select.kind!r} has nothing to choose "
-            "by; use select.scope 'model', or the measure as allocate.measure or splice.score"
+            f"assess: {measure.name!r} is one number per tensor: within a tensor {recipe.select.kind!r} has nothing to "
+            "choose by; use select.scope 'model', or the measure as allocate.measure or splice.score"
         ]
     return []
 
