@@ -53,7 +53,7 @@ def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
 
 
 def _wanted(study: optuna.Study, number: int | None) -> Record:
-    """Trial `number`, or the winner by the objective that the study was run with, whatever the study file says by now."""
+    """Trial `number`, or the winner by the objective that the study was run with."""
     if number is not None:
         return _choose(records(study), number)
     objective, experts = objective_of(study)
@@ -102,7 +102,7 @@ def export_mergekit(plan: Plan, out: Path, *, number: int | None = None) -> Reco
     """Write trial `number`, or the study's best merge, as a mergekit YAML file; models as the study file names them.
 
     Raises:
-        RecipeError: mergekit cannot say this recipe, with every reason.
+        RecipeError: mergekit cannot express this recipe, with every reason.
         InputError: `out` exists.
     """
     if out.exists():

@@ -1,9 +1,12 @@
 """Published merging methods as settings of one pipeline: a few lines each, not a class each.
 
-    preset("ties", models, densities=0.2, scale=1.0) -> Recipe
+    >>> models = Models(base="models/base", experts={"maths": "models/maths", "code": "models/code"})
+    >>> preset("ties", models, densities=0.2).select.kind
+    'top_k'
 
-Each preset names its paper and says where released code differs from it. Its `grid` lists values that were published or are
-usual: a caller who tunes presets without a search tries these, as the opponents in ``benchmarks/search`` do. torch-free.
+Each preset names its paper and says where released code differs from it. Its `grid` lists values that were published or
+are usual: a caller who tunes presets without a search tries these, as the opponents in ``benchmarks/search`` do.
+torch-free.
 """
 
 from __future__ import annotations
@@ -28,16 +31,17 @@ class Preset:
     """One published method.
 
     Attributes:
-        name, summary: For lists.
+        name: The name that study files and recipes use.
+        summary: One line for lists.
         paper: Title, year and arXiv number or other place.
-        differs: Where released code, or this pipeline, departs from the paper.
         settings: `Recipe` fields.
-        coefficient: Of every expert; ``mean`` is 1 / number of experts.
-        density: Of every expert; None where the method keeps everything.
+        differs: Where released code, or this pipeline, departs from the paper.
+        coefficient: Coefficient of every expert; ``mean`` is 1 / number of experts.
+        density: Density of every expert; None where the method keeps everything.
         scale: lambda_out.
         grid: Published or usual values: any of ``coefficient``, ``density``, ``scale``, and ``settings`` (merged over
             the preset's).
-        needs_data: A statistics provider must have run.
+        needs_data: Whether statistics must be measured on data.
         experts: Smallest and largest number of experts; None for no bound.
         origin: Where a preset from outside was added; None for the published ones.
     """
@@ -57,7 +61,7 @@ class Preset:
 
     @property
     def is_linear(self) -> bool:
-        """Whether it makes one processed delta per expert, so that any coefficients make sense (in a search, a learner)."""
+        """Whether it makes one processed delta per expert. A search or a learner can then choose any coefficients."""
         operator = self.settings.get("operator")
         return operator is None or ((row := OPERATORS.get(operator["name"])) is not None and row.decomposing)
 
@@ -351,14 +355,16 @@ def preset(
 
     Args:
         name: One of `PRESETS`.
-        coefficients: One number for all experts, or by expert (a number or a value per group); None: the preset's.
-            ``mean`` is 1 / number of experts.
-        densities: Likewise.
+        models: Base and experts.
+        coefficients: One number for all experts, or by expert (a number or a value per group); ``mean`` is
+            1 / number of experts; None: the preset's.
+        densities: One number for all experts, or by expert; None: the preset's.
         scale: lambda_out, a number or a value per group; None: the preset's.
         **overrides: `Recipe` fields that replace the preset's (``select={...}``, ``seed=3``); for ``expert`` also
             ``expert="name"``.
+
     Raises:
-        RecipeError: unknown name, number of experts that the method cannot take, or invalid values.
+        RecipeError: the name is unknown, the method cannot take so many experts, or a value is invalid.
     """
     if name not in PRESETS:
         raise RecipeError(f"unknown preset {name!r}{nearest(name, PRESETS)}")

@@ -10,8 +10,8 @@ random selection under two assessments, stands once. An entry is a name or a map
 (``{kind: top_k, scope: model}``, ``{measure: fisher, options: {normalise: true}}``).
 
 Dimension: 1 + M * C + M * D for M experts, C cells of coefficients and D of densities; the category is there if it has
-more than one choice, densities if some choice reads them. Densities are searched on a logarithmic scale: halving matters
-as much from 0.2 as from 0.8.
+more than one choice, densities if some choice reads them. Densities are searched on a logarithmic scale: halving
+matters as much from 0.2 as from 0.8.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Compatibility(Composed):
             forgetful = [m.name for m in methods if m.scaling == "mean"]
             if forgetful:
                 raise SpaceError(
-                    f"space.coefficients.bounds: {', '.join(forgetful)} divides by the sum of the coefficients, which must not "
-                    f"change sign; the lower bound must be at least 0, got {chosen.coefficients.bounds[0]:g}"
+                    f"space.coefficients.bounds: {', '.join(forgetful)} divides by the sum of the coefficients, which must "
+                    f"not change sign; the lower bound must be at least 0, got {chosen.coefficients.bounds[0]:g}"
                 )
         n = len(context.experts)
         super().__init__(
@@ -87,7 +87,7 @@ class Compatibility(Composed):
             advice=f"coefficients and densities per: expert make {1 + 2 * n}",
         )
         self.notes += notes + [
-            f"{m.name!r} has whole numbers of survivors per {m.template.select.block_size} entries: its densities act in steps"
+            f"{m.name!r} keeps a whole number of every {m.template.select.block_size} entries: its densities act in steps"
             for m in methods
             if m.template.operator is None and SELECTIONS[m.template.select.kind].steps
         ]
@@ -194,7 +194,8 @@ def _with_kinds(sentence: str, found: str, key: str, kind: type[BaseModel]) -> s
     known = tables.get(kind, literals)
     if f".{key}: " not in sentence or found in known or not known:
         return sentence
-    return f"{sentence.partition(f'.{key}: ')[0]}: no {kind.__name__.lower()} kind is called {found!r}{nearest(found, known)}"
+    place = sentence.partition(f".{key}: ")[0]
+    return f"{place}: no {kind.__name__.lower()} kind is called {found!r}{nearest(found, known)}"
 
 
 def _flat(options: Mapping[str, Any]) -> list[str]:

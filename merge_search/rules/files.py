@@ -1,7 +1,7 @@
 """Rule files: Python files of a user whose import decorates rules. They are named by a study file or a recipe.
 
-At any time one set of rule files is in use: those of the study or recipe at hand. Using another set takes the rules of the
-former one away. A file is run once per content; what is hashed is what is run. torch-free.
+At any time one set of rule files is in use: those of the study or recipe at hand. Using another set takes the rules of
+the former one away. A file is run once per content; what is hashed is what is run. torch-free.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Rules by name: what every rule has, and the tables that hold them.
 
-A table is a mapping from the name that recipes use to a row. Its built-in rows are data in this package. Rows from outside come
-from an installed package (entry point group ``merge_search.rules``), from a rule file in use, or from a decorator that ran
-in this process. Looking up a name that no table row has loads the installed packages once. torch-free.
+A table is a mapping from the name that recipes use to a row. Its built-in rows are data in this package. Rows from
+outside come from an installed package (entry point group ``merge_search.rules``), from a rule file in use, or from a
+decorator that ran in this process. Looking up a name that no table row has loads the installed packages once.
+torch-free.
 """
 
 from __future__ import annotations

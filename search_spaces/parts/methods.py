@@ -203,7 +203,9 @@ def canonical(stages: Stages, n_experts: int) -> Stages | None:
 
 
 def distinct(methods: Iterable[Method], n_experts: int) -> tuple[list[Method], list[str]]:
-    """Methods without those that, coefficients and densities being searched, repeat an earlier one; and what was left out."""
+    """Methods without those that, coefficients and densities being searched, repeat an earlier one; and what was left
+    out.
+    """
     kept: dict[object, Method] = {}
     notes = []
     for method in methods:

@@ -39,7 +39,7 @@ def no_rules_left() -> Iterator[None]:
 
 def write_study(folder: Path, demo: Path, **sections: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    tasks = {"evaluator": "lm_eval", "tasks": [f"demo_{e}" for e in EXPERTS], "include_path": str(demo / "tasks")}
+    tasks = {"evaluator": "lm_eval", "tasks": ["demo_stories"], "include_path": str(demo / "tasks")}
     data: dict[str, Any] = {
         "study": {"name": "own", "seed": 1},
         "models": {
@@ -54,7 +54,7 @@ def write_study(folder: Path, demo: Path, **sections: Any) -> Path:
             "splice": ["sum", "score", "middle"],
             "coefficients": {"per": "expert"},
         },
-        "evaluate": [{**tasks, "batch_size": 64, "limit": 12}],
+        "evaluate": [{**tasks, "batch_size": 64, "limit": 40}],
         "search": {"sampler": "random", "n_trials": 12, "baselines": PRESETS, "finalists": 1},
         "rules": ["rules/user_rules.py"],
         "device": "cpu",
