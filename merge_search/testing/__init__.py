@@ -18,11 +18,14 @@ evaluators, spaces and rules pass the same tests. Importing this package imports
 from __future__ import annotations
 
 from merge_search.testing.evaluator import EvaluatorCase, EvaluatorConformance
+from merge_search.testing.rule import RuleCase, RuleConformance
 from merge_search.testing.space import SearchSpaceCase, SearchSpaceConformance, example_context
 
 __all__ = [
     "EvaluatorCase",
     "EvaluatorConformance",
+    "RuleCase",
+    "RuleConformance",
     "SearchSpaceCase",
     "SearchSpaceConformance",
     "example_context",
