@@ -21,7 +21,7 @@ from evaluators.lm_eval.answers import Answer, choices_of, fit_requests, generat
 from evaluators.lm_eval.fit_rows import LOSSES, FitRows, losses_of
 from evaluators.lm_eval.options import LmEvalOptions
 from evaluators.lm_eval.packed_scorer import obstacle
-from evaluators.lm_eval.packing import Layout, Piece, packed_layout, plain_layout
+from evaluators.lm_eval.packing import Layout, Piece, attention_mask, packed_layout, plain_layout
 from evaluators.lm_eval.requests import LiveRequests
 from evaluators.lm_eval.scores import right_choices
 from evaluators.lm_eval.tasks import quiet_lm_eval, reason
@@ -213,10 +213,8 @@ class LiveLoss:
         positions, at = np.unique(layout.at, return_inverse=True)
         settings: dict[str, torch.Tensor] = {}
         if layout.positions is not None:
-            tree, branch = (torch.as_tensor(x, device=device) for x in (layout.tree, layout.branch))
-            causal = torch.ones(tree.shape[1], tree.shape[1], dtype=torch.bool, device=device).tril()
-            seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-            settings["attention_mask"] = (seen & causal & (tree[:, None, :] == tree[:, :, None]))[:, None]
+            branch, tree = (torch.as_tensor(x, device=device) for x in (layout.branch, layout.tree))
+            settings["attention_mask"] = attention_mask(branch, tree)
             settings["position_ids"] = torch.as_tensor(layout.positions, device=device)
         tokens = torch.as_tensor(layout.tokens, device=device)
         logits = _logits_at(self._live.model, tokens, torch.as_tensor(positions, device=device), **settings)

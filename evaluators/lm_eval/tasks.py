@@ -11,18 +11,14 @@ import glob
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import yaml
-from lm_eval.api import task as lm_eval_task
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Kind, TaskIndex
-from lm_eval.tasks._yaml_loader import load_yaml
 
 from evaluators.isolation import quiet
+from evaluators.lm_eval._compat import is_group, no_progress_bars, read_task_file, task_files, task_manager
 from evaluators.lm_eval.options import LmEvalOptions
 from merge_search.errors import nearest
 
@@ -44,14 +40,11 @@ def reason(error: BaseException) -> str:
 def quiet_lm_eval() -> Iterator[None]:
     """lm-eval, transformers and datasets write nothing to the terminal."""
     had_bars = not datasets.are_progress_bars_disabled()
-    bar = lm_eval_task.tqdm
-    lm_eval_task.tqdm = partial(bar, disable=True)
     datasets.disable_progress_bars()
     try:
-        with quiet(["lm_eval", "transformers", "datasets", "accelerate"]):
+        with no_progress_bars(), quiet(["lm_eval", "transformers", "datasets", "accelerate"]):
             yield
     finally:
-        lm_eval_task.tqdm = bar
         if had_bars:
             datasets.enable_progress_bars()
 
@@ -111,19 +104,14 @@ def _manager(folders: Sequence[str], data_files: list[Any], *, defaults: bool) -
         data_files: Every ``data_files`` entry of a task that the manager loads is appended to this list.
         defaults: Whether to index lm-eval's own tasks, too.
     """
-    manager = TaskManager(include_path=list(folders) or None, include_defaults=defaults)
-    factory = manager._factory
-    original = factory._load_full_config
 
-    def load_full_config(entry: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-        config: dict[str, Any] = original(entry, overrides)
-        if entry.yaml_path is not None and isinstance(config.get("dataset_kwargs"), dict):
-            config["dataset_kwargs"] = _absolute_data(config["dataset_kwargs"], _folders_of(Path(entry.yaml_path)))
+    def change(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(config.get("dataset_kwargs"), dict):
+            config["dataset_kwargs"] = _absolute_data(config["dataset_kwargs"], _folders_of(path))
             data_files.append(config["dataset_kwargs"].get("data_files"))
         return config
 
-    factory._load_full_config = load_full_config
-    return manager
+    return task_manager(folders, defaults=defaults, change=change)
 
 
 def _path(name: str, folders: Sequence[str]) -> str:
@@ -141,11 +129,11 @@ def _is_known(index: Mapping[str, Any], spec: str) -> bool:
     """Whether `spec` and all it refers to can be loaded from this index."""
     entry = index.get(spec)
     if entry is not None:
-        return entry.kind is not Kind.GROUP or _members_known(index, entry.cfg or {})
+        return not is_group(entry) or _members_known(index, entry.cfg or {})
     if not Path(spec).is_file():
         return False
     try:
-        return _members_known(index, load_yaml(spec, resolve_func=False))
+        return _members_known(index, read_task_file(spec))
     except (yaml.YAMLError, OSError, ValueError):
         return True  # loading it will say what is wrong
 
@@ -167,9 +155,9 @@ def _members_known(index: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
 def _broken_files(folders: Sequence[str]) -> Iterator[str]:
     """One sentence per task file that cannot be read. Fragments without a task, meant to be included, are fine."""
     for folder in folders:
-        for path in TaskIndex._iter_yaml_files(Path(folder)):
+        for path in task_files(Path(folder)):
             try:
-                load_yaml(path, resolve_func=False)
+                read_task_file(path)
             except (yaml.YAMLError, OSError, UnicodeDecodeError, ValueError) as error:
                 if "Expected YAML dict" not in str(error):
                     yield f"include_path: task file {path} cannot be read: {reason(error)}"
@@ -177,7 +165,7 @@ def _broken_files(folders: Sequence[str]) -> Iterator[str]:
 
 def _folders_of(path: Path) -> list[Path]:
     """The folder of a task file, then those of the files it includes."""
-    config = load_yaml(path, resolve_func=False, recursive=False)
+    config = read_task_file(path, recursive=False)
     included = config.get("include", [])
     parts = included if isinstance(included, list) else [included]
     return [path.parent, *(p for part in parts for p in _folders_of((path.parent / part).resolve()))]

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from merge_search.testing.evaluator import EvaluatorCase, EvaluatorConformance
 from merge_search.testing.executor import ExecutorCase, ExecutorConformance
+from merge_search.testing.rule import RuleCase, RuleConformance
 from merge_search.testing.space import SearchSpaceCase, SearchSpaceConformance, example_context
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "EvaluatorConformance",
     "ExecutorCase",
     "ExecutorConformance",
+    "RuleCase",
+    "RuleConformance",
     "SearchSpaceCase",
     "SearchSpaceConformance",
     "example_context",

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -150,7 +151,7 @@ class EvaluatorConformance:
         evaluator = case.bound()
         if _is_all_sampled(evaluator):
             for fidelity, after in ((0.0, 0.0), (1.5, 0.0), (0.5, 0.5)):
-                _raises(EvaluationError, lambda f=fidelity, a=after: evaluator.evaluate(Split.SEARCH, f, after=a))
+                _raises(EvaluationError, partial(evaluator.evaluate, Split.SEARCH, fidelity, after=after))
 
     def test_the_rest_of_the_questions_continues_a_prefix(self, case: EvaluatorCase) -> None:
         """The first half and the questions after it are together the whole: racing asks nothing twice."""
@@ -270,8 +271,10 @@ class EvaluatorConformance:
         for task, rows in _fit_rows(evaluator).items():
             assert isinstance(evaluator, Differentiable)
             n = evaluator.fit_tasks()[task]
-            for wrong in ((task + "?", rows, "gold"), (task, [n], "gold"), (task, [], "gold"), (task, rows, "no such")):
-                _raises((EvaluationError, InputError), lambda w=wrong: evaluator.loss(w[0], w[1], kind=w[2]))
+            _raises((EvaluationError, InputError), partial(evaluator.loss, f"not {task}", rows))
+            _raises((EvaluationError, InputError), partial(evaluator.loss, task, [n]))
+            _raises((EvaluationError, InputError), partial(evaluator.loss, task, []))
+            _raises((EvaluationError, InputError), partial(evaluator.loss, task, rows, kind="no such loss"))
 
     def test_a_model_does_not_differ_from_its_own_stored_outputs(self, case: EvaluatorCase) -> None:
         """The loss ``kl`` of the teacher itself is zero up to rounding, and larger for another model."""

@@ -66,11 +66,8 @@ class SearchSpaceCase:
     def points(self, space: SearchSpace) -> Iterator[dict[str, Any]]:
         """Random points, and the corners where every number is lowest or highest. The same ones in every call."""
         draw = random.Random(0)
-        for pick in (lambda d: d.low, lambda d: d.high, *[lambda d: _between(d, draw)] * _N_POINTS):
-            yield {
-                name: draw.choice(domain.choices) if isinstance(domain, Categorical) else pick(domain)
-                for name, domain in space.parameters.items()
-            }
+        for level in (0.0, 1.0, *[None] * _N_POINTS):
+            yield {name: _value(domain, level, draw) for name, domain in space.parameters.items()}
 
 
 class SearchSpaceConformance:
@@ -170,10 +167,13 @@ class SearchSpaceConformance:
             raise AssertionError("wrong options were accepted")
 
 
-def _between(domain: Any, draw: random.Random) -> float | int:
-    if isinstance(domain, Float):
-        return draw.uniform(domain.low, domain.high)
-    return draw.randint(domain.low, domain.high)
+def _value(domain: Parameter, level: float | None, draw: random.Random) -> str | int | float | bool:
+    """The lowest value at level 0, the highest at level 1, a random one at None; always a random choice of a category."""
+    if isinstance(domain, Categorical):
+        return draw.choice(domain.choices)
+    if level is not None:
+        return domain.high if level else domain.low
+    return draw.uniform(domain.low, domain.high) if isinstance(domain, Float) else draw.randint(domain.low, domain.high)
 
 
 def _check_point(parameters: Mapping[str, Parameter], point: Mapping[str, Any]) -> None:
