@@ -4,10 +4,11 @@
     python benchmarks/cold_merge.py --work FOLDER --beside /path/to/another/checkout [--method ties] [--out FILE.csv]
 
 The program writes a synthetic Llama to the folder once, about 820 MB a model (bfloat16, random weights). Its experts
-differ by small normal deltas in every tensor. The two programs run in turn, `--repeats` times, each run in a new process.
-The inputs are in the page cache unless ``--drop-cache`` is given. Wall time, CPU time (user + system) and peak resident
-memory are the operating system's for that process, and mapped file pages count as resident. Every run is a row. The
-first run of merge-search on a machine compiles its loops and keeps them, which takes two seconds of CPU time or less.
+differ by small normal deltas in every tensor. The two programs run in turn, `--repeats` times, each run in a new
+process. The inputs are in the page cache unless ``--drop-cache`` is given. Wall time, CPU time (user + system) and
+peak resident memory are the operating system's for that process, and mapped file pages count as resident. Every run is
+a row. The first run of merge-search on a machine compiles its loops and keeps them, which takes two seconds of CPU
+time or less.
 
 ``--beside CHECKOUT`` compares this checkout with another one, which may be older or newer, in place of mergekit. Both
 merge the same file in turn, ``--rounds`` times, and every figure is a ratio (`beside.py`). One merge of each comes

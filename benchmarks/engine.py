@@ -7,11 +7,11 @@
 
 The program makes a synthetic Llama and three experts in memory (bfloat16, fixed seeds). It runs two worker processes,
 one after the other: the first starts with an empty compile cache, the second with the cache that the first one filled.
-Each worker makes a new engine for every preset and times its first candidate. The second worker then times warm candidates,
-first with new coefficients and then with new densities. Each of them alternates with a copy, from base and experts into
-one model, that moves as many bytes as the merge must. The table holds medians. A ratio is taken to the
-neighbouring copy, and the median of these ratios is reported. CPU seconds are those of all threads of the worker, which
-on a shared machine is the steadier measure.
+Each worker makes a new engine for every preset and times its first candidate. The second worker then times warm
+candidates, first with new coefficients and then with new densities. Each of them alternates with a copy, from base and
+experts into one model, that moves as many bytes as the merge must. The table holds medians. A ratio is taken to the
+neighbouring copy, and the median of these ratios is reported. CPU seconds are those of all threads of the worker,
+which on a shared machine is the steadier measure.
 
 ``--all`` measures the whole table: every preset at 80 M parameters, then TIES, DARE-TIES and task arithmetic at 400 M,
 where alone mergekit runs. With ``--mergekit`` that program merges the same weights from disk to disk, once for each of
