@@ -2,10 +2,11 @@
 
     python benchmarks/cpu_matmul.py [--threads 1] [--repeats 5] [--out FILE.csv]
 
-The models are a Llama and a BERT of four blocks with random float32 weights, each 384 and 1024 wide. They get batches of
-short and of long texts, in turn as they are and inside `merge_search.cpu_matmul.fast_products`. The table has the best time
-of `--repeats`. An error is the largest difference of the last hidden states from float64, as a share of their largest
-value. Where `cpu_matmul.exact` is false for this processor, both columns measure the same thing, and the row says so.
+The models are a Llama and a BERT of four blocks with random float32 weights, each 384 and 1024 wide. They get batches
+of short and of long texts, in turn as they are and inside `merge_search.cpu_matmul.fast_products`. The table has the
+best time of `--repeats`. An error is the largest difference of the last hidden states from float64, as a share of
+their largest value. Where `cpu_matmul.exact` is false for this processor, both columns measure the same thing, and the
+row says so.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ SHAPES = ((32, 24), (8, 96), (2, 512))
 """Number of texts, and of tokens in each."""
 FIELDS = [
     "date", "commit", "machine", "threads", "model", "width", "parameters", "texts", "tokens", "exact",
-    "answer_s", "answer_fast_s", "answer_ratio", "both_s", "both_fast_s", "both_ratio", "error", "error_fast", "torch", "python",
+    "answer_s", "answer_fast_s", "answer_ratio", "both_s", "both_fast_s", "both_ratio",
+    "error", "error_fast", "torch", "python",
 ]  # fmt: skip
 
 

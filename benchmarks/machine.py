@@ -21,7 +21,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit that is measured; '' outside a repository. It ends in ``-dirty`` if files other than results differ."""
+    """The commit that is measured, with ``-dirty`` if files other than results differ; '' outside a repository."""
 
     def git(*command: str) -> str:
         return subprocess.run(
