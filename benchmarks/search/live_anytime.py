@@ -1,10 +1,10 @@
 """One study, many budgets: what would have been recommended after so many questions, and how good it truly is.
 
-A study runs once, to its largest budget. For each checkpoint the trials that had finished within that many questions
-(references, statistics and learners' fits included) are copied into a study of their own, and the product's own rule
-recommends from them: finalists and best baseline on the validation questions, the best there wins. Validation
-questions are counted beside the budget, in a column of their own. The winner is scored on the sealed test rows, once
-per distinct model.
+A study runs once, to its largest budget. For each checkpoint, the trials that had finished within that many questions
+are copied into a study of their own. Questions of references, statistics and learners' fits count. The product's own
+rule then recommends from these trials: finalists and best baseline meet on the validation questions, and the best there
+wins. Validation questions are counted beside the budget, in a column of their own. The winner is scored on the sealed
+test rows, once per distinct model.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """What one process runs.
+    """One process's work.
 
     Attributes:
         root: Folder of the zoos.
-        scores: Folder where sealed scores are kept by hash of the weights, for all opponents.
+        scores: Folder of sealed scores, kept by hash of the weights, for all opponents.
         candidates: Checkpoints, in costs of one candidate.
-        folder: Where the study's files live; None: a temporary folder. With one a killed study goes on.
+        folder: Where the study's files live, so that a killed study can continue. None: a temporary folder.
     """
 
     root: Path
@@ -69,7 +69,7 @@ class Task:
 
 @dataclass
 class Silent:
-    """A listener that writes down when each trial ended: wall and CPU seconds since the start."""
+    """A listener that records when each trial ended, in wall and CPU seconds since the start."""
 
     wall: float = field(default_factory=time.perf_counter)
     cpu: float = field(default_factory=time.process_time)
@@ -236,9 +236,9 @@ def within(done: Sequence[Record], budget: int) -> list[Record]:
 
 
 def recommended(study: optuna.Study, done: Sequence[Record], bench: Bench) -> tuple[Record | None, int]:
-    """The winner by the product's own rule over these trials alone, and the validation questions that it took.
+    """The product's own winner among these trials alone, and the number of validation questions that it took.
 
-    None where no merge was scored yet.
+    The winner is None where no merge has been scored yet.
     """
     plan = bench.plan
     then = optuna.create_study(directions=list(plan.objective.directions))
