@@ -1,8 +1,8 @@
 """Every rule that a recipe may name, in tables: measures, selections, splices, operators, post rules. torch-free.
 
-A row says what the rest of the code asks about a rule. The engine has the formulas of the built-in ones; a rule from outside
-is one decorated function and is the same thing (`decorators`). Rule files are run where a study file or a recipe names them
-(`files`).
+A row says what the rest of the code asks about a rule. The engine has the formulas of the built-in ones; a rule from
+outside is one decorated function and is the same thing (`decorators`). Rule files are run where a study file or a
+recipe names them (`files`).
 
     >>> from merge_search.rules import SELECTIONS
     >>> SELECTIONS["bernoulli"].is_random, SELECTIONS["bernoulli"].uses_scores

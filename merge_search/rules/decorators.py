@@ -14,13 +14,13 @@
         "entry-wise median of the experts' weights"
         return context.base + torch.stack(context.deltas).median(0).values
 
-The function takes one context (a post rule also the combined delta). Its keyword-only parameters are the rule's options: each
-has a default, whose type a recipe's value must have; ``Literal["a", "b"]`` allows these words only. The first line of its
-docstring is the rule's line in lists. A function does not change what it is given. What it returns is checked: the number of
-tensors, their shapes, their dtype, and that every number is finite.
+The function takes one context (a post rule also the combined delta). Its keyword-only parameters are the rule's
+options: each has a default, whose type a recipe's value must have; ``Literal["a", "b"]`` allows these words only. The
+first line of its docstring is the rule's line in lists. A function does not change what it is given. What it returns is
+checked: the number of tensors, their shapes, their dtype, and that every number is finite.
 
-A function sees the experts in alphabetical order, unless it is declared `ordered`; it sees the recipe's seed and coefficients
-only if it is declared to depend on them. torch-free: a context is made where the rule runs.
+A function sees the experts in alphabetical order, unless it is declared `ordered`; it sees the recipe's seed and
+coefficients only if it is declared to depend on them. torch-free: a context is made where the rule runs.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def splice(
     """Register ``function(context) -> tensor``: the combined delta, entry by entry.
 
     The context is an `engine.methods.outside.SpliceContext`: ``context.deltas`` (what survived, zero elsewhere),
-    ``context.masks``, ``context.coefficients``, ``context.scores``. The function is called for pieces of a tensor and must
-    treat every entry alike.
+    ``context.masks``, ``context.coefficients``, ``context.scores``. The function is called for pieces of a tensor and
+    must treat every entry alike.
 
     Args:
         name: The name that recipes use; the function's own if not given.
@@ -252,8 +252,8 @@ def _options(function: Callable[..., Any], origin: Origin, n_arguments: int) -> 
             raise RuleError(f"{origin}: {function.__name__} {wanted}, found {parameter}")
         elif parameter.default is not None and not isinstance(parameter.default, Scalar):
             raise RuleError(
-                f"{origin}: option {parameter.name!r} of {function.__name__} needs a default that is a number, a text or "
-                "a switch"
+                f"{origin}: option {parameter.name!r} of {function.__name__} needs a default that is a number, a text "
+                "or a switch"
             )
         else:
             options[parameter.name] = parameter.default

@@ -1,7 +1,7 @@
 """Rule files: Python files of a user whose import decorates rules. They are named by a study file or a recipe.
 
-At any time one set of rule files is in use: those of the study or recipe at hand. Using another set takes the rules of the
-former one away. A file is run once per content; what is hashed is what is run. torch-free.
+At any time one set of rule files is in use: those of the study or recipe at hand. Using another set takes the rules of
+the former one away. A file is run once per content; what is hashed is what is run. torch-free.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from merge_search.errors import InputError, RuleError
-from merge_search.rules.table import Rule, RuleTable, collecting, taken
+from merge_search.rules.table import Row, RuleTable, collecting, taken
 
 __all__ = ["FOLDER", "RuleFile", "find_rule_files", "in_use", "load_rule_file", "use_rule_files"]
 
@@ -40,7 +40,7 @@ class RuleFile:
     name: str
     path: Path
     sha256: str
-    rows: tuple[tuple[RuleTable[Any], Rule], ...]
+    rows: tuple[tuple[RuleTable[Any], Row], ...]
     source: bytes
 
 
@@ -98,19 +98,20 @@ def _place(error: Exception, path: Path) -> str:
     return f"{path}:{lines[-1]}" if lines else str(path)
 
 
-def _of_file(rows: Sequence[tuple[RuleTable[Any], Rule]], name: str, digest: str) -> list[tuple[RuleTable[Any], Rule]]:
+def _of_file(rows: Sequence[tuple[RuleTable[Any], Row]], name: str, digest: str) -> list[tuple[RuleTable[Any], Row]]:
     """Rows that know their file.
 
     Raises:
         RuleError: two of them have one name.
     """
-    out: list[tuple[RuleTable[Any], Rule]] = []
+    out: list[tuple[RuleTable[Any], Row]] = []
     for table, row in rows:
         assert row.origin is not None
         for other_table, other in out:
             if other_table is table and other.name == row.name:
                 raise RuleError(f"{row.origin}: {taken(table.kind, other)}; give one of them another name")
-        out.append((table, replace(row, origin=replace(row.origin, file=name, sha256=digest))))
+        origin = replace(row.origin, file=name, sha256=digest)
+        out.append((table, replace(row, origin=origin)))  # type: ignore[type-var]
     return out
 
 

@@ -1,4 +1,6 @@
-"""Measures: rules that give every parameter of every expert a score. torch-free; `engine.methods.assess` has the formulas."""
+"""Measures: rules that give every parameter of every expert a score. torch-free; `engine.methods.assess` has the
+formulas.
+"""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ class OperatorInfo(Rule):
     """One row of `OPERATORS` or `POSTS`.
 
     Attributes:
-        ndim: Numbers of axes it handles, () for all; other tensors get the mean of lambda_i delta_i (a post rule: no change).
-        experts: Smallest and largest number of experts; None for no bound.
+        ndim: Numbers of axes it handles, () for all; other tensors get the mean of lambda_i delta_i (a post rule: no
+        change). experts: Smallest and largest number of experts; None for no bound.
         exact: It must run even where no expert changed the tensor.
         paper: Where it was published.
         decomposing: It returns one processed delta per expert.
@@ -69,7 +69,8 @@ OPERATORS: RuleTable[OperatorInfo] = RuleTable("operator", (
         options={"space": "delta", "base_weight": 0.0}, choices=_SPACE,
     ),
     _entry(
-        "karcher", "merge", "Karcher mean of the experts' directions times their mean norm", f"Karcher 1977; {_MERGEKIT}",
+        "karcher", "merge", "Karcher mean of the experts' directions times their mean norm",
+        f"Karcher 1977; {_MERGEKIT}",
         options={"space": "weights", "steps": 10, "tolerance": 1e-5, "base_weight": 0.0}, choices=_SPACE,
     ),
     _entry(
@@ -80,7 +81,8 @@ OPERATORS: RuleTable[OperatorInfo] = RuleTable("operator", (
     ),
     _entry("nearswap", "parts", "the expert's value where it is close to the base's", _MERGEKIT, options={"t": 1e-3}),
     _entry(
-        "arcee_fusion", "parts", "only changes with outstanding |delta| x KL of their row", _MERGEKIT, options={"multiple": 1.5}
+        "arcee_fusion", "parts", "only changes with outstanding |delta| x KL of their row", _MERGEKIT,
+        options={"multiple": 1.5},
     ),
     _entry(
         "regmean", "parts", "least-squares match of every linear layer's outputs",
@@ -120,7 +122,8 @@ POSTS: RuleTable[OperatorInfo] = RuleTable("post", (
         ndim=_MATRICES, options={"alpha": 0.1, "cap": None},
     ),
     _entry(
-        "iso_spectrum", "post", "flattens the spectrum: S becomes S**power at the same sum", "after Iso-C, arXiv 2502.04959",
+        "iso_spectrum", "post", "flattens the spectrum: S becomes S**power at the same sum",
+        "after Iso-C, arXiv 2502.04959",
         ndim=_MATRICES, options={"power": 0.0, "tolerance": 1e-5}, scales=_SCALES,
     ),
     _entry("norm_match", "post", "as long as the experts' deltas are on average", "-"),

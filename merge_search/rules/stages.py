@@ -30,8 +30,8 @@ class Selection(Rule):
         rescale: The `Rescale.kind` with which the mean over random masks is the whole delta; ``none`` for others.
         rounds: It keeps a whole number of parameters, rounded as `Select.rounding` says.
         needs_position: Its masks depend on an element's position within the pass.
-        is_element_wise: Its numbers are counts or orders: none is a sum of floats, which threads may add up in another order.
-        steps: Densities act in steps: a whole number of parameters per block is kept.
+        is_element_wise: Its numbers are counts or orders: none is a sum of floats, which threads may add up in another
+        order. steps: Densities act in steps: a whole number of parameters per block is kept.
         usual: Published options, for a search space that names the kind alone.
         needs: A field of `Select` that must be given, with an example; '' for none.
     """
@@ -96,7 +96,8 @@ SELECTIONS: RuleTable[Selection] = RuleTable("selection", (
     ),
     Selection(
         name="bernoulli", summary="each parameter at random, with probability density (DARE)",
-        uses_scores=False, is_random=True, compares=False, rescale="inverse_density", needs_position=True, is_element_wise=True,
+        uses_scores=False, is_random=True, compares=False, rescale="inverse_density", needs_position=True,
+        is_element_wise=True,
     ),
     Selection(
         name="rank_probability", summary="at random, with a probability that rises with the score's rank (DELLA)",
@@ -108,7 +109,8 @@ SELECTIONS: RuleTable[Selection] = RuleTable("selection", (
     ),
     Selection(
         name="soft_threshold", summary="masks between 0 and 1 that rise with the score above a quantile (PCB)",
-        is_hard=False, takes_exclusive=False, is_element_wise=True, scopes=_NOT_ROWS, usual={"scope": "model"},
+        is_hard=False, takes_exclusive=False, rounds=True, is_element_wise=True, scopes=_NOT_ROWS,
+        usual={"scope": "model"},
     ),
     Selection(name="n_m", summary="the density's share of every few consecutive entries of a row (CABS)", steps=True),
     Selection(

@@ -1,8 +1,9 @@
 """Rules by name: what every rule has, and the tables that hold them.
 
-A table is a mapping from the name that recipes use to a row. Its built-in rows are data in this package. Rows from outside come
-from an installed package (entry point group ``merge_search.rules``), from a rule file in use, or from a decorator that ran
-in this process. Looking up a name that no table row has loads the installed packages once. torch-free.
+A table is a mapping from the name that recipes use to a row. Its built-in rows are data in this package. Rows from
+outside come from an installed package (entry point group ``merge_search.rules``), from a rule file in use, or from a
+decorator that ran in this process. Looking up a name that no table row has loads the installed packages once.
+torch-free.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from merge_search.errors import InputError, MergeSearchError, RuleError, first_line, nearest
 
-__all__ = ["GROUP", "Origin", "Rule", "RuleTable", "Scalar", "collecting", "load", "option_problems"]
+__all__ = ["GROUP", "Origin", "Row", "Rule", "RuleTable", "Scalar", "collecting", "load", "option_problems"]
 
 Scalar = bool | int | float | str
 
@@ -78,7 +79,16 @@ class Rule:
         return {**{k: v for k, v in self.options.items() if v is not None}, **options}
 
 
-R = TypeVar("R", bound=Rule)
+class Row(Protocol):
+    """What a table asks of its rows."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def origin(self) -> Origin | None: ...
+
+
+R = TypeVar("R", bound=Row)
 
 
 class RuleTable(Mapping[str, R], Generic[R]):
@@ -136,29 +146,26 @@ class RuleTable(Mapping[str, R], Generic[R]):
             del self._rows[row.name]
 
 
-def taken(kind: str, known: Rule) -> str:
+def taken(kind: str, known: Row) -> str:
     """Why a name cannot be given again."""
     return f"the {kind} {known.name!r} is " + ("built in" if known.origin is None else f"defined in {known.origin}")
 
 
-def _same_place(a: Rule, b: Rule) -> bool:
+def _same_place(a: Row, b: Row) -> bool:
     """Whether both are one function of one module, run again as a cell of a notebook is."""
-    return (
-        a.origin is not None
-        and b.origin is not None
-        and not (a.origin.file or b.origin.file)
-        and a.origin.path == b.origin.path
-        and getattr(a.function, "__qualname__", None) == getattr(b.function, "__qualname__", None)
-    )
+    if a.origin is None or b.origin is None or a.origin.file or b.origin.file:
+        return False
+    names = [getattr(getattr(row, "function", None), "__qualname__", None) for row in (a, b)]
+    return a.origin.path == b.origin.path and names[0] == names[1]
 
 
-_collected: ContextVar[list[tuple[RuleTable[Any], Rule]] | None] = ContextVar("collected", default=None)
+_collected: ContextVar[list[tuple[RuleTable[Any], Row]] | None] = ContextVar("collected", default=None)
 
 
 @contextmanager
-def collecting() -> Iterator[list[tuple[RuleTable[Any], Rule]]]:
+def collecting() -> Iterator[list[tuple[RuleTable[Any], Row]]]:
     """Collect the rows that decorators make inside, in place of adding them to their tables."""
-    rows: list[tuple[RuleTable[Any], Rule]] = []
+    rows: list[tuple[RuleTable[Any], Row]] = []
     token = _collected.set(rows)
     try:
         yield rows

@@ -1,8 +1,9 @@
 """Rules from outside at work: what their functions are given, and the checks of what they return.
 
-A function that fails, changes what it was given, or returns another number of tensors, another shape or dtype is a `RuleError`;
-NaN or infinity is a `NonFiniteError`. Both name the function's file and line, the tensor and the expert. Such functions run
-in plain torch on every path, so that a merge has the same bits in memory, from files to files and step by step.
+A function that fails, changes what it was given, or returns another number of tensors, another shape or dtype is a
+`RuleError`; NaN or infinity is a `NonFiniteError`. Both name the function's file and line, the tensor and the expert.
+Such functions run in plain torch on every path, so that a merge has the same bits in memory, from files to files and
+step by step.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class SelectContext:
     seed: int | None = None
 
     def uniform(self, expert: str) -> Tensor:
-        """Uniform numbers in [0, 1), float32, one per parameter: a function of the recipe's seed, expert, tensor and position.
+        """Uniform numbers in [0, 1), float32, one per parameter.
+
+        They are a function of the recipe's seed, the expert, the tensor and the position alone.
 
         Raises:
             ValueError: the rule is not declared with ``is_random=True``.

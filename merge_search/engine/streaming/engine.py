@@ -51,7 +51,7 @@ class StreamingEngine(MergeEngine):
     """A `MergeEngine` that streams.
 
     Args:
-        tensors: A pool made with ``once=True``.
+        tensors: A pool made with ``streaming=True``.
         threads: Tensors merged at a time, where that changes no bit; None: as many as torch has threads, four at most.
     Memory: base, experts and result of `threads` + 2 tensors, or of one that is longer than those; and float32 chunks.
     """

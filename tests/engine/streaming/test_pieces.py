@@ -239,7 +239,7 @@ def test_the_engine_merges_in_chunks_what_cannot_be_traced(
     recipe = Recipe.from_json(recipe_file.read_text())
 
     def merged() -> tuple[StreamingEngine, dict[str, Tensor]]:
-        engine = StreamingEngine(ModelPool(recipe.models, device="cpu", once=True), threads=threads)
+        engine = StreamingEngine(ModelPool(recipe.models, device="cpu", streaming=True), threads=threads)
         return engine, dict(engine.merged(recipe))
 
     _, expected = merged()
@@ -332,7 +332,7 @@ def test_ctrl_c_in_the_middle_leaves_nothing_behind(
 
 
 def test_a_stopped_reader_ends_and_memory_that_nobody_holds_is_used_again(recipe_file: Path) -> None:
-    pool = ModelPool(Recipe.from_json(recipe_file.read_text()).models, device="cpu", once=True)
+    pool = ModelPool(Recipe.from_json(recipe_file.read_text()).models, device="cpu", streaming=True)
     reading = Feed(pool, Buffers())
     places, kept = set(), []
     for name in sorted(pool.groups):
@@ -356,7 +356,7 @@ def caches_in_use() -> list[ByteCache]:
 def test_an_engine_that_streams_keeps_no_weights_of_a_softmax(recipe_file: Path) -> None:
     recipe = Recipe.from_json(recipe_file.read_text())
     recipe = preset("cki_recommender", recipe.models, splice={"kind": "softmax", "score": {"measure": "magnitude"}})
-    engine = StreamingEngine(ModelPool(recipe.models, once=True, device="cpu"), threads=1)
+    engine = StreamingEngine(ModelPool(recipe.models, streaming=True, device="cpu"), threads=1)
     before = caches_in_use()
     (first, second) = (dict(engine.merged(recipe)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in engine.tensors.groups)

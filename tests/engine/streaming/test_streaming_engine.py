@@ -61,7 +61,7 @@ def write_file(folder: Path, method: str = "ties") -> Path:
 def assert_same_bits(models: Models, recipe: Recipe) -> None:
     resident = dict(MergeEngine(ModelPool(models, device="cpu"), compile=False).merged(recipe))
     for threads in (1, 2):
-        streamed = StreamingEngine(ModelPool(models, device="cpu", once=True), threads=threads).merged(recipe)
+        streamed = StreamingEngine(ModelPool(models, device="cpu", streaming=True), threads=threads).merged(recipe)
         found = dict(streamed)
         assert list(found) == list(resident)
         assert [n for n in found if not torch.equal(found[n], resident[n])] == []

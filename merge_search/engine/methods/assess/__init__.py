@@ -1,11 +1,12 @@
 """Assessments: measures that give every parameter of every expert a score. One measure a file.
 
-`merge_search.rules.measures` has the table; a row names the measure's function, usually the one called ``scores`` of a module
+`merge_search.rules.measures` has the table; a row names the measure's function, usually the one called ``scores`` of a
+module
 
     scores(context) -> list[Tensor]     float32, one per expert, shape of the delta or broadcastable to it
 
-and, if the measure is *cheap* (element-wise in the deltas, so recomputed inside the pass instead of stored), the module may
-have
+and, if the measure is *cheap* (element-wise in the deltas, so recomputed inside the pass instead of stored), the module
+may have
 
     reduce(context) -> list[tuple[float, ...]]   what it needs of whole tensors, one tuple per expert; cached
     pool(parts) -> tuple[float, ...]             combines one expert's tuples over tensors (scope ``model``)

@@ -2,15 +2,16 @@
 
 An operator is ``operator(context: OperatorContext) -> Tensor | list[Tensor]``:
 
-- a `Tensor`: the merged weights (float32), coefficients and scale included; post rules apply to what they add to the base;
+- a `Tensor`: the merged weights (float32), coefficients and scale included; post rules apply to what they add to the
+base;
 - a list, one processed delta per expert of the context: weights are theta_0 + scale * post(sum_i lambda_i delta_i).
 
 A post rule is ``post(context: OperatorContext, delta: Tensor) -> Tensor``; the scale comes after it.
 
-Guaranteed by all: inputs are not changed, no random numbers are drawn, the order of the experts changes only the rounding of
-sums, zero deltas of all experts give the base bit for bit. Operators that return a list see neither coefficients nor scale,
-so that coefficients per group, learners and slopes apply to what they return; the costly ones keep it in
-`OperatorContext.cache`.
+Guaranteed by all: inputs are not changed, no random numbers are drawn, the order of the experts changes only the
+rounding of sums, zero deltas of all experts give the base bit for bit. Operators that return a list see neither
+coefficients nor scale, so that coefficients per group, learners and slopes apply to what they return; the costly ones
+keep it in `OperatorContext.cache`.
 """
 
 from __future__ import annotations

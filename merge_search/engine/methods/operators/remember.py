@@ -1,6 +1,6 @@
-"""Keeps processed deltas that do not depend on the candidate: a search that varies coefficients pays one SVD per tensor.
+"""Cache processed deltas that do not depend on the candidate: a search over coefficients pays for one SVD per tensor.
 
-A kept result is the one that would be computed again, so keeping it changes no bit.
+A cached result has the bits that would be computed again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ Parts = Callable[[OperatorContext], list[Tensor]]
 
 
 def remembered(name: str) -> Callable[[Parts], Parts]:
-    """Decorator: keep an operator's result per tensor and experts, for the options it was last asked for.
+    """Decorate an operator: its result is kept per tensor and experts, for the options it was last called with.
 
-    Results are kept in `OperatorContext.cache`, on the device of the deltas, as long as there is room. Those that do not fit
-    are made anew every time: a merge asks for every tensor once, so dropping another tensor's result would gain nothing.
+    Results are kept in `OperatorContext.cache`, on the device of the deltas, while there is room. The others are
+    computed every time: a merge asks for every tensor once, so dropping another tensor's result would gain nothing.
     Callers must not write to them.
+
+    Args:
+        name: Name of the operator, part of the key.
     """
 
     def decorate(parts: Parts) -> Parts:

@@ -1,4 +1,4 @@
-"""What holds for all tensor operators and post rules: shapes, stacks, zero deltas, options; the engine's use of them."""
+"""Properties of all tensor operators and post rules: shapes, stacks, zero deltas, options, use by the engine."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_large_matrices_are_worked_in_float32_with_the_same_result() -> None:
         (Operator(name="nuslerp"), "takes 1 to 2 experts, the recipe has 3"),
     ],
 )
-def test_what_is_wrong_with_an_operator_is_said(operator: Operator, message: str) -> None:
+def test_problems_with_an_operator_are_named(operator: Operator, message: str) -> None:
     (problem,) = operator_problems(operator, OPERATORS, "operator", 3)
     with pytest.raises(RecipeError, match=message):
         raise RecipeError(problem)
