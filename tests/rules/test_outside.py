@@ -111,7 +111,7 @@ def test_every_kind_of_rule_has_the_same_bits_on_every_path(
     if r.operator is None and not r.post:
         assert equal({name: merge_tensor(r, tensors, name) for name in SHAPES}, in_chunks)
     models = Models(base=str(folders / "base"), experts={e: str(folders / e) for e in "abc"})
-    streamed = StreamingEngine(ModelPool(models, device="cpu", once=True))
+    streamed = StreamingEngine(ModelPool(models, device="cpu", streaming=True))
     assert equal(merged(streamed, r.model_copy(update={"models": models})), in_chunks)
 
 

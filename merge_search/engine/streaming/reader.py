@@ -19,7 +19,7 @@ class Feed:
     """Reads a pool's tensors, in threads of its own.
 
     Args:
-        pool: A pool made with ``once=True``.
+        pool: A pool made with ``streaming=True``.
         buffers: Memory for the tensors.
     """
 
