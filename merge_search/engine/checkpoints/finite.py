@@ -14,7 +14,7 @@ from torch import Tensor
 from merge_search.engine.checkpoints.checkpoint import Checkpoint, Expert
 from merge_search.engine.checkpoints.hashing import CHUNK_BYTES, pieces
 from merge_search.engine.checkpoints.headers import FLOATING, TensorHeader
-from merge_search.engine.execute.runner import is_finite
+from merge_search.engine.kernels.numerics import is_finite
 from merge_search.errors import WeightsError
 
 __all__ = ["file_problems", "refuse", "tensor_problem"]

@@ -12,7 +12,7 @@ import torch
 from merge_search.engine.contracts import Given, Numbers, Pass, Source, Structure, Tensors
 from merge_search.engine.execute.runner import Runner
 from merge_search.engine.kernels.n_m_masks import balanced_masks, counts_of
-from merge_search.engine.kernels.random_bits import draw_limit, mask_keys
+from merge_search.engine.kernels.random_bits import draw_limit, mask_keys, wrapped
 from merge_search.engine.methods.allocate import Allocation, allocate
 from merge_search.engine.methods.assess import measure_of
 from merge_search.engine.passes.measurements import Facts, Scope
@@ -321,7 +321,7 @@ class Planner:
                 found if rows > 1 else found.expand(2).contiguous()
             )  # the compiler takes lengths of 1 for fixed
         p.given["rows"] = maps
-        p.numbers["start"] = [(p.index + 2**31) % 2**32 - 2**31]
+        p.numbers["start"] = [wrapped(p.index)]
         p.numbers["columns"] = [max(1, self.tensors.base(p.name).numel() // max(1, rows))]
         return replace(p, structure=p.structure._replace(rows=True))
 
