@@ -4,7 +4,7 @@
     python benchmarks/engine.py --all [--threads 1] [--out FILE.csv] [--mergekit ... --work ...]
     python benchmarks/engine.py --device cuda --size 7b
 
-A synthetic Llama and three experts (bfloat16, fixed seeds) are made in memory. Two worker processes run one after the
+A synthetic Llama and three experts (bfloat16 or ``--dtype``, fixed seeds) are made in memory. Two worker processes run one after the
 other: the first finds an empty compile cache, the second the first one's. Each gives every preset a new engine and times
 its first candidate; the second worker then times warm candidates, new coefficients and new densities, in turn with a copy
 that moves as many bytes as the merge must (base and experts read, result written). Medians and, of ratios to the
@@ -36,6 +36,7 @@ import machine
 import torch
 from torch import Tensor
 
+from merge_search.engine.codegen.compiler import TARGET_VARIABLE
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.presets import PRESETS, preset
@@ -50,7 +51,7 @@ SIZES: dict[str, dict[str, int]] = {
 NAMES = [
     name for name, p in PRESETS.items() if "operator" not in p.settings and "post" not in p.settings
 ]  # element-wise, all of them
-PASSED_ON = ("device", "size", "layers", "repeats", "threads", "cache-bytes")  # to the workers
+PASSED_ON = ("device", "size", "layers", "repeats", "threads", "cache-bytes", "dtype")  # to the workers
 FIELDS = [
     "date", "commit", "machine", "device", "threads", "preset", "size", "parameters", "experts", "dtype", "compiled",
     "first_cold_s", "first_cold_cpu_s", "first_warm_cache_s", "first_warm_cache_cpu_s",
@@ -64,7 +65,7 @@ LARGE = ["ties", "dare_ties", "task_arithmetic"]
 # ------------------------------------------------------------------------------------------------ weights
 
 
-def make(shape: Mapping[str, int], device: torch.device) -> MemoryTensors:
+def make(shape: Mapping[str, int], device: torch.device, dtype: torch.dtype) -> MemoryTensors:
     """The weights of `cold_merge` on a CPU; like them on a GPU."""
     cold_merge.SHAPE.update(shape)
     base: dict[str, Tensor] = {}
@@ -73,9 +74,9 @@ def make(shape: Mapping[str, int], device: torch.device) -> MemoryTensors:
     own = [torch.Generator(device).manual_seed(i + 1) for i in range(len(EXPERTS))]
     for name, size in cold_merge.shapes(shape["num_hidden_layers"]):
         weight = torch.randn(size, generator=plain, device=device) * 0.02 + (1.0 if len(size) == 1 else 0.0)
-        base[name] = weight.bfloat16()
+        base[name] = weight.to(dtype)
         for e, generator in zip(EXPERTS, own, strict=True):
-            experts[e][name] = (weight + torch.randn(size, generator=generator, device=device) * 0.002).bfloat16()
+            experts[e][name] = (weight + torch.randn(size, generator=generator, device=device) * 0.002).to(dtype)
     return MemoryTensors(base, experts, statistics=_Squares(experts))
 
 
@@ -178,7 +179,7 @@ def worker(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device, clock = torch.device(options.device), Clock(torch.device(options.device))
-    tensors = make(SIZES[options.size] | {"num_hidden_layers": options.layers}, device)
+    tensors = make(SIZES[options.size] | {"num_hidden_layers": options.layers}, device, getattr(torch, options.dtype))
     views = {name: torch.empty_like(tensors.base(name)) for name in tensors.groups}
     for view in views.values():
         view.zero_()
@@ -212,6 +213,8 @@ def run_worker(options: argparse.Namespace, cache: str, *, warm: bool) -> Iterat
     command += [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
     command += ["--warm"] * warm + ["--no-compile"] * (not options.compile)
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+    if options.march:
+        environment[TARGET_VARIABLE] = options.march
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
@@ -275,7 +278,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     theirs = mergekit(options)
     options.method, options.drop_cache, options.cores = "", False, os.cpu_count()
     known = cold_merge.describe(options)
-    known |= {"size": options.size, "device": options.device, "threads": options.threads or torch.get_num_threads()}
+    known |= {
+        "dtype": options.dtype,
+        "size": options.size,
+        "device": options.device,
+        "threads": options.threads or torch.get_num_threads(),
+    }
     rows: list[dict[str, Any]] = []
     ties: list[float] = []
     with tempfile.TemporaryDirectory() as cache:
@@ -300,6 +308,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
     parser.add_argument("--cache-bytes", type=int, help="for what the engine stores per element; default: its own")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the weights"
+    )
+    parser.add_argument("--march", help="compile loops for this processor, such as x86-64-v3; default: this machine's")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--mergekit", help="the program; with --work")
     parser.add_argument("--work", type=Path, help="folder for models on disk, about six times their size")
