@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,11 +12,11 @@ from hypothesis import strategies as st
 from small_spaces import CONTEXT, FILTERS, build, make_context, quick
 
 from merge_search import catalogue
-from merge_search.engine.methods.assess import MEASURES as ENGINE_MEASURES
 from merge_search.recipe import Group, value_for
+from merge_search.rules import MEASURES
 from merge_search.space import SearchSpace
+from merge_search.testing import SearchSpaceCase, SearchSpaceConformance
 from search_spaces.parts.grouping import Slots
-from search_spaces.parts.methods import MEASURES, SHARED
 
 
 def test_axes_are_reduced_to_distinct_valid_combinations() -> None:
@@ -68,9 +69,17 @@ def test_one_expert_is_never_weighed_against_itself() -> None:
     assert "method" not in space.parameters
 
 
-def test_measures_are_those_of_the_engine_that_tell_parameters_apart() -> None:
-    assert set(MEASURES) == {n for n, m in ENGINE_MEASURES.items() if n != "ones" and not m.after_mask}
-    assert set(SHARED) == {n for n in MEASURES if ENGINE_MEASURES[n].shared}
+@pytest.mark.parametrize("name", [n for n, m in MEASURES.items() if not (m.is_constant or m.after_mask)])
+def test_every_measure_that_tells_something_apart_can_be_an_axis(name: str) -> None:
+    space = build("compatibility", assess=[name], select=[{"kind": "top_k", "scope": "model"}], splice=["sum"])
+    point = dict.fromkeys(space.parameters, 0.5)
+    assert space.decode(point).assess.measure == name
+
+
+def test_one_number_per_tensor_ranks_tensors_and_not_parameters() -> None:
+    space = build("compatibility", assess=["apl"], select=["top_k", "bernoulli"], splice=["sum", "score"])
+    assert space.parameters["method"].choices == ("bernoulli/sum", "apl/bernoulli/score")
+    assert "apl is one number per tensor: within a tensor top_k has nothing to choose by; left out" in space.notes
 
 
 def test_tensors_get_the_coefficient_of_their_cell() -> None:
@@ -204,11 +213,14 @@ def test_mergekit_file_is_read_with_layers_filters_and_densities(tmp_path: Path)
 
 
 USER_SPACE = """
+from merge_search.errors import SpaceError
 from merge_search.space import Float
 
 
 class OneKnob:
     def __init__(self, options, context):
+        if options["high"] <= 0:
+            raise SpaceError("space.high: must be positive")
         self.context = context
         self.parameters = {"strength": Float(0.0, options["high"])}
 
@@ -216,6 +228,8 @@ class OneKnob:
         return self.context.recipe(coefficients={e: point["strength"] for e in self.context.experts})
 
     def encode(self, recipe):
+        if recipe.models != self.context.models:
+            return None
         return {"strength": recipe.coefficients[self.context.experts[0]]}
 
     def initial_points(self):
@@ -223,11 +237,18 @@ class OneKnob:
 """
 
 
-def test_a_space_of_ones_own_is_found_by_file_and_class(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(USER_SPACE)
-    kind = catalogue.load("search_spaces", "mine.py:OneKnob", folder=tmp_path)
-    space = kind({"high": 2.0}, CONTEXT)
-    assert isinstance(space, SearchSpace)
-    recipe = space.decode({"strength": 0.5})
-    assert (recipe.coefficients["code"], recipe.seed, recipe.dtype) == (0.5, 5, "bfloat16")
-    assert space.encode(recipe) == {"strength": 0.5}
+class TestAUsersOwn(SearchSpaceConformance):
+    """A space in a user's file, which inherits nothing, keeps what `merge_search.testing` says of search spaces."""
+
+    @pytest.fixture
+    def case(self, tmp_path: Path) -> SearchSpaceCase:
+        (tmp_path / "mine.py").write_text(USER_SPACE)
+
+        def build_own(**options: Any) -> SearchSpace:
+            return catalogue.build_space("mine.py:OneKnob", options, CONTEXT, folder=tmp_path)
+
+        return SearchSpaceCase(lambda: build_own(high=2.0), CONTEXT, wrong=[lambda: build_own(high=-1.0)])
+
+    def test_its_recipes_are_those_of_its_own_code(self, case: SearchSpaceCase) -> None:
+        recipe = case.build().decode({"strength": 0.5})
+        assert (recipe.coefficients["code"], recipe.seed, recipe.dtype) == (0.5, 5, "bfloat16")

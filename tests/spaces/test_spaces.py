@@ -15,6 +15,7 @@ from merge_search.errors import SpaceError
 from merge_search.presets import PRESETS, preset
 from merge_search.recipe import Models, Recipe
 from merge_search.space import Categorical, Float, SearchSpace
+from merge_search.testing import SearchSpaceCase, SearchSpaceConformance
 from search_spaces import CATALOGUE
 
 EXACT: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -74,6 +75,17 @@ def test_dimension_is_what_the_formula_says(name: str) -> None:
     space = SPACES[name]
     assert isinstance(space, SearchSpace)
     assert len(space.parameters) == ALL[name][2]
+
+
+class TestFamilies(SearchSpaceConformance):
+    """Every family keeps what `merge_search.testing` says of search spaces."""
+
+    @pytest.fixture(params=ALL)
+    def case(self, request: pytest.FixtureRequest) -> SearchSpaceCase:
+        kind, options, _ = ALL[request.param]
+        return SearchSpaceCase(
+            lambda: build(kind, **options), CONTEXT, wrong=[lambda: build(kind, **options, no_such_option=1)]
+        )
 
 
 def test_every_family_of_the_catalogue_is_exercised() -> None:

@@ -24,6 +24,7 @@ from merge_search.engine.contracts import Source, Structure
 from merge_search.engine.kernels.numerics import exp, log
 from merge_search.engine.kernels.random_bits import draw, indices, uniform
 from merge_search.engine.methods.assess import scores_of
+from merge_search.engine.methods.outside import SpliceContext, outside_splice
 from merge_search.engine.methods.primitives import Mask, Primitives, total_of
 
 __all__ = ["Survivors", "assessed", "combine", "elect", "merge", "softmax_weights", "survivors", "voices"]
@@ -332,11 +333,16 @@ def combine(
     if s.boost:
         y = _boost(y, left.kept, agreed, n, ops)
     b: Sequence[Tensor] = ()
-    if s.splice in _SCORED:
-        same = s.mixing.kind == "same"
-        b = left.a if same else _scores(s.mixing, "b", origin, left.deltas, left.raw, given, n)
+    if s.mixing.kind == "same":
+        b = left.a
+    elif s.splice in _SCORED or (s.outside.measure and s.mixing.kind != "none"):
+        b = _scores(s.mixing, "b", origin, left.deltas, left.raw, given, n)
     coefficient = [_coefficient(s, i, given, n, left.where) for i in range(s.experts)]
-    return _SPLICES[s.splice](_Agreed(s, left.kept, agreed, coefficient, left.x, y, b, n, ops))
+    agreement = _Agreed(s, left.kept, agreed, coefficient, left.x, y, b, n, ops)
+    if s.outside.measure:
+        inputs = SpliceContext(origin, tuple(y), tuple(agreement.weight()), tuple(coefficient), tuple(b))
+        return outside_splice(s.outside, inputs)
+    return _SPLICES[s.splice](agreement)
 
 
 class _Agreed(NamedTuple):
