@@ -1,9 +1,10 @@
-"""What an expert answered, as probabilities: kept small, compared with the live model's.
+"""A teacher's output distributions, stored compactly and compared with the live model's.
 
-    KL(p || q) = sum_y p(y) (log p(y) - log q(y))        p: the expert's, y: classes, choices, or tokens
+    KL(p || q) = sum_y p(y) (log p(y) - log q(y))        p: the teacher's, y: classes, choices or tokens
 
-Of many outcomes the likeliest `TOP` are kept, and the rest as one: the divergence of these is a lower bound of the whole
-one, and zero where the whole one is. float16 log-probabilities are exact to 0.05 %, and made to sum to one when read.
+Of many outcomes the `TOP` likeliest are stored, and all others as one outcome. The divergence over these outcomes is a
+lower bound of the divergence over all of them, and it is zero where the full divergence is zero. Log-probabilities are
+stored in float16, exact to 0.05 %, and normalised when they are read.
 """
 
 from __future__ import annotations
@@ -15,68 +16,81 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["TOP", "Told", "divergence", "join", "tell"]
+__all__ = ["TOP", "TeacherOutputs", "divergence", "join"]
 
 TOP = 64
-"""Outcomes kept, of a vocabulary: six bytes each. What experts leave to the others is below 1 % on most answers."""
+"""Number of outcomes stored per distribution over a vocabulary, six bytes each. On most answers experts give all other
+outcomes together less than 1 %."""
 
-_LOWEST = -60.0  # a log-probability that weighs nothing
+_LOWEST = -60.0
+"""Log-probability below which an outcome does not count."""
 
 
 @dataclass(frozen=True)
-class Told:
-    """Distributions of an expert.
+class TeacherOutputs:
+    """A teacher's output distributions, one a row.
 
     Attributes:
-        log_p: Shape (n, k), float16; where `outcomes` are given the last column is all others together.
-        outcomes: Which are kept: shape (n, k - 1), int32; None: all, in their order.
+        log_p: Shape (n, k), float16. Where `outcomes` are given, the last column stands for all other outcomes together.
+        outcomes: The stored outcomes, shape (n, k - 1), int32. None: all outcomes, in their order.
     """
 
     log_p: NDArray[np.float16]
     outcomes: NDArray[np.int32] | None = None
 
-    def __getitem__(self, rows: slice | list[int]) -> Told:
-        return Told(self.log_p[rows], None if self.outcomes is None else self.outcomes[rows])
+    @classmethod
+    @torch.no_grad()
+    def from_log_p(cls, log_p: Tensor, *, top: int | None = None) -> TeacherOutputs:
+        """Store log-probabilities.
+
+        Args:
+            log_p: Shape (n, outcomes).
+            top: The number of outcomes to store besides all others together; None: every outcome.
+        """
+        n_outcomes = log_p.shape[1]
+        if top is None or n_outcomes <= top + 1:
+            return cls(_half(log_p))
+        largest, outcomes = log_p.topk(top, dim=1)
+        both = torch.cat([largest, _others(log_p, outcomes)], 1)
+        return cls(_half(both), outcomes.to(torch.int32).cpu().numpy())
+
+    def __getitem__(self, rows: slice | list[int]) -> TeacherOutputs:
+        return TeacherOutputs(self.log_p[rows], None if self.outcomes is None else self.outcomes[rows])
 
 
-@torch.no_grad()
-def tell(log_p: Tensor, *, top: int | None = None) -> Told:
-    """Keep log-probabilities of shape (n, outcomes); with `top` the likeliest and the rest, where there are more."""
-    n_outcomes = log_p.shape[1]
-    if top is None or n_outcomes <= top + 1:
-        return Told(_half(log_p))
-    found, outcomes = log_p.topk(top, dim=1)
-    both = torch.cat([found, _others(log_p, outcomes)], 1)
-    return Told(_half(both), outcomes.to(torch.int32).cpu().numpy())
+def join(parts: list[TeacherOutputs]) -> TeacherOutputs:
+    """All rows of `parts`, one part below the other.
 
-
-def join(parts: list[Told]) -> Told:
-    """One below the other; columns that some lack are outcomes that cannot happen (choices of a longer question)."""
+    A part with fewer columns (a question with fewer choices) is padded with outcomes of probability zero.
+    """
     width = max(p.log_p.shape[1] for p in parts)
     padded = [np.pad(p.log_p, ((0, 0), (0, width - p.log_p.shape[1])), constant_values=-np.inf) for p in parts]
     kept = [p.outcomes for p in parts if p.outcomes is not None]
-    return Told(np.concatenate(padded), np.concatenate(kept) if kept else None)
+    return TeacherOutputs(np.concatenate(padded), np.concatenate(kept) if kept else None)
 
 
-def divergence(told: Told, log_q: Tensor) -> Tensor:
-    """KL from the expert to the live model, row by row, with a graph to `log_q`.
+def divergence(outputs: TeacherOutputs, log_q: Tensor) -> Tensor:
+    """KL from the teacher to the live model, row by row, with a graph to `log_q`.
 
     Args:
-        log_q: Normalised, shape (n, outcomes), float32 or float64; -inf where an outcome cannot happen.
+        outputs: The teacher's, n rows.
+        log_q: The live model's, normalised. Shape (n, outcomes), float32 or float64. -inf where an outcome cannot happen.
+
     Returns:
-        Shape (n,), the dtype of `log_q`; not negative but for rounding.
+        Shape (n,), the dtype of `log_q`. Never negative, except by rounding.
     """
-    log_p = torch.from_numpy(told.log_p).to(log_q.device, log_q.dtype).log_softmax(1)
-    if told.outcomes is not None:
-        outcomes = torch.from_numpy(told.outcomes).to(log_q.device, torch.int64)
+    log_p = torch.from_numpy(outputs.log_p).to(log_q.device, log_q.dtype).log_softmax(1)
+    if outputs.outcomes is not None:
+        outcomes = torch.from_numpy(outputs.outcomes).to(log_q.device, torch.int64)
         log_q = torch.cat([log_q.gather(1, outcomes), _others(log_q, outcomes)], 1)
-    impossible = log_p < _LOWEST  # zero times -inf is no number; what weighs nothing has no say
+    # NOTE: zero times -inf is NaN, so outcomes that do not count are taken out before the product.
+    impossible = log_p < _LOWEST
     terms = log_p.exp() * (log_p.masked_fill(impossible, 0.0) - log_q.masked_fill(impossible, 0.0))
     return terms.sum(1)
 
 
 def _others(log_p: Tensor, outcomes: Tensor) -> Tensor:
-    """Log of the probability of all but these. Shape (n, 1)."""
+    """Log-probability of all outcomes but these. Shape (n, 1)."""
     return log_p.scatter(1, outcomes, -torch.inf).logsumexp(1, keepdim=True)
 
 

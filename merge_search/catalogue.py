@@ -1,8 +1,11 @@
-"""Finding search spaces and evaluators by name: built-ins and guests come through the same door.
+"""Find search spaces and evaluators by name, check them and build them.
 
-An entry point of the group ``merge_search.search_spaces`` or ``merge_search.evaluators`` names a table
-``{name: "module:Class"}``. A name of the form ``path/to/file.py:Class`` loads the user's own file, which runs
-its code: it is loaded only because the study file says so.
+Built-in classes and a user's own come through the same door. An entry point of the group ``merge_search.search_spaces``
+or ``merge_search.evaluators`` names a table ``{name: "module:Class"}``. A name of the form ``path/to/file.py:Class`` loads
+the user's own file. Loading runs the code of that file, so it happens only when the study file names it.
+
+`build_space` and `build_evaluator` are the only places that ask what a class has. Everything behind them can rely on every
+member of `SearchSpace` and `Evaluator`.
 """
 
 from __future__ import annotations
@@ -10,18 +13,64 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
+import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from merge_search.errors import InputError, nearest
+from merge_search.errors import InputError, MergeSearchError, nearest
+from merge_search.evaluation import Evaluator, SplitShares
+from merge_search.options import absolute
+from merge_search.space import SearchSpace, SpaceContext
 
-__all__ = ["load", "names"]
+__all__ = ["build_evaluator", "build_space", "load", "names"]
 
-KINDS = {"search_spaces": "search space", "evaluators": "evaluator"}
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a class of one catalogue must have.
+
+    Attributes:
+        noun: Its name in messages.
+        contract: The protocol: abstract methods are required, annotated members without a value are set by the
+            constructor, annotated members with a value are defaults.
+        path_option: The option that holds paths in classes from before `folder` was passed to them.
+        earlier_names: Today's name of a method -> the name that an older class may use.
+    """
+
+    noun: str
+    contract: type
+    path_option: str
+    earlier_names: Mapping[str, str]
+
+    @property
+    def methods(self) -> list[str]:
+        return sorted(self.contract.__abstractmethods__)  # type: ignore[attr-defined]
+
+    @property
+    def attributes(self) -> list[str]:
+        return [name for name in self.contract.__annotations__ if name not in vars(self.contract)]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        members = vars(self.contract)
+        return {name: members[name] for name in self.contract.__annotations__ if name in members}
+
+
+_KINDS = {
+    "search_spaces": _Kind("search space", SearchSpace, "file", {}),
+    "evaluators": _Kind(
+        "evaluator",
+        Evaluator,
+        "include_path",
+        {"cache_teacher": "remember", "teacher_questions": "questions_to_remember"},
+    ),
+}
 
 
 @cache
@@ -29,7 +78,7 @@ def names(kind: str) -> Mapping[str, str]:
     """Name -> ``"module:object"`` for ``search_spaces`` or ``evaluators``.
 
     Raises:
-        InputError: two distributions register one name.
+        InputError: Two distributions register one name.
     """
     table: dict[str, str] = {}
     problems = []
@@ -37,7 +86,7 @@ def names(kind: str) -> Mapping[str, str]:
         for name, target in point.load().items():
             if table.get(name, target) != target:
                 problems.append(
-                    f"{KINDS[kind]} {name!r} is registered twice: {table[name]} and {target}; uninstall one"
+                    f"{_KINDS[kind].noun} {name!r} is registered twice: {table[name]} and {target}; uninstall one"
                 )
             table[name] = target
     if problems:
@@ -46,28 +95,142 @@ def names(kind: str) -> Mapping[str, str]:
 
 
 def load(kind: str, name: str, *, folder: Path | None = None) -> Any:
-    """The class behind `name`; imports its module.
+    """The class behind `name`. Imports its module.
 
     Args:
-        folder: What a relative ``file.py:Class`` is relative to.
+        kind: ``search_spaces`` or ``evaluators``.
+        name: A registered name or ``file.py:Class``.
+        folder: The folder that a relative ``file.py`` is relative to.
+
+    Returns:
+        The class, or the function that builds an object.
 
     Raises:
-        InputError: no such name (with the nearest known one), file or class.
+        InputError: No such name (with the nearest known one), file or class, a file that fails when it is run, or a class
+            that lacks methods.
     """
+    noun = _KINDS[kind].noun
     if ".py:" in name:
-        return _from_file(kind, name, folder or Path())
-    target = names(kind).get(name)
-    if target is None:
-        raise InputError(f"no {KINDS[kind]} is called {name!r}{nearest(name, names(kind))}")
-    module, _, attribute = target.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+        found = _from_file(noun, name, folder or Path())
+    else:
+        target = names(kind).get(name)
+        if target is None:
+            raise InputError(f"no {noun} is called {name!r}{nearest(name, names(kind))}")
+        module, _, attribute = target.partition(":")
+        found = getattr(importlib.import_module(module), attribute)
+    if isinstance(found, type):
+        _check(_KINDS[kind], name, found, _KINDS[kind].methods)
+    return found
 
 
-def _from_file(kind: str, name: str, folder: Path) -> Any:
+def build_space(name: str, options: Mapping[str, Any], context: SpaceContext, *, folder: Path) -> SearchSpace:
+    """Load, build and check a search space.
+
+    Args:
+        name: See `load`.
+        options: The ``space`` entry of the study file without ``type``.
+        context: What the space may know of the models.
+        folder: The folder of the study file.
+
+    Raises:
+        InputError: See `load`. The space's own problems are a `SpaceError`.
+    """
+    space: SearchSpace = _build("search_spaces", name, dict(options), folder, context)
+    return space
+
+
+def build_evaluator(
+    name: str, options: Mapping[str, Any], *, shares: SplitShares, seed: int, folder: Path
+) -> Evaluator:
+    """Load, build and check an evaluator.
+
+    Args:
+        name: See `load`.
+        options: An entry of the study file's ``evaluate`` list without ``evaluator``.
+        shares: Shares of the splits.
+        seed: The study's seed.
+        folder: The folder of the study file.
+
+    Raises:
+        InputError: See `load`. The evaluator's own problems are a `StudyFileError`.
+    """
+    evaluator: Evaluator = _build("evaluators", name, dict(options), folder, shares=shares, seed=seed)
+    return evaluator
+
+
+def _build(kind: str, name: str, options: dict[str, Any], folder: Path, *arguments: Any, **named: Any) -> Any:
+    contract = _KINDS[kind]
+    found = load(kind, name, folder=folder)
+    takes_folder = "folder" in inspect.signature(found).parameters
+    if takes_folder:
+        named["folder"] = folder
+    if not takes_folder or contract.contract not in getattr(found, "__mro__", ()):
+        _make_absolute(options, contract.path_option, folder)
+    try:
+        built = found(options, *arguments, **named)
+    except MergeSearchError:
+        raise
+    except Exception as error:
+        if ".py:" not in name:
+            raise
+        raise InputError(f"{contract.noun} {name!r} cannot be built: {_where_and_what(error)}") from error
+    _complete(contract, built)
+    _check(contract, name, built, [*contract.methods, *contract.attributes])
+    return built
+
+
+def _make_absolute(options: dict[str, Any], key: str, folder: Path) -> None:
+    """Give a class that does not resolve its own paths absolute ones. Values that are no paths are left to the class."""
+    value = options.get(key)
+    if isinstance(value, str) and value:
+        options[key] = str(absolute(value, folder)) if key == "file" else [str(absolute(value, folder))]
+    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+        options[key] = [str(absolute(item, folder)) for item in value]
+
+
+def _complete(contract: _Kind, built: Any) -> None:
+    """Add the contract's defaults, and today's names of its methods, to an object whose class does not inherit them."""
+    missing = {name: value for name, value in contract.defaults.items() if not hasattr(built, name)}
+    for name, earlier in contract.earlier_names.items():
+        if hasattr(built, earlier) and not hasattr(built, name):
+            missing[name] = getattr(built, earlier)
+    for name, value in missing.items():
+        try:
+            object.__setattr__(built, name, value)
+        except AttributeError:  # a class with __slots__
+            raise InputError(
+                f"{contract.noun} {type(built).__name__} must have the attribute {name!r}: "
+                f"inherit from {_full_name(contract.contract)} or add it"
+            ) from None
+
+
+def _check(contract: _Kind, name: str, found: Any, members: list[str]) -> None:
+    """Raise `InputError` with every member that `found`, a class or an object, lacks."""
+    lacking = [member for member in members if not hasattr(found, member)]
+    if lacking:
+        kind = found if isinstance(found, type) else type(found)
+        raise InputError(
+            f"{contract.noun} {name!r}: {kind.__name__} in {_file_of(kind)} lacks {', '.join(lacking)}; "
+            f"{_full_name(contract.contract)} says what each of them does"
+        )
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _file_of(kind: type) -> str:
+    try:
+        return inspect.getsourcefile(kind) or kind.__module__
+    except TypeError:  # a class that no file defines
+        return kind.__module__
+
+
+def _from_file(noun: str, name: str, folder: Path) -> Any:
     file_name, _, attribute = name.rpartition(":")
     path = (folder / file_name).resolve()
     if not path.is_file():
-        raise InputError(f"{KINDS[kind]} {name!r}: no file {path}")
+        raise InputError(f"{noun} {name!r}: no file {path}")
     module_name = f"merge_search_user_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path)
@@ -77,9 +240,20 @@ def _from_file(kind: str, name: str, folder: Path) -> Any:
         sys.modules[module_name] = module
         try:
             spec.loader.exec_module(module)
-        except BaseException:
+        except BaseException as error:
             del sys.modules[module_name]
-            raise
+            if isinstance(error, MergeSearchError) or not isinstance(error, Exception):
+                raise
+            raise InputError(f"{noun} {name!r}: {path} cannot be run: {_where_and_what(error)}") from error
     if not hasattr(sys.modules[module_name], attribute):
-        raise InputError(f"{KINDS[kind]} {name!r}: {path} has no class {attribute!r}")
+        raise InputError(f"{noun} {name!r}: {path} has no class {attribute!r}")
     return getattr(sys.modules[module_name], attribute)
+
+
+def _where_and_what(error: Exception) -> str:
+    """The error in one line, with the place where it was raised."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if isinstance(error, SyntaxError):
+        return text  # its message has the file and the line
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else text

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Cost",
-    "Counting",
     "Differentiable",
     "Evaluation",
     "Evaluator",
@@ -241,94 +241,109 @@ def unpack(text: str) -> NDArray[np.float64]:
 
 
 class Evaluator(Protocol):
-    """What a file in ``evaluators/`` implements.
+    """Scores a live model: the contract of a class in ``evaluators/`` or in a user's own file.
 
-    Built as ``Kind(options, shares=..., seed=...)`` from an entry of the study file's ``evaluate`` list
-    without ``evaluator``; problems with options, tasks or metrics are raised there, all at once, as one
-    `StudyFileError`, before any weight is loaded. One that reads files may take ``folder=``, the study file's, too: what
-    relative paths are relative to. Building must leave the global random generators alone.
+    The class is built as ``Kind(options, shares=..., seed=..., folder=...)``. The constructor raises every problem with
+    options, tasks or metrics at once, as one `StudyFileError`, before any weight is loaded. It leaves the global random
+    generators alone.
+
+    Inherit from this class to get its defaults. A class with the same methods that does not inherit is accepted, too:
+    `merge_search.catalogue.build_evaluator` adds the defaults.
+
+    Constructor arguments:
+        options: The entry of the study file's ``evaluate`` list without the key ``evaluator``.
+        shares: A `SplitShares`.
+        seed: The study's seed.
+        folder: The folder of the study file. Relative paths in `options` are relative to it.
+
+    Attributes:
+        n_asked: Number of questions that all calls of `evaluate` have put to the model so far, failed calls included.
+            A failed call is charged the difference. An evaluator that leaves it at 0 is charged for completed calls only.
     """
 
+    n_asked: int = 0
+
+    @abstractmethod
     def metrics(self) -> list[MetricInfo]:
-        """Every metric it will report, the main one of each task first."""
-        ...
+        """Every metric that `evaluate` will report, the main metric of each task first. Needs no bound model."""
 
+    @abstractmethod
     def fingerprint(self) -> str:
-        """Changes when the questions, prompts or metrics change."""
-        ...
+        """A hash that changes when the questions, prompts or metrics change. Needs no bound model."""
 
+    @abstractmethod
     def bind(self, model: Any, tokenizer: Any, *, folder: str) -> None:
-        """Prepare requests once for a live model whose weights will be changed in place between calls."""
-        ...
+        """Prepare the requests for a live model.
 
+        Args:
+            model: The live model. Its weights are changed in place between calls of `evaluate`.
+            tokenizer: The model's tokenizer.
+            folder: The folder of the base checkpoint.
+        """
+
+    @abstractmethod
     def evaluate(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
         """Score the bound model as it is now on `window(n, fidelity, after)` of each task's n questions.
 
-        The only door to the questions.
-
-        Global random generators are as they were before. Twice the same weights give the same answers.
+        Scoring the same weights twice gives the same answers. Global random generators are left as they were.
 
         Raises:
-            EvaluationError: the trial fails, the study goes on.
+            EvaluationError: The model cannot be scored. The trial fails and the study goes on.
         """
-        ...
-
-
-@runtime_checkable
-class Counting(Protocol):
-    """What an `Evaluator` offers besides, so that a call of `evaluate` that fails is charged what it asked until then.
-
-    Attributes:
-        n_asked: Questions that all calls of `evaluate` have put to the model so far, those of calls that failed, too, as
-            finely as the evaluator knows: usually batch by batch.
-    """
-
-    n_asked: int
 
 
 @runtime_checkable
 class Differentiable(Protocol):
-    """What an `Evaluator` offers besides, where a loss of the live model has a derivative.
+    """What an `Evaluator` also has where a loss of the live model can be differentiated.
 
-    Fit rows are a task's own training split where it has one, else the FIT share of its search split; they are
-    disjoint from every scored question. Kinds of loss: ``gold`` (the right answer's negative log-likelihood),
-    ``pseudo`` (the answer that the task's own expert gives), ``kl`` (`Teachable`), ``entropy`` (of the model's answer).
+    The rows to fit on are a task's own training split where it has one, else the FIT share of its search split. No row
+    to fit on is ever scored.
+
+    Kinds of loss:
+        gold: Negative log-likelihood of the right answer.
+        pseudo: Negative log-likelihood of the answer that the task's teacher gives (see `set_pseudo_labels`).
+        kl: Divergence from the teacher's output distribution (see `Teachable`).
+        entropy: Entropy of the model's own answer.
     """
 
     def fit_tasks(self) -> dict[str, int]:
-        """Number of fit rows by task; 0 where there are none."""
+        """Number of rows to fit on by task; 0 for a task that has none."""
         ...
 
     def losses(self, task: str) -> tuple[str, ...]:
-        """Kinds of loss that `task` has; known before a model is bound."""
+        """Kinds of loss that `task` has. Needs no bound model."""
         ...
 
     def predict(self, task: str, rows: Sequence[int]) -> list[Any]:
-        """The live model's own answers to fit rows, for `set_pseudo_labels`."""
+        """The live model's answers to these rows, in the form that `set_pseudo_labels` takes."""
         ...
 
     def set_pseudo_labels(self, task: str, labels: Mapping[int, Any]) -> None:
-        """Answers by fit row of `task`, as `predict` gives them, for losses of kind ``pseudo``; other rows keep theirs."""
+        """Store answers by row for losses of kind ``pseudo``. Rows that are not named keep their answers."""
         ...
 
     def loss(self, task: str, rows: Sequence[int], kind: str = "gold") -> Any:
-        """Mean loss over fit rows: a float32 scalar tensor with its graph through the live parameters.
+        """Mean loss over these rows: a float32 scalar tensor with its graph through the live parameters.
 
-        The model is in eval mode; equal rows give equal losses. The caller decides which parameters need gradients.
+        The model is in evaluation mode. Equal rows give equal losses. The caller decides which parameters require
+        gradients.
         """
         ...
 
 
 @runtime_checkable
 class Teachable(Differentiable, Protocol):
-    """A `Differentiable` that also has the loss ``kl``: KL from a task's own expert to the live model, no labels."""
+    """A `Differentiable` with the loss ``kl``: the divergence from a teacher's outputs to the live model's. No labels."""
 
-    def remember(self, task: str, rows: Sequence[int]) -> None:
-        """Keep how the live model, as it is now, answers these fit rows of `task`; other rows keep what they have."""
+    def cache_teacher(self, task: str, rows: Sequence[int]) -> None:
+        """Store the live model's outputs on these rows of `task`. The teacher's weights are loaded at this moment.
+
+        Rows that are not named keep what was stored for them.
+        """
         ...
 
-    def questions_to_remember(self, task: str) -> int:
-        """What `remember` asks for each row."""
+    def teacher_questions(self, task: str) -> int:
+        """Number of questions that `cache_teacher` asks per row."""
         ...
 
 

@@ -16,11 +16,11 @@ from merge_search.engine.resident.pool import ModelPool
 from merge_search.engine.statistics.provider import DataStatistics
 from merge_search.engine.statistics.store import FOLDER as STATISTICS
 from merge_search.engine.statistics.store import FolderStatistics
-from merge_search.engine.streaming.engine import OneOffEngine
+from merge_search.engine.streaming.engine import StreamingEngine
 from merge_search.errors import RecipeError
 from merge_search.mergekit import read_mergekit
 from merge_search.recipe import Models, Recipe
-from merge_search.report.model_card import recipe_card
+from merge_search.report.recipe_card import recipe_card
 from merge_search.rules import find_rule_files, in_use, use_rule_files
 from merge_search.rules.files import FOLDER as RULES
 
@@ -104,10 +104,10 @@ def write_merge(
     Raises:
         WeightsError: the weights are not the expected ones; nothing is written.
     """
-    pool = ModelPool(recipe.models, device=device, map_folders=[maps], once=not expected)
+    pool = ModelPool(recipe.models, device=device, map_folders=[maps], streaming=not expected)
     source = pool.statistics = statistics(pool)
     # The engine that made the scored bits makes them again: it may have been compiled.
-    engine = MergeEngine(pool) if expected else OneOffEngine(pool)
+    engine = MergeEngine(pool) if expected else StreamingEngine(pool)
 
     def others() -> dict[str, str | bytes | Path]:
         models = recipe.models.model_copy(update={"hashes": pool.hashes()})  # known now that the tensors were read

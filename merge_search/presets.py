@@ -234,7 +234,7 @@ _ALL: tuple[Preset, ...] = (
             "allocate": {"kind": "importance", "measure": "apl", "spread": 0.4, "coefficient_power": 0.5},
             "select": {"kind": "bernoulli"}, "rescale": {"kind": "inverse_density"},
         },
-        differs="No code was released. Dividing importance by both norms, and its map to density and coefficient, are ours.",
+        differs="No code was released: dividing importance by both norms and its map to density are ours.",
         coefficient=0.3, density=0.5,
         needs_data=True, grid=({"coefficient": 0.3}, {"coefficient": 0.5}),
     ),

@@ -6,7 +6,8 @@ Parameters are flat, bounded and identifiable: different points mean different m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -82,28 +83,38 @@ class SpaceContext:
 
 @runtime_checkable
 class SearchSpace(Protocol):
-    """What a family in ``search_spaces/`` implements.
+    """What may vary: the contract of a family in ``search_spaces/`` or in a user's own file.
 
-    Built as ``Family(options, context)``; `options` is the ``space`` entry of the study file without
-    ``type``; every problem with it is raised at once as one `SpaceError`.
+    The class is built as ``Family(options, context, folder=...)``. The constructor raises every problem with the options
+    at once, as one `SpaceError`.
+
+    Inherit from this class to get its defaults. A class with the same members that does not inherit is accepted, too:
+    `merge_search.catalogue.build_space` adds the defaults.
+
+    Constructor arguments:
+        options: The ``space`` entry of the study file without the key ``type``.
+        context: The `SpaceContext` of the study.
+        folder: The folder of the study file. Relative paths in `options` are relative to it.
+
+    Attributes:
+        parameters: Domains by name, in a fixed order. They are the same for every point.
+        notes: Sentences for the user's log.
     """
 
-    @property
-    def parameters(self) -> Mapping[str, Parameter]:
-        """Names and domains, in a fixed order; the same for every point."""
-        ...
+    parameters: Mapping[str, Parameter]
+    notes: Sequence[str] = ()
 
+    @abstractmethod
     def decode(self, point: Point) -> Recipe:
         """The recipe of a point that has a value for every parameter."""
-        ...
 
+    @abstractmethod
     def encode(self, recipe: Recipe) -> dict[str, str | int | float | bool] | None:
         """A point that decodes to `recipe`, or None if the space does not hold it."""
-        ...
 
+    @abstractmethod
     def initial_points(self) -> list[dict[str, str | int | float | bool]]:
-        """Points worth trying before any model of the objective: uniform recipes. May be empty."""
-        ...
+        """Points worth trying before the sampler has a model of the objective, such as uniform recipes. May be empty."""
 
 
 def decoded(space: SearchSpace, point: Point) -> Recipe:

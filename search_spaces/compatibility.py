@@ -19,11 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
 from merge_search.errors import SpaceError, nearest
+from merge_search.options import sentences_at
 from merge_search.recipe import Assess, Resolve, Select, Splice
 from merge_search.rules import MEASURES, SELECTIONS, SPLICES, option_problems
 from merge_search.space import SpaceContext
@@ -40,7 +42,7 @@ from search_spaces.parts.methods import (
     preset_problems,
     why_senseless,
 )
-from search_spaces.parts.options import Options, read_options, sentences_at
+from search_spaces.parts.options import Options, space_options
 
 __all__ = ["Compatibility"]
 
@@ -63,8 +65,8 @@ class CompatibilityOptions(Options):
 class Compatibility(Composed):
     """Parameters: ``preset`` or ``method``, ``coefficient.EXPERT[.CELL]``, ``density.EXPERT[.CELL]``."""
 
-    def __init__(self, options: Mapping[str, Any], context: SpaceContext) -> None:
-        chosen = read_options(CompatibilityOptions, options)
+    def __init__(self, options: Mapping[str, Any], context: SpaceContext, *, folder: Path | None = None) -> None:
+        chosen = space_options(CompatibilityOptions, options)
         by_axes = [k for k in ("assess", "select", "resolve", "splice") if getattr(chosen, k) is not None]
         if by_axes and chosen.presets is not None:
             raise SpaceError(f"space: give either presets or {', '.join(by_axes)}, not both")

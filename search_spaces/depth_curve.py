@@ -9,6 +9,7 @@ Dimension: M * knots, plus M * density_knots if given.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -18,7 +19,7 @@ from merge_search.space import SpaceContext
 from search_spaces.parts.axes import Linear, curve
 from search_spaces.parts.composed import Composed
 from search_spaces.parts.methods import of_preset, preset_problems
-from search_spaces.parts.options import Bounds, DensityBounds, Options, read_options
+from search_spaces.parts.options import Bounds, DensityBounds, Options, space_options
 
 __all__ = ["DepthCurve", "knot_positions"]
 
@@ -45,8 +46,8 @@ def knot_positions(n: int, n_blocks: int) -> list[int]:
 class DepthCurve(Composed):
     """Parameters: ``coefficient.EXPERT.knot.J`` and ``density.EXPERT.knot.J``."""
 
-    def __init__(self, options: Mapping[str, Any], context: SpaceContext) -> None:
-        chosen = read_options(DepthCurveOptions, options)
+    def __init__(self, options: Mapping[str, Any], context: SpaceContext, *, folder: Path | None = None) -> None:
+        chosen = space_options(DepthCurveOptions, options)
         depth = context.n_blocks
         problems = preset_problems([chosen.preset], context, at="space.preset")
         if depth < 2:

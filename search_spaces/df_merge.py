@@ -9,6 +9,7 @@ Source: Lee et al. 2025, Dynamic Fisher-weighted Model Merging via Bayesian Opti
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from merge_search.space import SpaceContext
@@ -16,7 +17,7 @@ from search_spaces.parts.axes import per_cell
 from search_spaces.parts.composed import Composed
 from search_spaces.parts.grouping import Range
 from search_spaces.parts.methods import of_preset
-from search_spaces.parts.options import Bounds, Options, read_options
+from search_spaces.parts.options import Bounds, Options, space_options
 
 __all__ = ["DfMerge"]
 
@@ -29,7 +30,7 @@ class DfMergeOptions(Options):
 class DfMerge(Composed):
     """Parameters: ``coefficient.EXPERT``."""
 
-    def __init__(self, options: Mapping[str, Any], context: SpaceContext) -> None:
-        chosen = read_options(DfMergeOptions, options)
+    def __init__(self, options: Mapping[str, Any], context: SpaceContext, *, folder: Path | None = None) -> None:
+        chosen = space_options(DfMergeOptions, options)
         method = of_preset("df_merge" if chosen.fisher else "task_arithmetic", context)
         super().__init__(context, [method], per_cell("coefficient", context, Range(bounds=chosen.bounds)))

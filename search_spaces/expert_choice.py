@@ -8,6 +8,7 @@ Dimension: ceil(L / span) categories for L blocks, and one more for the tensors 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -19,7 +20,7 @@ from search_spaces.parts.axes import Read
 from search_spaces.parts.composed import FEWEST, MOST, Composed, Values
 from search_spaces.parts.grouping import REST, Slots
 from search_spaces.parts.methods import of_preset
-from search_spaces.parts.options import Options, read_options
+from search_spaces.parts.options import Options, space_options
 
 __all__ = ["ExpertChoice"]
 
@@ -36,8 +37,8 @@ class ExpertChoiceOptions(Options):
 class ExpertChoice(Composed):
     """Parameters: ``choice.J`` for the J-th span of blocks, ``choice.rest``."""
 
-    def __init__(self, options: Mapping[str, Any], context: SpaceContext) -> None:
-        chosen = read_options(ExpertChoiceOptions, options)
+    def __init__(self, options: Mapping[str, Any], context: SpaceContext, *, folder: Path | None = None) -> None:
+        chosen = space_options(ExpertChoiceOptions, options)
         choices = (*context.experts, *([BASE] if chosen.base else []))
         if len(choices) < 2:
             raise SpaceError("space.base: with one expert there is nothing to choose from; write base: true")

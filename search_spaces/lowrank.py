@@ -22,6 +22,7 @@ Source: the CP form of adapters in PETAL (arXiv 2312.12458), here for coefficien
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -34,7 +35,7 @@ from search_spaces.parts.axes import Read, curve, settle
 from search_spaces.parts.composed import Composed, Values
 from search_spaces.parts.grouping import Slots
 from search_spaces.parts.one_method import OneMethod, method_and_density
-from search_spaces.parts.options import Bounds, read_options
+from search_spaces.parts.options import Bounds, space_options
 
 __all__ = ["LowRank"]
 
@@ -50,8 +51,8 @@ class LowRankOptions(OneMethod):
 class LowRank(Composed):
     """Parameters: ``strength.EXPERT``, ``depth.knot.J``, ``kind.KIND``; with rank > 1 ``strength.EXPERT.R``, ``depth.R.knot.J``, ..."""
 
-    def __init__(self, options: Mapping[str, Any], context: SpaceContext) -> None:
-        chosen = read_options(LowRankOptions, options)
+    def __init__(self, options: Mapping[str, Any], context: SpaceContext, *, folder: Path | None = None) -> None:
+        chosen = space_options(LowRankOptions, options)
         method, density = method_and_density(chosen, context)
         depth, experts = context.n_blocks, len(context.experts)
         problems = []

@@ -10,8 +10,9 @@ import yaml
 from pydantic import AfterValidator, Field
 
 from merge_search.errors import SpaceError, nearest
+from merge_search.options import absolute
 from merge_search.space import SpaceContext
-from search_spaces.parts.options import Bounds, DensityBounds, Options, read_options
+from search_spaces.parts.options import Bounds, DensityBounds, Options, space_options
 
 __all__ = ["DENSITY_METHODS", "Genome", "MergekitOptions", "read_genome"]
 
@@ -72,16 +73,16 @@ class Genome(Options):
 
 
 def read_genome(
-    options: Mapping[str, Any], context: SpaceContext
+    options: Mapping[str, Any], context: SpaceContext, folder: Path | None = None
 ) -> tuple[MergekitOptions, Genome, tuple[str, ...], list[str]]:
     """Options, genome, its experts in its order, and notes.
 
     Raises:
         SpaceError: every key that cannot be read or expressed.
     """
-    chosen = read_options(MergekitOptions, options)
-    section, notes = _section(chosen)
-    genome = read_options(Genome, section, at=("genome",))
+    chosen = space_options(MergekitOptions, options)
+    section, notes = _section(chosen, folder)
+    genome = space_options(Genome, section, at=("genome",))
     problems = _inexpressible(genome, context)
     problems += [
         f"space.models: {target!r} is neither 'base' nor an expert{nearest(target, context.experts)}"
@@ -130,12 +131,12 @@ def _experts(
     return experts
 
 
-def _section(chosen: MergekitOptions) -> tuple[Mapping[str, Any], list[str]]:
+def _section(chosen: MergekitOptions, folder: Path | None) -> tuple[Mapping[str, Any], list[str]]:
     if (chosen.file is None) == (chosen.genome is None):
         raise SpaceError("space: give either file (a mergekit-evolve YAML) or genome (its section of that name)")
     if chosen.genome is not None:
         return chosen.genome, []
-    path = Path(str(chosen.file)).expanduser().absolute()
+    path = absolute(str(chosen.file), folder)
     if not path.is_file():
         raise SpaceError(f"space.file: no such file: {path}")
     try:

@@ -19,6 +19,7 @@ Source: the documentation of mergekit-evolve (Arcee AI, LGPL); random masks are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from merge_search.presets import preset
@@ -38,8 +39,8 @@ EMPHASES = (3.0, 1 / 3, 2.0, 1 / 2, 5.0, 1 / 5)
 class MergekitGenome(Composed):
     """Parameters: ``weight.EXPERT[.layers.J][.FILTER]`` and ``density.EXPERT...``; relative weights from the second model on."""
 
-    def __init__(self, options: Mapping[str, Any], context: SpaceContext) -> None:
-        chosen, genome, experts, notes = read_genome(options, context)
+    def __init__(self, options: Mapping[str, Any], context: SpaceContext, *, folder: Path | None = None) -> None:
+        chosen, genome, experts, notes = read_genome(options, context, folder)
         mix = _mix(genome, context)
         weights: Linear | _Relative
         if genome.normalised:

@@ -6,6 +6,7 @@ Dimension: 1 to 3: the coefficient; the preset, if several are listed; the densi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -16,7 +17,7 @@ from search_spaces.parts.axes import per_cell
 from search_spaces.parts.composed import Composed
 from search_spaces.parts.grouping import DensityRange, Range
 from search_spaces.parts.methods import distinct, of_preset, preset_problems
-from search_spaces.parts.options import Bounds, DensityBounds, Options, read_options
+from search_spaces.parts.options import Bounds, DensityBounds, Options, space_options
 
 __all__ = ["Uniform"]
 
@@ -30,8 +31,8 @@ class UniformOptions(Options):
 class Uniform(Composed):
     """Parameters: ``preset``, ``coefficient``, ``density``."""
 
-    def __init__(self, options: Mapping[str, Any], context: SpaceContext) -> None:
-        chosen = read_options(UniformOptions, options)
+    def __init__(self, options: Mapping[str, Any], context: SpaceContext, *, folder: Path | None = None) -> None:
+        chosen = space_options(UniformOptions, options)
         presets = tuple(dict.fromkeys(chosen.presets))
         problems = preset_problems(presets, context, at="space.presets")
         if problems:

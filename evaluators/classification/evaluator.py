@@ -30,30 +30,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluators.classification.rows import Row, TaskRows, read_options, read_tasks
+from evaluators.classification.rows import Options, Row, TaskRows, read_tasks
 from merge_search.errors import EvaluationError, InputError, nearest
-from merge_search.evaluation import Cost, Evaluation, MetricInfo, Scores, Split, SplitShares, window
+from merge_search.evaluation import Cost, Evaluation, Evaluator, MetricInfo, Scores, Split, SplitShares, window
+from merge_search.options import read_options
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
     from evaluators.classification.heads import Batch, EncoderHeads
-    from evaluators.distillation import Told
+    from evaluators.distillation import TeacherOutputs
 
 __all__ = ["Classification"]
 
 LOSSES = ("gold", "pseudo", "kl", "entropy")
 
 
-class Classification:
+class Classification(Evaluator):
     """An `Evaluator` with a differentiable loss that is also `Counting`; torch is first imported by `bind`.
 
     Args:
         options: As in the module's notes.
         shares: Where a task has ``train`` rows, its fit share is scored with the rest of the search split.
         seed: Not used: splits and orders are functions of the documents.
-        folder: Where files lie that no folder of ``include_path`` is named for; None: the current directory.
+        folder: The folder that relative paths are relative to; None: the current directory.
 
     Raises:
         StudyFileError: options, files, labels, rows or heads are wrong, or a split is too small: all at once.
@@ -65,14 +66,14 @@ class Classification:
     def __init__(
         self, options: Mapping[str, Any], *, shares: SplitShares, seed: int, folder: Path | None = None
     ) -> None:
-        self._options = read_options(options)
+        self._options = read_options(Options, options)
         self._tasks = {t.name: t for t in read_tasks(self._options, shares, folder)}
         self.n_asked = 0
         self._encoder: EncoderHeads | None = None
         self._tokens: dict[tuple[str, Split], list[list[int]]] = {}
         self._batches: dict[tuple[str, Split, int, int], list[Batch]] = {}
         self._pseudo: dict[str, dict[int, int]] = {name: {} for name in self._tasks}
-        self._told: dict[str, dict[int, Told]] = {name: {} for name in self._tasks}
+        self._teacher_outputs: dict[str, dict[int, TeacherOutputs]] = {name: {} for name in self._tasks}
 
     def metrics(self) -> list[MetricInfo]:
         """``acc`` and ``nll`` of each task; the chance of ``acc`` is 1 / n_classes."""
@@ -163,19 +164,19 @@ class Classification:
         tokens = [self._tokens[known.name, Split.FIT][i] for i in rows]
         return encoder.score(known.name, encoder.batches(tokens, size=self._options.batch_size))
 
-    def remember(self, task: str, rows: Sequence[int]) -> None:
+    def cache_teacher(self, task: str, rows: Sequence[int]) -> None:
         """Keep how the bound model, as it is now, classifies these fit rows of `task`, for the loss ``kl``.
 
         Other rows keep what they have. Raises: as `predict`.
         """
         from torch import from_numpy
 
-        from evaluators.distillation import tell
+        from evaluators.distillation import TeacherOutputs
 
-        whole = tell(from_numpy(self._logits(task, rows)).log_softmax(-1))
-        self._told[task] |= {row: whole[at : at + 1] for at, row in enumerate(rows)}
+        whole = TeacherOutputs.from_log_p(from_numpy(self._logits(task, rows)).log_softmax(-1))
+        self._teacher_outputs[task] |= {row: whole[at : at + 1] for at, row in enumerate(rows)}
 
-    def questions_to_remember(self, task: str) -> int:
+    def teacher_questions(self, task: str) -> int:
         """One per row."""
         return 1
 
@@ -227,30 +228,30 @@ class Classification:
         encoder, known = self._bound(), self._fit_rows(task, rows)
         if kind not in LOSSES:
             raise InputError(f"no loss is called {kind!r}{nearest(kind, LOSSES)}")
-        self._check_told(task, rows, kind)
+        self._check_teacher(task, rows, kind)
         tokens = self._tokens[task, Split.FIT]
         batches = encoder.trim_batches([tokens[i] for i in rows])
         logits = cat([encoder.logits(task, batch) for batch in batches])
         asked = [rows[at] for batch in batches for at in batch.rows]
         if kind == "kl":
-            return divergence(join([self._told[task][i] for i in asked]), logits.log_softmax(-1)).mean()
+            return divergence(join([self._teacher_outputs[task][i] for i in asked]), logits.log_softmax(-1)).mean()
         if kind == "entropy":
             log_p = functional.log_softmax(logits, dim=-1)
             return -(log_p.exp() * log_p).sum(-1).mean() / math.log(known.head.n_classes)
         labels = [self._pseudo[task][i] if kind == "pseudo" else known.fit[i].label for i in asked]
         return functional.cross_entropy(logits, as_tensor(labels, device=logits.device))
 
-    def _check_told(self, task: str, rows: Sequence[int], kind: str) -> None:
+    def _check_teacher(self, task: str, rows: Sequence[int], kind: str) -> None:
         """Raises `EvaluationError` unless an expert has answered these rows, where the loss needs that."""
         if kind == "pseudo" and (absent := [i for i in rows if i not in self._pseudo[task]]):
             raise EvaluationError(
                 f"task {task!r} has no pseudo labels for {len(absent)} of {len(rows)} rows (row {absent[0]}): "
                 "give them to set_pseudo_labels first"
             )
-        if kind == "kl" and (absent := [i for i in rows if i not in self._told[task]]):
+        if kind == "kl" and (absent := [i for i in rows if i not in self._teacher_outputs[task]]):
             raise EvaluationError(
                 f"task {task!r} has no expert's answers to compare with for {len(absent)} of {len(rows)} rows "
-                f"(row {absent[0]}): call remember first"
+                f"(row {absent[0]}): call cache_teacher first"
             )
 
     def _bound(self) -> EncoderHeads:

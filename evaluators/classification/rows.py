@@ -10,20 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from safetensors import SafetensorError, safe_open
 
-from merge_search.errors import StudyFileError, nearest, sentences
+from merge_search.errors import StudyFileError, nearest
 from merge_search.evaluation import Split, SplitShares, question_order, split_of
+from merge_search.options import PathList, folders
 
-__all__ = ["HeadFile", "Options", "Row", "TaskRows", "read_options", "read_tasks"]
+__all__ = ["HeadFile", "Options", "Row", "TaskRows", "read_tasks"]
 
 SCORED = (Split.SEARCH, Split.VALIDATION, Split.TEST)
 SHOWN_PER_FILE = 5
 """A file of another format is wrong in every line: the first few tell enough."""
 
 _log = logging.getLogger(__name__)
-Files = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 
 
 class TaskOptions(BaseModel):
@@ -31,9 +31,9 @@ class TaskOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: Annotated[Files, Field(min_length=1)]
+    data: Annotated[PathList, Field(min_length=1)]
     head: str
-    train: Files = []
+    train: PathList = []
     text: str = "text"
     label: str = "label"
     labels: Any = None
@@ -54,7 +54,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tasks: Annotated[dict[Annotated[str, Field(pattern=r"^[^\s/]+$")], TaskOptions], Field(min_length=1)]
-    include_path: Files = []
+    include_path: PathList = []
     batch_size: Annotated[int, Field(ge=1)] = 64
     max_length: Annotated[int, Field(ge=1)] = 128
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -99,14 +99,6 @@ class TaskRows:
     fit: tuple[Row, ...]
 
 
-def read_options(options: Mapping[str, Any]) -> Options:
-    """Raises `StudyFileError` with every problem and the nearest known key."""
-    try:
-        return Options.model_validate(options)
-    except ValidationError as error:
-        raise StudyFileError(sentences(error, Options)) from None
-
-
 def read_tasks(options: Options, shares: SplitShares, folder: Path | None = None) -> list[TaskRows]:
     """Read heads' headers and all rows, and split them.
 
@@ -129,7 +121,7 @@ class _Reader:
     def __init__(self, options: Options, name: str, problems: list[str], folder: Path | None) -> None:
         self.options, self.name, self.task = options, name, options.tasks[name]
         self.problems = problems
-        self.folders = [Path(f).expanduser() for f in options.include_path] or [folder or Path.cwd()]
+        self.folders = folders(options.include_path, folder)
 
     def read(self, shares: SplitShares) -> TaskRows | None:
         before = len(self.problems)

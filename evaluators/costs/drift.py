@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from evaluators.costs.texts import TextOptions, fewest_texts, read_options, split_texts, text_hash
+from evaluators.costs.texts import TextOptions, fewest_texts, split_texts, text_hash
 from merge_search.errors import EvaluationError, NonFiniteError, StudyFileError
-from merge_search.evaluation import Cost, Evaluation, MetricInfo, Scores, Split, SplitShares, window
+from merge_search.evaluation import Cost, Evaluation, Evaluator, MetricInfo, Scores, Split, SplitShares, window
 from merge_search.memory import free_host_bytes
+from merge_search.options import read_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,14 +50,14 @@ class Options(TextOptions):
     batch_size: Annotated[int, Field(ge=1)] = 16
 
 
-class Drift:
+class Drift(Evaluator):
     """An `Evaluator` of one cost, ``drift/kl``, that is also `Counting`; torch is first imported by `bind`.
 
     Args:
         options: As in the module's notes.
         shares: Texts are split like questions; the fit share of the search split is asked with the rest of it.
         seed: Not used: splits and order are functions of the texts.
-        folder: Where files lie that no folder of ``include_path`` is named for; None: the current directory.
+        folder: The folder that relative paths are relative to; None: the current directory.
 
     Raises:
         StudyFileError: options, files or rows are wrong, or a split has fewer than two texts.

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from evaluators.costs.texts import TextOptions, read_options, split_texts, text_hash
+from evaluators.costs.texts import TextOptions, split_texts, text_hash
 from merge_search.errors import EvaluationError
-from merge_search.evaluation import Cost, Evaluation, MetricInfo, Scores, Split, SplitShares, window
+from merge_search.evaluation import Cost, Evaluation, Evaluator, MetricInfo, Scores, Split, SplitShares, window
+from merge_search.options import read_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,14 +45,14 @@ class Options(TextOptions):
     """Texts answered before the clock starts, in every call."""
 
 
-class Latency:
+class Latency(Evaluator):
     """An `Evaluator` of one cost, ``latency/seconds``, that is also `Counting`; torch is first imported by `evaluate`.
 
     Args:
         options: As in the module's notes.
         shares: Texts are split like questions.
         seed: Not used.
-        folder: Where files lie that no folder of ``include_path`` is named for; None: the current directory.
+        folder: The folder that relative paths are relative to; None: the current directory.
 
     Raises:
         StudyFileError: options, files or rows are wrong, or a split has fewer than two texts.

@@ -17,15 +17,17 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from evaluators.costs.texts import SCORED, read_options
+from evaluators.costs.texts import SCORED
 from merge_search.errors import EvaluationError, StudyFileError
-from merge_search.evaluation import Cost, Evaluation, MetricInfo, Scores, Split, SplitShares
+from merge_search.evaluation import Cost, Evaluation, Evaluator, MetricInfo, Scores, Split, SplitShares
 from merge_search.memory import free_host_bytes
+from merge_search.options import read_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,19 +43,22 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Size:
+class Size(Evaluator):
     """An `Evaluator` of two costs, ``size/changed`` and ``size/parameters``; both the same on every split.
 
     Args:
         options: Must be empty.
         shares: Not used.
         seed: Not used.
+        folder: Not used.
 
     Raises:
         StudyFileError: an option is given.
     """
 
-    def __init__(self, options: Mapping[str, Any], *, shares: SplitShares, seed: int) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], *, shares: SplitShares, seed: int, folder: Path | None = None
+    ) -> None:
         read_options(Options, options)
         self._pairs: list[tuple[Tensor, Tensor]] = []
 

@@ -6,14 +6,15 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from merge_search.errors import StudyFileError, sentences
+from merge_search.errors import StudyFileError
 from merge_search.evaluation import Split, SplitShares, question_order, split_of
+from merge_search.options import PathList, folders
 
-__all__ = ["SCORED", "TextOptions", "fewest_texts", "read_options", "split_texts", "text_hash"]
+__all__ = ["SCORED", "TextOptions", "fewest_texts", "split_texts", "text_hash"]
 
 FEWEST = 2
 SCORED = (Split.SEARCH, Split.VALIDATION, Split.TEST)
@@ -25,31 +26,15 @@ class TextOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    texts: Annotated[list[str], Field(min_length=1)]
+    texts: Annotated[PathList, Field(min_length=1)]
     """Files: one text a line, or JSON lines (``.jsonl``) with the text under `key`."""
     key: str = "text"
-    include_path: list[str] = []
+    include_path: PathList = []
     """Folders that `texts` are relative to; none: the study file's."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Texts, the first in the order of questions."""
     max_length: Annotated[int, Field(ge=2)] = 128
     """Tokens; longer texts are cut."""
-
-    @field_validator("texts", "include_path", mode="before")
-    @classmethod
-    def _as_list(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
-
-
-Kind = TypeVar("Kind", bound=BaseModel)
-
-
-def read_options(kind: type[Kind], options: Mapping[str, Any]) -> Kind:
-    """Raises `StudyFileError` with every unknown or wrong option."""
-    try:
-        return kind.model_validate(dict(options))
-    except ValidationError as error:
-        raise StudyFileError(sentences(error, kind)) from None
 
 
 def split_texts(options: TextOptions, shares: SplitShares, folder: Path | None = None) -> dict[Split, list[str]]:
@@ -87,13 +72,13 @@ def text_hash(text: str) -> str:
 
 def _read(options: TextOptions, folder: Path | None) -> Iterator[str]:
     problems: list[str] = []
+    looked_in = folders(options.include_path, folder)
     for name in options.texts:
-        folders = [Path(p) for p in options.include_path] or [folder or Path.cwd()]
-        places = [f / Path(name).expanduser() for f in folders]
+        places = [f / Path(name).expanduser() for f in looked_in]
         path = next((p for p in places if p.is_file()), None)
         if path is None:
             problems.append(
-                f"texts: no file {name} in {', '.join(map(str, folders))}; include_path says where they lie"
+                f"texts: no file {name} in {', '.join(map(str, looked_in))}; include_path says where they lie"
             )
             continue
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ from typing import Any
 
 from lm_eval.api.utils import requires_delimiter
 
+from evaluators.lm_eval._compat import sampling_shots
 from evaluators.lm_eval.options import LmEvalOptions
 from evaluators.lm_eval.scores import right_choices
 
@@ -66,23 +67,15 @@ def fit_requests(task: Any, doc: Any, options: LmEvalOptions, seed: int, lm: Any
 
 @contextmanager
 def _shots_without(task: Any, doc: Any, seed: int) -> Iterator[None]:
-    """Shots drawn with `seed`, without `doc`: lm-eval leaves it out of the test split only."""
+    """Shots drawn with `seed`, without `doc`. lm-eval itself leaves a document out of the test split only."""
     task.set_fewshot_seed(seed)
-    sampler = getattr(task, "sampler", None)
-    if sampler is None:
-        yield
-        return
-    original = sampler.sample
 
-    def sample(n: int, **_: Any) -> list[Any]:
-        drawn = original(n=min(n + 1, len(sampler.df)))
-        return [shot for shot in drawn if shot != doc][:n]
+    def draw(original: Callable[..., list[Any]], n: int, n_documents: int) -> list[Any]:
+        shots = original(n=min(n + 1, n_documents))
+        return [shot for shot in shots if shot != doc][:n]
 
-    sampler.sample = sample
-    try:
+    with sampling_shots(task, draw):
         yield
-    finally:
-        del sampler.sample
 
 
 def choices_of(task: Any, doc: Any, requests: list[Any]) -> list[Answer]:

@@ -18,7 +18,7 @@ from evaluators.lm_eval.questions import TaskQuestions
 from evaluators.lm_eval.scores import score_task
 from evaluators.lm_eval.tasks import load_tasks, quiet_lm_eval
 from merge_search.errors import EvaluationError, StudyFileError, nearest
-from merge_search.evaluation import Cost, Evaluation, MetricInfo, Scores, Split, SplitShares
+from merge_search.evaluation import Cost, Evaluation, Evaluator, MetricInfo, Scores, Split, SplitShares
 from merge_search.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["LmEval"]
 
 
-class LmEval:
+class LmEval(Evaluator):
     """Tasks of lm-eval 0.4.13, Hugging Face backend: an `Evaluator` that is `Teachable` and `Counting`.
 
     Scores are those of `lm_eval.simple_evaluate` on the same documents with ``fewshot_random_seed=seed`` (what the
@@ -43,7 +43,7 @@ class LmEval:
     Args:
         options: See `LmEvalOptions`.
         shares: Shares of the splits; a document's hash decides where it belongs.
-        folder: What task files named by a path are relative to; None: the current directory.
+        folder: The folder that relative paths are relative to; None: the current directory.
         seed: Draws the shots, and whatever a task that samples its answers draws.
 
     Raises:
@@ -53,7 +53,7 @@ class LmEval:
     def __init__(
         self, options: Mapping[str, Any], *, shares: SplitShares, seed: int, folder: Path | None = None
     ) -> None:
-        self.options = LmEvalOptions.parse(options)
+        self.options = LmEvalOptions.parse(options, folder)
         self.shares = shares
         self.seed = seed
         self.n_asked = 0
@@ -177,7 +177,7 @@ class LmEval:
         fit = self._fit_rows(task)
         fit.pseudo |= check_pseudo_labels(fit, labels)
 
-    def remember(self, task: str, rows: Sequence[int]) -> None:
+    def cache_teacher(self, task: str, rows: Sequence[int]) -> None:
         """Keep how the bound model, as it is now, answers these fit rows of `task`, for the loss ``kl``: a task's expert.
 
         Multiple choice: the softmax over the choices. Generation: its own answer and, in every place of it, the
@@ -185,10 +185,10 @@ class LmEval:
 
         Raises: as `predict`.
         """
-        self._losses().remember(self._fit_rows(task), rows)
+        self._losses().cache_teacher(self._fit_rows(task), rows)
 
-    def questions_to_remember(self, task: str) -> int:
-        """What `remember` asks for each row: one question, two where the answer is generated first."""
+    def teacher_questions(self, task: str) -> int:
+        """What `cache_teacher` asks for each row: one question, two where the answer is generated first."""
         return 2 if self._fit_rows(task).task.OUTPUT_TYPE == "generate_until" else 1
 
     def losses(self, task: str) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from merge_search.errors import EvaluationError, StudyFileError
 from merge_search.evaluation import Split, question_order
 
 if TYPE_CHECKING:
-    from evaluators.distillation import Told
+    from evaluators.distillation import TeacherOutputs
 
 __all__ = ["LOSSES", "FitRow", "FitRows", "Source", "fit_source", "losses_of"]
 
@@ -95,7 +95,7 @@ class FitRows:
         self.source = source
         self.pseudo: dict[int, Any] = {}
         self.answers: dict[int, str] = {}
-        self.told: dict[int, Told] = {}
+        self.teacher_outputs: dict[int, TeacherOutputs] = {}
         self._questions = questions.questions
         self._limit = limit
 

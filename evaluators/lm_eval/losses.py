@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from evaluators.distillation import TOP, Told, divergence, join, tell
+from evaluators.distillation import TOP, TeacherOutputs, divergence, join
 from evaluators.isolation import isolated_generators
 from evaluators.lm_eval.answers import Answer, choices_of, fit_requests, generated_answer, gold_answer
 from evaluators.lm_eval.fit_rows import LOSSES, FitRows, losses_of
 from evaluators.lm_eval.options import LmEvalOptions
 from evaluators.lm_eval.packed_scorer import obstacle
-from evaluators.lm_eval.packing import Layout, Piece, packed_layout, plain_layout
+from evaluators.lm_eval.packing import Layout, Piece, attention_mask, packed_layout, plain_layout
 from evaluators.lm_eval.requests import LiveRequests
 from evaluators.lm_eval.scores import right_choices
 from evaluators.lm_eval.tasks import quiet_lm_eval, reason
@@ -61,7 +61,7 @@ class LiveLoss:
         """See `LmEval.loss`."""
         fit.select(rows)
         _check_kind(fit, kind)
-        _check_told(fit, rows, kind)
+        _check_teacher(fit, rows, kind)
         if self._live.lm.backend != "causal":
             raise EvaluationError("losses are defined for causal language models; this model has an encoder")
         self._live.model.eval()
@@ -100,40 +100,43 @@ class LiveLoss:
                     out += [int(c) for c in sums.cpu().numpy().argmax(axis=1)]
             return out
 
-    def remember(self, fit: FitRows, rows: Sequence[int]) -> None:
-        """See `LmEval.remember`."""
+    def cache_teacher(self, fit: FitRows, rows: Sequence[int]) -> None:
+        """See `LmEval.cache_teacher`."""
         fit.select(rows)
-        _check_kind(fit, "remember")
+        _check_kind(fit, "cache_teacher")
         if fit.task.OUTPUT_TYPE == "generate_until":
             fit.answers |= dict(zip(rows, self.predict(fit, rows), strict=True))
         size = self._options.batch_size
-        found: list[Told] = []
+        new: list[TeacherOutputs] = []
         self._live.model.eval()
         with torch.no_grad():
             for at in range(0, len(rows), size):
-                found += self._tell(fit, rows[at : at + size])
-        if not all(np.isfinite(told.log_p).any(1).all() for told in found):
+                new += self._teacher_outputs(fit, rows[at : at + size])
+        if not all(np.isfinite(outputs.log_p).any(1).all() for outputs in new):
             raise NonFiniteError(f"an expert's answers must be finite, found NaN for task {fit.name!r}")
-        fit.told |= dict(zip(rows, found, strict=True))
+        fit.teacher_outputs |= dict(zip(rows, new, strict=True))
 
-    def _tell(self, fit: FitRows, rows: Sequence[int]) -> list[Told]:
+    def _teacher_outputs(self, fit: FitRows, rows: Sequence[int]) -> list[TeacherOutputs]:
         """What the live model answers to one batch of rows."""
         if fit.task.OUTPUT_TYPE == "multiple_choice":
             sums, n_choices = self._choice_sums(fit, rows)
-            return [tell(p[None, :n]) for p, n in zip(sums.log_softmax(-1), n_choices.tolist(), strict=True)]
+            return [
+                TeacherOutputs.from_log_p(p[None, :n])
+                for p, n in zip(sums.log_softmax(-1), n_choices.tolist(), strict=True)
+            ]
         parts = self._parts(fit, rows, "kl")
         ends = np.cumsum([_n_targets(part) for part in parts]).tolist()
-        whole = tell(self._log_probabilities(parts, whole=True), top=TOP)
+        whole = TeacherOutputs.from_log_p(self._log_probabilities(parts, whole=True), top=TOP)
         return [whole[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
     def _divergence(self, fit: FitRows, rows: Sequence[int]) -> torch.Tensor:
         """Mean over rows of the mean over the answer's tokens (one for a choice) of KL(expert || live)."""
-        told = join([fit.told[i] for i in rows])
+        outputs = join([fit.teacher_outputs[i] for i in rows])
         if fit.task.OUTPUT_TYPE == "multiple_choice":
             sums, _ = self._choice_sums(fit, rows)
-            return divergence(told, sums.log_softmax(-1)).mean().float()
+            return divergence(outputs, sums.log_softmax(-1)).mean().float()
         parts = self._parts(fit, rows, "kl")
-        return self._mean_over(parts, divergence(told, self._log_probabilities(parts, whole=True)))
+        return self._mean_over(parts, divergence(outputs, self._log_probabilities(parts, whole=True)))
 
     def _mean(self, fit: FitRows, rows: Sequence[int], kind: str) -> torch.Tensor:
         """Mean over rows of the mean over the answer's tokens of -log p."""
@@ -210,10 +213,8 @@ class LiveLoss:
         positions, at = np.unique(layout.at, return_inverse=True)
         settings: dict[str, torch.Tensor] = {}
         if layout.positions is not None:
-            tree, branch = (torch.as_tensor(x, device=device) for x in (layout.tree, layout.branch))
-            causal = torch.ones(tree.shape[1], tree.shape[1], dtype=torch.bool, device=device).tril()
-            seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-            settings["attention_mask"] = (seen & causal & (tree[:, None, :] == tree[:, :, None]))[:, None]
+            branch, tree = (torch.as_tensor(x, device=device) for x in (layout.branch, layout.tree))
+            settings["attention_mask"] = attention_mask(branch, tree)
             settings["position_ids"] = torch.as_tensor(layout.positions, device=device)
         tokens = torch.as_tensor(layout.tokens, device=device)
         logits = _logits_at(self._live.model, tokens, torch.as_tensor(positions, device=device), **settings)
@@ -287,23 +288,23 @@ def check_pseudo_labels(fit: FitRows, labels: Mapping[int, Any]) -> dict[int, An
     return {row: int(x) for row, x in labels.items()}
 
 
-def _check_told(fit: FitRows, rows: Sequence[int], kind: str) -> None:
+def _check_teacher(fit: FitRows, rows: Sequence[int], kind: str) -> None:
     """Raises `EvaluationError` unless an expert has answered these rows, where the loss needs that."""
     if kind == "pseudo" and (absent := [i for i in rows if i not in fit.pseudo]):
         raise EvaluationError(
             f"task {fit.name!r} has no pseudo labels for {len(absent)} of {len(rows)} rows (row {absent[0]}): "
             "give them to set_pseudo_labels first"
         )
-    if kind == "kl" and (absent := [i for i in rows if i not in fit.told]):
+    if kind == "kl" and (absent := [i for i in rows if i not in fit.teacher_outputs]):
         raise EvaluationError(
             f"task {fit.name!r} has no expert's answers to compare with for {len(absent)} of {len(rows)} rows "
-            f"(row {absent[0]}): call remember first"
+            f"(row {absent[0]}): call cache_teacher first"
         )
 
 
 def _check_kind(fit: FitRows, kind: str) -> None:
     output = fit.task.OUTPUT_TYPE
-    if kind not in (*LOSSES, "predict", "pseudo labels", "remember"):
+    if kind not in (*LOSSES, "predict", "pseudo labels", "cache_teacher"):
         raise InputError(f"no loss is called {kind!r}{nearest(kind, LOSSES)}")
     has = losses_of(output)
     if kind in ("entropy", "choice") and kind not in has:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from merge_search.errors import StudyFileError, sentences
+from merge_search.errors import StudyFileError
+from merge_search.options import PathList, absolute, read_options
 
 __all__ = ["LmEvalOptions"]
 
@@ -20,8 +21,7 @@ class LmEvalOptions(BaseModel):
 
     Attributes:
         tasks: Names of tasks, groups or tags (both are expanded), or paths of task files.
-        include_path: Folders searched for task files before lm-eval's own; a relative one is relative to the
-            current directory.
+        include_path: Folders searched for task files before lm-eval's own.
         batch_size: Rows of one forward pass. Part of the result to about 1e-5 in float32, so it is a number.
         num_fewshot: Shots; a task that says 0 itself keeps it, as in lm-eval.
         limit: Most documents of a task over all splits together, chosen by hash.
@@ -38,7 +38,7 @@ class LmEvalOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tasks: _Words
-    include_path: list[str] = []
+    include_path: PathList = []
     batch_size: Annotated[int, Field(ge=1, strict=True)] = 16
     num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = None
     limit: Annotated[int, Field(ge=2, strict=True)] | None = None
@@ -57,16 +57,6 @@ class LmEvalOptions(BaseModel):
     def _one_task(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
 
-    @field_validator("include_path", mode="before")
-    @classmethod
-    def _as_list(cls, value: object) -> object:
-        return [] if value is None else [value] if isinstance(value, str | Path) else value
-
-    @field_validator("include_path", mode="after")
-    @classmethod
-    def _absolute(cls, value: list[str]) -> list[str]:
-        return [str(Path(p).expanduser().resolve()) for p in value]
-
     @field_validator("batch_size", mode="before")
     @classmethod
     def _no_auto(cls, value: object) -> object:
@@ -75,17 +65,19 @@ class LmEvalOptions(BaseModel):
         return value
 
     @classmethod
-    def parse(cls, options: Mapping[str, Any]) -> LmEvalOptions:
-        """Check `options`.
+    def parse(cls, options: Mapping[str, Any], folder: Path | None = None) -> LmEvalOptions:
+        """Check `options` and make the folders of ``include_path`` absolute.
+
+        Args:
+            options: As they stand in the study file.
+            folder: The folder that relative paths are relative to; None: the current directory.
 
         Raises:
-            StudyFileError: every problem, with the nearest known option for an unknown one.
+            StudyFileError: Every problem, with the nearest known option for each unknown one.
         """
-        try:
-            parsed = cls.model_validate(dict(options))
-        except ValidationError as error:
-            raise StudyFileError(sentences(error, cls)) from None
-        missing = [f"include_path: no folder {p}" for p in parsed.include_path if not Path(p).is_dir()]
+        parsed = read_options(cls, options)
+        searched = [absolute(path, folder) for path in parsed.include_path]
+        missing = [f"include_path: no folder {path}" for path in searched if not path.is_dir()]
         if missing:
             raise StudyFileError(missing)
-        return parsed
+        return parsed.model_copy(update={"include_path": [str(path) for path in searched]})

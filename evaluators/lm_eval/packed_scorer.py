@@ -21,6 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from evaluators.lm_eval._compat import log_likelihoods, report_answer
+from evaluators.lm_eval.packing import Piece, attention_mask, context_layout
+
 __all__ = ["PackedScorer", "obstacle", "packed_scorer"]
 
 log = logging.getLogger(__name__)
@@ -87,7 +90,7 @@ def packed_scorer(lm: Any, questions: Sequence[Sequence[Request]]) -> PackedScor
     sample = groups[:N_TEST]
     requests = [r for g in sample for r in g]
     try:
-        theirs = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+        theirs = log_likelihoods(lm, requests)
         difference = _difference(sample, scorer.score(requests), theirs)
     except torch.OutOfMemoryError:
         return None
@@ -145,13 +148,13 @@ class PackedScorer:
         batches, rest = self._kept[key]
         answers: list[Answer] = [(np.nan, False)] * len(requests)
         if rest:
-            alone = self.lm._loglikelihood_tokens([requests[i] for i in rest], disable_tqdm=True)
+            alone = log_likelihoods(self.lm, [requests[i] for i in rest])
             for i, answer in zip(rest, alone, strict=True):
                 answers[i] = answer
         for batch in batches:
             for i, answer in zip(batch.requests, self._run(batch), strict=True):
                 answers[i] = answer
-                self.lm.cache_hook.add_partial("loglikelihood", requests[i][0], answer)  # as lm-eval's own path does
+                report_answer(self.lm, requests[i][0], answer)
         return answers
 
     def _prepare(self, requests: Sequence[Request]) -> tuple[list[_Batch], list[int]]:
@@ -171,54 +174,31 @@ class PackedScorer:
 
     def _batch(self, requests: Sequence[Request], groups: Sequence[Sequence[int]]) -> _Batch:
         """Lay out one row per group, the longest first."""
-        length = _length(requests, groups[0])
-        tokens = np.zeros((len(groups), length), dtype=np.int64)
-        positions = np.zeros_like(tokens)
-        branch = np.full_like(tokens, -1)
-        scored: list[int] = []
-        at: list[int] = []
-        target: list[int] = []
-        starts: list[int] = []
-        for row, group in enumerate(groups):
-            context = requests[group[0]][1]
-            end = len(context)
-            tokens[row, :end], positions[row, :end], branch[row, :end] = context, np.arange(end), 0
-            first = len(scored)
-            scored.append(row * length + end - 1)
-            for number, i in enumerate(group, start=1):
-                choice = requests[i][2]
-                inner = slice(end, end + len(choice) - 1)
-                tokens[row, inner], branch[row, inner] = choice[:-1], number
-                positions[row, inner] = len(context) + np.arange(len(choice) - 1)
-                starts.append(len(target))
-                target += choice
-                at += [first, *range(len(scored), len(scored) + len(choice) - 1)]
-                scored += [row * length + p for p in range(inner.start, inner.stop)]
-                end = inner.stop
+        pieces = [[_piece(requests[i]) for i in group] for group in groups]
+        layout = context_layout(pieces)
+        scored, at = np.unique(layout.at, return_inverse=True)
+        lengths = np.array([len(piece.targets) for group in pieces for piece in group], dtype=np.int64)
 
         def on_device(numbers: Any) -> torch.Tensor:
             return torch.as_tensor(numbers, dtype=torch.long, device=self.lm.device)
 
         return _Batch(
-            tokens=on_device(tokens),
-            positions=on_device(positions),
-            branch=on_device(branch),
+            tokens=on_device(layout.tokens),
+            positions=on_device(layout.positions),
+            branch=on_device(layout.branch),
             scored=on_device(scored),
             at=on_device(at),
-            target=on_device(target),
-            starts=np.array(starts, dtype=np.int64),
+            target=on_device(layout.targets),
+            starts=np.cumsum(lengths) - lengths,
             requests=[i for g in groups for i in g],
         )
 
     @torch.no_grad()
     def _run(self, batch: _Batch) -> list[Answer]:
         model = self.lm.model
-        length = batch.tokens.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=batch.tokens.device).tril()
-        seen = (batch.branch[:, None, :] == 0) | (batch.branch[:, None, :] == batch.branch[:, :, None])
         hidden = model.get_decoder()(
             input_ids=batch.tokens,
-            attention_mask=(seen & causal)[:, None],
+            attention_mask=attention_mask(batch.branch),
             position_ids=batch.positions,
             use_cache=False,
         ).last_hidden_state
@@ -229,6 +209,12 @@ class PackedScorer:
         sums = np.add.reduceat(tokens, batch.starts)
         greedy = np.logical_and.reduceat(is_best, batch.starts)
         return [(float(s), bool(g)) for s, g in zip(sums, greedy, strict=True)]
+
+
+def _piece(request: Request) -> Piece:
+    """The tokens that predict a choice behind its context, and the choice."""
+    _, context, choice = request
+    return Piece((*context, *choice[:-1]), tuple(choice))
 
 
 def _length(requests: Sequence[Request], group: Sequence[int]) -> int:

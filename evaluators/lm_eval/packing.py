@@ -1,9 +1,13 @@
 """How token sequences lie in the rows of one forward pass.
 
-`plain_layout` gives every sequence a row of its own, padded on the right and without a mask: under causal attention no
-token sees the padding, whatever the model. `packed_layout` puts sequences with a common beginning into one tree,
-which runs that beginning once, and as many trees into a row as fit; a mask lets each token see its own branch and
-what that grew from, and positions restart. It is for models that take such masks (`lm_eval_packed.obstacle`).
+- `plain_layout` gives every sequence a row of its own, padded on the right, without a mask. Under causal attention no token
+  sees the padding, whatever the model.
+- `context_layout` gives every question one row: its context once, then its choices. Only tokens of the context and of the
+  same choice see each other.
+- `packed_layout` puts sequences with a common beginning into one tree, which runs that beginning once, and as many trees
+  into a row as fit.
+
+The last two need a model that takes such masks and positions; `packed_scorer.obstacle` says which do.
 """
 
 from __future__ import annotations
@@ -13,16 +17,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-__all__ = ["Layout", "Piece", "packed_layout", "plain_layout"]
+__all__ = ["Layout", "Piece", "attention_mask", "context_layout", "packed_layout", "plain_layout"]
 
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens to run, and those that the last positions should predict."""
+    """A sequence to run.
+
+    Attributes:
+        tokens: The tokens to run.
+        targets: The tokens that the last positions of `tokens` should predict.
+    """
 
     tokens: tuple[int, ...]
     targets: tuple[int, ...]
@@ -36,16 +46,35 @@ class Layout:
         tokens: Shape (rows, length).
         at: Flat positions that predict the targets, piece after piece. Shape (targets,).
         targets: Shape (targets,).
-        positions: Position of each token in its sequence; None: that in its row. Shape (rows, length).
-        tree, branch: What a token belongs to; -1 in the padding, and branch 0 for the common beginning.
+        positions: The position of each token in its sequence; None: its position in the row. Shape (rows, length).
+        branch: The branch that each token belongs to: 0 for the common beginning, -1 for the padding. Shape (rows, length).
+        tree: The tree that each token belongs to, -1 for the padding; None: every row is one tree. Shape (rows, length).
     """
 
     tokens: Ints
     at: Ints
     targets: Ints
     positions: Ints | None = None
-    tree: Ints | None = None
     branch: Ints | None = None
+    tree: Ints | None = None
+
+
+def attention_mask(branch: torch.Tensor, tree: torch.Tensor | None = None) -> torch.Tensor:
+    """Which earlier tokens each token sees: those of its own branch and those of what the branch grew from.
+
+    Args:
+        branch: As in `Layout`. Shape (rows, length).
+        tree: As in `Layout`.
+
+    Returns:
+        Shape (rows, 1, length, length), bool.
+    """
+    length = branch.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=branch.device).tril()
+    seen = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    if tree is not None:
+        return (seen & causal & (tree[:, None, :] == tree[:, :, None]))[:, None]
+    return (seen & causal)[:, None]
 
 
 def plain_layout(pieces: Sequence[Piece]) -> Layout:
@@ -58,21 +87,25 @@ def plain_layout(pieces: Sequence[Piece]) -> Layout:
     return Layout(tokens, at, _targets(pieces))
 
 
-@dataclass(frozen=True)
-class _Tree:
-    """Tokens with their positions and branches; and where each piece's predicting tokens lie. Shapes (n,)."""
+def context_layout(groups: Sequence[Sequence[Piece]]) -> Layout:
+    """One row per group: the context of its pieces, then each piece's own tokens.
 
-    tokens: list[int]
-    positions: list[int]
-    branch: list[int]
-    at: list[Ints]
+    Args:
+        groups: Pieces that share the tokens up to the one that predicts the first target. Targets come in their order.
+    """
+    trees = [_star(group) for group in groups]
+    length = max(len(tree.tokens) for tree in trees)
+    places = [(row, 0) for row in range(len(trees))]
+    tokens, positions, branch, _ = _filled(trees, places, len(trees), length)
+    at = [row * length + flat for row, tree in enumerate(trees) for flat in tree.at]
+    return Layout(tokens, np.concatenate(at), _targets([p for g in groups for p in g]), positions, branch)
 
 
 def packed_layout(groups: Sequence[Sequence[Piece]]) -> Layout:
     """One tree for each distinct group, the longest first into the first row with room.
 
     Args:
-        groups: Pieces with a common beginning; targets come in their order.
+        groups: Pieces with a common beginning. Targets come in their order.
     """
     trees = {id(g): _tree(g) for g in groups}
     length = max(len(t.tokens) for t in trees.values())
@@ -85,19 +118,57 @@ def packed_layout(groups: Sequence[Sequence[Piece]]) -> Layout:
             room.append(length)
         place[key] = (row, length - room[row])
         room[row] -= n
-    tokens, positions = np.zeros((2, len(room), length), dtype=np.int64)
-    tree_of, branch = np.full((2, len(room), length), -1, dtype=np.int64)
-    for number, (key, tree) in enumerate(trees.items()):
-        row, start = place[key]
+    arrays = _filled(list(trees.values()), [place[key] for key in trees], len(room), length)
+    tokens, positions, branch, tree_of = arrays
+    at = [place[id(g)][0] * length + place[id(g)][1] + a for g in groups for a in trees[id(g)].at]
+    return Layout(tokens, np.concatenate(at), _targets([p for g in groups for p in g]), positions, branch, tree_of)
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """A common beginning and the branches that grow from it.
+
+    Attributes:
+        tokens, positions, branch: One entry per token. Shape (n,).
+        at: The positions in `tokens` that predict each piece's targets, one array per piece.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    branch: list[int]
+    at: list[Ints]
+
+
+def _filled(
+    trees: Sequence[_Tree], places: Sequence[tuple[int, int]], n_rows: int, length: int
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """Tokens, positions, branches and trees of rows that hold each tree at its place: a row and a first column."""
+    tokens, positions = np.zeros((2, n_rows, length), dtype=np.int64)
+    branch, tree_of = np.full((2, n_rows, length), -1, dtype=np.int64)
+    for number, (tree, (row, start)) in enumerate(zip(trees, places, strict=True)):
         here = (row, slice(start, start + len(tree.tokens)))
         tokens[here], positions[here], branch[here], tree_of[here] = tree.tokens, tree.positions, tree.branch, number
-    at = [place[id(g)][0] * length + place[id(g)][1] + a for g in groups for a in trees[id(g)].at]
-    return Layout(tokens, np.concatenate(at), _targets([p for g in groups for p in g]), positions, tree_of, branch)
+    return tokens, positions, branch, tree_of
+
+
+def _star(pieces: Sequence[Piece]) -> _Tree:
+    """The tree whose branches all grow from the end of the context, one branch per piece."""
+    n_context = len(pieces[0].tokens) - len(pieces[0].targets) + 1
+    tree = _Tree(list(pieces[0].tokens[:n_context]), list(range(n_context)), [0] * n_context, [])
+    for number, piece in enumerate(pieces, start=1):
+        inner = piece.tokens[n_context:]
+        start = len(tree.tokens)
+        tree.tokens.extend(inner)
+        tree.positions.extend(range(n_context, n_context + len(inner)))
+        tree.branch.extend([number] * len(inner))
+        tree.at.append(np.array([n_context - 1, *range(start, start + len(inner))], dtype=np.int64))
+    return tree
 
 
 def _tree(pieces: Sequence[Piece]) -> _Tree:
+    """The tree of the longest common beginning. A piece that another one begins with has no branch of its own."""
     hosts, host_of = _hosts([p.tokens for p in pieces])
-    first, last = hosts[0], hosts[-1]  # they are sorted: what these two share, all share
+    first, last = hosts[0], hosts[-1]  # They are sorted, so what these two share all share.
     common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     tokens, positions = list(hosts[0][:common]), list(range(common))
     branch = [0] * common
@@ -115,6 +186,7 @@ def _tree(pieces: Sequence[Piece]) -> _Tree:
 
 
 def _predicting(piece: Piece) -> Ints:
+    """The positions in a piece's tokens that predict its targets."""
     return np.arange(len(piece.tokens) - len(piece.targets), len(piece.tokens))
 
 
@@ -123,10 +195,10 @@ def _targets(pieces: Sequence[Piece]) -> Ints:
 
 
 def _hosts(tokens: Sequence[tuple[int, ...]]) -> tuple[list[Any], Ints]:
-    """Sequences that together begin with all of `tokens`; and for each of these which one does."""
+    """The sequences that all of `tokens` are beginnings of, and for each of `tokens` the number of its sequence."""
     hosts: list[tuple[int, ...]] = []
     host_of = np.empty(len(tokens), dtype=np.int64)
-    # In descending order whatever begins with a sequence comes right before it.
+    # In descending order the sequences that begin with a given one come right before it.
     for i in sorted(range(len(tokens)), key=lambda i: tokens[i], reverse=True):
         if not hosts or hosts[-1][: len(tokens[i])] != tokens[i]:
             hosts.append(tokens[i])

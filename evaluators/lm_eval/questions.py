@@ -15,6 +15,7 @@ from typing import Any
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from evaluators.isolation import isolated_generators
+from evaluators.lm_eval._compat import filters_of
 from evaluators.lm_eval.options import LmEvalOptions
 from evaluators.lm_eval.tasks import reason
 from merge_search.errors import StudyFileError, nearest
@@ -201,7 +202,7 @@ def _metrics(task: Any, doc: Any) -> list[TaskMetric]:
         ]
     except Exception:  # a task's own function that cannot judge a made-up answer: believe its declaration
         names = declared
-    filters = [f.name for f in task._filters]
+    filters = [f.name for f in filters_of(task)]
     directions = task.higher_is_better()
     return [
         TaskMetric(m, f, m if f == filters[0] else f"{m},{f}", bool(directions.get(m, True)))

@@ -17,6 +17,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from evaluators.lm_eval._compat import (
+    decoding,
+    first_logits,
+    log_likelihoods,
+    set_answer_hook,
+    set_batch_size,
+    tokenised,
+)
 from evaluators.lm_eval.options import LmEvalOptions
 from evaluators.lm_eval.packed_scorer import PackedScorer, packed_scorer
 from evaluators.lm_eval.questions import Question, TaskQuestions, build_requests
@@ -62,7 +70,8 @@ class LiveRequests:
             max_length=options.max_length,
             softmax_dtype=options.softmax_dtype,
         )
-        self.lm.cache_hook = self._answered = _Answered()
+        self._answered = _Answered()
+        set_answer_hook(self.lm, self._answered)
         self._n_requests = 0
         self.encoded: dict[int, Any] = {}
         self.windows: dict[int, list[Any]] = {}
@@ -110,19 +119,7 @@ class LiveRequests:
 
     def tokenised(self, requests: Sequence[Any]) -> list[Any]:
         """lm-eval's own tokens of requests with ``args`` (context, continuation): (texts, context, continuation)."""
-        grabbed: list[Any] = []
-
-        def grab(found: list[Any], **_: Any) -> list[Any]:
-            grabbed.extend(found)
-            return []
-
-        self.lm._loglikelihood_tokens = grab  # its tokenising without the model
-        try:
-            if requests:
-                self.lm.loglikelihood(requests, disable_tqdm=True)
-        finally:
-            del self.lm._loglikelihood_tokens
-        return grabbed
+        return tokenised(self.lm, requests)
 
     def rolling_windows(self, text: str) -> list[Any]:
         windows = get_rolling_token_windows(
@@ -186,11 +183,8 @@ class LiveRequests:
         They begin with a space where the first token generated does, although some tokenizers lose it in decoding
         (SentencePiece and its like): lm-eval scores such texts without it, but other tokens would be learned from them.
         """
-        self.lm.tok_decode = self._decoded_whole
-        try:
+        with decoding(self.lm, self._decoded_whole):
             return self._guarded(self._generate, instances)
-        finally:
-            del self.lm.tok_decode
 
     def _decoded_whole(self, tokens: Any, **settings: Any) -> str:
         """lm-eval's own decoding, and the space that it drops where tokens do not begin a text."""
@@ -216,17 +210,13 @@ class LiveRequests:
                     raise MemoryError(str(error)) from error
                 raise EvaluationError(f"scoring {tasks} failed: {reason(error)}") from error
             _free()
-            self.lm.batch_size_per_gpu = self.lm.batch_size // 2
+            set_batch_size(self.lm, self.lm.batch_size // 2)
             log.warning("out of memory while scoring %s: trying again with batch_size=%d", tasks, self.lm.batch_size)
         raise AssertionError("unreachable")
 
     def _loglikelihood(self, instances: list[Any]) -> Sequence[Any]:
         requests = [self.encoded[id(i)] for i in instances]
-        answers = (
-            self.packed.score(requests)
-            if self.packed is not None
-            else self.lm._loglikelihood_tokens(requests, disable_tqdm=True)
-        )
+        answers = self.packed.score(requests) if self.packed is not None else log_likelihoods(self.lm, requests)
         _check_finite([a[0] for a in answers], instances)
         return answers
 
@@ -237,7 +227,7 @@ class LiveRequests:
         sums: list[float] = []
         for start in range(0, len(windows), self.lm.batch_size):
             batch = windows[start : start + self.lm.batch_size]
-            sums += [a[0] for a in self.lm._loglikelihood_tokens(batch, disable_tqdm=True, override_bs=len(batch))]
+            sums += [a[0] for a in log_likelihoods(self.lm, batch, batch_size=len(batch))]
             self._answered.n = before + bisect_right(ends, len(sums))
         values = iter(sums)
         answers = [sum(next(values) for _ in self.windows[id(i)]) for i in instances]
@@ -247,7 +237,7 @@ class LiveRequests:
     def _generate(self, instances: list[Any]) -> Sequence[Any]:
         first = self.lm.tok_encode(instances[0].args[0])[-self.lm.max_length :]
         if first:
-            logits = self.lm._model_call(torch.tensor([first], device=self.lm.device))
+            logits = first_logits(self.lm, torch.tensor([first], device=self.lm.device))
             if not torch.isfinite(logits).all():
                 _raise_non_finite(instances[:1], "logits")
         answers: list[str] = self.lm.generate_until(instances, disable_tqdm=True)

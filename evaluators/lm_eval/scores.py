@@ -20,6 +20,7 @@ import numpy as np
 from lm_eval.api import metrics as lm_eval_metrics
 from numpy.typing import NDArray
 
+from evaluators.lm_eval._compat import filters_of
 from evaluators.lm_eval.questions import Question, TaskMetric, TaskQuestions
 from evaluators.lm_eval.tasks import reason
 from merge_search.errors import EvaluationError
@@ -78,7 +79,7 @@ def _results(task: TaskQuestions, asked: Sequence[Question]) -> dict[str, dict[i
     in_order = sorted(asked, key=lambda q: q.doc_id)
     instances = [i for q in in_order for i in q.instances]
     out: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for pipeline in task.task._filters:
+    for pipeline in filters_of(task.task):
         pipeline.apply(instances)
         out[pipeline.name] = {
             q.doc_id: task.task.process_results(q.doc, [i.filtered_resps[pipeline.name] for i in q.instances])

@@ -11,24 +11,23 @@ import glob
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import yaml
-from lm_eval.api import task as lm_eval_task
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Kind, TaskIndex
-from lm_eval.tasks._yaml_loader import load_yaml
 
 from evaluators.isolation import quiet
+from evaluators.lm_eval._compat import is_group, no_progress_bars, read_task_file, task_files, task_manager
 from evaluators.lm_eval.options import LmEvalOptions
 from merge_search.errors import nearest
 
 __all__ = ["load_tasks", "quiet_lm_eval", "reason"]
 
 log = logging.getLogger(__name__)
+
+_LARGE = 2**20
+"""Bytes. A file of this size holds rows, so it need not be read to know that it is not empty."""
 
 
 def reason(error: BaseException) -> str:
@@ -41,14 +40,11 @@ def reason(error: BaseException) -> str:
 def quiet_lm_eval() -> Iterator[None]:
     """lm-eval, transformers and datasets write nothing to the terminal."""
     had_bars = not datasets.are_progress_bars_disabled()
-    bar = lm_eval_task.tqdm
-    lm_eval_task.tqdm = partial(bar, disable=True)
     datasets.disable_progress_bars()
     try:
-        with quiet(["lm_eval", "transformers", "datasets", "accelerate"]):
+        with no_progress_bars(), quiet(["lm_eval", "transformers", "datasets", "accelerate"]):
             yield
     finally:
-        lm_eval_task.tqdm = bar
         if had_bars:
             datasets.enable_progress_bars()
 
@@ -61,7 +57,8 @@ def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict
     Args:
         folder: What task files named by a path are relative to before ``include_path``; None: the current directory.
     """
-    manager = _manager(options.include_path, defaults=False)
+    data_files: list[Any] = []
+    manager = _manager(options.include_path, data_files, defaults=False)
     folders = [str(folder or ""), *options.include_path]
     specs = [_path(name, folders) if name not in manager.task_index else name for name in options.tasks]
     broken = list(_broken_files(options.include_path))
@@ -71,10 +68,11 @@ def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict
     for problem in broken:
         log.warning("%s", problem)
     if not all(is_local):
-        manager = _manager(options.include_path, defaults=True)
+        manager = _manager(options.include_path, data_files, defaults=True)
     tasks: dict[str, Any] = {}
     problems: list[str] = []
     for spec in specs:
+        data_files.clear()
         if spec not in manager.task_index and not Path(spec).is_file():
             hint = nearest(spec, manager.task_index)
             problems.append(f"tasks: lm-eval has no task, tag or group called {spec!r}{hint}")
@@ -82,7 +80,9 @@ def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict
         try:
             found = manager.load([spec])["tasks"]
         except Exception as error:  # whatever a task file, its Python code or its data set raises
-            problems.append(f"tasks: {spec!r} cannot be loaded: {reason(error)}")
+            empty = [path for files in data_files for path in _local_files(files) if _is_empty(path)]
+            why = f"{', '.join(map(str, empty))} has no rows" if empty else reason(error)
+            problems.append(f"tasks: {spec!r} cannot be loaded: {why}")
             continue
         if not found:
             problems.append(f"tasks: {spec!r} holds no task")
@@ -96,19 +96,22 @@ def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict
     return tasks, problems
 
 
-def _manager(folders: Sequence[str], *, defaults: bool) -> Any:
-    manager = TaskManager(include_path=list(folders) or None, include_defaults=defaults)
-    factory = manager._factory
-    original = factory._load_full_config
+def _manager(folders: Sequence[str], data_files: list[Any], *, defaults: bool) -> Any:
+    """lm-eval's task manager, which also finds data files beside the task file.
 
-    def load_full_config(entry: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-        config: dict[str, Any] = original(entry, overrides)
-        if entry.yaml_path is not None and isinstance(config.get("dataset_kwargs"), dict):
-            config["dataset_kwargs"] = _absolute_data(config["dataset_kwargs"], _folders_of(Path(entry.yaml_path)))
+    Args:
+        folders: Folders of task files.
+        data_files: Every ``data_files`` entry of a task that the manager loads is appended to this list.
+        defaults: Whether to index lm-eval's own tasks, too.
+    """
+
+    def change(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(config.get("dataset_kwargs"), dict):
+            config["dataset_kwargs"] = _absolute_data(config["dataset_kwargs"], _folders_of(path))
+            data_files.append(config["dataset_kwargs"].get("data_files"))
         return config
 
-    factory._load_full_config = load_full_config
-    return manager
+    return task_manager(folders, defaults=defaults, change=change)
 
 
 def _path(name: str, folders: Sequence[str]) -> str:
@@ -126,11 +129,11 @@ def _is_known(index: Mapping[str, Any], spec: str) -> bool:
     """Whether `spec` and all it refers to can be loaded from this index."""
     entry = index.get(spec)
     if entry is not None:
-        return entry.kind is not Kind.GROUP or _members_known(index, entry.cfg or {})
+        return not is_group(entry) or _members_known(index, entry.cfg or {})
     if not Path(spec).is_file():
         return False
     try:
-        return _members_known(index, load_yaml(spec, resolve_func=False))
+        return _members_known(index, read_task_file(spec))
     except (yaml.YAMLError, OSError, ValueError):
         return True  # loading it will say what is wrong
 
@@ -152,9 +155,9 @@ def _members_known(index: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
 def _broken_files(folders: Sequence[str]) -> Iterator[str]:
     """One sentence per task file that cannot be read. Fragments without a task, meant to be included, are fine."""
     for folder in folders:
-        for path in TaskIndex._iter_yaml_files(Path(folder)):
+        for path in task_files(Path(folder)):
             try:
-                load_yaml(path, resolve_func=False)
+                read_task_file(path)
             except (yaml.YAMLError, OSError, UnicodeDecodeError, ValueError) as error:
                 if "Expected YAML dict" not in str(error):
                     yield f"include_path: task file {path} cannot be read: {reason(error)}"
@@ -162,7 +165,7 @@ def _broken_files(folders: Sequence[str]) -> Iterator[str]:
 
 def _folders_of(path: Path) -> list[Path]:
     """The folder of a task file, then those of the files it includes."""
-    config = load_yaml(path, resolve_func=False, recursive=False)
+    config = read_task_file(path, recursive=False)
     included = config.get("include", [])
     parts = included if isinstance(included, list) else [included]
     return [path.parent, *(p for part in parts for p in _folders_of((path.parent / part).resolve()))]
@@ -176,6 +179,20 @@ def _absolute_data(arguments: Mapping[str, Any], folders: Sequence[Path]) -> dic
     elif "data_files" in out:
         out["data_files"] = _absolute_files(out["data_files"], folders)
     return out
+
+
+def _local_files(value: Any) -> Iterator[Path]:
+    """The files on this machine that a ``data_files`` entry names."""
+    if isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _local_files(item)
+    elif isinstance(value, str) and "://" not in value:
+        yield from (path for path in map(Path, sorted(glob.glob(value, recursive=True))) if path.is_file())
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a file holds nothing but white space."""
+    return path.stat().st_size < _LARGE and not path.read_bytes().strip()
 
 
 def _absolute_files(value: Any, folders: Sequence[Path]) -> Any:

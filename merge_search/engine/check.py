@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merge_search.engine.contracts import Statistics, Tensors
+from merge_search.engine.contracts import Tensors
 from merge_search.engine.methods.assess import options_problems
 from merge_search.engine.methods.operators import operator_problems
 from merge_search.engine.resident.coefficient_maps import rows_of
@@ -69,8 +69,6 @@ def _rule_files(recipe: Recipe) -> list[str]:
 
 
 def _maps(recipe: Recipe, tensors: Tensors) -> list[str]:
-    if not isinstance(tensors, Statistics):
-        return ["maps: these models offer no maps; keep the map's file with the study"]
     out = []
     if recipe.operator is not None and not OPERATORS[recipe.operator.name].decomposing:
         out.append(
@@ -189,12 +187,10 @@ def _missing(who: str, asked: set[tuple[str, str]], tensors: Tensors) -> list[st
     """Why statistics that `who` needs cannot be had, one sentence per reason."""
     if not asked:
         return []
-    source = getattr(tensors, "statistics", tensors if isinstance(tensors, Statistics) else None)
-    if source is None:
+    if not tensors.has_statistics:
         return [f"{who} needs statistics from data, and none were measured for these models"]
-    ask = getattr(source, "problem", None)  # only a pool's source can tell beforehand
-    if ask is None:
-        return []
-    known = sorted((kind, e) for kind, e in asked if e in tensors.models.experts)
-    reasons = dict.fromkeys(f"{who} needs the statistic {kind!r}: {why}" for kind, e in known if (why := ask(kind, e)))
+    reasons: dict[str, None] = {}
+    for kind, expert in sorted(asked):
+        if expert in tensors.models.experts and (why := tensors.statistic_problem(kind, expert)):
+            reasons[f"{who} needs the statistic {kind!r}: {why}"] = None
     return list(reasons)

@@ -1,14 +1,11 @@
-"""Everything that can be known before a weight is loaded; every problem in one message."""
+"""Check a study before any weight is loaded, and list every problem in one message."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from merge_search import catalogue
 from merge_search.engine.checkpoints.compatibility import check_models
@@ -21,84 +18,50 @@ from merge_search.presets import PRESETS
 from merge_search.recipe import Models
 from merge_search.rules import RuleFile, use_rule_files
 from merge_search.search.checks import search_problems
+from merge_search.search.plan import Plan
 from merge_search.search.samplers import SAMPLERS, check_sampler
 from merge_search.search.start.baselines import ALWAYS
 from merge_search.search.start.earlier_studies import earlier_problems
-from merge_search.search.start.warm_start import LearnedSpace
+from merge_search.search.start.learned_space import LearnedSpace
 from merge_search.space import SearchSpace, SpaceContext
-from merge_search.study_file import Learner, StatisticsSection, StudyFile
+from merge_search.study_file import Learner, StudyFile
 
-__all__ = ["Plan", "prepare", "prepare_models"]
+__all__ = ["prepare"]
 
 T = TypeVar("T")
-N_ROWS = StatisticsSection().n_rows  # left out of identities, as in studies of before it could be set
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A study file that fits its models, tasks and metrics.
-
-    Attributes:
-        context: The models and their groups.
-        metrics: Of all evaluators, in order.
-        baselines: Names of presets tried before the search.
-        rules: Rule files in use.
-    """
-
-    file: StudyFile
-    context: SpaceContext
-    space: SearchSpace
-    evaluators: list[Evaluator]
-    metrics: list[MetricInfo]
-    objective: Objective
-    baselines: list[str]
-    rules: tuple[RuleFile, ...] = ()
-
-    def identity(self, hashes: dict[str, str]) -> dict[str, Any]:
-        """What must not change between runs of one study; JSON."""
-        file = self.file
-        return {
-            "models": hashes,
-            "dtype": file.models.dtype,
-            "seed": file.study.seed,
-            "space": file.space.model_dump(mode="json"),
-            "evaluate": {
-                f"{i}.{entry.evaluator}": {"options": entry.options, "questions": evaluator.fingerprint()}
-                for i, (entry, evaluator) in enumerate(zip(file.evaluate, self.evaluators, strict=True))
-            },
-            "splits": file.splits.model_dump(mode="json"),
-            "fidelity": file.search.fidelity,
-            "objective": file.objective.model_dump(mode="json"),
-            "learner": file.search.learner.model_dump(mode="json") if file.search.learner else None,
-            **({} if file.statistics.n_rows == N_ROWS else {"statistics_rows": file.statistics.n_rows}),
-            **({"rules": {rules.name: rules.sha256 for rules in self.rules}} if self.rules else {}),
-        }
 
 
 class _Problems:
+    """Collects the problems of a study.
+
+    Attributes:
+        sentences: A sentence for each problem.
+    """
+
     def __init__(self) -> None:
-        self.found: list[str] = []
+        self.sentences: list[str] = []
 
     def attempt(self, step: Callable[[], T]) -> T | None:
+        """The result of `step`; None, with its problems collected, if it fails."""
         try:
             return step()
         except InputError as error:
-            self.found += error.problems
+            self.sentences += error.problems
         except MergeSearchError as error:
-            self.found.append(str(error))
+            self.sentences.append(str(error))
         return None
 
 
-def prepare_models(file: StudyFile, problems: _Problems) -> SpaceContext | None:
-    """Resolve, read headers, compare: no tensor data is read."""
+def _context(file: StudyFile, problems: _Problems) -> SpaceContext | None:
+    """The models and their groups, from the headers of the files. None if the base cannot be read."""
     models = Models(
         base=file.model_reference(file.models.base),
         experts={k: file.model_reference(v) for k, v in file.models.experts.items()},
     )
-    problems.found += [f"models: {p}" for p in check_models(models.base, models.experts)]
+    problems.sentences += [f"models: {p}" for p in check_models(models.base, models.experts)]
     try:
         info = read_checkpoint(resolve_model(models.base))
-    except WeightsError:  # among the problems already
+    except WeightsError:  # `check_models` has found it
         return None
     return SpaceContext(models, tuple(layout(info).values()), seed=file.study.seed, dtype=file.models.dtype)
 
@@ -107,15 +70,19 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     """Check the whole study.
 
     Args:
-        look_for_earlier: Also that the studies of ``search.learn_from`` are there. A study that goes on does not need
-            them any more.
+        file: The study file.
+        look_for_earlier: Also check that the studies of ``search.learn_from`` exist. A study that goes on has read
+            them.
+
+    Returns:
+        The checked study.
 
     Raises:
-        StudyFileError: listing every problem with models, space, tasks, metrics, sampler and baselines.
+        StudyFileError: It lists every problem with models, space, tasks, metrics, sampler and baselines.
     """
     problems = _Problems()
     rules = problems.attempt(lambda: _rules(file))
-    context = prepare_models(file, problems)
+    context = _context(file, problems)
     space = problems.attempt(lambda: _space(file, context)) if context is not None else None
     built = [problems.attempt(partial(_evaluator, file, i)) for i in range(len(file.evaluate))]
     evaluators = [e for e in built if e is not None]
@@ -123,22 +90,22 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     objective = _objective(file, metrics, problems) if len(evaluators) == len(built) else None
     learner = file.search.learner
     if learner is not None and len(evaluators) == len(built):
-        problems.found += _learner_problems(learner, evaluators, file.splits.search)
+        problems.sentences += _learner_problems(learner, evaluators, file.splits.search)
     if space is not None and objective is not None:
-        if learner is not None and not problems.found:
+        if learner is not None and not problems.sentences:
             space = LearnedSpace(space, learner, n_rows=min(_fit_rows(evaluators).values()))
-        problems.found += search_problems(file.search, space.parameters, objective)
+        problems.sentences += search_problems(file.search, space.parameters, objective)
     problems.attempt(lambda: _check_sampler(file, 1 if objective is None else len(objective.names)))
     names = _baseline_names(file, problems)
-    problems.found += [
+    problems.sentences += [
         f"models.experts: {name!r} is the name of a baseline that is tried, too; give the expert another name"
         for name in file.models.experts
         if name in {*ALWAYS, *names}
     ]
     if look_for_earlier:
-        problems.found += earlier_problems(file)
-    if problems.found:
-        raise StudyFileError(problems.found, where=file.path.name)
+        problems.sentences += earlier_problems(file)
+    if problems.sentences:
+        raise StudyFileError(problems.sentences, where=file.path.name)
     assert context is not None
     assert space is not None
     assert objective is not None
@@ -154,7 +121,7 @@ def _rules(file: StudyFile) -> list[RuleFile]:
 
 def _objective(file: StudyFile, metrics: list[MetricInfo], problems: _Problems) -> Objective | None:
     names = [m.name for m in metrics]
-    problems.found += [
+    problems.sentences += [
         f"evaluate: two evaluators report {n!r}; name each task once"
         for n in sorted({n for n in names if names.count(n) > 1})
     ]
@@ -163,29 +130,18 @@ def _objective(file: StudyFile, metrics: list[MetricInfo], problems: _Problems) 
 
 
 def _space(file: StudyFile, context: SpaceContext) -> SearchSpace:
-    family = catalogue.load("search_spaces", file.space.type, folder=file.folder)
-    options = file.space.options
-    if isinstance(options.get("file"), str):
-        options["file"] = str((file.folder / Path(options["file"]).expanduser()).resolve())
-    space: SearchSpace = family(options, context)
-    return space
+    return catalogue.build_space(file.space.type, file.space.options, context, folder=file.folder)
 
 
 def _evaluator(file: StudyFile, index: int) -> Evaluator:
     entry = file.evaluate[index]
-    options = entry.options
-    paths = options.get("include_path") or []
-    if paths:
-        paths = [paths] if isinstance(paths, str) else paths
-        options["include_path"] = [str((file.folder / Path(p).expanduser()).resolve()) for p in paths]
     shares = SplitShares(file.splits.search, file.splits.validation, file.splits.test, file.splits.fit)
-    kind = catalogue.load("evaluators", entry.evaluator, folder=file.folder)
-    place = {"folder": file.folder} if "folder" in inspect.signature(kind).parameters else {}
     try:
-        evaluator: Evaluator = kind(options, shares=shares, seed=file.study.seed, **place)
+        return catalogue.build_evaluator(
+            entry.evaluator, entry.options, shares=shares, seed=file.study.seed, folder=file.folder
+        )
     except InputError as error:
         raise StudyFileError([f"evaluate.{index}: {p}" for p in error.problems]) from None
-    return evaluator
 
 
 def _check_sampler(file: StudyFile, n_objectives: int) -> None:
@@ -200,12 +156,13 @@ def _fit_rows(evaluators: list[Evaluator]) -> dict[str, int]:
 
 
 def _learner_problems(learner: Learner, evaluators: list[Evaluator], search_share: float) -> list[str]:
-    """A learner needs a loss, and rows to fit on."""
+    """Problems of a study whose trials fit coefficients: tasks without the loss or without enough rows."""
     rows = _fit_rows(evaluators)
     if not rows:
         return ["search.learner: no evaluator of this study has a differentiable loss; leave the learner out"]
     able = [e for e in evaluators if isinstance(e, Differentiable)]
-    wanted = [(kind, "pseudo" if kind == "block_output" else kind) for kind in learner.loss]  # it follows their answers
+    # Block outputs are compared on the experts' answers, so a task needs the loss on these.
+    wanted = [(kind, "pseudo" if kind == "block_output" else kind) for kind in learner.loss]
     lacking = [
         f"search.learner.loss: task {task!r} has no loss {named!r}; it has {', '.join(e.losses(task))}"
         for e in able
@@ -217,7 +174,7 @@ def _learner_problems(learner: Learner, evaluators: list[Evaluator], search_shar
 
 
 def _few_rows(wanted: int, rows: dict[str, int], evaluators: Sequence[Evaluator], search_share: float) -> Iterator[str]:
-    """Tasks with fewer rows to fit on than a batch: with the batch, or else the share of their questions, that would do."""
+    """A sentence for each task with fewer fit rows than a batch, with the batch size or the share that would do."""
     fewest = min(rows.values())
     totals = {m.task: sum(m.n_questions.values()) for e in evaluators for m in e.metrics()}
     for task, n in rows.items():
@@ -245,5 +202,5 @@ def _baseline_names(file: StudyFile, problems: _Problems) -> list[str]:
         return [n for n in listed if isinstance(n, str) and n in PRESETS]
     for name in names:
         if name not in PRESETS:
-            problems.found.append(f"search.baselines: no preset is called {name!r}{nearest(name, PRESETS)}")
+            problems.sentences.append(f"search.baselines: no preset is called {name!r}{nearest(name, PRESETS)}")
     return names

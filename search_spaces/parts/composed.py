@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from merge_search.errors import SpaceError
 from merge_search.recipe import Recipe
-from merge_search.space import Categorical, Float, Integer, Parameter, Point, SpaceContext
+from merge_search.space import Categorical, Float, Integer, Parameter, Point, SearchSpace, SpaceContext
 from search_spaces.parts.axes import Axis
 from search_spaces.parts.methods import Method
 
@@ -32,7 +32,7 @@ TOLERANCE = 1e-9
 Values = dict[str, str | int | float | bool]
 
 
-class Composed:
+class Composed(SearchSpace):
     """Base of the families: method x coefficients x densities.
 
     Args:
@@ -67,7 +67,7 @@ class Composed:
         if self._density is not None:
             parameters |= self._density.parameters
         self.parameters: Mapping[str, Parameter] = parameters
-        self.notes = size_notes(len(parameters), advice)
+        self.notes: list[str] = size_notes(len(parameters), advice)
 
     def _method(self, point: Point) -> Method:
         name = str(point[self._choice]) if self._choice in self.parameters else next(iter(self._methods))

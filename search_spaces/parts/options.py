@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from merge_search.errors import SpaceError, sentences
+from merge_search.errors import SpaceError
+from merge_search.options import read_options
 
-__all__ = ["Bounds", "DensityBounds", "Options", "read_options", "sentences_at"]
+__all__ = ["Bounds", "DensityBounds", "Options", "space_options"]
 
 
 def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -37,18 +38,6 @@ class Options(BaseModel):
 O = TypeVar("O", bound=BaseModel)  # noqa: E741
 
 
-def read_options(kind: type[O], options: Mapping[str, Any], *, at: tuple[str, ...] = ("space",)) -> O:
-    """Options as values.
-
-    Raises:
-        SpaceError: with every problem found.
-    """
-    try:
-        return kind.model_validate(dict(options))
-    except ValidationError as error:
-        raise SpaceError(sentences_at(error, kind, at)) from None
-
-
-def sentences_at(error: ValidationError, kind: type[BaseModel], at: tuple[str, ...] = ("space",)) -> list[str]:
-    """One sentence per problem, each place from `at` on."""
-    return sentences(error, kind, at=lambda place: ".".join(map(str, (*at, *place))))
+def space_options(kind: type[O], options: Mapping[str, Any], *, at: tuple[str, ...] = ("space",)) -> O:
+    """The options as values. Raises `SpaceError` with every problem found."""
+    return read_options(kind, options, at=at, error=SpaceError)

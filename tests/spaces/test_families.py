@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from merge_search import catalogue
 from merge_search.recipe import Group, value_for
 from merge_search.rules import MEASURES
 from merge_search.space import SearchSpace
+from merge_search.testing import SearchSpaceCase, SearchSpaceConformance
 from search_spaces.parts.grouping import Slots
 
 
@@ -105,9 +107,15 @@ def test_keys_are_as_coarse_as_the_labels_allow() -> None:
     by_block = Slots(CONTEXT, lambda g: str(g.block)).spread({str(b): 0.1 * b for b in range(6)} | {"None": 0.9})
     assert isinstance(by_block, dict)
     assert set(by_block) == {*(f"block.{b}" for b in range(6)), "*"}
-    assert set(Slots(CONTEXT, lambda g: g.kind).spread({"norm": 1, "attention": 2, "mlp": 3, "embedding": 4, "head": 5})) == {
-        "norm", "attention", "mlp", "embedding", "*",
-    }  # fmt: skip
+    assert set(
+        Slots(CONTEXT, lambda g: g.kind).spread({"norm": 1, "attention": 2, "mlp": 3, "embedding": 4, "head": 5})
+    ) == {
+        "norm",
+        "attention",
+        "mlp",
+        "embedding",
+        "*",
+    }
 
 
 def test_norms_in_blocks_that_share_the_rest_do_not_fall_under_the_last_norm() -> None:
@@ -211,11 +219,14 @@ def test_mergekit_file_is_read_with_layers_filters_and_densities(tmp_path: Path)
 
 
 USER_SPACE = """
+from merge_search.errors import SpaceError
 from merge_search.space import Float
 
 
 class OneKnob:
     def __init__(self, options, context):
+        if options["high"] <= 0:
+            raise SpaceError("space.high: must be positive")
         self.context = context
         self.parameters = {"strength": Float(0.0, options["high"])}
 
@@ -223,6 +234,8 @@ class OneKnob:
         return self.context.recipe(coefficients={e: point["strength"] for e in self.context.experts})
 
     def encode(self, recipe):
+        if recipe.models != self.context.models:
+            return None
         return {"strength": recipe.coefficients[self.context.experts[0]]}
 
     def initial_points(self):
@@ -230,11 +243,18 @@ class OneKnob:
 """
 
 
-def test_a_space_of_ones_own_is_found_by_file_and_class(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(USER_SPACE)
-    kind = catalogue.load("search_spaces", "mine.py:OneKnob", folder=tmp_path)
-    space = kind({"high": 2.0}, CONTEXT)
-    assert isinstance(space, SearchSpace)
-    recipe = space.decode({"strength": 0.5})
-    assert (recipe.coefficients["code"], recipe.seed, recipe.dtype) == (0.5, 5, "bfloat16")
-    assert space.encode(recipe) == {"strength": 0.5}
+class TestAUsersOwn(SearchSpaceConformance):
+    """A space in a user's file, which inherits nothing, keeps what `merge_search.testing` says of search spaces."""
+
+    @pytest.fixture
+    def case(self, tmp_path: Path) -> SearchSpaceCase:
+        (tmp_path / "mine.py").write_text(USER_SPACE)
+
+        def build_own(**options: Any) -> SearchSpace:
+            return catalogue.build_space("mine.py:OneKnob", options, CONTEXT, folder=tmp_path)
+
+        return SearchSpaceCase(lambda: build_own(high=2.0), CONTEXT, wrong=[lambda: build_own(high=-1.0)])
+
+    def test_its_recipes_are_those_of_its_own_code(self, case: SearchSpaceCase) -> None:
+        recipe = case.build().decode({"strength": 0.5})
+        assert (recipe.coefficients["code"], recipe.seed, recipe.dtype) == (0.5, 5, "bfloat16")

@@ -102,17 +102,6 @@ def test_a_text_with_two_labels_stays_within_one_split_and_the_others_keep_their
     assert moved, "the test would not notice rows that are split by their label"
 
 
-@pytest.mark.parametrize("fidelity", [0.01, 0.3, 0.5, 1.0])
-def test_questions_of_a_smaller_fidelity_are_the_first_of_a_larger_one(encoder_folder: Path, fidelity: float) -> None:
-    evaluator = bound(encoder_folder)
-    full, part = evaluator.evaluate(Split.SEARCH), evaluator.evaluate(Split.SEARCH, fidelity)
-    for name, scores in part.scores.items():
-        n = max(2, math.ceil(fidelity * len(full.scores[name].ids)))
-        assert scores.ids == full.scores[name].ids[:n]
-        np.testing.assert_allclose(scores.values, full.scores[name].values[:n], rtol=1e-4, atol=1e-5)
-    assert part.cost.questions == sum(len(part.scores[f"{t}/acc"].ids) for t in ("animal", "colour"))
-
-
 def test_batch_size_does_not_change_the_answers(encoder_folder: Path) -> None:
     model, tokenizer = make_encoder(), make_tokenizer()
     found = []
@@ -161,17 +150,6 @@ def test_a_training_model_is_scored_without_dropout_and_left_in_training(encoder
     np.testing.assert_array_equal(evaluator.evaluate(Split.SEARCH).scores["colour/nll"].values, calm)
     assert evaluator.loss("animal", range(5)).item() == loss
     assert all(m.training for m in model.modules())
-
-
-def test_global_random_generators_are_left_alone(encoder_folder: Path) -> None:
-    model = make_encoder()
-    torch.manual_seed(5)
-    before, before_numpy = torch.random.get_rng_state(), np.random.get_state()[1].copy()
-    evaluator = bound(encoder_folder, model)
-    evaluator.evaluate(Split.SEARCH)
-    evaluator.loss("animal", [0, 1]).backward()
-    assert torch.equal(torch.random.get_rng_state(), before)
-    np.testing.assert_array_equal(np.random.get_state()[1], before_numpy)
 
 
 def test_half_precision_encoders_are_pooled_in_float32(encoder_folder: Path) -> None:

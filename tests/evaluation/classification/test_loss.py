@@ -77,7 +77,7 @@ def test_gradients_reach_the_live_parameters_and_agree_with_finite_differences(e
     parameter = model.encoder.layer[0].intermediate.dense.weight
     with torch.no_grad():
         parameter.mul_(-1)
-        evaluator.remember("animal", range(20))
+        evaluator.cache_teacher("animal", range(20))
         parameter.mul_(-1)
     evaluator.loss("animal", range(12), kind).backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "key.bias" not in n)
@@ -109,9 +109,9 @@ def test_the_divergence_from_what_was_remembered_is_zero_until_the_weights_chang
     evaluator = bound(encoder_folder, model)
     with pytest.raises(EvaluationError, match="'animal' has no expert's answers to compare with for 1 of 1 rows"):
         evaluator.loss("animal", [0], "kl")
-    evaluator.remember("animal", range(3, 20))
-    evaluator.remember("animal", [2, 0, 1])
-    assert evaluator.questions_to_remember("animal") == 1
+    evaluator.cache_teacher("animal", range(3, 20))
+    evaluator.cache_teacher("animal", [2, 0, 1])
+    assert evaluator.teacher_questions("animal") == 1
     texts = [t for t, _ in fit_rows(evaluator, "animal")]
     with torch.no_grad():
         expert = (

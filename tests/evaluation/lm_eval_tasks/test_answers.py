@@ -13,11 +13,11 @@ from tiny_lm import (
     SPECIAL,
     WORDS,
     bound,
+    cache_another,
     docs,
     make_model,
     make_pieces,
     make_tokenizer,
-    remember_another,
     write_tasks,
 )
 
@@ -60,12 +60,12 @@ def test_the_divergence_from_an_expert_is_zero_at_the_expert_and_not_elsewhere(f
     model = make_model()
     e = bound(fit_folder, [task], model)
     with pytest.raises(
-        EvaluationError, match=f"{task!r} has no expert's answers to compare with .*: call remember first"
+        EvaluationError, match=f"{task!r} has no expert's answers to compare with .*: call cache_teacher first"
     ):
         e.loss(task, [0], "kl")
-    e.remember(task, range(N_TRAIN))
+    e.cache_teacher(task, range(N_TRAIN))
     assert abs(e.loss(task, range(N_TRAIN), "kl").item()) < 1e-4
-    remember_another(e, model, task)
+    cache_another(e, model, task)
     assert e.loss(task, range(N_TRAIN), "kl").item() > 1e-2
 
 
@@ -80,7 +80,7 @@ def test_the_divergence_is_that_of_the_softmax_over_choices(fit_folder: Path) ->
             sums, n = e._losses()._choice_sums(fit, rows)
         return [s[:k].double().log_softmax(0) for s, k in zip(sums, n.tolist(), strict=True)]
 
-    e.remember("t_choice", rows)
+    e.cache_teacher("t_choice", rows)
     expert = shares()
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)

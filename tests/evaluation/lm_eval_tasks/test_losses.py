@@ -16,12 +16,12 @@ from tiny_lm import (
     N_TRAIN,
     WORDS,
     bound,
+    cache_another,
     docs,
     documents,
     evaluator,
     make_model,
     make_tokenizer,
-    remember_another,
     write_tasks,
 )
 
@@ -97,7 +97,7 @@ def test_gradients_are_the_slopes_of_the_loss(fit_folder: Path, task: str, kind:
     if kind == "pseudo":
         e.set_pseudo_labels(task, dict.fromkeys(range(N_TRAIN), 1))
     if kind == "kl":
-        remember_another(e, model, task)
+        cache_another(e, model, task)
     rows = range(12)
     e.loss(task, rows, kind).backward()
     step = 1e-2

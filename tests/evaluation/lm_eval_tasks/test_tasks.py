@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,40 @@ def test_data_files_are_found_beside_the_task_file_from_any_directory(
     assert [[q.id for q in t.questions] for t in e.tasks] == [[q.id for q in expected]] * 2
     with pytest.raises(StudyFileError, match=r"'t_none' cannot be loaded: FileNotFoundError.*gone.jsonl"):
         evaluator(tmp_path, ["t_none"])
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_data_file_is_named(tmp_path: Path, content: str) -> None:
+    write_tasks(tmp_path, {"t_choice": CHOICE})
+    (tmp_path / "test.jsonl").write_text(content)
+    with pytest.raises(StudyFileError, match=r"'t_choice' cannot be loaded: \S*test.jsonl has no rows"):
+        evaluator(tmp_path, ["t_choice"])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(1, "include_path: input should be a valid list, got 1"), ([1], "include_path.0: input should")],
+)
+def test_an_include_path_that_is_no_path_is_a_sentence(value: Any, message: str) -> None:
+    with pytest.raises(StudyFileError, match=message):
+        LmEval({"tasks": ["t_choice"], "include_path": value}, shares=WHOLE, seed=SEED)
+
+
+def test_relative_folders_of_task_files_are_relative_to_the_study_file(scored_folder: Path) -> None:
+    options = {"tasks": ["t_choice"], "include_path": scored_folder.name}
+    e = LmEval(options, shares=WHOLE, seed=SEED, folder=scored_folder.parent)
+    assert e.fingerprint() == evaluator(scored_folder, ["t_choice"]).fingerprint()
+
+
+def test_building_it_imports_no_torch(scored_folder: Path) -> None:
+    """Metrics, fingerprint, fit rows and kinds of loss are known without torch or transformers."""
+    code = (
+        "import sys; from evaluators.lm_eval.evaluator import LmEval; from merge_search.evaluation import SplitShares; "
+        f"e = LmEval({{'tasks': ['t_all'], 'include_path': {str(scored_folder)!r}}}, shares=SplitShares(), seed=0); "
+        "e.metrics(); e.fingerprint(); [e.losses(t) for t in e.fit_tasks()]; "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_tags_groups_and_paths_are_expanded_to_tasks(

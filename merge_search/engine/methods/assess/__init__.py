@@ -18,7 +18,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -34,7 +33,7 @@ from merge_search.rules import table as tables
 if TYPE_CHECKING:
     from merge_search.engine.contracts import Source
 
-__all__ = ["AssessContext", "load", "measure_of", "option", "options_problems", "scores_of"]
+__all__ = ["AssessContext", "MeasureFunctions", "load", "measure_of", "option", "options_problems", "scores_of"]
 
 
 class AssessContext(NamedTuple):
@@ -99,26 +98,34 @@ def option(context: AssessContext, name: str) -> float:
     return float(context.options[name])
 
 
-_LOADED: dict[str, tuple[Measure, Any]] = {}
+class MeasureFunctions(NamedTuple):
+    """The functions of a measure, as the head of this file says; None for those that it does not have."""
+
+    scores: Callable[[AssessContext], list[Tensor]]
+    reduce: Callable[[AssessContext], list[tuple[float, ...]]] | None = None
+    pool: Callable[[Sequence[tuple[float, ...]]], tuple[float, ...]] | None = None
+    numbers: Callable[..., list[float]] | None = None
+
+
+_LOADED: dict[str, tuple[Measure, MeasureFunctions]] = {}
 _SCORES: dict[str, Callable[[AssessContext], list[Tensor]]] = {}
 
 
-def load(name: str) -> Any:
-    """The functions of a measure: ``scores`` and, where they exist, ``reduce``, ``pool`` and ``numbers``."""
-    row, functions = _LOADED.get(name, (None, None))
-    if row is not MEASURES[name]:  # another rule file may define the name anew
-        row = MEASURES[name]
-        functions = SimpleNamespace(**_functions(row))
+def load(name: str) -> MeasureFunctions:
+    """The functions of a measure, imported on first use."""
+    row = MEASURES[name]
+    if name not in _LOADED or _LOADED[name][0] is not row:  # another rule file may define the name anew
+        functions = _functions(row)
         _LOADED[name], _SCORES[name] = (row, functions), functions.scores
-    return functions
+    return _LOADED[name][1]
 
 
-def _functions(row: Measure) -> dict[str, Callable[..., Any]]:
+def _functions(row: Measure) -> MeasureFunctions:
     if row.is_outside:
-        return {"scores": partial(outside_scores, row)}
+        return MeasureFunctions(partial(outside_scores, row))
     scores = tables.load(row)
-    module = sys.modules[scores.__module__]
-    return {"scores": scores, **{k: getattr(module, k) for k in ("reduce", "pool", "numbers") if hasattr(module, k)}}
+    module = vars(sys.modules[scores.__module__])
+    return MeasureFunctions(scores, module.get("reduce"), module.get("pool"), module.get("numbers"))
 
 
 def scores_of(

@@ -11,7 +11,7 @@ A post rule is ``post(context: OperatorContext, delta: Tensor) -> Tensor``; the 
 Every operator keeps these promises. It does not change its inputs and draws no random numbers. The order of the experts
 changes only the rounding of sums. Where all deltas are zero, the result is the base bit for bit. An operator that
 returns a list reads neither coefficients nor scale, so that coefficients per group, learners and slopes apply to its
-parts; a costly one keeps its parts in `OperatorContext.memory`.
+parts; a costly one keeps its parts in `OperatorContext.cache`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_search.engine.methods.outside import outside_operator, outside_post
 from merge_search.errors import RecipeError
+from merge_search.memory import BudgetedCache
 from merge_search.recipe import Group, Operator, Scalar
 from merge_search.rules import OPERATORS, POSTS, OperatorInfo, RuleTable
 from merge_search.rules import operator_problems as _problems
@@ -53,9 +54,9 @@ class OperatorContext:
         statistic: (kind, expert) -> a statistic measured on data; raises `RecipeError` where there is none.
         siblings: () -> deltas of every tensor of the same block, one tuple per tensor; None where the engine has none.
         seed: Seed of the recipe.
-        memory: Lives as long as the engine. It holds results that do not depend on the candidate (SVDs), by a key that
-            names
-            the operator, the tensor, the experts and the options.
+        memory: Small results that do not depend on the candidate, by a key that names the operator, the tensor, the
+            experts and the options. It lives as long as the engine.
+        cache: Processed deltas that do not depend on the candidate (`remember.remembered`); None: nothing is kept.
     """
 
     name: str
@@ -73,6 +74,7 @@ class OperatorContext:
     siblings: Callable[[], Iterable[tuple[Tensor, ...]]] | None = None
     seed: int = 0
     memory: dict[Any, Any] = field(default_factory=dict)
+    cache: BudgetedCache[tuple[Any, list[Tensor]]] | None = None
 
     def number(self, option: str) -> float:
         """A numeric option."""
