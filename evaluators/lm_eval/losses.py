@@ -297,7 +297,7 @@ def _check_teacher(fit: FitRows, rows: Sequence[int], kind: str) -> None:
         )
     if kind == "kl" and (absent := [i for i in rows if i not in fit.teacher_outputs]):
         raise EvaluationError(
-            f"task {fit.name!r} has no expert's answers to compare with for {len(absent)} of {len(rows)} rows "
+            f"task {fit.name!r} has no teacher's answers to compare with for {len(absent)} of {len(rows)} rows "
             f"(row {absent[0]}): call cache_teacher first"
         )
 
