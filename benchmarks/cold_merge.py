@@ -1,12 +1,18 @@
-"""How long does one merge take from files to files, and how much memory? The same mergekit file, by both programs.
+"""Measure one merge from files to files, time and memory: the same mergekit file, by both programs.
 
     python benchmarks/cold_merge.py --work FOLDER --mergekit /path/to/mergekit-yaml [--method ties] [--out FILE.csv]
+    python benchmarks/cold_merge.py --work FOLDER --beside /path/to/another/checkout [--method ties] [--out FILE.csv]
 
-A synthetic Llama (bfloat16, random weights; experts differ by small normal deltas in every tensor) is written to the
-folder once, about 820 MB a model. Each program runs as a new process, one after the other, `--repeats` times in turn;
-the inputs are in the page cache, and with ``--drop-cache`` they are not. Wall time, CPU time (user + system) and peak
-resident memory are the operating system's for that process; mapped file pages count as resident. No run is left out:
-merge-search's first on a machine compiles its loops, two seconds of processor time or less, and keeps them.
+The program writes a synthetic Llama to the folder once, about 820 MB a model (bfloat16, random weights). Its experts
+differ by small normal deltas in every tensor. The two programs run in turn, `--repeats` times, each run in a new
+process. The inputs are in the page cache unless ``--drop-cache`` is given. Wall time, CPU time (user + system) and
+peak resident memory are the operating system's for that process, and mapped file pages count as resident. Every run is
+a row. The first run of merge-search on a machine compiles its loops and keeps them, which takes two seconds of CPU
+time or less.
+
+``--beside CHECKOUT`` compares this checkout with another one, which may be older or newer, in place of mergekit. Both
+merge the same file in turn, ``--rounds`` times, and every figure is a ratio (`beside.py`). One merge of each comes
+first and does not count, since it may have to compile.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import beside
 import machine
 import torch
 import yaml
@@ -46,6 +53,8 @@ FIELDS = [
 
 
 class Cost(NamedTuple):
+    """What one process took: seconds of wall time, CPU seconds, and peak resident memory in MiB."""
+
     wall: float
     cpu: float
     rss: float
@@ -55,6 +64,7 @@ class Cost(NamedTuple):
 
 
 def config(layers: int) -> dict[str, Any]:
+    """The models' ``config.json``."""
     heads = SHAPE["hidden_size"] // 64
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", **SHAPE, "num_hidden_layers": layers,
@@ -65,6 +75,7 @@ def config(layers: int) -> dict[str, Any]:
 
 
 def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor."""
     h, f, v = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"]
     yield "model.embed_tokens.weight", (v, h)
     for i in range(layers):
@@ -81,7 +92,7 @@ def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def make_models(work: Path, layers: int) -> None:
-    """Base and experts, unless they are there."""
+    """Write base and experts, unless they are there."""
     size = 2 * sum(torch.Size(shape).numel() for _, shape in shapes(layers))
     for number, name in enumerate(("base", *EXPERTS)):
         folder = work / name
@@ -99,18 +110,19 @@ def make_models(work: Path, layers: int) -> None:
 
 
 def _weights(layers: int, number: int) -> dict[str, Tensor]:
-    """Of the base (number 0) or of an expert: deltas a tenth as large as the weights."""
-    plain, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(number)
+    """Weights of the base (number 0) or of an expert, whose deltas are a tenth as large as the weights."""
+    shared, of_expert = torch.Generator().manual_seed(0), torch.Generator().manual_seed(number)
     result = {}
     for name, shape in shapes(layers):
-        weight = torch.randn(shape, generator=plain) * 0.02 + (1.0 if len(shape) == 1 else 0.0)
+        weight = torch.randn(shape, generator=shared) * 0.02 + (1.0 if len(shape) == 1 else 0.0)
         if number:
-            weight = weight + torch.randn(shape, generator=own) * 0.002
+            weight = weight + torch.randn(shape, generator=of_expert) * 0.002
         result[name] = weight.bfloat16()
     return result
 
 
 def write_file(work: Path, method: str) -> Path:
+    """Write the mergekit file of a method."""
     models = [{"model": str(work / e), "parameters": METHODS[method]} for e in EXPERTS]
     document = {"merge_method": method, "models": models, "dtype": "bfloat16"}
     if method != "linear":
@@ -123,23 +135,32 @@ def write_file(work: Path, method: str) -> Path:
 # ------------------------------------------------------------------------------------------------ measuring
 
 
-def measure(command: list[str], cores: int) -> Cost:
-    """Run a program to its end; only its own time and memory count, whatever ran before."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(cores), "HF_HUB_OFFLINE": "1"}
+def measure(command: list[str], cores: int, checkout: Path | None = None) -> Cost:
+    """Run a program to its end. Only its own time and memory count, whatever ran before.
+
+    Args:
+        command: The program and its arguments.
+        cores: The number of threads it may use.
+        checkout: The checkout whose packages it imports. Default: those that are installed.
+    """
+    variables = os.environ if checkout is None else beside.environment(checkout)
+    environment = {**variables, "OMP_NUM_THREADS": str(cores), "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, env=environment, cwd=checkout, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     assert process.stderr is not None
-    complaint = process.stderr.read()
+    errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"{command[0]} failed:\n{complaint.decode()[-2000:]}")
+        sys.exit(f"{command[0]} failed:\n{errors.decode()[-2000:]}")
     return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def prepare_cache(work: Path, *, drop: bool) -> None:
-    """Inputs into the page cache of the system, or out of it."""
+    """Read the inputs into the system's page cache, or drop them from it."""
     for file in sorted(work.glob("*/model*.safetensors")):
         with file.open("rb") as f:
             if drop:
@@ -150,44 +171,78 @@ def prepare_cache(work: Path, *, drop: bool) -> None:
                     pass
 
 
+def merge_search(file: Path, out: Path) -> list[str]:
+    """The command by which merge-search merges the file."""
+    return [sys.executable, "-m", "merge_search", "merge", str(file), str(out)]
+
+
 def commands(options: argparse.Namespace, file: Path, out: Path) -> dict[str, list[str]]:
-    ours = [sys.executable, "-m", "merge_search", "merge", str(file), str(out)]
-    chosen = {"merge-search": ours}
+    """The programs' commands, by name, in the order in which they run."""
+    chosen = {"merge-search": merge_search(file, out)}
     if options.mergekit:
         chosen = {"mergekit": [options.mergekit, str(file), str(out), "--lazy-unpickle"], **chosen}
     return chosen
 
 
 def describe(options: argparse.Namespace) -> dict[str, object]:
+    """What all rows of a run have in common."""
     return {
-        **machine.place(), "cores": options.cores, "method": options.method, "experts": len(EXPERTS), "dtype": "bfloat16",
-        "parameters": sum(torch.Size(shape).numel() for _, shape in shapes(options.layers)),
+        **machine.place(), "cores": options.cores, "method": options.method, "experts": len(EXPERTS),
+        "dtype": "bfloat16", "parameters": sum(torch.Size(shape).numel() for _, shape in shapes(options.layers)),
         "cache": "dropped" if options.drop_cache else "warm",
     }  # fmt: skip
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, object]]:
+    """Measure both programs in turn and return the rows."""
     file, common, rows = write_file(options.work, options.method), describe(options), []
     for repeat in range(options.repeats):
-        theirs: Cost | None = None
+        mergekit: Cost | None = None
         for program, command in commands(options, file, options.work / "out").items():
             shutil.rmtree(options.work / "out", ignore_errors=True)
             prepare_cache(options.work, drop=options.drop_cache)
             cost = measure(command, options.cores)
-            row = {**common, "program": program, "repeat": repeat, "wall_s": round(cost.wall, 2),
-                   "cpu_s": round(cost.cpu, 2), "peak_rss_mib": round(cost.rss), "version": version(program, command)}  # fmt: skip
+            row = {
+                **common, "program": program, "repeat": repeat, "wall_s": round(cost.wall, 2),
+                "cpu_s": round(cost.cpu, 2), "peak_rss_mib": round(cost.rss), "version": version(program, command),
+            }  # fmt: skip
             if program == "mergekit":
-                theirs = cost
-            elif theirs is not None:
-                row.update(wall_ratio=round(theirs.wall / cost.wall, 2), cpu_ratio=round(theirs.cpu / cost.cpu, 2),
-                           rss_ratio=round(cost.rss / theirs.rss, 3))  # fmt: skip
+                mergekit = cost
+            elif mergekit is not None:
+                row["wall_ratio"] = round(mergekit.wall / cost.wall, 2)
+                row["cpu_ratio"] = round(mergekit.cpu / cost.cpu, 2)
+                row["rss_ratio"] = round(cost.rss / mergekit.rss, 3)
             rows.append(row)
             print({k: row[k] for k in FIELDS if k in row and k not in common}, flush=True)
     shutil.rmtree(options.work / "out", ignore_errors=True)
     return rows
 
 
+def compare_checkouts(options: argparse.Namespace) -> None:
+    """Measure this checkout and another one in turn and report the ratios."""
+    folders, out = beside.checkouts(options.beside), options.work / "out"
+    command = merge_search(write_file(options.work, options.method), out)
+
+    def merge(name: str) -> dict[tuple[str, str], float]:
+        shutil.rmtree(out, ignore_errors=True)
+        prepare_cache(options.work, drop=options.drop_cache)
+        cost = measure(command, options.cores, folders[name])
+        print(f"{name}: {cost.wall:.2f} s, CPU {cost.cpu:.2f} s, {cost.rss:.0f} MiB", flush=True)
+        figures = {"wall s": cost.wall, "CPU s": cost.cpu, "peak MiB": cost.rss}
+        return {(options.method, figure): value for figure, value in figures.items()}
+
+    for name in folders:
+        merge(name)
+    measured: dict[str, list[dict[tuple[str, str], float]]] = {name: [] for name in folders}
+    for order in beside.rounds(list(folders), options.rounds):
+        for name in order:
+            measured[name].append(merge(name))
+    shutil.rmtree(out, ignore_errors=True)
+    beside.report(beside.ratios(measured), options.beside, options.out)
+
+
 def version(program: str, command: list[str]) -> str:
+    """The program's version."""
     if program == "merge-search":
         return importlib.metadata.version("merge-search")
     python = Path(command[0]).with_name("python")
@@ -205,12 +260,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--drop-cache", action="store_true", help="inputs come from the disk")
     parser.add_argument("--out", type=Path, help="CSV file to append to")
+    beside.add_options(parser)
     options = parser.parse_args()
     options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
-    # In a process of its own: what this one ever held counts as the peak memory of the programs that it starts.
+    # The models are made in a process of its own, because the most memory that this process ever held counts in the
+    # peak memory of the programs that it starts.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as maker:
         maker.submit(make_models, options.work, options.layers).result()
+    if options.beside:
+        compare_checkouts(options)
+        return
     rows = compare(options)
     if options.out:
         machine.append(options.out, FIELDS, rows)

@@ -1,18 +1,28 @@
-"""What does one candidate cost once base and experts are in memory? Every element-wise preset, beside a copy.
+"""Measure what one candidate costs once base and experts are in memory: every element-wise preset, beside a copy.
 
     python benchmarks/engine.py [--out FILE.csv] [--mergekit /path/to/mergekit-yaml --work FOLDER]
     python benchmarks/engine.py --all [--threads 1] [--out FILE.csv] [--mergekit ... --work ...]
     python benchmarks/engine.py --device cuda --size 7b
+    python benchmarks/engine.py --size 80m --threads 1 --presets ties della --beside /path/to/another/checkout
 
-A synthetic Llama and three experts (bfloat16, fixed seeds) are made in memory. Two worker processes run one after the
-other: the first finds an empty compile cache, the second the first one's. Each gives every preset a new engine and times
-its first candidate; the second worker then times warm candidates, new coefficients and new densities, in turn with a copy
-that moves as many bytes as the merge must (base and experts read, result written). Medians and, of ratios to the
-neighbouring copy, medians of ratios. CPU seconds are those of all threads of the worker: on a shared machine they are the
-steadier measure. ``--all`` is the whole table: every preset at 80 M parameters, then TIES, DARE-TIES and task arithmetic at
-400 M, where alone mergekit runs. With --mergekit the same weights are merged from disk to disk by that program (TIES and DARE-TIES), once.
+The program makes a synthetic Llama and three experts in memory (bfloat16, fixed seeds). It runs two worker processes,
+one after the other: the first starts with an empty compile cache, the second with the cache that the first one filled.
+Each worker makes a new engine for every preset and times its first candidate. The second worker then times warm
+candidates, first with new coefficients and then with new densities. Each of them alternates with a copy, from base and
+experts into one model, that moves as many bytes as the merge must. The table holds medians. A ratio is taken to the
+neighbouring copy, and the median of these ratios is reported. CPU seconds are those of all threads of the worker,
+which on a shared machine is the steadier measure.
 
-On a GPU weights are made there, seconds are the device's events, and `roofline` is the share of the copy's bandwidth.
+``--all`` measures the whole table: every preset at 80 M parameters, then TIES, DARE-TIES and task arithmetic at 400 M,
+where alone mergekit runs. With ``--mergekit`` that program merges the same weights from disk to disk, once for each of
+these three presets.
+
+``--beside CHECKOUT`` compares this checkout with another one, which may be older or newer. Both run their own
+``benchmarks/engine.py --worker``, in turn, ``--rounds`` times each. Every figure is a ratio, this checkout's over the
+other's, taken within each round (`beside.py`).
+
+On a GPU the weights are made there and seconds are measured by the device's events. `roofline` is the share of the
+copy's bandwidth that the merge reaches.
 """
 
 from __future__ import annotations
@@ -31,6 +41,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import beside
 import cold_merge
 import machine
 import torch
@@ -47,10 +58,10 @@ SIZES: dict[str, dict[str, int]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32000},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000},
 }
-NAMES = [
-    name for name, p in PRESETS.items() if "operator" not in p.settings and "post" not in p.settings
-]  # element-wise, all of them
-PASSED_ON = ("device", "size", "layers", "repeats", "threads", "cache-bytes")  # to the workers
+NAMES = [name for name, p in PRESETS.items() if "operator" not in p.settings and "post" not in p.settings]
+"""Every element-wise preset."""
+PASSED_ON = ("device", "size", "layers", "repeats", "threads", "cache-bytes")
+"""Options that each worker gets as they are."""
 FIELDS = [
     "date", "commit", "machine", "device", "threads", "preset", "size", "parameters", "experts", "dtype", "compiled",
     "first_cold_s", "first_cold_cpu_s", "first_warm_cache_s", "first_warm_cache_cpu_s",
@@ -58,41 +69,42 @@ FIELDS = [
     "copy_s", "copy_cpu_s", "copy_gb_per_s", "coefficients_to_copy", "densities_to_copy", "to_ties", "roofline",
     "mergekit_s", "mergekit_cpu_s", "mergekit_to_candidate", "mergekit_cpu_to_candidate", "torch", "python",
 ]  # fmt: skip
-MERGEKIT = {"ties": "ties", "dare_ties": "dare_ties", "task_arithmetic": "task_arithmetic"}  # preset -> method
+MERGEKIT = {"ties": "ties", "dare_ties": "dare_ties", "task_arithmetic": "task_arithmetic"}
+"""mergekit's method, by preset."""
 LARGE = ["ties", "dare_ties", "task_arithmetic"]
 
 # ------------------------------------------------------------------------------------------------ weights
 
 
 def make(shape: Mapping[str, int], device: torch.device) -> MemoryTensors:
-    """The weights of `cold_merge` on a CPU; like them on a GPU."""
+    """Make base and experts in memory. On a CPU they are the weights of `cold_merge`, on a GPU weights like them."""
     cold_merge.SHAPE.update(shape)
     base: dict[str, Tensor] = {}
     experts: dict[str, dict[str, Tensor]] = {e: {} for e in EXPERTS}
-    plain = torch.Generator(device).manual_seed(0)
-    own = [torch.Generator(device).manual_seed(i + 1) for i in range(len(EXPERTS))]
+    shared = torch.Generator(device).manual_seed(0)
+    of_expert = [torch.Generator(device).manual_seed(i + 1) for i in range(len(EXPERTS))]
     for name, size in cold_merge.shapes(shape["num_hidden_layers"]):
-        weight = torch.randn(size, generator=plain, device=device) * 0.02 + (1.0 if len(size) == 1 else 0.0)
+        weight = torch.randn(size, generator=shared, device=device) * 0.02 + (1.0 if len(size) == 1 else 0.0)
         base[name] = weight.bfloat16()
-        for e, generator in zip(EXPERTS, own, strict=True):
+        for e, generator in zip(EXPERTS, of_expert, strict=True):
             experts[e][name] = (weight + torch.randn(size, generator=generator, device=device) * 0.002).bfloat16()
     return MemoryTensors(base, experts, statistics=_Squares(experts))
 
 
 class _Squares(Mapping[tuple[str, str, str], Tensor]):
-    """Stands for statistics measured on data: squared weights of the expert, made when first asked for."""
+    """Stand-in for statistics measured on data: the expert's squared weights, computed on first use."""
 
     def __init__(self, experts: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.experts = experts
-        self.made: dict[tuple[str, str], Tensor] = {}
+        self.squares: dict[tuple[str, str], Tensor] = {}
 
     def __getitem__(self, key: tuple[str, str, str]) -> Tensor:
         kind, expert, name = key
         if kind.startswith("map:"):
             raise KeyError(key)
-        if (expert, name) not in self.made:
-            self.made[expert, name] = self.experts[expert][name].float().square()
-        return self.made[expert, name]
+        if (expert, name) not in self.squares:
+            self.squares[expert, name] = self.experts[expert][name].float().square()
+        return self.squares[expert, name]
 
     def __iter__(self) -> Iterator[tuple[str, str, str]]:
         return (("any", e, name) for e, tensors in self.experts.items() for name in tensors)
@@ -105,13 +117,13 @@ class _Squares(Mapping[tuple[str, str, str], Tensor]):
 
 
 def _cpu() -> float:
-    """CPU seconds of this process and of the compilers it waited for."""
+    """CPU seconds of this process and of the compilers that it waited for."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
 class Clock:
-    """(seconds, CPU seconds) of a call; on a GPU the first are those between two events."""
+    """Measure (seconds, CPU seconds) of a call. On a GPU the seconds are those between two events."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -131,13 +143,13 @@ class Clock:
 
 
 class Copy:
-    """Copies that read and write as many bytes as a merge: (1 + experts) reads and one write of a model."""
+    """A copy that moves as many bytes as a merge: it reads (1 + experts) models and writes one."""
 
     def __init__(self, tensors: MemoryTensors, views: Mapping[str, Tensor], clock: Clock) -> None:
         sources = [{n: tensors.base(n) for n in views}]
         sources += [{n: tensors.expert(e, n) for n in views} for e in EXPERTS]
         total = sum(t.numel() for t in views.values())
-        due = total * (len(sources) + 1) / 2  # every element copied is read and written
+        due = total * (len(sources) + 1) / 2  # each copied element counts twice: it is read and written
         self.pairs: list[tuple[Tensor, Tensor]] = []
         for source in sources:
             for name, out in views.items():
@@ -165,7 +177,7 @@ class Copy:
 
 
 def candidates(name: str, tensors: MemoryTensors, kind: str) -> Iterator[Any]:
-    """Recipes that differ in every group in what `kind` says."""
+    """Recipes whose coefficients (or densities, by `kind`) differ from each other in every group."""
     for i in range(1000):
         if kind == "coefficients":
             yield preset(name, tensors.models, coefficients=0.3 + 0.01 * i)
@@ -174,7 +186,7 @@ def candidates(name: str, tensors: MemoryTensors, kind: str) -> Iterator[Any]:
 
 
 def worker(options: argparse.Namespace) -> None:
-    """Measure; one JSON line a preset on stdout."""
+    """Measure every preset and print one line of JSON for each."""
     if options.threads:
         torch.set_num_threads(options.threads)
     device, clock = torch.device(options.device), Clock(torch.device(options.device))
@@ -195,9 +207,9 @@ def worker(options: argparse.Namespace) -> None:
             engine.apply(next(recipes), views)
             row[kind] = []
             for _ in range(options.repeats):
-                beside, recipe = copy(), next(recipes)
+                copied, recipe = copy(), next(recipes)
                 engine.forget()
-                row[kind].append((*clock(partial(engine.apply, recipe, views)), *beside))
+                row[kind].append((*clock(partial(engine.apply, recipe, views)), *copied))
         row["bytes"] = copy.bytes if copy else 0
         row["parameters"] = sum(v.numel() for v in views.values())
         print(json.dumps(row), flush=True)
@@ -206,22 +218,35 @@ def worker(options: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------ the table
 
 
-def run_worker(options: argparse.Namespace, cache: str, *, warm: bool) -> Iterator[dict[str, Any]]:
+def run_worker(
+    options: argparse.Namespace, cache: str, *, warm: bool, checkout: Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """Start one worker and yield its rows.
+
+    Args:
+        options: The command line.
+        cache: Folder of the compile cache.
+        warm: Whether the worker times warm candidates too.
+        checkout: The checkout whose worker runs, on its own code. Default: this one, on the code that is installed.
+    """
     given = {name: getattr(options, name.replace("-", "_")) for name in PASSED_ON}
-    command = [sys.executable, __file__, "--worker", "--presets", *options.presets]
+    program = __file__ if checkout is None else str(checkout / "benchmarks" / "engine.py")
+    command = [sys.executable, program, "--worker", "--presets", *options.presets]
     command += [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
     command += ["--warm"] * warm + ["--no-compile"] * (not options.compile)
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    environment = {
+        **(os.environ if checkout is None else beside.environment(checkout)), "TORCHINDUCTOR_CACHE_DIR": cache,
+    }  # fmt: skip
+    process = subprocess.Popen(command, env=environment, cwd=checkout, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         yield json.loads(line)
     if process.wait():
-        sys.exit("the worker failed")
+        sys.exit(f"the worker failed: {' '.join(command)}")
 
 
 def mergekit(options: argparse.Namespace) -> dict[str, cold_merge.Cost]:
-    """Seconds of mergekit from disk to disk, by preset."""
+    """What mergekit's merge costs from disk to disk, by preset."""
     if not options.mergekit:
         return {}
     work = options.work.resolve()
@@ -239,10 +264,19 @@ def mergekit(options: argparse.Namespace) -> dict[str, cold_merge.Cost]:
     return costs
 
 
-def summary(row: dict[str, Any], cold: tuple[float, float], ties: list[float], theirs: cold_merge.Cost | None) -> dict[str, Any]:  # fmt: skip
-    """One line of the table; `ties`: CPU-to-copy ratio of TIES, if it ran before."""
+def summary(
+    row: dict[str, Any], cold: tuple[float, float], ties: list[float], mergekit_cost: cold_merge.Cost | None
+) -> dict[str, Any]:
+    """One line of the table.
+
+    Args:
+        row: What the second worker measured.
+        cold: Cost of the first candidate with an empty compile cache.
+        ties: The ratio of TIES to a copy, once TIES has been measured. This function adds it.
+        mergekit_cost: What mergekit's merge costs, where it ran.
+    """
     median, result = statistics.median, {"preset": row["preset"], "compiled": row["compiled"]}
-    unit = 0 if row["cuda"] else 1  # ratios: device seconds on a GPU, CPU seconds on a CPU
+    unit = 0 if row["cuda"] else 1  # ratios compare device seconds on a GPU and CPU seconds on a CPU
     result |= {"first_cold_s": cold[0], "first_cold_cpu_s": cold[1]}
     result |= {"first_warm_cache_s": row["first"][0], "first_warm_cache_cpu_s": row["first"][1]}
     for kind in ("coefficients", "densities"):
@@ -258,21 +292,22 @@ def summary(row: dict[str, Any], cold: tuple[float, float], ties: list[float], t
         ties.append(result["coefficients_to_copy"])
     if ties:
         result["to_ties"] = max(result["coefficients_to_copy"], result.get("densities_to_copy", 0)) / ties[0]
-    if theirs:
+    if mergekit_cost:
         slowest, slowest_cpu = (
             max(result[f"coefficients_{u}"], result.get(f"densities_{u}", 0)) for u in ("s", "cpu_s")
         )
-        result |= {"mergekit_s": theirs.wall, "mergekit_cpu_s": theirs.cpu}
+        result |= {"mergekit_s": mergekit_cost.wall, "mergekit_cpu_s": mergekit_cost.cpu}
         result |= {
-            "mergekit_to_candidate": theirs.wall / slowest,
-            "mergekit_cpu_to_candidate": theirs.cpu / slowest_cpu,
+            "mergekit_to_candidate": mergekit_cost.wall / slowest,
+            "mergekit_cpu_to_candidate": mergekit_cost.cpu / slowest_cpu,
         }
     return result
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure every preset with both workers, print the table and return its rows."""
     options.layers = options.layers or SIZES[options.size]["num_hidden_layers"]
-    theirs = mergekit(options)
+    mergekit_costs = mergekit(options)
     options.method, options.drop_cache, options.cores = "", False, os.cpu_count()
     known = cold_merge.describe(options)
     known |= {"size": options.size, "device": options.device, "threads": options.threads or torch.get_num_threads()}
@@ -282,13 +317,48 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         cold = {r["preset"]: r["first"] for r in run_worker(options, cache, warm=False)}
         for row in run_worker(options, cache, warm=True):
             row["cuda"] = options.device != "cpu"
-            found = summary(row, cold[row["preset"]], ties, theirs.get(row["preset"]))
-            found = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in found.items()}
-            print({k: v for k, v in found.items() if k != "compiled"}, flush=True)
-            rows.append({k: v for k, v in {**known, "parameters": row["parameters"], **found}.items() if k in FIELDS})
+            line = summary(row, cold[row["preset"]], ties, mergekit_costs.get(row["preset"]))
+            line = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in line.items()}
+            print({k: v for k, v in line.items() if k != "compiled"}, flush=True)
+            rows.append({k: v for k, v in {**known, "parameters": row["parameters"], **line}.items() if k in FIELDS})
             if options.out:
                 machine.append(options.out, FIELDS, rows[-1:])
     return rows
+
+
+# ------------------------------------------------------------------------------------------------ two checkouts
+
+
+def figures(row: dict[str, Any], *, is_first_round: bool) -> dict[tuple[str, str], float]:
+    """What is compared of one preset: CPU seconds of a candidate, alone and as a multiple of the neighbouring copy.
+
+    The first candidate of the first round compiles, so it is left out.
+    """
+    unit, name = (0 if row["cuda"] else 1), row["preset"]
+    result = {} if is_first_round else {(name, "first candidate, CPU s"): row["first"][1]}
+    for kind in ("coefficients", "densities"):
+        if kind in row:
+            result[name, f"new {kind}, s" if row["cuda"] else f"new {kind}, CPU s"] = statistics.median(
+                r[unit] for r in row[kind]
+            )
+            result[name, f"new {kind}, to a copy"] = statistics.median(r[unit] / r[2 + unit] for r in row[kind])
+    return result
+
+
+def measure_beside(options: argparse.Namespace) -> None:
+    """Measure this checkout and another one in turn and report the ratios."""
+    folders = beside.checkouts(options.beside)
+    measured: dict[str, list[dict[tuple[str, str], float]]] = {name: [] for name in folders}
+    with tempfile.TemporaryDirectory() as caches:
+        for number, order in enumerate(beside.rounds(list(folders), options.rounds)):
+            for name in order:
+                found: dict[tuple[str, str], float] = {}
+                for row in run_worker(options, f"{caches}/{name}", warm=True, checkout=folders[name]):
+                    row["cuda"] = options.device != "cpu"
+                    found |= figures(row, is_first_round=number == 0)
+                measured[name].append(found)
+            print(f"round {number + 1} of {options.rounds} measured", flush=True)
+    beside.report(beside.ratios(measured), options.beside, options.out)
 
 
 def main() -> None:
@@ -305,15 +375,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for models on disk, about six times their size")
     parser.add_argument("--out", type=Path, help="CSV file to append to")
     parser.add_argument("--all", action="store_true", help="every preset at 80 M parameters, three of them at 400 M")
+    beside.add_options(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if bool(options.mergekit) != bool(options.work):
         parser.error("--mergekit and --work go together")
-    options.presets = sorted(options.presets, key=lambda n: n != "ties")  # the others are compared with it
+    options.presets = sorted(options.presets, key=lambda n: n != "ties")  # TIES first: the others are compared with it
     options.layers = options.layers or SIZES[options.size]["num_hidden_layers"]
     if options.worker:
         worker(options)
+    elif options.beside:
+        measure_beside(options)
     elif options.all:
         large = argparse.Namespace(**{**vars(options), "size": "0.4b", "layers": 0, "presets": LARGE})
         measure(argparse.Namespace(**{**vars(options), "size": "80m", "layers": 0, "mergekit": None}))

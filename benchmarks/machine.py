@@ -1,4 +1,4 @@
-"""What every row of a benchmark says about where and when it was measured."""
+"""Where and when a benchmark was measured: the columns that all of them share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit that is measured, with ``-dirty`` where files but the results were changed since; '' outside a repository."""
+    """The commit that is measured, with ``-dirty`` if files other than results differ; '' outside a repository."""
 
     def git(*command: str) -> str:
         return subprocess.run(
@@ -43,7 +43,7 @@ def place() -> dict[str, str]:
 
 
 def append(file: Path, fields: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
-    """Append rows to a CSV file; a new one begins with its header."""
+    """Append rows to a CSV file. A new file begins with its header."""
     file.parent.mkdir(parents=True, exist_ok=True)
     is_new = not file.is_file()
     with file.open("a", newline="") as f:

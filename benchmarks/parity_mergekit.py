@@ -1,22 +1,30 @@
-"""Do we make the models that mergekit makes from the same file? Every method, element by element.
+"""Compare our models with those that mergekit makes from the same file: every method, element by element.
 
     python benchmarks/parity_mergekit.py --mergekit /path/to/mergekit-yaml --zoo FOLDER [--sets lm,demo,encoder]
         [--only ties,slerp] [--out FILE.csv]
 
-mergekit runs as the separate program it is. Sets of models: ``lm`` is ``lm/{base,intent,qtype,where}`` in the zoo (float32
-Llama), ``encoder`` is ``encoder/{base,sst2,trec6,emotion}`` (float16 BERT), ``demo`` the example's (bfloat16 Llama);
-``--models BASE EXPERT ...`` gives others. Three ways of computing:
+mergekit runs as a separate program. The sets of models are ``lm``, which is ``lm/{base,intent,qtype,where}`` in the zoo
+(float32 Llama), ``encoder``, which is ``encoder/{base,sst2,trec6,emotion}`` (float16 BERT), and ``demo``, the example's
+(bfloat16 Llama). ``--models BASE EXPERT ...`` gives others. There are three ways of computing:
 
     float32     checkpoints as they are, dtype float32
-    cast        bfloat16 checkpoints, dtype float32, out_dtype bfloat16: both round once
-    bfloat16    bfloat16 checkpoints, dtype bfloat16: mergekit rounds after every step, we compute in float32 and round once
+    cast        bfloat16 checkpoints, dtype float32, out_dtype bfloat16: both programs round once
+    bfloat16    bfloat16 checkpoints, dtype bfloat16: mergekit rounds after every step, we once
 
-Columns: `equal`, share of elements with the same bits; `close`, share within one bfloat16 ulp (float32: 1e-6 + 1e-5 |x|);
-`own_close`, in the third way, `close` of mergekit's two results ``bfloat16`` and ``cast``: what its own rounding moves;
-`close_at_base`, the same with the ulp of the larger of the result and the base's weight: where a delta almost cancels the
-weight, one rounding of the weight is many ulps of the result; `largest`, the largest difference. `tied`: share of elements
-whose score equals a selection threshold exactly, of which each program keeps as many but not the same ones; `close_untied`:
-`close` among the others. For methods that draw masks, instead: kept rate, mean and standard deviation of the merged delta.
+Columns:
+
+    equal           share of elements with the same bits
+    close           share of elements within one bfloat16 ulp (float32: 1e-6 + 1e-5 |x|)
+    own_close       in the third way, `close` of mergekit's two results ``bfloat16`` and ``cast``: the effect of its own
+                    rounding
+    close_at_base   `close` with the ulp of the larger of the result and the base's weight. Where a delta almost cancels
+                    the weight, one rounding of the weight is many ulps of the result
+    largest         the largest difference
+    tied            share of elements whose score equals a selection threshold exactly. Each program keeps as many of
+                    them, but not the same ones
+    close_untied    `close` among the others
+
+Methods that draw masks have the kept rate, the mean and the standard deviation of the merged delta instead.
 """
 
 from __future__ import annotations
@@ -60,13 +68,14 @@ DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo" / "models"
 RANDOM = {"dare_linear", "dare_ties", "della", "della_linear"}
 WEIGHTS = (0.5, 0.3, 0.7)
 FIELDS = [
-    "models", "method", "case", "mode", "n", "equal", "close", "own_close", "close_at_base", "largest", "tied", "close_untied", "kept_theirs", "kept_ours", "mean_theirs", "mean_ours",
-    "std_theirs", "std_ours", "mergekit", "merge_search", "torch",
+    "models", "method", "case", "mode", "n", "equal", "close", "own_close", "close_at_base", "largest",
+    "tied", "close_untied", "kept_theirs", "kept_ours", "mean_theirs", "mean_ours", "std_theirs", "std_ours",
+    "mergekit", "merge_search", "torch",
 ]  # fmt: skip
 
 
 def cases(base: str, experts: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, mergekit file) of every comparison."""
+    """Name and mergekit file of every comparison."""
     for part in (_linear_cases, _masked_cases, _sphere_cases, _other_cases, _random_cases):
         yield from part(base, experts)
 
@@ -140,7 +149,7 @@ def _n_layers(folder: str) -> int:
 
 
 def theirs(program: str, documents: dict[str, dict[str, Any]], work: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """mergekit's merged tensors of every file, by case; one process makes them all."""
+    """mergekit's merged tensors of every file, by case. One process makes them all."""
     file, out = work / "all.yml", work / "out"
     named = {f"case{i}": case for i, case in enumerate(documents)}
     file.write_text(yaml.safe_dump_all([{"name": n, **documents[case]} for n, case in named.items()]))
@@ -195,7 +204,7 @@ def at_threshold(recipe: Recipe, pool: ModelPool, name: str) -> Tensor:
 def compare(
     a: dict[str, Tensor], b: dict[str, Tensor], base: dict[str, Tensor], ties: dict[str, Tensor]
 ) -> dict[str, float]:
-    """`equal`, `close`, `close_at_base`, `largest` of theirs (a) and ours (b), and moments of the merged deltas."""
+    """`equal`, `close`, `close_at_base` and `largest` of theirs (a) and ours (b), and moments of the merged deltas."""
     n = equal = close = at_base = tied = untied = 0
     largest = 0.0
     sums = torch.zeros(2, 3, dtype=torch.float64)
@@ -224,20 +233,21 @@ def compare(
     return {
         "n": n, "equal": equal / n, "close": close / n, "close_at_base": at_base / n, "largest": largest,
         "tied": tied / n, "close_untied": untied / max(1, n - tied),
-        "kept_theirs": float(kept[0]), "kept_ours": float(kept[1]), "mean_theirs": float(mean[0]), "mean_ours": float(mean[1]),
+        "kept_theirs": float(kept[0]), "kept_ours": float(kept[1]),
+        "mean_theirs": float(mean[0]), "mean_ours": float(mean[1]),
         "std_theirs": float(std[0]), "std_ours": float(std[1]),
     }  # fmt: skip
 
 
 def _tolerance(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """One ulp of numbers of this size in bfloat16; in float32 a hundred or so."""
+    """One ulp of numbers of this size in bfloat16, and about a hundred ulps in float32."""
     if dtype == torch.bfloat16:
         return torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 8)
     return 1e-6 + 1e-5 * size
 
 
 def copied(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
-    """A copy of a checkpoint, its floats in `dtype`; the files' own if None."""
+    """Copy a checkpoint, with its floats in `dtype`. None: the files' own."""
     out.mkdir(parents=True)
     for file in folder.glob("*.json"):
         shutil.copyfile(file, out / file.name)
@@ -248,7 +258,7 @@ def copied(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
     if dtype is not None:
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
     if config["model_type"] == "bert":
-        # mergekit 0.1.5 fails on its own table of BERT (a TypeError); what it does not know it takes for a language model.
+        # mergekit 0.1.5 fails on its own table of BERT (a TypeError), and takes an unknown model for a language model.
         config["architectures"] = ["Encoder"]
         tensors = {f"bert.{name}": tensor for name, tensor in tensors.items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
@@ -257,7 +267,7 @@ def copied(folder: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
 
 
 def version(program: str) -> str:
-    """mergekit's version, as its own environment tells it."""
+    """mergekit's version, from its own environment."""
     code = "import importlib.metadata as m; print(m.version('mergekit'))"
     python = Path(program).resolve().parent / "python"
     asked = subprocess.run(
@@ -280,7 +290,8 @@ def main() -> None:
         parser.error("give --mergekit and --zoo (or --models)")
     folders = {"given": asked.models} if asked.models else {n: _folders(n, asked.zoo) for n in asked.sets.split(",")}
     about = {
-        "mergekit": version(asked.mergekit), "merge_search": importlib.metadata.version("merge-search"), "torch": torch.__version__,
+        "mergekit": version(asked.mergekit), "merge_search": importlib.metadata.version("merge-search"),
+        "torch": torch.__version__,
     }  # fmt: skip
     only = set(filter(None, asked.only.split(",")))
     rows = kept_rows(Path(asked.out), set(folders), only, asked.modes)
@@ -288,8 +299,12 @@ def main() -> None:
         for row in measure(models, asked.mergekit, only, asked.modes.split(",")):
             rows.append({"models": name, **row, **about})
             _write(Path(asked.out), rows)
-            print(f"{name:8s} {row['mode']:9s} {row['case']:26s} equal {row['equal']:.5f} close {row['close']:.6f} "
-                  f"own {row.get('own_close', math.nan):.6f} untied {row['close_untied']:.6f} largest {row['largest']:.3g}", flush=True)  # fmt: skip
+            print(
+                f"{name:8s} {row['mode']:9s} {row['case']:26s} equal {row['equal']:.5f} close {row['close']:.6f} "
+                f"own {row.get('own_close', math.nan):.6f} untied {row['close_untied']:.6f} "
+                f"largest {row['largest']:.3g}",
+                flush=True,
+            )
 
 
 def kept_rows(out: Path, models: set[str], only: set[str], modes: str) -> list[dict[str, Any]]:
@@ -310,7 +325,7 @@ def _folders(name: str, zoo: str) -> list[str]:
 
 
 def measure(models: list[str], program: str, only: set[str], modes: list[str]) -> Iterator[dict[str, Any]]:
-    """A row for every case and mode."""
+    """Yield a row for every case and way of computing."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         whole = [str(copied(Path(m), work / "own" / Path(m).name)) for m in models]

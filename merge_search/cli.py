@@ -1,4 +1,4 @@
-"""Command line. Nothing heavy is imported before a command needs it."""
+"""The command line. A command imports heavy modules only when it needs them, and reads its file before that."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from merge_search.errors import InputError, MergeSearchError, first_line
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     import optuna
 
     from merge_search.report.table import Table
-    from merge_search.search.prepare import Plan
+    from merge_search.rules import RuleTable
+    from merge_search.search.plan import Plan
     from merge_search.study_file import StudyFile
 
 __all__ = ["main"]
@@ -35,23 +37,24 @@ app = typer.Typer(
 out = Console()
 VALIDATION = "validation questions (± one standard error), best by these and the search questions first"
 err = Console(stderr=True)
-KEPT = "what was finished and stored before is kept"
+KEPT = "all stored results are kept"
 LOST = ("sqlalchemy.exc.OperationalError", "sqlalchemy.exc.InterfaceError", "sqlalchemy.exc.DatabaseError")
-"""Errors of a database that is gone, locked or damaged; by name, since nothing heavy is imported here."""
+"""Errors of a database that is gone, locked or damaged. They are named, since importing their classes is slow."""
 
 StudyArgument = Annotated[Path, typer.Argument(help="The study file (YAML).", show_default=False)]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...: in place of the study file's.")]
-OutArgument = Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.", show_default=False)]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; replaces that of the study file.")]
+OutArgument = Annotated[
+    Path, typer.Argument(help="Folder to write. It must be empty or not exist.", show_default=False)
+]
 
 
 @app.command()
 def run(study: StudyArgument, device: DeviceOption = None) -> None:
-    """Search, or resume: the same command goes on after a crash, a Ctrl-C or on another day."""
+    """Run or resume a search. After a crash or a Ctrl-C, the same command goes on."""
+    file = _read(study, device)
     from merge_search.search.progress import Progress
     from merge_search.search.run import run as run_study
-    from merge_search.study_file import read_study_file
 
-    file = _on(read_study_file(study), device)
     with Progress(err) as progress:
         result = run_study(file, progress)
     _print_result(result, study)
@@ -59,7 +62,7 @@ def run(study: StudyArgument, device: DeviceOption = None) -> None:
 
 @app.command()
 def validate(study: StudyArgument) -> None:
-    """Check a study file, its models, tasks and metrics, before any weight is loaded."""
+    """Check a study file, its models, tasks and metrics without loading any weight."""
     plan = _plan(study, look_for_earlier=True)
     dimension = len(plan.space.parameters)
     out.print(
@@ -76,11 +79,11 @@ def validate(study: StudyArgument) -> None:
 
 @app.command(name="test")
 def sealed_test(study: StudyArgument, device: DeviceOption = None) -> None:
-    """Open the sealed test questions, once: the best merge against base, experts, average and best preset."""
+    """Compare the best merge with base, experts, average and best preset on the sealed test questions."""
+    plan = _plan(study, device)
     from merge_search.report.table import sealed_table
     from merge_search.search.verdict.sealed import open_test
 
-    plan = _plan(study, device)
     table = sealed_table(open_test(plan), plan.objective, plan.context.experts)
     _show(table, "test questions (± one standard error)")
 
@@ -89,20 +92,21 @@ def sealed_test(study: StudyArgument, device: DeviceOption = None) -> None:
 def export(
     study: StudyArgument,
     out_path: Annotated[Path, typer.Argument(metavar="OUT", help="Folder (or file) to write.", show_default=False)],
-    trial: Annotated[int | None, typer.Option(help="A trial's number; the best one if not given.")] = None,
+    trial: Annotated[int | None, typer.Option(help="Number of the trial; the best one by default.")] = None,
     mergekit: Annotated[
-        bool, typer.Option("--mergekit", help="Write a mergekit YAML file in place of a model.")
+        bool, typer.Option("--mergekit", help="Write a mergekit YAML file instead of a model.")
     ] = False,
     device: DeviceOption = None,
 ) -> None:
-    """Write the best model, or a trial's, as a Hugging Face folder."""
+    """Write the best model, or that of a trial, as a Hugging Face folder."""
+    plan = _plan(study, device)
     from merge_search.export_trial import export_mergekit, export_trial
 
     if mergekit:
-        record = export_mergekit(_plan(study), out_path, number=trial)
+        record = export_mergekit(plan, out_path, number=trial)
         out.print(f"{record.name} written to {out_path}, for mergekit-yaml", highlight=False, soft_wrap=True)
         return
-    record = export_trial(_plan(study, device), out_path, number=trial)
+    record = export_trial(plan, out_path, number=trial)
     digest = record.weights_sha256
     out.print(f"{record.name} written to {out_path} (sha256 of the weights {digest})", highlight=False, soft_wrap=True)
 
@@ -113,26 +117,31 @@ def merge(
     out_folder: OutArgument,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "auto",
 ) -> None:
-    """Make the model of a recipe or of a mergekit file, without a study."""
+    """Merge a recipe or a mergekit file without a study."""
+    if not recipe.is_file():
+        raise InputError(f"no such file: {recipe}")
     with _importing():
         from merge_search.merge_recipe import merge_recipe
 
-    digest = merge_recipe(recipe, out_folder, device=device)
+    def note(text: str) -> None:
+        err.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    digest = merge_recipe(recipe, out_folder, device=device, note=note)
     out.print(f"written to {out_folder} (sha256 of the weights {digest})", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def report(
     study: StudyArgument,
-    trials: Annotated[int, typer.Option(help="How many trials to list; 0 for all.", min=0)] = 20,
+    trials: Annotated[int, typer.Option(help="Number of trials to list; 0 for all.", min=0)] = 20,
 ) -> None:
-    """Show what a study has found so far, from its storage alone: also while it runs."""
+    """Show the results of a study so far. It reads only the storage, so it also works while the study runs."""
+    file = _read(study)
     from merge_search.report.table import front_table, sealed_table, summary_table, trials_table
     from merge_search.search.records import objective_of
     from merge_search.search.storage import load_study
-    from merge_search.study_file import read_study_file
 
-    stored = load_study(read_study_file(study))
+    stored = load_study(file)
     objective, experts = objective_of(stored)
     listed = trials_table(stored, objective, n=trials or None)
     _show(listed, "trials (search questions, ± one standard error)")
@@ -146,15 +155,29 @@ def report(
 
 @app.command(name="list")
 def list_() -> None:
-    """Show presets, search spaces, evaluators and samplers by name."""
+    """Show presets, rules (measures, selections, splices, operators, post rules), spaces, evaluators and samplers."""
     from merge_search import catalogue
     from merge_search.presets import PRESETS
+    from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES
     from merge_search.search.samplers import SAMPLERS
 
     table = RichTable("preset", "what it does", "source", title="presets", title_justify="left")
     for name, p in PRESETS.items():
-        table.add_row(name, p.summary, p.paper)
+        table.add_row(name, Text(p.summary), Text(p.paper))
     out.print(table)
+    tables: list[tuple[str, RuleTable[Any]]] = [
+        ("measures: assess, splice.score, allocate", MEASURES),
+        ("selections: select", SELECTIONS),
+        ("splices: splice", SPLICES),
+        ("operators: operator", OPERATORS),
+        ("post rules: post", POSTS),
+    ]
+    for title, rules in tables:
+        shown = RichTable("name", "what it does", "options", title=title, title_justify="left")
+        for name, row in rules.items():
+            options = ", ".join(k if v is None else f"{k}={v}" for k, v in row.options.items())
+            shown.add_row(name, Text(row.summary), Text(options))
+        out.print(shown)
     for title, names in (
         ("search spaces", catalogue.names("search_spaces")),
         ("evaluators", catalogue.names("evaluators")),
@@ -176,7 +199,10 @@ def _version(
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """Without looking for garbage: of what modules make, much and for good, there is none, and looking takes half as long again."""
+    """Disable garbage collection during the import.
+
+    Imported modules create many long-lived objects, so collecting finds nothing and adds about 50 % to the import time.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -188,13 +214,18 @@ def _importing() -> Iterator[None]:
 
 
 def _plan(study: Path, device: str | None = None, *, look_for_earlier: bool = False) -> Plan:
+    file = _read(study, device)
     from merge_search.search.prepare import prepare
+
+    return prepare(file, look_for_earlier=look_for_earlier)
+
+
+def _read(study: Path, device: str | None = None) -> StudyFile:
+    """The study file with the given device. Called before anything heavy is imported, so a wrong path is told at
+    once."""
     from merge_search.study_file import read_study_file
 
-    return prepare(_on(read_study_file(study), device), look_for_earlier=look_for_earlier)
-
-
-def _on(file: StudyFile, device: str | None) -> StudyFile:
+    file = read_study_file(study)
     return file if device is None else file.model_copy(update={"device": device})
 
 
@@ -217,7 +248,7 @@ def _print_result(study: optuna.Study, path: Path) -> None:
 
 
 def _show(table: Table, title: str) -> None:
-    """A table and its verdict below."""
+    """Print a table with its verdict below."""
     shown = RichTable(*table.header, title=title, title_justify="left", box=SIMPLE)
     for i, row in enumerate(table.rows):
         shown.add_row(*row, style="bold" if i in table.emphasised else "")
@@ -226,7 +257,7 @@ def _show(table: Table, title: str) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point: problems become a message and an exit status, not a traceback.
+    """Run the command line. Expected problems become a message and an exit status, and no traceback.
 
     Exit status: 0 done; 1 it cannot be done here; 2 the input must be changed; 130 interrupted.
     """
@@ -240,7 +271,7 @@ def main(args: list[str] | None = None) -> None:
         err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        err.print("stopped; nothing finished is lost, the same command goes on from here", highlight=False)
+        err.print("stopped; nothing finished is lost, and the same command goes on from here", highlight=False)
         sys.exit(130)
     except Exception as error:
         text = _outage(error)
@@ -251,7 +282,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _outage(error: BaseException) -> str | None:
-    """What to know and do where the machine failed and not the program: a full disk, a lost database; else None."""
+    """A sentence with what to do if the disk is full or the database is lost; None for other errors."""
     chain = [error]
     while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
         chain.append(before)
@@ -263,7 +294,8 @@ def _outage(error: BaseException) -> str | None:
     for e in chain:
         if f"{type(e).__module__}.{type(e).__name__}" in LOST:
             return (
-                f"the study's database cannot be used any more: {first_line(e)}. See that it is there, can be reached and written "
-                "and is whole, and give the same command again: it goes on from the trials that are stored there"
+                f"the study's database cannot be used any more: {first_line(e)}. See that it is there, can be reached "
+                "and written and is whole, and give the same command again: it goes on from the trials that are stored "
+                "there"
             )
     return None

@@ -1,9 +1,9 @@
-"""Float32 matrix products on a CPU by oneDNN, where it is as exact as the library that torch takes by itself.
+"""Float32 matrix products on a CPU by oneDNN, where it is as exact as the library that torch uses by default.
 
-torch hands float32 products to MKL, which on processors of other makers than its own keeps to half of their vector width:
-there oneDNN answers and differentiates a wide model in half to two thirds of the time (`benchmarks/products.py`). torch
-gives it the products when they may be computed in bfloat16; on a processor whose matrix unit would really do that, `exact`
-is false and everything stays as it is.
+torch gives float32 products to MKL, which uses half of the vector width on processors of other makers than Intel. There
+oneDNN's forward and backward passes of a wide model take half to two thirds of the time (`benchmarks/products.py`).
+torch gives the products to oneDNN when they may be computed in bfloat16. On a processor whose matrix unit would really
+compute them so, `exact` is false and nothing is changed.
 """
 
 from __future__ import annotations
@@ -19,22 +19,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 __all__ = ["exact", "fast_products", "short_attention"]
 
 _NARROWEST = 256
-"""Least width of most of the weights: below, oneDNN's cost per call is more than it saves."""
+"""Least width of most of the weights. Below it, oneDNN's cost per call exceeds the time that it saves."""
 _SHORT = 256
-"""Tokens up to which attention as plain products is faster than torch's tiles, whose products are then too small."""
+"""Most tokens for which attention as plain products is faster than torch's tiles, whose products are then too small."""
 _TOLERANCE = 1e-5
-"""Of a product over 512 terms, relative: float32 is wrong by less than 1e-6, bfloat16 by more than 1e-3."""
+"""Largest relative error of a product over 512 terms. float32 errs by less than 1e-6, bfloat16 by more than 1e-3."""
 
 _MIXED = "mixed"
 
 
 @contextmanager
 def fast_products(weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, float32 products on the CPU run on oneDNN if that pays for a model of these `weights`; else as usual.
+    """Run float32 products on the CPU on oneDNN inside the context, if that pays for a model of these `weights`.
 
-    The setting is the process's, for all its threads, and is put back afterwards. Exact to float32, not bit for bit the same
-    as outside: merges are computed outside, so the weights of a recipe do not depend on it. A program that chose precisions
-    backend by backend keeps its choice.
+    The setting holds for the whole process with all its threads, and is restored on exit. The results are exact to
+    float32, but their bits differ from those outside. Merges are computed outside, so the weights of a recipe do not
+    depend on the setting. A program that set precisions backend by backend keeps its choice.
+
+    Args:
+        weights: Tensors of the model by name.
     """
     if _current() == _MIXED or not (_is_wide(weights) and exact()):
         yield
@@ -44,7 +47,11 @@ def fast_products(weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def short_attention(length: int, device: torch.device) -> AbstractContextManager[None]:
-    """For a pass over sequences of `length` tokens inside `fast_products`; outside of it, or for long ones, nothing."""
+    """Return a context for a pass over sequences of `length` tokens inside `fast_products`.
+
+    It computes attention as plain products. It changes nothing outside `fast_products`, on a GPU, or for long
+    sequences.
+    """
     if device.type != "cpu" or length > _SHORT or _current() != "medium":
         return nullcontext()
     return sdpa_kernel(SDPBackend.MATH)
@@ -52,7 +59,7 @@ def short_attention(length: int, device: torch.device) -> AbstractContextManager
 
 @cache
 def exact() -> bool:
-    """Whether oneDNN takes the products and computes them in float32: asked once, of one product."""
+    """Whether oneDNN takes the products and computes them in float32. Found out once, from one product."""
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(64, 512, generator=generator) for _ in range(2))
     true = left.double() @ right.double().T
@@ -65,7 +72,7 @@ def exact() -> bool:
 
 
 def _current() -> str:
-    """torch's one setting for all backends; torch refuses to name one where they were set one by one."""
+    """Return torch's one setting for all backends, or `_MIXED` where they were set one by one and torch names none."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -83,7 +90,7 @@ def _precision(wanted: str) -> Iterator[None]:
 
 
 def _is_wide(weights: Mapping[str, Tensor]) -> bool:
-    """Most elements lie in float32 matrices on the CPU, no side of which is narrow."""
+    """Whether most elements are in float32 matrices on the CPU that are not narrow in either direction."""
     wide = total = 0
     for tensor in weights.values():
         total += tensor.numel()

@@ -4,7 +4,8 @@
     ├── InputError            (also ValueError) fix what was given; carries *all* the problems found
     │   ├── StudyFileError    the study file
     │   ├── RecipeError       a recipe, or a mergekit file
-    │   └── SpaceError        a search space
+    │   ├── SpaceError        a search space
+    │   └── RuleError         a rule from outside: its file, its function, or what the function returned
     ├── WeightsError          fix a checkpoint: missing, truncated, another shape, a pickle
     ├── StudyChangedError     the stored study was made with other models, tasks or space
     ├── StorageError          the storage cannot be used as asked (a second driver holds it, ...)
@@ -37,6 +38,7 @@ __all__ = [
     "MergeSearchError",
     "NonFiniteError",
     "RecipeError",
+    "RuleError",
     "SpaceError",
     "StorageError",
     "StudyChangedError",
@@ -82,6 +84,10 @@ class RecipeError(InputError):
 
 class SpaceError(InputError):
     """The search space is empty, too large, or does not fit the models."""
+
+
+class RuleError(InputError):
+    """A rule from outside cannot be used: its file, its name, its function, or what the function returned."""
 
 
 class WeightsError(MergeSearchError):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import optuna
 
+from merge_search.engine.checkpoints.dtypes import RECIPE_NAMES
 from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
 from merge_search.engine.checkpoints.layout import layout
 from merge_search.engine.checkpoints.writer import check_destination
@@ -16,15 +17,13 @@ from merge_search.errors import InputError, StudyFileError
 from merge_search.merge_recipe import write_merge
 from merge_search.mergekit import to_mergekit
 from merge_search.recipe import Models
-from merge_search.report.table import card
-from merge_search.search.prepare import Plan
-from merge_search.search.records import Record, objective_of, owners_of, records, references_of
+from merge_search.report.model_card import card
+from merge_search.rules import use_rule_files
+from merge_search.search.plan import Plan
+from merge_search.search.records import Record, objective_of, records, references_of, teachers_of
 from merge_search.search.storage import load_study
 from merge_search.search.trial.worker import maps_of, statistics_of
 from merge_search.search.verdict.selection import champions, nothing_to_hand_over
-
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Names in safetensors headers -> in recipes and mergekit files."""
 
 __all__ = ["export_mergekit", "export_trial"]
 
@@ -37,15 +36,16 @@ def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
         WeightsError: `out` is in use; or the weights differ from the scored ones, and nothing is written.
     """
     check_destination(out)
+    use_rule_files(plan.file.rule_files)
     study = load_study(plan.file)
     objective, experts = objective_of(study)
     record = _wanted(study, number)
     recipe = record.recipe.model_copy(update={"models": _local(record.recipe.models, plan.context.models)})
     text = card(study, objective, record, experts)
-    owners = owners_of(objective, references_of(study, list(objective.metrics.values()), experts))
+    teachers = teachers_of(objective, references_of(study, list(objective.metrics.values()), experts))
 
     def statistics(pool: ModelPool) -> DataStatistics:
-        return statistics_of(plan, pool, owners, None)
+        return statistics_of(plan, pool, teachers, None)
 
     device = plan.file.device
     write_merge(recipe, out, text, maps_of(plan.file), statistics, device=device, expected=record.weights_sha256)
@@ -53,7 +53,7 @@ def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
 
 
 def _wanted(study: optuna.Study, number: int | None) -> Record:
-    """Trial `number`, or the winner by the objective that the study was run with, whatever the study file says by now."""
+    """Trial `number`, or the winner by the objective that the study was run with."""
     if number is not None:
         return _choose(records(study), number)
     objective, experts = objective_of(study)
@@ -102,7 +102,7 @@ def export_mergekit(plan: Plan, out: Path, *, number: int | None = None) -> Reco
     """Write trial `number`, or the study's best merge, as a mergekit YAML file; models as the study file names them.
 
     Raises:
-        RecipeError: mergekit cannot say this recipe, with every reason.
+        RecipeError: mergekit cannot express this recipe, with every reason.
         InputError: `out` exists.
     """
     if out.exists():
@@ -114,7 +114,7 @@ def export_mergekit(plan: Plan, out: Path, *, number: int | None = None) -> Reco
     vectors = [name for name, t in info.tensors.items() if len(t.shape) < 2]
     recipe = record.recipe.model_copy(update={"models": named})
     dtypes = Counter(info.tensors[name].dtype for name in layout(info))
-    dtype = DTYPES.get(dtypes.most_common(1)[0][0])
+    dtype = RECIPE_NAMES.get(dtypes.most_common(1)[0][0])
     text = to_mergekit(recipe, layout(info), vectors=vectors, dtype=dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")

@@ -44,7 +44,7 @@ import numpy as np
 from merge_search.errors import StudyFileError, nearest
 from merge_search.evaluation import Evaluation, MetricInfo, Scores
 
-__all__ = ["Constraint", "Estimate", "Objective", "References"]
+__all__ = ["Constraint", "Estimate", "Objective", "References", "paired_difference"]
 
 
 class Valued(Protocol):
@@ -364,3 +364,21 @@ class Objective:
     def front(self, results: Sequence[T]) -> list[T]:
         """The results that no other one dominates, in their order."""
         return [r for r in results if not any(self.dominates(other.values, r.values) for other in results)]
+
+
+def paired_difference(a: Evaluation, b: Evaluation, weights: Mapping[str, float]) -> tuple[float, float]:
+    """The weighted difference of two evaluations on the same questions, and its standard error.
+
+    The difference is sum_m w_m (a_m - b_m) over metrics m that are means of their questions.
+
+    Args:
+        a: The first evaluation.
+        b: The second evaluation.
+        weights: Metric -> weight, as `Objective.weights` returns them.
+    """
+    mean = variance = 0.0
+    for name, weight in weights.items():
+        d = a.scores[name].values - b.scores[name].values
+        mean += weight * float(d.mean())
+        variance += weight**2 * (float(d.var(ddof=1)) / len(d) if len(d) > 1 else math.nan)
+    return mean, math.sqrt(variance)

@@ -1,4 +1,4 @@
-"""How a trial ended. A failure is a result with a reason and a cost, never a number."""
+"""The typed end of a trial. A failure is a result with a reason and a cost, never a number."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ __all__ = ["Outcome"]
 
 
 class Outcome(StrEnum):
-    """Typed end of a trial; stored with it as the user attribute ``outcome``."""
+    """How a trial ended, stored as its user attribute ``outcome``."""
 
     OK = "ok"  #: scored
-    RACED = "raced"  #: stopped early by a paired comparison; its score has a larger variance
+    RACED = "raced"  #: stopped early by a paired comparison, with a score of larger variance
     NON_FINITE = "non_finite"  #: NaN or infinity in the weights or in a score
     OUT_OF_MEMORY = "out_of_memory"
     EVALUATOR_ERROR = "evaluator_error"
     MERGE_ERROR = "merge_error"
-    LOST = "lost"  #: the process died in mid-trial; the same point was enqueued again
-    DIED = "died"  #: it did so again and again; the point was given up
+    LOST = "lost"  #: the process died during the trial, and its point was queued again
+    DIED = "died"  #: several processes died in the trial's point, which was given up
 
     @property
     def is_scored(self) -> bool:
+        """Whether the trial has a score."""
         return self in (Outcome.OK, Outcome.RACED)

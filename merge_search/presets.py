@@ -1,21 +1,27 @@
 """Published merging methods as settings of one pipeline: a few lines each, not a class each.
 
-    preset("ties", models, densities=0.2, scale=1.0) -> Recipe
+    >>> models = Models(base="models/base", experts={"maths": "models/maths", "code": "models/code"})
+    >>> preset("ties", models, densities=0.2).select.kind
+    'top_k'
 
-Each preset names its paper, says where released code differs from it, and lists the values that were published or are
-usual (`grid`), which serve as baselines. torch-free.
+Each preset names its paper and says where released code differs from it. Its `grid` lists values that were published or
+are usual: a caller who tunes presets without a search tries these, as the opponents in ``benchmarks/search`` do.
+torch-free.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from merge_search.errors import RecipeError, nearest
 from merge_search.recipe import Models, Recipe
+from merge_search.rules import OPERATORS, Origin, RuleTable
+from merge_search.rules.table import register
 
-__all__ = ["PRESETS", "Preset", "preset"]
+__all__ = ["PRESETS", "Preset", "add_preset", "preset"]
 
 Values = float | Mapping[str, Any]
 
@@ -25,17 +31,19 @@ class Preset:
     """One published method.
 
     Attributes:
-        name, summary: For lists.
+        name: The name that study files and recipes use.
+        summary: One line for lists.
         paper: Title, year and arXiv number or other place.
-        differs: Where released code, or this pipeline, departs from the paper.
         settings: `Recipe` fields.
-        coefficient: Of every expert; ``mean`` is 1 / number of experts.
-        density: Of every expert; None where the method keeps everything.
+        differs: Where released code, or this pipeline, departs from the paper.
+        coefficient: Coefficient of every expert; ``mean`` is 1 / number of experts.
+        density: Density of every expert; None where the method keeps everything.
         scale: lambda_out.
         grid: Published or usual values: any of ``coefficient``, ``density``, ``scale``, and ``settings`` (merged over
             the preset's).
-        needs_data: A statistics provider must have run.
+        needs_data: Whether statistics must be measured on data.
         experts: Smallest and largest number of experts; None for no bound.
+        origin: Where a preset from outside was added; None for the published ones.
     """
 
     name: str
@@ -49,16 +57,14 @@ class Preset:
     grid: tuple[Mapping[str, Any], ...] = ()
     needs_data: bool = False
     experts: tuple[int, int | None] = (1, None)
+    origin: Origin | None = None
 
     @property
     def is_linear(self) -> bool:
-        """Whether it makes one processed delta per expert, so that any coefficients make sense (in a search, a learner)."""
+        """Whether it makes one processed delta per expert. A search or a learner can then choose any coefficients."""
         operator = self.settings.get("operator")
-        return operator is None or operator["name"] not in _WHOLE
+        return operator is None or ((row := OPERATORS.get(operator["name"])) is not None and row.decomposing)
 
-
-_WHOLE = ("passthrough", "slerp", "nuslerp", "multislerp", "karcher")
-"""Operators that make weights directly."""
 
 _TASK_ARITHMETIC = "Ilharco et al. 2023, Editing Models with Task Arithmetic, arXiv 2212.04089"
 _TIES = "Yadav et al. 2023, TIES-Merging, arXiv 2306.01708"
@@ -313,7 +319,27 @@ _ALL: tuple[Preset, ...] = (
     ),
 )  # fmt: skip
 
-PRESETS: Mapping[str, Preset] = {p.name: p for p in _ALL}
+PRESETS: RuleTable[Preset] = RuleTable("preset", _ALL)
+
+
+def add_preset(name: str, summary: str, settings: Mapping[str, Any], *, paper: str = "-", **rest: Any) -> Preset:
+    """Add a preset from outside: in a rule file, an installed package, or this process.
+
+    Args:
+        name: The name that study files use.
+        summary: One line.
+        settings: `Recipe` fields, which may name rules of the same file.
+        paper: Where it was published.
+        **rest: Other attributes of `Preset` (``coefficient``, ``density``, ``scale``, ``needs_data``, ``experts``).
+
+    Raises:
+        RuleError: the name is taken.
+    """
+    frame = sys._getframe(1)
+    origin = Origin(frame.f_code.co_filename, frame.f_lineno)
+    added = Preset(name, summary, paper, settings, origin=origin, **rest)
+    register(PRESETS, added)
+    return added
 
 
 def preset(
@@ -329,14 +355,16 @@ def preset(
 
     Args:
         name: One of `PRESETS`.
-        coefficients: One number for all experts, or by expert (a number or a value per group); None: the preset's.
-            ``mean`` is 1 / number of experts.
-        densities: Likewise.
+        models: Base and experts.
+        coefficients: One number for all experts, or by expert (a number or a value per group); ``mean`` is
+            1 / number of experts; None: the preset's.
+        densities: One number for all experts, or by expert; None: the preset's.
         scale: lambda_out, a number or a value per group; None: the preset's.
         **overrides: `Recipe` fields that replace the preset's (``select={...}``, ``seed=3``); for ``expert`` also
             ``expert="name"``.
+
     Raises:
-        RecipeError: unknown name, number of experts that the method cannot take, or invalid values.
+        RecipeError: the name is unknown, the method cannot take so many experts, or a value is invalid.
     """
     if name not in PRESETS:
         raise RecipeError(f"unknown preset {name!r}{nearest(name, PRESETS)}")
@@ -357,7 +385,11 @@ def preset(
         chosen = p.density if densities is None else densities
         settings["densities"] = {} if chosen is None else _by_expert(models, chosen)
         settings["scale"] = _scale(p, n) if scale is None else scale
-    return Recipe.from_dict({"models": models, "preset": name, **settings, **overrides}, where=f"preset {name!r}")
+    where = f"preset {name!r}"
+    recipe = Recipe.from_dict({"models": models, "preset": name, **settings, **overrides}, where=where)
+    if p.origin is not None and (unknown := recipe.unknown_rules()):
+        raise RecipeError(unknown, where=f"{p.origin}: {where}")
+    return recipe
 
 
 def _scale(p: Preset, n_experts: int) -> float:

@@ -1,6 +1,6 @@
 """A recipe: the complete description of one merge, as a value.
 
-One recipe names one choice per stage of the pipeline, with its coefficients and densities per group:
+A recipe names one choice per stage of the pipeline, with coefficients and densities per group:
 
     assess     a_i     selection score of every parameter of expert i       `Assess`
     allocate   d_i     density per expert and group                         `densities`, `Allocate`
@@ -12,8 +12,14 @@ One recipe names one choice per stage of the pipeline, with its coefficients and
 
 or, where a method acts on whole matrices, one tensor operator in place of the stages.
 
-Recipes are frozen, compared by content, free of torch, and have one canonical JSON form whose sha256 is
-the fingerprint. The file that `Recipe.to_json` writes is what a colleague needs to make the same model.
+Recipes are frozen, compared by content and free of torch. They have one canonical JSON form, whose sha256 is the
+fingerprint. A colleague makes the same model from the file that `Recipe.to_json` writes.
+
+    >>> recipe = Recipe.from_dict({"models": {"base": "b", "experts": {"maths": "m"}}, "select": {"kind": "top_k"}})
+    >>> recipe.select.kind, recipe.densities
+    ('top_k', {})
+    >>> recipe.to_json()
+    '{"format":1,"models":{"base":"b","experts":[["maths","m"]],"hashes":{}},"select":{"kind":"top_k"}}'
 """
 
 from __future__ import annotations
@@ -21,13 +27,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from merge_search.errors import RecipeError, sentences
+from merge_search.errors import RecipeError, nearest, sentences
+from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, Rule, RuleTable
+from merge_search.rules.table import Scalar
 
 __all__ = [
     "Allocate",
@@ -39,21 +57,20 @@ __all__ = [
     "Recipe",
     "Rescale",
     "Resolve",
+    "Scalar",
     "Select",
     "Splice",
     "value_for",
 ]
 
-Scalar = bool | int | float | str
-
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Where a tensor belongs: its block, its module kind, itself.
+    """The groups that a tensor belongs to: its block, its module kind, itself.
 
     Attributes:
         tensor: Name of the tensor on disk.
-        block: Index of its layer, counted over all stacks; None outside any (embedding, head, final norm).
+        block: Index of its layer, counted over all stacks; None outside all layers (embedding, head, final norm).
         kind: ``attention``, ``mlp``, ``norm``, ``embedding``, ``head`` or ``other``.
     """
 
@@ -62,7 +79,7 @@ class Group:
     kind: str
 
     def keys(self) -> tuple[str, ...]:
-        """Names under which a `PerGroup` value may be given, the most specific first."""
+        """Keys of a `PerGroup` value that apply to the tensor, the most specific first."""
         if self.block is None:
             return (self.tensor, self.kind, "*")
         return (self.tensor, f"block.{self.block}.{self.kind}", f"block.{self.block}", self.kind, "*")
@@ -86,7 +103,8 @@ def _with_default(value: float | dict[str, float]) -> float | dict[str, float]:
 PerGroup = Annotated[Finite | dict[str, Finite], AfterValidator(_with_default)]
 """One number for all groups, or numbers by group key with '*' for the rest.
 
-Keys, the most specific wins: a tensor's name; ``block.3.attention``; ``block.3``; ``attention``; ``*``.
+The most specific key wins. Keys are, in that order: a tensor's name; ``block.3.attention``; ``block.3``; ``attention``;
+``*``.
 """
 
 
@@ -105,16 +123,16 @@ class _Value(BaseModel):
 
 
 class Models(_Value):
-    """What is merged: folders or hub ids. Experts keep the order in which they are listed."""
+    """The models to merge: folders or hub ids. Experts keep the order in which they are listed."""
 
     base: str
     experts: dict[str, str] = Field(min_length=1)
     hashes: dict[str, str] = Field(default_factory=dict)
-    """sha256 over the tensors by expert name, ``base`` for the base; checked when present."""
+    """sha256 over the tensors, by expert name; ``base`` for the base. Checked where given."""
 
 
 class Assess(_Value):
-    """A measure by name, with its options: a non-negative score per parameter of each expert."""
+    """A measure by name, with its options. It gives every parameter of each expert a score."""
 
     measure: str = "magnitude"
     options: dict[str, Scalar] = Field(default_factory=dict)
@@ -124,8 +142,8 @@ class Allocate(_Value):
     """How densities spread over groups around the given ones.
 
     ``constant`` takes `densities` as they are. ``importance`` shifts each group's density by
-    ``spread * (rank of its importance in [0, 1] - 1/2)``, clipped to [floor, 1] and shifted so that the
-    size-weighted mean stays; importance is the measure's (APL: ``apl``).
+    ``spread * (rank of its importance in [0, 1] - 1/2)``, clips it to [floor, 1] and shifts all of them so that the
+    size-weighted mean stays. The importance of a group is its mean score under the measure (APL: ``apl``).
     """
 
     kind: Literal["constant", "importance"] = "constant"
@@ -134,16 +152,32 @@ class Allocate(_Value):
     spread: Finite = 0.0
     floor: Annotated[float, Field(gt=0, le=1)] = 0.01
     coefficient_power: Finite = 0.0
-    """alpha >= 0: coefficients times importance**alpha, mean one over the groups of an expert."""
+    """alpha >= 0: coefficients are multiplied by importance**alpha, scaled to mean one over the groups of an expert."""
+
+
+def _known(table: RuleTable[Any]) -> AfterValidator:
+    """Check that a name is in the table.
+
+    A recipe that names rule files is read without them; `engine.check` checks its names once the files are in use.
+    """
+
+    def check(name: str, info: ValidationInfo) -> str:
+        if not (info.context or {}).get("rules") and name not in table:
+            raise ValueError(f"must name a {table.kind}, got {name!r}{nearest(name, table)}")
+        return name
+
+    return AfterValidator(check)
 
 
 class Select(_Value):
     """Which parameters of a delta are kept.
 
-    kind:
+    ``merge-search list`` shows every kind with a summary; a rule from outside is one more. The formulas:
+
         all               everything
         top_k             the round(density * n) largest scores; ties by lowest index. Above 2**16 elements the
-                          threshold comes from a histogram: the count is off by little (`engine.order` says how little)
+                          threshold comes from a histogram: the count is off by little (`engine.passes.order_statistics`
+                          says how little)
         threshold         score > `threshold`; density is not used
         band              drop the round(gamma * n) largest, keep the round(density * n) next
         bernoulli         each with probability density (counter-based, nested in the density)
@@ -152,51 +186,48 @@ class Select(_Value):
         soft_threshold    m = relu(a - Q) / (max a - Q) in [0, 1], Q the (1 - density)-quantile
         n_m               in every `block_size` consecutive entries of a row the density's share
         mass              largest scores until their sum is the density's share of the total
-    scope: what is ranked together: each row, each tensor, or the whole model.
     """
 
-    kind: Literal[
-        "all",
-        "top_k",
-        "threshold",
-        "band",
-        "bernoulli",
-        "rank_probability",
-        "proportional",
-        "soft_threshold",
-        "n_m",
-        "mass",
-    ] = "all"
+    kind: Annotated[str, _known(SELECTIONS)] = "all"
+    options: dict[str, Scalar] = Field(default_factory=dict)
+    """Options of a selection from outside."""
     scope: Literal["row", "tensor", "model"] = "tensor"
+    """Scores are ranked within each row, each tensor, or the whole model."""
     threshold: Finite = 0.0
     gamma: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rounding: Literal["nearest", "down"] = "nearest"
-    """Of density * n and gamma * n. ``down`` (as in mergekit): where both are more than n, a band drops fewer at the top."""
+    """How density * n and gamma * n become whole numbers.
+
+    With ``down``, as in mergekit, a band whose two counts are together more than n drops fewer at the top.
+    """
     epsilon: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     block_size: Annotated[int, Field(ge=2)] = 4
     exclusive: bool = False
-    """Experts in order; a parameter that an earlier expert kept is not kept again (CABS)."""
+    """Experts select in their order, and no expert keeps a parameter that an earlier one kept (CABS)."""
     gate: Annotated[int, Field(ge=0)] = 0
-    """Keep a parameter, for all experts, where at least this many experts selected it; 0: no gate."""
+    """A parameter is kept, for all experts, where at least this many experts selected it; 0: no gate."""
     nonzero: bool = False
     """Densities count only parameters with a score above zero (SCE)."""
     vectors: bool = False
-    """Also select within one-dimensional tensors (norm gains, biases); by default they stay whole."""
+    """Selection applies to one-dimensional tensors (norm gains, biases), too; by default they stay whole."""
 
 
 class Rescale(_Value):
-    """How what survives selection is scaled: by 1, 1/density, 1/probability, or to the old L1 or L2 norm."""
+    """How survivors of the selection are scaled: by 1, 1/density, 1/probability, or to the old L1 or L2 norm."""
 
     kind: Literal["none", "inverse_density", "inverse_probability", "match_l1", "match_l2"] = "none"
 
 
 class Resolve(_Value):
-    """Sign conflicts: keep, at each entry, only experts that agree with the elected sign.
+    """Sign conflicts: at each entry only experts that agree with the elected sign are kept.
 
-    ``sum`` elects the sign of the sum of surviving deltas, ``count`` that of the sum of their signs; with
-    `weighted` they are multiplied by their coefficients first, and an expert agrees where that product has the elected sign:
-    one with a negative coefficient speaks for the opposite of its delta, one with coefficient zero is silent. `tie` says what an exact zero means: ``plus``, ``minus``, ``majority`` (the
-    sign most entries of the tensor elected, counted on at most 2048 evenly spaced ones) or ``drop``.
+    ``sum`` elects the sign of the sum of surviving deltas, ``count`` the sign of the sum of their signs. With
+    `weighted`, deltas are multiplied by their coefficients first, and an expert agrees where that product has the
+    elected sign. An expert with a negative coefficient then votes for the opposite of its delta, and one with
+    coefficient zero does not vote.
+
+    `tie` decides an exact zero: ``plus``, ``minus``, ``drop``, or ``majority``. ``majority`` takes the sign that most
+    entries of the tensor elect, counted on at most 2048 evenly spaced ones.
     """
 
     kind: Literal["none", "sum", "count"] = "none"
@@ -205,9 +236,10 @@ class Resolve(_Value):
 
 
 class Splice(_Value):
-    """How surviving deltas are combined; denominators of zero give zero.
+    """How surviving deltas are combined. A denominator of zero gives zero.
 
-    kind:
+    ``merge-search list`` shows every kind with a summary; a rule from outside is one more. The formulas of omega_i:
+
         sum          lambda_i
         count        lambda_i / number of survivors
         mask         lambda_i / sum_j m_j c_j
@@ -217,19 +249,21 @@ class Splice(_Value):
         argmax       lambda_i [i = argmax_j b_j m_j c_j]   (hard splicing)
     """
 
-    kind: Literal["sum", "count", "mask", "coefficient", "score", "softmax", "argmax"] = "sum"
+    kind: Annotated[str, _known(SPLICES)] = "sum"
+    options: dict[str, Scalar] = Field(default_factory=dict)
+    """Options of a splice from outside."""
     score: Assess | None = None
     """The mixing score b; None: the selection score a."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     ties: Literal["first", "last"] = "first"
-    """Which expert wins an exact tie of ``argmax``."""
+    """The expert that wins an exact tie of ``argmax``."""
     unique_boost: Finite = 0.0
-    """r of RAM+: entries kept by one expert alone times 1 + r * min(shared / unique, `boost_cap`)."""
+    """r of RAM+: entries that one expert alone keeps are multiplied by 1 + r * min(shared / unique, `boost_cap`)."""
     boost_cap: Finite = 0.2
 
 
 class Operator(_Value):
-    """A rule on whole tensors in place of the pipeline, by name, with its options (see ``merge-search list``)."""
+    """A rule on whole tensors in place of the pipeline, by name, with its options; ``merge-search list`` shows them."""
 
     name: str
     options: dict[str, Scalar] = Field(default_factory=dict)
@@ -241,16 +275,16 @@ Density = Annotated[float, Field(gt=0, le=1)]
 class Recipe(_Value):
     """Complete description of one merge.
 
-    Invariants: every expert of `coefficients`, `densities` and `maps` is one of `models.experts`;
-    densities lie in (0, 1]; numbers are finite.
+    Invariants: every expert of `coefficients`, `densities` and `maps` is one of `models.experts`; densities lie in
+    (0, 1]; numbers are finite.
     """
 
     format: Literal[1] = 1
     models: Models
     preset: str = ""
-    """The published name of these settings, for people; the stages below are what counts."""
+    """The published name of these settings, for people. Only the fields below decide the merge."""
     winsorise: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Clip |delta| to its [q, 1 - q] quantiles before anything else (PCB)."""
+    """|delta| is clipped to its [q, 1 - q] quantiles before anything else (PCB)."""
     assess: Assess = Assess()
     allocate: Allocate = Allocate()
     select: Select = Select()
@@ -261,17 +295,40 @@ class Recipe(_Value):
     post: tuple[Operator, ...] = ()
     """Rules applied to the combined delta of each tensor, in order (``svc``, ``iso_spectrum``, ...)."""
     coefficients: dict[str, PerGroup] = Field(default_factory=dict)
-    """Per expert; an expert that is not named has 1."""
+    """lambda by expert; 1 for an expert that is not named."""
     densities: dict[str, PerGroup] = Field(default_factory=dict)
-    """Per expert; an expert that is not named has 1."""
+    """Kept fraction by expert; 1 for an expert that is not named."""
     scale: PerGroup = 1.0
-    """lambda_out: multiplies the combined delta."""
+    """lambda_out, which multiplies the combined delta."""
     maps: dict[str, str] = Field(default_factory=dict)
     """Expert -> sha256 of a safetensors file with its coefficients per output row, by tensor name."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Of the merged floating tensors; None: as the base has them."""
+    """Dtype of the merged floating tensors; None: the base's."""
     seed: int = 0
-    """Of the counter-based masks."""
+    """Seed of the counter-based masks."""
+    rules: dict[str, str] = Field(default_factory=dict)
+    """Rule file -> its sha256, for every file whose rules the recipe names.
+
+    A new recipe gets the files in use; a stored one keeps what it says.
+    """
+
+    @field_validator("rules")
+    @classmethod
+    def _plain_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, digest in value.items():
+            if not re.fullmatch(r"[^/\\\0]+\.py", name):
+                raise ValueError(f"a rule file is named without its folder and ends in .py, got {name!r}")
+            if not re.fullmatch("[0-9a-f]{64}", digest):
+                raise ValueError(f"a rule file's sha256 has 64 hexadecimal digits, got {digest!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _bring_rule_files(self) -> Recipe:
+        origins = [row.origin for row in self.known_rules() if row.origin is not None and row.origin.file]
+        added = {o.file: o.sha256 for o in origins if o.file not in self.rules}
+        if added:
+            self.__dict__["rules"] = {**self.rules, **added}
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -292,15 +349,35 @@ class Recipe(_Value):
         return self
 
     def coefficient(self, expert: str, group: Group) -> float:
-        """lambda of `expert` for the tensors of `group` (without its map)."""
+        """lambda of `expert` for the tensors of `group`, without its map."""
         return value_for(self.coefficients.get(expert, 1.0), group)
 
     def density(self, expert: str, group: Group) -> float:
         """Kept fraction of `expert` for the tensors of `group`, in (0, 1]."""
         return value_for(self.densities.get(expert, 1.0), group)
 
+    def known_rules(self) -> list[Rule]:
+        """Rows of the rules that the recipe names, without names that no table has."""
+        return [table[name] for table, name in self._named_rules() if name in table]
+
+    def unknown_rules(self) -> list[str]:
+        """A problem for every rule that the recipe names and no table has."""
+        return [problem for table, name in self._named_rules() if (problem := table.unknown(name))]
+
+    def _named_rules(self) -> list[tuple[RuleTable[Any], str]]:
+        names: list[tuple[RuleTable[Any], str]] = [
+            (MEASURES, self.assess.measure), (SELECTIONS, self.select.kind), (SPLICES, self.splice.kind),
+        ]  # fmt: skip
+        if self.splice.score is not None:
+            names.append((MEASURES, self.splice.score.measure))
+        if self.allocate.kind == "importance":
+            names.append((MEASURES, self.allocate.measure))
+        if self.operator is not None:
+            names.append((OPERATORS, self.operator.name))
+        return names + [(POSTS, rule.name) for rule in self.post]
+
     def to_dict(self) -> dict[str, Any]:
-        """Only what differs from the defaults, JSON types."""
+        """The fields that differ from their defaults, as JSON types."""
         return {"format": 1, **self.model_dump(mode="json", exclude_defaults=True)}
 
     def to_json(self) -> str:
@@ -315,7 +392,11 @@ class Recipe(_Value):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-        """Read `to_dict` or `to_json` data.
+        """Read data of `to_dict` or `to_json`.
+
+        Args:
+            data: The fields.
+            where: What to call the recipe in messages.
 
         Raises:
             RecipeError: with every problem found, each with its place.
@@ -325,12 +406,13 @@ class Recipe(_Value):
         if isinstance(models, Mapping) and isinstance(models.get("experts"), list):
             data["models"] = {**models, "experts": dict(models["experts"])}
         try:
-            return cls.model_validate(data)
+            return cls.model_validate(data, context={"rules": data.get("rules")})
         except ValidationError as error:
             raise RecipeError(sentences(error, cls, root="recipe"), where=where) from None
 
     @classmethod
     def from_json(cls, text: str, *, where: str = "recipe") -> Recipe:
+        """Read the text of `to_json`; arguments and errors as in `from_dict`."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -341,12 +423,16 @@ class Recipe(_Value):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of what the result depends on: equal for recipes that mean the same merge.
+        """sha256 of everything that the result depends on: recipes of the same merge have the same one.
 
-        The label is left out; models count by their hashes where these are given, else by their places.
+        The label `preset` is left out. Models count by their hashes where these are given, else by their places. Rule
+        files count by their hashes alone.
         """
         models = self.models
         if models.hashes.keys() == {"base", *models.experts}:
             models = models.model_copy(update={"base": "", "experts": dict.fromkeys(models.experts, "")})
-        plain = self.model_copy(update={"preset": "", "models": models})
+        update: dict[str, Any] = {"preset": "", "models": models}
+        if self.rules:
+            update["rules"] = {digest: digest for digest in self.rules.values()}
+        plain = self.model_copy(update=update)
         return hashlib.sha256(plain.to_json().encode()).hexdigest()

@@ -10,10 +10,11 @@
     splits:  {search: 0.6, validation: 0.2, test: 0.2}
     objective: {maximise: mean_retention}
     search:  {sampler: botorch, n_trials: 40}
+    rules:   [my_rules.py]
     device:  auto
 
-Relative paths (models, evaluators' files, SQLite files) are relative to the study file. All problems are reported
-at once, each with its line.
+Relative paths (models, evaluators' files, SQLite files) are relative to the study file. All problems are reported at
+once, each with its line.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ __all__ = ["StudyFile", "read_study_file"]
 
 
 class _Section(BaseModel):
+    """A section whose keys are all known here."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -42,6 +45,7 @@ class _Open(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
+        """The keys that belong to the plug-in, as a copy."""
         return copy.deepcopy(self.model_extra or {})
 
 
@@ -52,6 +56,7 @@ class Study(_Section):
 
     @property
     def url(self) -> str:
+        """The storage URL, by default a SQLite file with the study's name."""
         return self.storage or f"sqlite:///{self.name}.db"
 
 
@@ -82,7 +87,7 @@ class Splits(_Section):
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
     test: Annotated[float, Field(gt=0, lt=1)] = 0.2
     fit: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Part of the search share that a learner fits on, where a task has no training split of its own."""
+    """The part of the search share on which a learner fits, for tasks without a training split of their own."""
 
     @model_validator(mode="after")
     def _sum(self) -> Splits:
@@ -107,9 +112,10 @@ class ObjectiveSection(_Section):
 
 
 class Racing(_Section):
-    """Candidates are compared with the incumbent at these shares of the questions, and stopped when clearly worse."""
+    """Candidates are compared with the incumbent after shares of the questions and stopped if clearly worse."""
 
     looks: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] = [0.25, 0.5]
+    """The shares, ascending."""
     error: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     """Probability of stopping a candidate that is no worse than the incumbent."""
 
@@ -121,24 +127,26 @@ class Racing(_Section):
         return value
 
 
-Fineness = Literal["expert", "block", "block_kind", "tensor", "row"]
+Granularity = Literal["expert", "block", "block_kind", "tensor", "row"]
 Loss = Literal["gold", "choice", "pseudo", "kl", "entropy", "block_output"]
 
 
 class Learner(_Section):
-    """How a trial may fit its coefficients by gradient; lists are choices of the search."""
+    """How a trial may fit its coefficients by gradient. The search chooses among the entries of a list."""
 
     steps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 50, 100, 200]
-    """Adam steps; 0: the trial fits nothing. Tried first, ascending; with a budget in questions the largest alone."""
-    per: Annotated[list[Fineness], Field(min_length=1)] = ["block", "tensor", "row"]
+    """Numbers of Adam steps; 0 fits nothing. All are tried first, ascending; with a budget in questions only the
+    largest."""
+    per: Annotated[list[Granularity], Field(min_length=1)] = ["block", "tensor", "row"]
     step_size: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.03, 0.3)
-    """Bounds, searched on a logarithmic scale; one number: fixed. The first trials take their geometric mean."""
+    """Bounds, searched on a logarithmic scale, or one fixed number. The first trials take the geometric mean."""
     batch_rows: Annotated[int, Field(ge=1)] = 16
     loss: Annotated[list[Loss], Field(min_length=1)] = ["gold"]
     normalise: bool = False
     pull: Annotated[float, Field(ge=0)] = 0.0
     average: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the steps, the last ones, whose coefficients are averaged: small batches leave the very last noisy."""
+    """Share of the steps, the last ones, whose coefficients are averaged. Small batches make the very last ones
+    noisy."""
     warm_start: bool = True
 
     @field_validator("steps", "per", "loss", mode="before")
@@ -165,26 +173,26 @@ class Learner(_Section):
 
 
 class Stop(_Section):
-    """The search ends early where suggestions promise less than the noise (`search.stopping` has the formula)."""
+    """The search ends early if its suggestions promise less than the noise (`search.stopping` has the formula)."""
 
     patience: Annotated[int, Field(ge=1)] = 8
-    """Suggestions in a row that must promise too little."""
+    """Number of suggestions in a row that must promise too little."""
     share: Annotated[float, Field(gt=0)] = 0.2
-    """Too little: a smaller expected gain than this share of the best trial's standard error."""
+    """A suggestion promises too little if its expected gain is below this share of the best trial's standard error."""
 
 
 class Earlier(_Section):
-    """A study whose best recipes are tried first: a study file, or a study's name and its storage."""
+    """A study whose best recipes are tried first, given as a study file or as a study's name and its storage."""
 
     file: str = ""
     study: str = ""
     storage: str = ""
     best: Annotated[int, Field(ge=1)] = 3
-    """How many of its recipes."""
+    """Number of its recipes to try."""
 
     @property
     def place(self) -> str:
-        """What tells it from others, of the same name too: the same on every machine."""
+        """A text that identifies the study among others, also of the same name, and is the same on every machine."""
         return self.file or f"{self.study} in {self.storage}"
 
     @model_validator(mode="before")
@@ -203,7 +211,8 @@ class Search(_Section):
     sampler: str = "botorch"
     sampler_options: dict[str, Any] = {}
     n_trials: Annotated[int, Field(ge=1)] = 40
-    """The total over all runs of this study, as are `hours` and `questions`; whichever is reached first ends it."""
+    """Number of trials over all runs of the study. `hours` and `questions` count over all runs, too. The first limit
+    that is reached ends the search."""
     hours: Annotated[float, Field(gt=0)] | None = None
     questions: Annotated[int, Field(ge=1)] | None = None
     racing: Racing | None = None
@@ -214,22 +223,22 @@ class Search(_Section):
     fidelity: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the search questions that every trial is asked."""
     finalists: Annotated[int, Field(ge=1)] = 3
-    """How many of the best are scored on the validation questions."""
+    """Number of the best trials that are scored on the validation questions."""
     baselines: list[str] | None = None
-    """Published presets tried first; None: those of the space."""
+    """Published presets to try first. None: those of the space."""
 
 
 class StatisticsSection(_Section):
-    """What measures and operators may measure on data."""
+    """Limits of the statistics that measures and operators need from data."""
 
     n_rows: Annotated[int, Field(ge=1)] = 64
-    """Rows to fit on, per task."""
+    """Number of fit rows per task."""
     max_gib: Annotated[float, Field(gt=0)] = 32.0
-    """Disk that the measured files may take; the longest unused are removed first."""
+    """Disk space for the measured files. Those unused for the longest time are removed first."""
 
 
 class StudyFile(_Section):
-    """The parsed file; `path` is where it was read from."""
+    """A parsed study file, with the `path` that it was read from."""
 
     study: Study
     models: ModelsSection
@@ -239,15 +248,28 @@ class StudyFile(_Section):
     objective: ObjectiveSection = ObjectiveSection(maximise=["mean_retention"])
     search: Search = Search()
     statistics: StatisticsSection = StatisticsSection()
+    rules: list[str] = []
+    """Python files whose decorated functions are rules of this study (`merge_search.rules`)."""
     device: str = "auto"
     path: Annotated[Path, Field(exclude=True)] = Path("study.yaml")
 
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _as_list(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
     @property
     def folder(self) -> Path:
+        """The folder of the file."""
         return self.path.parent
 
+    @property
+    def rule_files(self) -> list[Path]:
+        """Absolute paths of `rules`."""
+        return [(self.folder / Path(text).expanduser()).resolve() for text in self.rules]
+
     def model_reference(self, text: str) -> str:
-        """A folder's absolute path, or the text as it is (a hub id)."""
+        """The absolute path of a model's folder, or the text as it is if it is a hub id."""
         folder = (self.folder / Path(text).expanduser()).resolve()
         return str(folder) if folder.exists() or text.startswith((".", "/", "~")) else text
 
@@ -257,7 +279,7 @@ class StudyFile(_Section):
         return self.absolute_url(self.study.url)
 
     def absolute_url(self, url: str) -> str:
-        """A storage URL with a relative SQLite path made absolute: relative to the study file."""
+        """A storage URL whose relative SQLite path, relative to the study file, is made absolute."""
         prefix = "sqlite:///"
         if url.startswith(prefix) and not url.startswith(prefix + "/"):
             return prefix + str((self.folder / url.removeprefix(prefix)).resolve())
@@ -265,10 +287,10 @@ class StudyFile(_Section):
 
 
 def read_study_file(path: str | Path) -> StudyFile:
-    """Read and check a study file's form; models, tasks and metrics are checked later, still before any weight.
+    """Read a study file and check its form. `prepare` checks its models, tasks and metrics.
 
     Raises:
-        StudyFileError: every problem found, with its line and the nearest known key.
+        StudyFileError: It lists every problem with its line and the nearest known key.
     """
     path = Path(path).expanduser().absolute()
     where = path.name
@@ -294,6 +316,7 @@ def read_study_file(path: str | Path) -> StudyFile:
 
 
 def _lines(node: yaml.Node, at: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], int]]:
+    """The line of every place in the file. A mapping's key comes after its value, so its line counts."""
     yield at, node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
@@ -306,6 +329,7 @@ def _lines(node: yaml.Node, at: tuple[str | int, ...] = ()) -> Iterator[tuple[tu
 
 
 def _duplicates(node: yaml.Node, at: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], int]]:
+    """Place and line of every key that stands twice in its mapping."""
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
@@ -319,5 +343,6 @@ def _duplicates(node: yaml.Node, at: tuple[str | int, ...] = ()) -> Iterator[tup
 
 
 def _with_line(place: tuple[str | int, ...], lines: Mapping[tuple[str | int, ...], int]) -> str:
+    """A place in words, with the line of the nearest place that the file has."""
     known_at = next((place[:n] for n in range(len(place), -1, -1) if place[:n] in lines), ())
     return f"line {lines.get(known_at, 1)}: {'.'.join(map(str, place)) or 'study file'}"

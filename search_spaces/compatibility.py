@@ -10,13 +10,13 @@ random selection under two assessments, stands once. An entry is a name or a map
 (``{kind: top_k, scope: model}``, ``{measure: fisher, options: {normalise: true}}``).
 
 Dimension: 1 + M * C + M * D for M experts, C cells of coefficients and D of densities; the category is there if it has
-more than one choice, densities if some choice reads them. Densities are searched on a logarithmic scale: halving matters
-as much from 0.2 as from 0.8.
+more than one choice, densities if some choice reads them. Densities are searched on a logarithmic scale: halving
+matters as much from 0.2 as from 0.8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -26,12 +26,12 @@ from pydantic import BaseModel, Field, ValidationError
 from merge_search.errors import SpaceError, nearest
 from merge_search.options import sentences_at
 from merge_search.recipe import Assess, Resolve, Select, Splice
+from merge_search.rules import MEASURES, SELECTIONS, SPLICES, option_problems
 from merge_search.space import SpaceContext
 from search_spaces.parts.axes import per_cell
 from search_spaces.parts.composed import Composed
 from search_spaces.parts.grouping import DensityRange, Range
 from search_spaces.parts.methods import (
-    MEASURES,
     Method,
     Stages,
     canonical,
@@ -39,6 +39,7 @@ from search_spaces.parts.methods import (
     of_preset,
     of_stages,
     preset_problems,
+    why_senseless,
 )
 from search_spaces.parts.options import Options, space_options
 
@@ -48,13 +49,6 @@ DEFAULT_PRESETS = ("task_arithmetic", "ties", "dare", "della", "magnitude_soft",
 
 Entry = str | dict[str, Any]
 Entries = Annotated[tuple[Entry, ...], Field(min_length=1)]
-
-USUAL: Mapping[str, Mapping[str, Any]] = {
-    "band": {"gamma": 0.01},
-    "rank_probability": {"scope": "row", "epsilon": 0.07},
-    "soft_threshold": {"scope": "model"},
-}
-"""Options of selections that are named without any: the published ones."""
 
 
 class CompatibilityOptions(Options):
@@ -80,8 +74,8 @@ class Compatibility(Composed):
             forgetful = [m.name for m in methods if m.scaling == "mean"]
             if forgetful:
                 raise SpaceError(
-                    f"space.coefficients.bounds: {', '.join(forgetful)} divides by the sum of the coefficients, which must not "
-                    f"change sign; the lower bound must be at least 0, got {chosen.coefficients.bounds[0]:g}"
+                    f"space.coefficients.bounds: {', '.join(forgetful)} divides by the sum of the coefficients, which must "
+                    f"not change sign; the lower bound must be at least 0, got {chosen.coefficients.bounds[0]:g}"
                 )
         n = len(context.experts)
         super().__init__(
@@ -93,9 +87,9 @@ class Compatibility(Composed):
             advice=f"coefficients and densities per: expert make {1 + 2 * n}",
         )
         self.notes += notes + [
-            f"{m.name!r} has whole numbers of survivors per {m.template.select.block_size} entries: its densities act in steps"
+            f"{m.name!r} keeps a whole number of every {m.template.select.block_size} entries: its densities act in steps"
             for m in methods
-            if m.template.select.kind == "n_m"
+            if m.template.operator is None and SELECTIONS[m.template.select.kind].steps
         ]
 
 
@@ -113,12 +107,7 @@ def _by_axes(chosen: CompatibilityOptions, context: SpaceContext) -> tuple[list[
     select = _entries(Select, "kind", "select", chosen.select or ("all", "top_k", "bernoulli"), problems)
     resolve = _entries(Resolve, "kind", "resolve", chosen.resolve or ("none",), problems)
     splice = _entries(Splice, "kind", "splice", chosen.splice or ("sum", "score", "argmax"), problems)
-    for i, (_, a) in enumerate(assess):
-        if a.measure not in MEASURES:
-            problems.append(f"space.assess.{i}: no assessment is called {a.measure!r}{nearest(a.measure, MEASURES)}")
-    for i, (_, s) in enumerate(select):
-        if s.kind == "threshold" and s.threshold <= 0:
-            problems.append(f"space.select.{i}: give the number: {{kind: threshold, threshold: 1.0e-5}}")
+    problems += _measure_problems(assess) + _kind_problems(select, splice)
     if problems:
         raise SpaceError(problems)
     methods: dict[str, Method] = {}
@@ -126,7 +115,7 @@ def _by_axes(chosen: CompatibilityOptions, context: SpaceContext) -> tuple[list[
     for (a_name, a), (s_name, s), (r_name, r), (p_name, p) in product(assess, select, resolve, splice):
         stages = canonical(Stages(a, s, r, p), len(context.experts))
         if stages is None:
-            notes.append(f"{a_name} scores all experts alike: {p_name} has nothing to choose by; left out")
+            notes.append(f"{why_senseless(Stages(a, s, r, p))}; left out")
             continue
         words = [a_name] if stages.uses_scores else []
         words += [_changed(s_name, s, stages.select), *([r_name] if stages.resolve.kind != "none" else [])]
@@ -137,6 +126,34 @@ def _by_axes(chosen: CompatibilityOptions, context: SpaceContext) -> tuple[list[
             "space: no combination of assess, select and splice means anything; " + "; ".join(dict.fromkeys(notes))
         )
     return list(methods.values()), list(dict.fromkeys(notes))
+
+
+def _measure_problems(assess: Sequence[tuple[str, Assess]]) -> list[str]:
+    """Why measures cannot be an axis: unknown, with wrong options, or without a difference between parameters."""
+    usable = [name for name, m in MEASURES.items() if not (m.is_constant or m.after_mask)]
+    out = []
+    for i, (_, a) in enumerate(assess):
+        at = f"space.assess.{i}"
+        if a.measure not in usable:
+            out.append(f"{at}: no assessment is called {a.measure!r}{nearest(a.measure, usable)}")
+        else:
+            out += [f"{at}: {p}" for p in option_problems(MEASURES[a.measure], a.options)]
+    return out
+
+
+def _kind_problems(select: Sequence[tuple[str, Select]], splice: Sequence[tuple[str, Splice]]) -> list[str]:
+    """Wrong options of selections and splices, and numbers that are missing."""
+    out = []
+    for i, (_, s) in enumerate(select):
+        row, at = SELECTIONS[s.kind], f"space.select.{i}"
+        out += [f"{at}: {p}" for p in option_problems(row, s.options)]
+        if row.needs and getattr(s, row.needs.partition(":")[0]) <= 0:
+            out.append(f"{at}: give the number: {{kind: {s.kind}, {row.needs}}}")
+        if s.scope not in row.scopes:
+            out.append(f"{at}: {s.kind} ranks by {' or '.join(row.scopes)}, not by {s.scope}")
+    for i, (_, p) in enumerate(splice):
+        out += [f"space.splice.{i}: {text}" for text in option_problems(SPLICES[p.kind], p.options)]
+    return out
 
 
 V = TypeVar("V", Assess, Select, Resolve, Splice)
@@ -153,7 +170,8 @@ def _entries(kind: type[V], key: str, at: str, entries: Sequence[Entry], problem
     out: list[tuple[str, V]] = []
     for i, entry in enumerate(entries):
         given = {key: entry} if isinstance(entry, str) else dict(entry)
-        usual = USUAL.get(str(given.get(key)), {}) if at == "select" else {}
+        selection = SELECTIONS.get(str(given.get(key))) if at == "select" else None
+        usual = selection.usual if selection is not None else {}
         place = ("space", at, str(i))
         if key not in given:
             problems.append(f"{'.'.join(place)}: needs the key {key!r}")
@@ -171,10 +189,13 @@ def _entries(kind: type[V], key: str, at: str, entries: Sequence[Entry], problem
 
 def _with_kinds(sentence: str, found: str, key: str, kind: type[BaseModel]) -> str:
     """A wrong name gets the nearest known one in place of pydantic's list."""
-    known = getattr(kind.model_fields[key].annotation, "__args__", ())
+    tables: Mapping[type[BaseModel], Collection[str]] = {Select: SELECTIONS, Splice: SPLICES}
+    literals: Collection[str] = getattr(kind.model_fields[key].annotation, "__args__", ())
+    known = tables.get(kind, literals)
     if f".{key}: " not in sentence or found in known or not known:
         return sentence
-    return f"{sentence.partition(f'.{key}: ')[0]}: no {kind.__name__.lower()} kind is called {found!r}{nearest(found, known)}"
+    place = sentence.partition(f".{key}: ")[0]
+    return f"{place}: no {kind.__name__.lower()} kind is called {found!r}{nearest(found, known)}"
 
 
 def _flat(options: Mapping[str, Any]) -> list[str]:

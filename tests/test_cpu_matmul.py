@@ -15,7 +15,7 @@ WIDE = {"weight": torch.empty(512, 256), "bias": torch.empty(512)}
 
 @pytest.fixture
 def on_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor where it pays."""
+    """As on a processor on which oneDNN pays."""
     monkeypatch.setattr(products, "exact", lambda: True)
 
 

@@ -10,7 +10,7 @@ import pytest
 from merge_search.errors import NonFiniteError, StudyFileError
 from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split, SplitShares, pack, split_of, unpack
 from merge_search.objective import Objective, References, _pairing
-from merge_search.search.records import owners_of
+from merge_search.search.records import teachers_of
 
 METRICS = [
     MetricInfo("a", "acc", True, {Split.SEARCH: 10}),
@@ -183,4 +183,4 @@ def test_a_metric_against_its_own_direction_is_said() -> None:
 
 def test_a_task_that_no_expert_masters_belongs_to_the_base() -> None:
     worse = References.from_evaluations(METRICS, BASE, {"x": evaluation(half(8), half(4), 5.0)})
-    assert owners_of(objective(["mean"]), worse) == {"a": "x", "b": "base", "p": "base"}
+    assert teachers_of(objective(["mean"]), worse) == {"a": "x", "b": "base", "p": "base"}

@@ -1,13 +1,15 @@
-"""Fit the Gaussian processes and the noise model of recorded landscapes, and say how good they are.
+"""Fit the Gaussian processes and the noise model of recorded landscapes, and measure how good they are.
 
     python benchmarks/search/fit_landscapes.py [NAME ...]
 
-Writes ``recorded/NAME.json``: the numbers that `landscapes.load` needs, and the quality of the fit, measured on a fifth of
-the points that the fit was not shown (R^2 and Spearman's rank correlation of the mean score over tasks, for all of them and
-for the best quarter). The kernel is the one with the smaller held-out error there, where searches end.
+The program writes ``recorded/NAME.json``: the numbers that `landscapes.load` needs, and the quality of the fit.
+Quality is measured on a fifth of the points that the fit was not shown: R^2 and Spearman's rank correlation of the
+mean score over tasks, for all of them and for the best quarter. The kernel is the one with the smaller error on that
+best quarter, where searches end.
 
-How candidates' answers correlate is fitted to recorded pairs: the share of questions on which two of them disagree, as a
-function of their scores and of their distance, by the bivariate normal distribution of the two difficulties.
+The correlation of candidates' answers is fitted to recorded pairs: the share of questions on which two of them
+disagree, as a function of their scores and of their distance, by the bivariate normal distribution of the two
+difficulties.
 """
 
 from __future__ import annotations
@@ -37,14 +39,14 @@ HELD_OUT = 0.2
 N_PAIRS = 6000
 SMALLEST_NOISE = 1e-4
 FARTHEST = 8.0
-"""From where the fit begins, in logarithms: a line search may try what overflows."""
+"""Largest distance from the start of the fit, in logarithms. Beyond it a line search may try what overflows."""
 
 
 def fit_process(x: Array, z: Array, kernel: str) -> Fit:
     """Maximum a posteriori lengthscales, variance, noise and mean, by L-BFGS from one start.
 
-    Prior on lengthscales: log-normal, growing with the square root of the dimension (Hvarfner et al. 2024, arXiv 2402.02229).
-    Shapes: x (n, d), z (n,).
+    The prior on lengthscales is log-normal and grows with the square root of the dimension (Hvarfner et al. 2024, arXiv
+    2402.02229). Shapes: x (n, d), z (n,).
     """
     points, values = torch.tensor(x), torch.tensor(z)
     d = points.shape[1]
@@ -113,9 +115,10 @@ def _r2(truth: Array, predicted: Array) -> float:
 
 
 def disagreement(a: Array, b: Array, rho: Array) -> Array:
-    """P of one right and one wrong answer for difficulties with correlation rho and thresholds a, b.
+    """Probability of one right and one wrong answer, for difficulties with correlation rho and thresholds a, b.
 
-    Phi_2(a, b; rho) = Phi(a) Phi(b) + integral over [0, asin rho] of exp(-(a^2 - 2ab sin t + b^2) / (2 cos^2 t)) / 2 pi.
+    Phi_2(a, b; rho) = Phi(a) Phi(b)
+        + integral over [0, asin rho] of exp(-(a^2 - 2ab sin t + b^2) / (2 cos^2 t)) / 2 pi
     """
     nodes, weights = np.polynomial.legendre.leggauss(24)
     end = np.arcsin(np.clip(rho, -0.9999, 0.9999))[:, None]
@@ -127,7 +130,7 @@ def disagreement(a: Array, b: Array, rho: Array) -> Array:
 
 
 def fit_pairs(fit: Fit, x: Array, answers: NDArray[np.bool_]) -> tuple[Fit, list[list[float]]]:
-    """The noise model of one task; and rows (median distance, observed, modelled disagreement) for ten bands."""
+    """The noise model of one task, and (median distance, observed, modelled disagreement) of ten bands."""
     rng = np.random.default_rng(0)
     one, other = rng.integers(len(x), size=(2, N_PAIRS))
     one, other = one[one != other], other[one != other]
@@ -166,7 +169,7 @@ def compare_pairing(table: Table, landscape: Landscape) -> dict[str, float]:
 
 
 def fit_landscape(name: str, folder: Path = RECORDED) -> dict[str, Any]:
-    """Fit one landscape and write its numbers; returns the quality."""
+    """Fit one landscape, write its numbers and return the quality."""
     table = Table.read(folder / f"{name}.npz")
     sizes, shares = table.n_questions, table.shares(table.answers)
     x = one_hot(table.points, [len(p.choices) for p in table.parameters().values() if hasattr(p, "choices")])

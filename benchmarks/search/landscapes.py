@@ -1,20 +1,21 @@
-"""Landscapes: recorded merges made smooth, so that a study on them takes its sampler's time and no more.
+"""Landscapes: smooth surfaces fitted to recorded merges, on which a study takes its sampler's time and no more.
 
     landscape = load("lm_blockwise")
     landscape.scores(x)                      # true accuracy per task at coordinates x of the unit cube
     observer = landscape.observer(seed=3)    # a set of questions, the same for all candidates
     observer.answers(x)                      # their 0/1 answers: noisy, correlated between candidates
 
-A landscape is a table of real merges (`record_landscapes.py`) and the numbers of a Gaussian process per task fitted to it
-(`fit_landscapes.py`); its posterior mean is the truth here. The link is probit: accuracy p at x means that a question with
-standard normal difficulty z is answered where z <= Phi^-1(p). Difficulty has a part that belongs to the question alone and a
-part that varies smoothly with the recipe, so that two candidates disagree the more the farther apart they are:
+A landscape is a table of real merges (`record_landscapes.py`) and, for each task, the numbers of a Gaussian process
+that was fitted to it (`fit_landscapes.py`). The posterior mean of the process is the truth here. The link is probit:
+accuracy p at x means that a question with standard normal difficulty z is answered where z <= Phi^-1(p). Difficulty
+has a part that belongs to the question alone and a part that varies smoothly with the recipe, so that two candidates
+disagree the more the farther apart they are:
 
     z_q(x) = sqrt(shared) d_q + sqrt(1 - shared) e_q(x),    cov(e_q(x), e_q(x')) = matern(h(x, x') / reach; smoothness)
 
-with h the distance in the Gaussian process's length scales; `shared`, `reach` and `smoothness` are fitted to the recorded
-pairs. e_q is drawn by random Fourier features (Rahimi and Recht 2007), whose frequencies are Student's with twice as many
-degrees of freedom as the kernel's smoothness.
+Here h is the distance in the Gaussian process's length scales; `shared`, `reach` and `smoothness` are fitted to the
+recorded pairs. e_q is drawn by random Fourier features (Rahimi and Recht 2007). Their frequencies follow Student's
+distribution with twice as many degrees of freedom as the kernel's smoothness.
 """
 
 from __future__ import annotations
@@ -67,14 +68,15 @@ _KINDS: Mapping[str, Callable[..., Parameter]] = {
 
 @dataclass(frozen=True)
 class Table:
-    """What `record_landscapes.py` wrote.
+    """The table that `record_landscapes.py` wrote.
 
     Attributes:
+        about: Space, parameters, metrics, experts, labels, uniform recipes.
         points: Coordinates in the order of `UnitCube`. Shape (n, d).
-        answers: Shape (n, questions).
+        answers: Right or wrong answers. Shape (n, questions).
         task_of: Number of every question's task. Shape (questions,).
-        labelled_points: NaN where the space does not hold the recipe. Shape (labels, d).
-        labelled_answers: Shape (labels, questions).
+        labelled_points: Coordinates of labelled recipes; NaN where the space does not hold one. Shape (labels, d).
+        labelled_answers: Answers of the labelled recipes. Shape (labels, questions).
         seconds: CPU time of each point. Shape (n,).
     """
 
@@ -88,7 +90,7 @@ class Table:
 
     @classmethod
     def read(cls, path: Path, n_points: int | None = None) -> Table:
-        """The table, or its first `n_points` rows: it may have grown since it was fitted."""
+        """The table, or the first `n_points` rows of a table that has grown since it was fitted."""
         with np.load(path, allow_pickle=False) as data:
             n = len(data["task_of"])
             answers, labelled = (
@@ -100,7 +102,7 @@ class Table:
 
     @property
     def n_questions(self) -> list[int]:
-        """By task."""
+        """Number of questions of each task."""
         return [int(n) for n in np.bincount(self.task_of)]
 
     def shares(self, answers: Bits) -> Array:
@@ -127,14 +129,14 @@ def one_hot(x: Array, n_choices: list[int]) -> Array:
 
 
 def distances(a: Array, b: Array) -> Array:
-    """Euclidean. Shapes (n, d), (m, d) -> (n, m)."""
+    """Euclidean distances. Shapes (n, d), (m, d) -> (n, m)."""
     squared = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
     found: Array = np.sqrt(np.maximum(squared, 0.0))
     return found
 
 
 def correlation(kernel: str, h: Array) -> Array:
-    """Of a Gaussian process at scaled distance h."""
+    """Correlation of a Gaussian process at scaled distance h."""
     if kernel == "rbf":
         found: Array = np.exp(-0.5 * h**2)
         return found
@@ -185,10 +187,12 @@ class Surrogate:
 
 
 def pairing(answers: list[Bits]) -> float:
-    """Share of a score's variance that is left in a difference: mean var(y_i - y_j) / 2 over mean var(y_i), of all pairs.
+    """Share of a score's variance that is left in a difference of two scores.
+
+    It is mean var(y_i - y_j) / 2 over mean var(y_i), of all pairs.
 
     Args:
-        answers: By task, shape (candidates, questions).
+        answers: Answers by task. Shape (candidates, questions) each.
     """
     between, alone = [], []
     for rows in (a.astype(float) for a in answers):
@@ -208,15 +212,16 @@ class Baseline:
 
 
 class Landscape:
-    """True scores on a space's unit cube; see the module's notes.
+    """True scores on a space's unit cube; see the module's docstring.
 
     Attributes:
-        parameters, cube: Of the space.
+        parameters: Parameters of the space.
+        cube: Its unit cube.
         tasks: Metric names.
         baselines: Base, experts, average, task arithmetic, published presets, in the product's order.
         initial: Coordinates of the space's uniform recipes.
-        n_questions: By task, as recorded.
-        pairing: Of base and experts, see `pairing`: what a study's stated variances are scaled by.
+        n_questions: Number of recorded questions of each task.
+        pairing: `pairing` of base and experts, by which a study scales its stated variances.
     """
 
     def __init__(self, table: Table, fits: list[Fit]) -> None:
@@ -258,14 +263,14 @@ class Landscape:
         return found
 
     def observer(self, seed: int, n_questions: list[int] | None = None) -> Observer:
-        """A study's questions: as many per task as recorded unless said otherwise."""
+        """A study's questions: as many per task as were recorded, unless `n_questions` says otherwise."""
         return Observer(self, seed, n_questions or self.n_questions)
 
 
 class Observer:
     """Answers of candidates to one set of questions.
 
-    Determinism: a function of the landscape, the seed and the point (or label) asked for.
+    They are a function of the landscape, the seed and the point (or label) asked for.
     """
 
     def __init__(self, landscape: Landscape, seed: int, n_questions: list[int]) -> None:
@@ -287,12 +292,15 @@ class Observer:
             )
 
     def answers(self, x: Array) -> list[Bits]:
-        """By task, of the candidate at coordinates x. Shape (questions,) each."""
+        """Answers by task of the candidate at coordinates x. Shape (questions,) each."""
         columns = one_hot(x, self._landscape.cube.n_choices)
         return [task.answers(columns) for task in self._tasks]
 
     def answers_of(self, baseline: Baseline) -> list[Bits]:
-        """By task, of a labelled recipe; one outside the space shares with candidates only what all share."""
+        """Answers by task of a labelled recipe.
+
+        A recipe outside the space shares with candidates only what all of them share.
+        """
         if baseline.x is not None:
             return self.answers(baseline.x)
         rng = np.random.default_rng(derive_seed(self._seed, "outside", zlib.crc32(baseline.label.encode())))
@@ -329,10 +337,10 @@ def names(folder: Path = RECORDED) -> list[str]:
 
 
 def load(name: str, folder: Path = RECORDED) -> Landscape:
-    """A landscape by name: the table, and the numbers fitted to it.
+    """A landscape by name: its table, and the numbers fitted to it.
 
     Raises:
-        FileNotFoundError: not recorded, or not fitted.
+        FileNotFoundError: It is not recorded, or not fitted.
     """
     numbers = json.loads((folder / f"{name}.json").read_text())
     table = Table.read(folder / f"{name}.npz", numbers["points"])

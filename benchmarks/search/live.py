@@ -1,13 +1,14 @@
-"""Live searches on real checkpoints: for the same number of asked questions, how good is the recommended merge?
+"""Live searches on real checkpoints: the quality of the recommended merge for the same number of asked questions.
 
     MERGE_SEARCH_ZOO=... python benchmarks/search/live.py [--zoo lm encoder] [--seeds 0 1] [--only NAME ...]
                              [--candidates 10 25 50 100] [--jobs 2] [--minutes 75] [--summary]
 
-Every opponent runs through the product itself: same engine, same questions, same splits, same budget in questions (the
-cost of so many candidates; a gradient step on n rows counts 3 n). One study per zoo, opponent and seed, or one per
-checkpoint where a learner divides its budget; the recommendation at each checkpoint is scored on rows that no search ever saw (`live_anytime`, `zoo`). Rows are appended to
-``benchmarks/results/search_live.csv``; rows that are there are not run again. ``--summary`` prints means over seeds and
-paired differences and draws ``benchmarks/results/search_live.*`` from the rows alone.
+Every opponent runs through the product itself, with the same engine, questions, splits and budget in questions. The
+budget is the cost of so many candidates, and a gradient step on n rows counts 3 n. There is one study per zoo,
+opponent and seed, or one per checkpoint where a learner divides its budget. The recommendation at each checkpoint is
+scored on rows that no search ever saw (`live_anytime`, `zoo`). Rows are appended to
+``benchmarks/results/search_live.csv``, and rows that the file has are not run again. ``--summary`` prints means over
+seeds and paired differences, and draws ``benchmarks/results/search_live.*`` from the rows alone.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ FIELDS = ["zoo", "opponent", "seed", "candidates", "questions", "validation", "t
 
 
 def rows_of(task: Task) -> list[Row]:
-    """In a process of its own: all rows of one study."""
+    """All rows of one study, measured in a process of its own."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="optuna")
     if OPPONENTS[task.opponent] is None:
         from live_finetune import finetuned_rows
@@ -47,14 +48,14 @@ def rows_of(task: Task) -> list[Row]:
 
 
 def limited(zoo: Zoo, limit: int | None) -> Zoo:
-    """The zoo with the first `limit` documents of every file, and a candidate that costs as much less."""
+    """The zoo with the first `limit` documents of every file, and with a candidate that costs less in proportion."""
     if limit is None:
         return zoo
     return replace(zoo, limit=limit, candidate=2 * limit * len(zoo.experts) // 5)
 
 
 def tasks(args: argparse.Namespace, scores: Path) -> Iterator[tuple[Task, set[int]]]:
-    """Studies to run and the checkpoints they lack, seed after seed, so that a cut run is balanced."""
+    """Studies to run and the checkpoints they lack, seed after seed, so that a run that is cut short is balanced."""
     known = {(r["zoo"], r["opponent"], int(r["seed"]), int(r["candidates"])) for r in read_rows(args.out)}
     root = Path(os.environ["MERGE_SEARCH_ZOO"])
     for seed in args.seeds:
@@ -69,20 +70,20 @@ def tasks(args: argparse.Namespace, scores: Path) -> Iterator[tuple[Task, set[in
 
 
 def studies(name: str, zoo: Zoo, candidates: list[int], missing: set[int]) -> list[tuple[int, ...]]:
-    """Checkpoints by study: one study for all, or one for each where a learner divides the budget it is given."""
+    """Checkpoints of each study: all of them, or one where a learner divides the budget that it is given."""
     if not missing:
         return []
     return [(c,) for c in sorted(missing)] if learns(name, zoo) else [tuple(candidates)]
 
 
 def chosen(only: list[str] | None) -> list[str]:
-    """Opponents by name; the word ``important`` stands for several."""
+    """Opponents by name. The word ``important`` stands for several."""
     names = [n for word in only or [] for n in (IMPORTANT if word == "important" else [word])]
     return list(dict.fromkeys(names))
 
 
 def measure(args: argparse.Namespace, scores: Path) -> int:
-    """Run what is missing; returns how many studies failed."""
+    """Run the studies that are missing and return how many failed."""
     began, version, failures = time.perf_counter(), commit(), 0
     wanted = dict(tasks(args, scores))
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:

@@ -1,10 +1,10 @@
 """One study, many budgets: what would have been recommended after so many questions, and how good it truly is.
 
-A study runs once, to its largest budget. For each checkpoint the trials that had finished within that many questions
-(references, statistics and learners' fits included) are copied into a study of their own, and the product's own rule
-recommends from them: finalists and best baseline on the validation questions, the best there wins. Validation
-questions are counted beside the budget, in a column of their own. The winner is scored on the sealed test rows, once
-per distinct model.
+A study runs once, to its largest budget. For each checkpoint, the trials that had finished within that many questions
+are copied into a study of their own. Questions of references, statistics and learners' fits count. The product's own
+rule then recommends from these trials: finalists and best baseline meet on the validation questions, and the best there
+wins. Validation questions are counted beside the budget, in a column of their own. The winner is scored on the sealed
+test rows, once per distinct model.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from zoo import Zoo, search_study, test_study, write_tasks
 from merge_search.evaluation import Evaluation, Evaluator, Split
 from merge_search.objective import Objective
 from merge_search.recipe import Recipe
-from merge_search.search.prepare import Plan, prepare
-from merge_search.search.records import Record, finished_records, owners_of, references_of
+from merge_search.search.plan import Plan
+from merge_search.search.prepare import prepare
+from merge_search.search.records import Record, finished_records, references_of, teachers_of
 from merge_search.search.run import run
 from merge_search.search.start.baselines import baselines
-from merge_search.search.trial.worker import Workbench
+from merge_search.search.trial.worker import Worker
 from merge_search.search.verdict import selection
+from merge_search.search.verdict.validation import validate
 from merge_search.study_file import read_study_file
 
 __all__ = ["Bench", "Row", "Silent", "Task", "anytime_rows", "main_mean", "make_plan", "row_of"]
@@ -42,13 +44,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """What one process runs.
+    """One process's work.
 
     Attributes:
         root: Folder of the zoos.
-        scores: Folder where sealed scores are kept by hash of the weights, for all opponents.
+        scores: Folder of sealed scores, kept by hash of the weights, for all opponents.
         candidates: Checkpoints, in costs of one candidate.
-        folder: Where the study's files live; None: a temporary folder. With one a killed study goes on.
+        folder: Where the study's files live, so that a killed study can continue. None: a temporary folder.
     """
 
     root: Path
@@ -67,7 +69,7 @@ class Task:
 
 @dataclass
 class Silent:
-    """A listener that writes down when each trial ended: wall and CPU seconds since the start."""
+    """A listener that records when each trial ended, in wall and CPU seconds since the start."""
 
     wall: float = field(default_factory=time.perf_counter)
     cpu: float = field(default_factory=time.process_time)
@@ -95,7 +97,7 @@ class Bench:
 
     def __init__(self, task: Task, plan: Plan, folder: Path) -> None:
         self.task, self.plan = task, plan
-        self.work = Workbench(plan, device="cpu")
+        self.work = Worker(plan, device="cpu")
         self._folder = folder
         self._test: list[Evaluator] | None = None
 
@@ -203,7 +205,7 @@ def anytime_rows(task: Task) -> list[Row]:
         study = run(plan.file, clock)
         bench = Bench(task, plan, folder)
         known = references_of(study, plan.metrics, plan.context.experts)
-        bench.work.offer_statistics(owners_of(plan.objective, known))
+        bench.work.set_teachers(teachers_of(plan.objective, known))
         bench.keep_validated(study)
         references = bench.references()
         rows = []
@@ -234,9 +236,9 @@ def within(done: Sequence[Record], budget: int) -> list[Record]:
 
 
 def recommended(study: optuna.Study, done: Sequence[Record], bench: Bench) -> tuple[Record | None, int]:
-    """The winner by the product's own rule over these trials alone, and the validation questions that it took.
+    """The product's own winner among these trials alone, and the number of validation questions that it took.
 
-    None where no merge was scored yet.
+    The winner is None where no merge has been scored yet.
     """
     plan = bench.plan
     then = optuna.create_study(directions=list(plan.objective.directions))
@@ -254,7 +256,7 @@ def recommended(study: optuna.Study, done: Sequence[Record], bench: Bench) -> tu
         asked += found.cost.questions
         return found
 
-    selection.validate(then, plan, score, note=lambda text: None)
+    validate(then, plan, score, note=lambda text: None)
     return selection.winner(then, plan.objective, plan.context.experts), asked
 
 

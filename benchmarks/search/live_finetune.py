@@ -1,9 +1,10 @@
-"""What an honest user would try in place of merging: fine-tune all weights from the average, on the same rows.
+"""The alternative to merging that an honest user would try: fine-tune all weights from the average, on the same rows.
 
-Plain AdamW, constant step size, the evaluators' own loss on the same fit rows and batches as the learner. Every step
-size takes `PROBE` steps from the average and is scored on the search questions; the best of them goes on, scored every
-`EVERY` steps. All of it counts: a row in a step three times (one forward, one backward), every scored question once.
-As in a search the best few by search score meet the average on the validation questions, and the best there wins.
+Training is plain AdamW with a constant step size and the evaluators' own loss, on the same fit rows and batches as the
+learner. Every step size takes `PROBE` steps from the average and is scored on the search questions. The best of them
+continues and is scored every `EVERY` steps. All of it counts: a row in a step counts three times (one forward pass, one
+backward pass), and every scored question once. As in a search, the best few by search score meet the average on the
+validation questions, and the best there wins.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Snapshot:
     """Weights after some steps, with their search score.
 
     Attributes:
-        asked: Questions up to and including the ones that scored it.
-        weights: By parameter name.
+        asked: Number of questions asked so far, including those that scored it.
+        weights: Weights by parameter name.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Snapshot:
 
 
 class _Tuner:
-    """Steps on the live model; `asked` counts."""
+    """Steps on the live model, and the count of questions that they asked."""
 
     def __init__(self, bench: Bench, task: Task) -> None:
         self.bench, self.seed, self.batch = bench, task.seed, Learner().batch_rows
@@ -76,7 +77,7 @@ class _Tuner:
         return Snapshot(name, self.asked, score, self.weights(), self.clock.now())
 
     def train(self, step_size: float) -> Iterator[Snapshot]:
-        """From the average: a snapshot after `PROBE` steps, then one every `EVERY`, without end."""
+        """Train from the average. Yields a snapshot after `PROBE` steps, then one every `EVERY` steps, without end."""
         self.restore(self.start)
         optimiser = torch.optim.AdamW(self.model.parameters(), lr=step_size)
         step = 0
@@ -98,7 +99,7 @@ class _Tuner:
         optimiser.step()
 
     def _rows(self, name: str, task: TaskLoss, step: int) -> list[int]:
-        """Batches of a random order of the rows, shuffled anew every epoch."""
+        """A batch from a random order of the rows, which is shuffled anew every epoch."""
         per_epoch = max(1, task.n_rows // self.batch)
         order = list(range(task.n_rows))
         random.Random(derive_seed(self.seed, "finetune", name, step // per_epoch)).shuffle(order)
@@ -107,7 +108,7 @@ class _Tuner:
 
 
 def snapshots(tuner: _Tuner, step_sizes: tuple[float, ...], budget: int) -> list[Snapshot]:
-    """All snapshots until the budget is spent; the last one may lie beyond it."""
+    """All snapshots until the budget is spent. The last one may lie beyond it."""
     found = [tuner.snapshot("average")]
     runs: list[tuple[float, Iterator[Snapshot]]] = []
     for size in step_sizes:
@@ -150,9 +151,9 @@ def finetuned_rows(task: Task) -> list[Row]:
 
 
 def _validated(tuner: _Tuner, done: list[Snapshot]) -> tuple[Snapshot, int, str]:
-    """The best on validation of the average and the best few by search score; questions asked; hash of its weights.
+    """The best snapshot on validation, the number of questions that this took, and the hash of its weights.
 
-    The live model holds it afterwards.
+    The average and the best few by search score take part. The live model holds the winner afterwards.
     """
     chosen = [done[0], *sorted(done[1:], key=lambda s: -s.score)[:FINALISTS]]
     asked, scored = 0, []

@@ -1,7 +1,7 @@
-"""Ways of searching, as parts of study files: all share engine, questions and the budget in questions.
+"""Ways of searching, as parts of study files. All of them share engine, questions and the budget in questions.
 
-Learners' settings are the product's defaults unless a row says otherwise, so that no figure rests on a choice made on
-test rows. "fine-tuning" and the same "told" its step size are no studies: `live_finetune.py`.
+A learner has the product's default settings unless a row says otherwise, so that no figure rests on a choice made on
+test rows. "fine-tuning", with or without its best step size given, is no study: see `live_finetune.py`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Part = dict[str, Any]
 SPACES = Path(__file__).with_name("live_spaces.py")
 TWO_LEVELS, FINE_TUNING = "two levels", "fine-tuning"
 FINE_TUNING_TOLD = "fine-tuning, step size told"
-"""The best of its step sizes in hindsight, known before it begins."""
+"""Fine-tuning with the step size that turns out to be best in hindsight."""
 GRID = ["task_arithmetic", "ties", "tsv_m", "dare", "iso_c", "della", "dare_ties", "breadcrumbs", "magmax", "consensus",
         "pcb", "sce", "magnitude_soft", "magnitude_hard", "iso_cts", "model_stock", "fisher", "regmean"]  # fmt: skip
 MISSION: Part = {"type": "compatibility"}
 UNIFORM: Part = {"type": "uniform", "presets": ["task_arithmetic", "ties", "tsv_m"]}
 NO_LABELS = {"loss": "pseudo"}
-"""Each expert's own answers to the fit rows are the labels."""
+"""Labels of the fit rows are each expert's own answers."""
 
 
 def _blockwise(sampler: str) -> Callable[[Zoo], Part]:
@@ -36,9 +36,10 @@ def _blockwise(sampler: str) -> Callable[[Zoo], Part]:
 
 
 def _evolve(zoo: Zoo) -> Part:
-    """mergekit-evolve: a weight per block and expert; CMA-ES begun at 1 / experts with sigma 1/6 (here of a box 1.5 wide).
+    """mergekit-evolve: a weight per block and expert, and CMA-ES that begins at 1 / experts with sigma 1/6.
 
-    Differs: weights are bounded, not folded by abs; generations are of Optuna's CMA-ES (4 + 3 ln n candidates, as there).
+    Sigma is 1/6 of a weight, here in a box 1.5 wide. It differs from the original in two points: weights are bounded
+    and not folded by abs, and generations are those of Optuna's CMA-ES (4 + 3 ln n candidates, as there).
     """
     genome = {
         "models": list(zoo.experts), "base_model": "base", "merge_method": "task_arithmetic", "layer_granularity": 1,
@@ -56,7 +57,7 @@ def _presets(zoo: Zoo) -> Part:
 
 
 def _alone(**changes: Any) -> Callable[[Zoo], Part]:
-    """One fit per output row from task arithmetic, of as many steps as the budget pays for; the rest as usual."""
+    """One fit per output row from task arithmetic, of as many steps as the budget pays for. All else is as usual."""
     fixed = {"per": "row", "steps": 10_000, "step_size": prod(Learner().step_size) ** 0.5, "warm_start": False}
     search = {"sampler": "random", "baselines": [], "learner": {**fixed, **changes}}
     return lambda zoo: {"space": {"type": "uniform", "presets": ["task_arithmetic"]}, "search": search}
@@ -84,22 +85,22 @@ OPPONENTS: dict[str, Callable[[Zoo], Part] | None] = {
     FINE_TUNING_TOLD: None,
     "botorch, mission space": lambda zoo: {"space": MISSION, "search": {"sampler": "botorch", "baselines": []}},
 }
-"""In the order in which they run; None: no study."""
+"""Opponents in the order in which they run. None: no study."""
 IMPORTANT = [TWO_LEVELS, FINE_TUNING, "mergekit-evolve", "learner alone", "two levels, no labels", "botorch", "presets"]
-"""What the second zoo is asked by default."""
+"""Opponents that run on the second zoo by default."""
 
 
 def learns(name: str, zoo: Zoo) -> bool:
-    """Whether an opponent is a study with a learner, which does with its budget what fits into it."""
+    """Whether an opponent is a study with a learner, which adapts its fits to the budget."""
     make = OPPONENTS[name]
     return make is not None and "learner" in make(zoo)["search"]
 
 
 def setup(name: str, zoo: Zoo) -> Part:
-    """``space`` and ``search`` of a study file.
+    """The sections ``space`` and ``search`` of a study file.
 
     Raises:
-        KeyError: no such opponent, or one that is no study.
+        KeyError: There is no such opponent, or it is no study.
     """
     make = OPPONENTS[name]
     if make is None:

@@ -61,7 +61,8 @@ def draw_curves(
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - y) / (high - low)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         f'<text x="{LEFT}" y="26" font-size="16">{escape(title)}</text>',
         f'<text x="{LEFT}" y="46" fill="{GREY}">{escape(subtitle)}</text>',

@@ -1,4 +1,4 @@
-"""Search spaces of opponents, through the door of a user's own plug-in (``space: {type: live_spaces.py:NAME}``)."""
+"""Search spaces of opponents, loaded as a user's own plug-in is (``space: {type: live_spaces.py:NAME}``)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Values = dict[str, str | int | float | bool]
 
 
 class Evolve(MergekitGenome):
-    """mergekit-evolve's genome without the uniform recipes that our spaces begin with: it has none."""
+    """mergekit-evolve's genome, which has no uniform recipes to begin with, unlike our own spaces."""
 
     def initial_points(self) -> list[Values]:
         return []
@@ -25,10 +25,11 @@ class Evolve(MergekitGenome):
 class PresetGrid:
     """Published presets, each at its published or usual settings (`Preset.grid`): one category, tried in order.
 
-    The order goes round the presets: every preset's first setting, then every second one, and so on.
+    The order goes round the presets: every preset's first setting, then every preset's second one, and so on.
 
     Args:
         options: ``presets``: names.
+        context: The study's models.
     """
 
     def __init__(self, options: Mapping[str, Any], context: SpaceContext) -> None:

@@ -1,4 +1,4 @@
-"""What the rows of `live` say: means over seeds, paired differences, share of the own experts, a drawing."""
+"""Summary of the rows of `live`: means over seeds, paired differences, shares of the own experts, a drawing."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["difference", "draw", "print_summary", "read_rows", "spread"]
 
 Row = Mapping[str, str]
 Cells = Mapping[str, Mapping[int, Mapping[int, float]]]
-"""opponent -> candidates -> seed -> test mean."""
+"""Test mean by opponent, candidates and seed."""
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The table; empty where there is none yet."""
+    """The rows of the table; empty where there is none yet."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -37,14 +37,14 @@ def cells(rows: Sequence[Row], zoo: str) -> Cells:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and its standard error over seeds (NaN for one)."""
+    """Mean and its standard error over seeds (NaN for one seed)."""
     return mean(values), standard_error(values)
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float, int]:
-    """Mean over common seeds of ours minus theirs, half the width of its 95 % interval (Student), number of seeds.
+    """Mean of ours minus theirs over common seeds, half the width of its 95 % interval (Student), number of seeds.
 
-    NaN where there is nothing to compare, or one seed only.
+    It is NaN where there is nothing to compare, or only one seed.
     """
     found = gaps(ours, theirs)
     if not found:
@@ -53,7 +53,7 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[
 
 
 def gaps(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
-    """Ours minus theirs, a value per common seed."""
+    """Ours minus theirs, one value per common seed."""
     return [ours[s] - theirs[s] for s in sorted(ours.keys() & theirs.keys())]
 
 
@@ -63,20 +63,22 @@ def print_summary(rows: Sequence[Row]) -> None:
         table, known = cells(rows, zoo), _references(rows, zoo)
         print(f"\n{zoo}: test mean of {', '.join(f'{k} {v:.3f}' for k, v in known.items())}")
         print(
-            "± is the standard error over seeds; intervals are paired over seeds, 95 %; the test rows are the same for all"
+            "± is the standard error over seeds; intervals are paired over seeds, 95 %; "
+            "the test rows are the same for all"
         )
         for candidates in sorted({int(r["candidates"]) for r in rows if r["zoo"] == zoo}):
             asked = [int(r["questions"]) for r in rows if r["zoo"] == zoo and int(r["candidates"]) == candidates]
             print(f"\n  cost of {candidates} candidates (at most {max(asked)} questions asked)")
             print(
-                f"  {'opponent':26} {'test mean':>15} {'of own experts':>15} {f'{TWO_LEVELS} minus it':>28} {'seeds':>5} {'CPU s':>7}"
+                f"  {'opponent':26} {'test mean':>15} {'of own experts':>15} {f'{TWO_LEVELS} minus it':>28} "
+                f"{'seeds':>5} {'CPU s':>7}"
             )
             _print_block(rows, zoo, candidates, table, known["own_experts"])
     _print_over_problems(rows)
 
 
 def _print_over_problems(rows: Sequence[Row]) -> None:
-    """Where an opponent was run on every zoo: the mean over zoos of the paired differences."""
+    """Print the mean over zoos of the paired differences, for opponents that ran on every zoo."""
     tables = [cells(rows, zoo) for zoo in dict.fromkeys(r["zoo"] for r in rows)]
     if len(tables) < 2:
         return
@@ -116,7 +118,7 @@ def _references(rows: Sequence[Row], zoo: str) -> dict[str, float]:
 
 
 def draw(rows: Sequence[Row], out: Path) -> list[Path]:
-    """One SVG per zoo: questions asked (log) against the test mean; the band runs from the worst seed to the best."""
+    """Draw one SVG per zoo: questions asked (log) against the test mean, in a band from the worst seed to the best."""
     written = []
     for zoo in dict.fromkeys(r["zoo"] for r in rows):
         asked: dict[tuple[str, int], list[int]] = defaultdict(list)
@@ -142,7 +144,7 @@ def draw(rows: Sequence[Row], out: Path) -> list[Path]:
 
 
 def _budgets(rows: Sequence[Row], zoo: str) -> dict[int, int]:
-    """Questions allowed at each checkpoint."""
+    """Number of questions allowed at each checkpoint."""
     from zoo import ZOOS
 
     return {int(r["candidates"]): int(r["candidates"]) * ZOOS[zoo].candidate for r in rows if r["zoo"] == zoo}

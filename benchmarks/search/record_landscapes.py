@@ -1,15 +1,17 @@
 """Record landscapes: real merges of the zoo's models at chosen points of a search space, answer by answer.
 
-    MERGE_SEARCH_ZOO=... python benchmarks/search/record_landscapes.py NAME [--points 500] [--ends ROUNDS] [--out FOLDER]
+    MERGE_SEARCH_ZOO=... python benchmarks/search/record_landscapes.py NAME
+                             [--points 500] [--ends ROUNDS] [--out FOLDER]
 
-`NAME` is one of `SPACES`. Every point goes through the product's own engine and evaluators in one process: the recipe is
-spliced into one live model, which answers the first half of the search questions; no sampler and no storage take part.
-Saved every `SAVE_EVERY` points: a killed run goes on where it stopped. Then `fit_landscapes.py`.
+`NAME` is one of `SPACES`. Every point goes through the product's own engine and evaluators in one process: the recipe
+is spliced into one live model, which answers the first half of the search questions. No sampler and no storage take
+part. The table is saved every `SAVE_EVERY` points, and a killed run continues where it stopped. `fit_landscapes.py`
+comes next.
 
-Where the points lie (see `proposals`): published and uniform recipes, a third scrambled Sobol points of the box and of a
-smaller box around a uniform recipe, a third the steps of CMA-ES from three starts, a third steps around the best found
-and between good ones. `--ends` then adds, in rounds, the points where searches of the fitted landscape end: so the region
-that searches end in is the best known.
+`proposals` chooses the points. First come published and uniform recipes. A third are scrambled Sobol points of the box
+and of a smaller box around a uniform recipe, a third are steps of CMA-ES from three starts, and a third are steps
+around the best points so far and between good ones. `--ends` then adds, in rounds, the points where searches of the
+fitted landscape end, so that the landscape is known best where searches end.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ from zoo import ZOOS, search_study, write_tasks
 
 from merge_search.evaluation import Split
 from merge_search.recipe import Recipe
-from merge_search.search.prepare import Plan, prepare
+from merge_search.search.plan import Plan
+from merge_search.search.prepare import prepare
 from merge_search.search.samplers.unit_cube import UnitCube
 from merge_search.search.start.baselines import baselines
-from merge_search.search.trial.worker import Workbench
+from merge_search.search.trial.worker import Worker
 from merge_search.seeding import derive_seed
 from merge_search.study_file import read_study_file
 
@@ -52,7 +55,7 @@ FIDELITY = 0.5
 """More points with fewer questions each tell more about a smooth landscape than the reverse."""
 PUBLISHED = ["ties", "dare", "della", "tsv_m"]
 STARTS = ((0.6, 0.12), (1 / 3, 0.15), (1.0, 0.12))
-"""CMA-ES: uniform strength and step size, in units of the box."""
+"""Uniform strength and step size of CMA-ES, in units of the box."""
 
 SPACES: Mapping[str, dict[str, Any]] = {
     "lm_blockwise": {"zoo": "lm", "space": {"type": "blockwise"}},
@@ -69,7 +72,7 @@ SPACES: Mapping[str, dict[str, Any]] = {
 
 
 def study(name: str, root: Path, tasks: Path) -> dict[str, Any]:
-    """The study file whose merges are recorded: rows of the val files, none of a test file."""
+    """The study file whose merges are recorded. It reads rows of the val files and none of a test file."""
     parts = search_study(root, ZOOS[SPACES[name]["zoo"]], tasks)
     return {
         **parts,
@@ -84,7 +87,7 @@ def study(name: str, root: Path, tasks: Path) -> dict[str, Any]:
 
 @dataclass
 class Table:
-    """What was recorded so far: coordinates (n, d) and answers (n, questions), 0 or 1."""
+    """The points recorded so far: coordinates (n, d) and answers (n, questions), 0 or 1."""
 
     points: list[list[float]] = field(default_factory=list)
     phases: list[str] = field(default_factory=list)
@@ -124,7 +127,7 @@ class Table:
 def proposals(
     cube: UnitCube, start: list[list[float]], uniform: Any, n: int
 ) -> Generator[tuple[str, Array], float, None]:
-    """Where to merge next, given the mean score of the point before: a function of the scores alone."""
+    """The next point to merge at, given the mean score of the point before. It depends on the scores alone."""
     tried: list[tuple[float, Array]] = []
     rng = np.random.default_rng(derive_seed(0, "record"))
     for x in start:
@@ -146,7 +149,7 @@ def proposals(
 def _spread(
     cube: UnitCube, centre: list[float], n: int, tried: list[tuple[float, Array]]
 ) -> Generator[tuple[str, Array], float, None]:
-    """Sobol points of the whole box, of boxes half and a quarter as wide around a uniform recipe."""
+    """Sobol points of the whole box, and of boxes half and a quarter as wide around a uniform recipe."""
     d = cube.n_columns
     sobol = qmc.Sobol(d, seed=derive_seed(0, "sobol")).random(1 << max(1, math.ceil(math.log2(n))))[:n]
     for i, u in enumerate(sobol):
@@ -163,7 +166,7 @@ def _spread(
 def _evolve(
     cube: UnitCube, start: list[float], sigma: float, n: int, tried: list[tuple[float, Array]]
 ) -> Generator[tuple[str, Array], float, None]:
-    """Steps of CMA-ES over the numbers; categories are drawn at random."""
+    """Steps of CMA-ES over the numbers. Categories are drawn at random."""
     rng = np.random.default_rng(derive_seed(0, "evolve", *map(str, start)))
     k = len(cube.numeric)
     seed = derive_seed(0, "cma", *map(str, start))
@@ -191,11 +194,11 @@ def _redraw(cube: UnitCube, x: Array, rng: np.random.Generator, *, chance: float
 
 
 class Recorder:
-    """Merges, asks and keeps; `header` says what the columns mean."""
+    """Merges, asks questions and keeps the answers. `header` describes the columns."""
 
     def __init__(self, plan: Plan, fidelity: float) -> None:
         self.fidelity = fidelity
-        self.plan, self.bench, self.cube = plan, Workbench(plan, device="cpu"), UnitCube(plan.space.parameters)
+        self.plan, self.bench, self.cube = plan, Worker(plan, device="cpu"), UnitCube(plan.space.parameters)
         self.metrics = [
             next(m.name for m in plan.metrics if m.task == t) for t in dict.fromkeys(m.task for m in plan.metrics)
         ]
@@ -248,7 +251,7 @@ def _fields(parameter: Any) -> list[Any]:
 
 @contextmanager
 def recorder_of(name: str) -> Iterator[Recorder]:
-    """The workbench of a space's study, its task files in a temporary folder."""
+    """The recorder of a space's study, with its task files in a temporary folder."""
     zoo = Path(os.environ["MERGE_SEARCH_ZOO"])
     with tempfile.TemporaryDirectory() as folder:
         write_tasks(zoo, Path(folder) / "val", rows="val")
@@ -258,10 +261,10 @@ def recorder_of(name: str) -> Iterator[Recorder]:
 
 
 def record(name: str, *, points: int, out: Path) -> None:
-    """Fill `out`/NAME.npz up to so many points; points recorded before are told, not asked again.
+    """Fill `out`/NAME.npz up to so many points. Points recorded before are replayed, not asked again.
 
     Raises:
-        ValueError: the table was begun for another number of points.
+        ValueError: The table was begun for another number of points.
     """
     path = out / f"{name}.npz"
     table = Table.load(path)
@@ -288,7 +291,7 @@ def record(name: str, *, points: int, out: Path) -> None:
 
 
 def record_ends(name: str, *, rounds: int, out: Path) -> None:
-    """Add the points where searches of the fitted landscape end, `ENDS` a round, and fit again after each.
+    """Add the points where searches of the fitted landscape end, `ENDS` a round, and fit again after each round.
 
     A smooth surface is least to be trusted where it was searched for its maximum.
     """

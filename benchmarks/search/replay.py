@@ -1,16 +1,16 @@
-"""Compare ways of searching on recorded landscapes: hundreds of studies in minutes, none of them loads a model.
+"""Compare ways of searching on recorded landscapes: hundreds of studies in minutes, without loading a model.
 
     python benchmarks/search/replay.py [--seeds 10] [--samplers botorch tpe ...] [--candidates 10 25 50 100]
                                        [--landscapes lm_blockwise ...] [--jobs 1] [--against botorch] [--out FILE.csv]
-    python benchmarks/search/replay.py --show        the table and the plot of the rows there are, nothing is run
+    python benchmarks/search/replay.py --show        print the table and draw the rows there are; nothing is run
 
-One row per landscape, opponent, seed and number of candidates is appended to ``benchmarks/results/search_replay.csv``:
-the true mean score and true retention of the candidate that the opponent recommends then, and what it had observed of it.
-Opponents with the same landscape and seed are asked the same questions, so differences are paired. A run that was
-interrupted is finished by `--resume`: what the file has for this commit is not run again.
+Each landscape, opponent, seed and number of candidates appends one row to ``benchmarks/results/search_replay.csv``.
+The row has the true mean score and true retention of the candidate that the opponent recommends then, and the score
+that it had observed. Opponents with the same landscape and seed get the same questions, so differences are paired.
+`--resume` finishes a run that was interrupted: rows that the file has for this commit are not run again.
 
-Opponents: see `replay_opponents.py`; ``botorch:kernel=plain,n_startup=12/observed`` is a sampler with options and another way of
-recommending. The plot needs matplotlib, which the package does not depend on.
+`replay_opponents.py` has the opponents. ``botorch:kernel=plain,n_startup=12/observed`` is a sampler with options and
+another way of recommending. The plot needs matplotlib, which the package does not depend on.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OUT = Path(__file__).parent.parent / "results" / "search_replay.csv"
 FIELDS = ["landscape", "opponent", "seed", "candidates", "true_mean", "true_retention", "observed", "recommended",
           "cpu_s", "commit"]  # fmt: skip
 SKIPPED = ("nsga2",)
-"""Not run unless named: made for several objectives."""
+"""Samplers that run only when named, because they are made for several objectives."""
 
 Row = dict[str, Any]
 Job = tuple[str, str, int, list[int], int]
@@ -47,7 +47,7 @@ Job = tuple[str, str, int, list[int], int]
 
 
 def play(landscape: str, name: str, seed: int, budgets: list[int], questions: int = 200) -> list[Row]:
-    """One search: a row for every number of candidates."""
+    """Run one search and return a row for every number of candidates."""
     torch.set_num_threads(1)
     problem = Problem(load(landscape), seed, questions)
     began = time.process_time()
@@ -90,16 +90,16 @@ def _results(jobs: Sequence[Job], processes: int) -> Iterable[list[Row]]:
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of the file; of rows with the same landscape, opponent, seed and candidates the last one counts."""
+    """Rows of the file. Of rows with the same landscape, opponent, seed and candidates, the last one counts."""
     with path.open(newline="") as file:
         rows = [{**r, "seed": int(r["seed"]), "candidates": int(r["candidates"])} for r in csv.DictReader(file)]
     return list({(r["landscape"], r["opponent"], r["seed"], r["candidates"]): r for r in rows}.values())
 
 
 def summary(rows: Sequence[Row], against: str) -> list[Row]:
-    """Per opponent and number of candidates, over landscapes and seeds: mean, standard error, `against` minus it.
+    """Mean, standard error, and `against` minus it, per opponent and number of candidates, over landscapes and seeds.
 
-    The difference is paired by landscape and seed; its interval is Student's at 95 %.
+    The difference is paired by landscape and seed. Its interval is Student's at 95 %.
     """
     cells: dict[tuple[str, int], dict[tuple[str, int], tuple[float, float, float]]] = defaultdict(dict)
     for r in rows:
@@ -132,7 +132,7 @@ def print_summary(rows: Sequence[Row], against: str) -> None:
 
 
 def plot(rows: Sequence[Row], path: Path, against: str) -> None:
-    """True mean of the recommended over candidates, one panel per landscape; a band is one standard error."""
+    """Draw the true mean of the recommended merge over candidates, one panel per landscape, with standard errors."""
     try:
         import matplotlib  # type: ignore[import-not-found,unused-ignore]
 

@@ -1,8 +1,8 @@
-"""Ways of searching a recorded landscape: the product's samplers and its opponents, all asked the same questions.
+"""Ways of searching a recorded landscape: the product's samplers and its opponents, with the same questions for all.
 
-Every function takes a `Problem` and a number of candidates and returns a `Trace`. A candidate costs the same to all of them;
-all but ``mergekit_evolve_alone`` begin as the product does, with base, experts, average, task arithmetic, published presets
-and, inside Optuna studies, the space's uniform recipes.
+Every function takes a `Problem` and a number of candidates and returns a `Trace`. A candidate costs the same to all of
+them. All but ``mergekit_evolve_alone`` begin as the product does, with base, experts, average, task arithmetic,
+published presets and, inside Optuna studies, the space's uniform recipes.
 
 =========================  ======================================================================================
 NAME[:option=value,...]    a sampler of `merge_search.search.samplers` in an in-memory study; recommends by posterior
@@ -10,7 +10,7 @@ NAME[:option=value,...]    a sampler of `merge_search.search.samplers` in an in-
                            behind the name says otherwise
 mergekit_evolve            CMA-ES over |weight| from 1/n and |density| (at most 1) from 1, step 1/6, unbounded, best
                            observed (mergekit's evo/genome.py); weights beyond the recorded box are cut to it
-mergekit_evolve_alone      the same without the baselines, as it is: it has none
+mergekit_evolve_alone      the same without the baselines, which the original does not have
 df_merge                   one coefficient per expert in [0, 1], ten random points, then expected improvement of a
                            noise-free Matern-5/2 process (DF-Merge, arXiv 2504.18992, without its Fisher weights)
 =========================  ======================================================================================
@@ -50,7 +50,10 @@ DF_RANDOM, DF_XI, DF_DRAWS = 10, 0.01, 4000
 
 
 class Problem:
-    """A landscape, one set of questions (so many per task), and the objective ``mean`` with the variance that the product states."""
+    """A landscape, one set of questions (so many per task), and the objective ``mean``.
+
+    The objective has the variance that the product states.
+    """
 
     def __init__(self, landscape: Landscape, seed: int, questions: int = 200) -> None:
         self.landscape = landscape
@@ -87,7 +90,7 @@ class Problem:
 
 @dataclass
 class Trace:
-    """Candidates in order, and which of them is recommended after the first n."""
+    """Candidates in order, and the one that is recommended after the first n."""
 
     problem: Problem
     tried: list[Array | Baseline] = field(default_factory=list)
@@ -113,10 +116,10 @@ Opponent = Callable[[Problem, list[int]], Trace]
 
 
 def opponent(name: str) -> Opponent:
-    """By name; see the module's notes.
+    """An opponent by name; see the module's docstring.
 
     Raises:
-        KeyError: unknown.
+        KeyError: There is none of that name.
     """
     if name in OTHERS:
         return OTHERS[name]
@@ -173,7 +176,10 @@ def _enqueue(study: optuna.Study, problem: Problem) -> None:
 def _by_observed(
     problem: Problem, budgets: list[int], source: Iterator[Array], told: list[float], first: bool
 ) -> Trace:
-    """Measure what `source` proposes, after the baselines if `first`; values go to `told` before the next proposal."""
+    """Measure what `source` proposes, after the baselines if `first`.
+
+    Values go to `told` before the next proposal.
+    """
     trace = Trace(problem)
     queue = list(problem.landscape.baselines) if first else []
     for number in range(max(budgets)):
@@ -187,7 +193,7 @@ def _by_observed(
 
 
 def _coordinates(problem: Problem, numbers: dict[str, float]) -> Array:
-    """Of native values cut to the box; what is not named is as in the first uniform recipe."""
+    """Coordinates of native values, cut to the box. Other parameters are as in the first uniform recipe."""
     point = dict(problem.cube.decode(problem.landscape.initial[0].tolist()))
     for name, value in numbers.items():
         domain: Any = problem.parameters[name]
@@ -211,7 +217,7 @@ def _evolution(problem: Problem, told: list[float]) -> Iterator[Array]:
 
 
 def mergekit_evolve(problem: Problem, budgets: list[int], *, baselines: bool = True) -> Trace:
-    """See the module's notes; categories stay at the first uniform recipe's."""
+    """See the module's docstring. Categories stay at the first uniform recipe's."""
     told: list[float] = []
     return _by_observed(problem, budgets, _evolution(problem, told), told, baselines)
 
@@ -233,7 +239,7 @@ def _df_points(problem: Problem, told: list[float]) -> Iterator[Array]:
 
 
 def _improvement(asked: list[Array], told: list[float], rng: np.random.Generator) -> Array:
-    """The point of the unit cube with the largest expected improvement: best of many draws, then of draws around it."""
+    """The point of the unit cube with the largest expected improvement, of many draws and of draws around the best."""
     seed = int(rng.integers(2**31))
     process = GaussianProcessRegressor(
         Matern(nu=2.5), alpha=1e-6, normalize_y=True, n_restarts_optimizer=2, random_state=seed
@@ -259,13 +265,13 @@ def _gain(process: GaussianProcessRegressor, x: Array, best: float) -> Array:
 
 
 def df_merge(problem: Problem, budgets: list[int]) -> Trace:
-    """See the module's notes."""
+    """See the module's docstring."""
     told: list[float] = []
     return _by_observed(problem, budgets, _df_points(problem, told), told, True)
 
 
 def ends(landscape: Landscape, *, seed: int, n: int) -> list[Array]:
-    """Where `n` searches of a landscape end: opponents by turns, and CMA-ES on the true scores themselves."""
+    """Points where `n` searches of a landscape end: opponents by turns, and CMA-ES on the true scores themselves."""
     found: list[Array] = []
     for i in range(n):
         if i % 4 == 3:
@@ -279,7 +285,7 @@ def ends(landscape: Landscape, *, seed: int, n: int) -> list[Array]:
 
 
 def maximum(landscape: Landscape, *, seed: int, evaluations: int = 3000) -> tuple[Array, float]:
-    """A maximum of the true mean score, by CMA-ES from a random uniform recipe; categories are drawn at random."""
+    """A maximum of the true mean score, by CMA-ES from a random uniform recipe. Categories are drawn at random."""
     rng = np.random.default_rng(derive_seed(seed, "maximum"))
     k = len(landscape.cube.numeric)
     start = np.array(landscape.initial[int(rng.integers(len(landscape.initial)))])

@@ -2,8 +2,9 @@
 
     python benchmarks/search/suggest.py [--samplers botorch cmaes ...] [--repeats 3]
 
-Appends one row per case to ``benchmarks/results/search_suggest.csv``: median and largest of `repeats` suggestions in a
-study of noisy trials at random points. ``mission`` is a mixed space: a category of six presets, coefficients and densities.
+Each case appends one row to ``benchmarks/results/search_suggest.csv``: median and largest of `repeats` suggestions in a
+study of noisy trials at random points. ``mission`` is a mixed space with a category of six presets, coefficients and
+densities.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def mission() -> dict[str, Parameter]:
 
 
 def cases() -> Iterator[tuple[str, dict[str, Parameter], int, int, int, int]]:
-    """Name, space, trials, objectives, constraints, running trials."""
+    """Name, space, number of trials, objectives, constraints and running trials of every case."""
     for n in (12, 18, 40):
         for trials in (20, 50, 100, 200):
             yield "plain", blocks(n), trials, 1, 0, 0
@@ -77,7 +78,7 @@ def filled(
 
 
 def measured(sampler: str, space: dict[str, Parameter], shape: tuple[int, int, int, int], repeats: int) -> list[float]:
-    """CPU seconds of each of `repeats` suggestions; every one leaves one more running trial."""
+    """CPU seconds of each of `repeats` suggestions. Each of them leaves one more running trial."""
     study = filled(sampler, space, *shape)
     seconds = []
     for _ in range(repeats):

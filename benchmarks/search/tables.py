@@ -1,4 +1,4 @@
-"""What the tables of this folder share: how rows are appended, the commit they name, how sure their means are."""
+"""What the tables of this folder share: appending rows, the commit they name, and the errors of their means."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["append", "commit", "half_interval", "mean_over_problems", "standard_
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of independent values; NaN for fewer than two."""
+    """Standard error of the mean of independent values; NaN for fewer than two."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
@@ -29,10 +29,10 @@ def half_interval(values: Sequence[float], level: float = 0.95) -> float:
 
 
 def mean_over_problems(samples: Sequence[Sequence[float]], level: float = 0.95) -> tuple[float, float]:
-    """Mean of the means of independent samples, one per problem, and half its interval (Welch and Satterthwaite).
+    """Mean over problems of each problem's mean, and half the width of its 95 % interval (Welch and Satterthwaite).
 
-    Problems are these problems, not a sample of all: only seeds vary. NaN for the half where a sample has fewer than two
-    values.
+    The interval covers other seeds on the same problems, not other problems. It is NaN where a sample has fewer than
+    two values.
     """
     centre = mean(mean(values) for values in samples)
     if any(len(values) < 2 for values in samples):

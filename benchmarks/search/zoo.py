@@ -1,10 +1,10 @@
-"""The two zoos as parts of study files: models, questions to search on, the sealed test questions.
+"""The two zoos as parts of study files: models, questions to search on, and the sealed test questions.
 
     python benchmarks/search/zoo.py OUT        (MERGE_SEARCH_ZOO names the zoo; writes the language tasks for lm-eval)
 
-``lm``: three language models, lm-eval tasks. ``encoder``: five sentence encoders with their heads, `classification`.
-A search is scored on rows of ``val.jsonl`` (its search and validation shares), learners fit on ``train.jsonl``, the
-sealed test is all of ``test.jsonl``: three files without common documents.
+The zoo ``lm`` has three language models and lm-eval tasks. The zoo ``encoder`` has five sentence encoders with their
+heads and `classification`. A search is scored on rows of ``val.jsonl`` (its search and validation shares), learners
+fit on ``train.jsonl``, and the sealed test is all of ``test.jsonl``. No document is in two of these files.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ GENERATED = {
     "filter_list": [{"name": "line", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
 }
 SEARCH_SHARES = {"search": 0.5, "validation": 0.48, "test": 0.02}
-"""Of the val rows. The study's own test share stays unopened."""
+"""Shares of the val rows. The study's own test share stays unopened."""
 WHOLE = {"search": 0.02, "validation": 0.02, "test": 0.96}
-"""Of the test rows: the benchmark asks all three shares and joins them, so the shares do not matter."""
+"""Shares of the test rows. The benchmark asks all three and joins them, so their sizes do not matter."""
 EVEN = {"search": 0.4, "validation": 0.3, "test": 0.3}
-"""With a limit, where smaller shares would be empty."""
+"""Shares of the rows where a limit would leave smaller ones empty."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,12 @@ class Zoo:
     """A family of checkpoints.
 
     Attributes:
-        name: ``lm`` or ``encoder``: the folder of the checkpoints.
-        experts: Their names; a task is called after its expert.
-        n_blocks: Of every model.
-        candidate: Search questions of one candidate: the unit of the budget, a round number near the real one.
-        step_sizes: Of AdamW, for fine-tuning all weights.
-        best_step_size: The one of them that ended best on test rows: of all (``lm``), of those that fine-tuning went on with
-            by itself (``encoder``).
-        limit: Documents per task and file: a quick look that says nothing about quality; None: all.
+        name: ``lm`` or ``encoder``, the folder of the checkpoints. experts: Names of the experts. A task is called
+        after its expert. n_blocks: Number of blocks of every model. candidate: Search questions of one candidate,
+        rounded. The unit of the budget. step_sizes: Step sizes of AdamW for fine-tuning all weights. best_step_size:
+        The step size that ended best on test rows. For ``lm`` it is the best of all, for ``encoder`` the best
+            of those that fine-tuning chose by itself.
+        limit: Number of documents per task and file, for a quick look that says nothing about quality. None: all.
     """
 
     name: str
@@ -63,21 +61,21 @@ ZOOS = {
     "encoder": Zoo("encoder", ("sst2", "trec6", "banking77", "agnews", "emotion"), 4, 700, (2e-5, 6e-5, 2e-4), 6e-5),
 }
 ENCODER_SEARCH = {"search": 0.25, "validation": 0.25, "test": 0.5}
-"""Of the encoders' val rows: fewer, since a question costs several times as much there."""
+"""Fewer of the encoders' val rows are asked, since a question costs several times as much there."""
 
 
 def search_study(root: Path, zoo: Zoo, tasks: Path) -> dict[str, Any]:
     """Models, evaluators and splits of a study that searches on val rows.
 
     Args:
-        tasks: Folder of `write_tasks` (``lm`` only).
+        tasks: Folder that `write_tasks` wrote (``lm`` only).
     """
     shares = SEARCH_SHARES if zoo.name == "lm" else ENCODER_SEARCH
     return _part(root, zoo, tasks, "val", shares)
 
 
 def test_study(root: Path, zoo: Zoo, tasks: Path) -> dict[str, Any]:
-    """The same over the test rows."""
+    """Models, evaluators and splits of the same study over the test rows."""
     return _part(root, zoo, tasks, "test", WHOLE)
 
 
@@ -117,7 +115,7 @@ def _evaluate(root: Path, zoo: Zoo, tasks: Path, rows: str) -> dict[str, Any]:
 
 
 def write_tasks(root: Path, out: Path, names: list[str] | None = None, *, rows: str = "test") -> list[str]:
-    """lm-eval tasks over the zoo's language data, with their training splits; returns the task names.
+    """Write lm-eval tasks over the zoo's language data, with their training splits, and return the task names.
 
     Args:
         rows: The file whose rows are the questions: ``val`` or ``test``.

@@ -1,13 +1,14 @@
-"""What would keep a recipe from being merged, found before any weight is read."""
+"""Problems that would keep a recipe from being merged, found before any weight is read."""
 
 from __future__ import annotations
 
-from merge_search.engine.contracts import Statistics, Tensors
-from merge_search.engine.methods.assess import MEASURES, options_problems
-from merge_search.engine.methods.operators import OPERATORS, POSTS, operator_problems
+from merge_search.engine.contracts import Tensors
+from merge_search.engine.methods.assess import options_problems
+from merge_search.engine.methods.operators import operator_problems
 from merge_search.engine.resident.coefficient_maps import rows_of
 from merge_search.errors import RecipeError
 from merge_search.recipe import Assess, Group, Recipe
+from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, in_use, option_problems
 
 __all__ = ["problems"]
 
@@ -15,51 +16,20 @@ _KEYS_HELP = "a tensor, block.<n>, block.<n>.<kind>, a module kind, or *"
 
 
 def problems(recipe: Recipe, tensors: Tensors) -> list[str]:
-    """Every problem known before work starts, [] if none: unknown names, wrong options, missing statistics, bad pairs."""
-    found = _experts(recipe, tensors) + _keys(recipe, tensors)
-    n = len(recipe.models.experts)
-    if recipe.operator is not None:
-        found += operator_problems(recipe.operator, OPERATORS, "operator", n)
-        kinds = OPERATORS[recipe.operator.name].statistics if recipe.operator.name in OPERATORS else ()
-        asked = {(kind, expert) for kind in kinds for expert in recipe.models.experts}
-        found += _missing(f"operator: {recipe.operator.name!r}", asked, tensors)
-    else:
-        for assess in _measures(recipe):
-            found += options_problems(assess) or _statistics(assess, recipe, tensors)
-        found += _stages(recipe)
+    """Every problem that can be known before work starts, [] if there is none.
+
+    Unknown names, wrong options, missing statistics or rule files, and combinations that cannot work are problems.
+    """
+    out = _experts(recipe, tensors) + _keys(recipe, tensors)
+    if missing := _rule_files(recipe):
+        return out + missing
+    out += _stages(recipe, tensors) if recipe.operator is None else _operator(recipe, tensors)
     for rule in recipe.post:
-        found += operator_problems(rule, POSTS, "post", n)
-    return found + (_maps(recipe, tensors) if recipe.maps and not found else [])
+        out += operator_problems(rule, POSTS, "post", len(recipe.models.experts))
+    return out + (_maps(recipe, tensors) if recipe.maps and not out else [])
 
 
-def _maps(recipe: Recipe, tensors: Tensors) -> list[str]:
-    if not isinstance(tensors, Statistics):
-        return ["maps: these models offer no maps; keep the map's file with the study"]
-    found = []
-    if recipe.operator is not None and not OPERATORS[recipe.operator.name].decomposing:
-        found.append(
-            f"maps: operator {recipe.operator.name!r} gives no part per expert that coefficients per row could scale"
-        )
-    if recipe.operator is None and recipe.resolve.kind != "none" and recipe.resolve.weighted:
-        found.append("maps: coefficients per row have no voice in an election; set resolve.weighted to false")
-    try:
-        for expert in recipe.maps:
-            for name in tensors.groups:
-                rows_of(tensors, recipe, expert, name)
-    except RecipeError as error:
-        found += error.problems
-    return found
-
-
-def _measures(recipe: Recipe) -> list[Assess]:
-    measures = []
-    if recipe.select.kind not in ("all", "bernoulli"):
-        measures.append(recipe.assess)
-    if recipe.splice.kind in ("score", "softmax", "argmax"):
-        measures.append(recipe.splice.score or recipe.assess)
-    if recipe.allocate.kind == "importance":
-        measures.append(Assess(measure=recipe.allocate.measure, options=recipe.allocate.options))
-    return measures
+# ---------------------------------------------------------------------------------------- experts, keys, files
 
 
 def _experts(recipe: Recipe, tensors: Tensors) -> list[str]:
@@ -72,77 +42,155 @@ def _experts(recipe: Recipe, tensors: Tensors) -> list[str]:
 
 
 def _keys(recipe: Recipe, tensors: Tensors) -> list[str]:
+    """Keys of numbers per group that no tensor answers to."""
     known = {key for group in tensors.groups.values() for key in Group.keys(group)}
-    found = []
+    out = []
     for field in ("coefficients", "densities"):
         for expert, values in getattr(recipe, field).items():
             if isinstance(values, dict):
-                found += [
+                out += [
                     f"{field}: {expert!r}: no tensor answers to the key {k!r} ({_KEYS_HELP})"
                     for k in values
                     if k not in known
                 ]
     if isinstance(recipe.scale, dict):
-        found += [f"scale: no tensor answers to the key {k!r} ({_KEYS_HELP})" for k in recipe.scale if k not in known]
-    return found
+        out += [f"scale: no tensor answers to the key {k!r} ({_KEYS_HELP})" for k in recipe.scale if k not in known]
+    return out
 
 
-_KINDS = {
-    "apl": "gradient",
-    "gradient_product": "gradient",
-    "trust_region": "absolute_gradient",
-}
-"""Statistics that measures ask for, where they have another name."""
+def _rule_files(recipe: Recipe) -> list[str]:
+    """Rule files of the recipe that are not in use."""
+    return [
+        f"rules: the recipe was made with the rule file {name} of sha256 {digest[:12]}..., which is not in use; name "
+        "that file under rules in the study file, or keep it beside the recipe"
+        for name, digest in recipe.rules.items()
+        if in_use(name, digest) is None
+    ]
+
+
+def _maps(recipe: Recipe, tensors: Tensors) -> list[str]:
+    out = []
+    if recipe.operator is not None and not OPERATORS[recipe.operator.name].decomposing:
+        out.append(
+            f"maps: operator {recipe.operator.name!r} gives no part per expert that coefficients per row could scale"
+        )
+    if recipe.operator is None and recipe.resolve.kind != "none" and recipe.resolve.weighted:
+        out.append("maps: coefficients per row have no voice in an election; set resolve.weighted to false")
+    try:
+        for expert in recipe.maps:
+            for name in tensors.groups:
+                rows_of(tensors, recipe, expert, name)
+    except RecipeError as error:
+        out += error.problems
+    return out
+
+
+# ------------------------------------------------------------------------------------------- operators and stages
+
+
+def _operator(recipe: Recipe, tensors: Tensors) -> list[str]:
+    operator = recipe.operator
+    assert operator is not None
+    out = operator_problems(operator, OPERATORS, "operator", len(recipe.models.experts))
+    kinds = OPERATORS[operator.name].statistics if operator.name in OPERATORS else ()
+    asked = {(kind, expert) for kind in kinds for expert in recipe.models.experts}
+    return out + _missing(f"operator: {operator.name!r}", asked, tensors)
+
+
+def _stages(recipe: Recipe, tensors: Tensors) -> list[str]:
+    out = []
+    for assess in _measures(recipe):
+        out += options_problems(assess) or _statistics(assess, recipe, tensors)
+    return out + _selection(recipe) + _scores(recipe) + _splice(recipe)
+
+
+def _measures(recipe: Recipe) -> list[Assess]:
+    """The measures whose scores the recipe uses."""
+    measures = []
+    if _uses_scores(recipe):
+        measures.append(recipe.assess)
+    if recipe.splice.kind in SPLICES and SPLICES[recipe.splice.kind].is_scored:
+        measures.append(recipe.splice.score or recipe.assess)
+    if recipe.allocate.kind == "importance":
+        measures.append(Assess(measure=recipe.allocate.measure, options=recipe.allocate.options))
+    return measures
+
+
+def _uses_scores(recipe: Recipe) -> bool:
+    """Whether the selection reads scores."""
+    return recipe.select.kind in SELECTIONS and SELECTIONS[recipe.select.kind].uses_scores
+
+
+def _selection(recipe: Recipe) -> list[str]:
+    select = recipe.select
+    if problem := SELECTIONS.unknown(select.kind):
+        return [f"select: {problem}"]
+    row = SELECTIONS[select.kind]
+    out = [f"select: {p}" for p in option_problems(row, select.options)]
+    if select.scope not in row.scopes and not row.is_outside:
+        out.append(f"select: {select.kind} ranks a tensor or the model, not rows; use scope 'tensor'")
+    elif select.scope not in row.scopes:
+        out.append(f"select: {select.kind} ranks by {' or '.join(row.scopes)}, not by {select.scope}")
+    if select.scope == "row" and select.nonzero:
+        out.append("select: nonzero counts a tensor or the model, not rows; use scope 'tensor'")
+    if select.exclusive and not row.takes_exclusive:
+        out.append(f"select: exclusive needs a selection of zeros and ones, {select.kind!r} is not")
+    return out
+
+
+def _scores(recipe: Recipe) -> list[str]:
+    """Why the selection cannot use the measure's scores."""
+    measure = MEASURES.get(recipe.assess.measure)
+    if measure is None or not _uses_scores(recipe):
+        return []
+    if measure.after_mask:
+        return [f"assess: {measure.name!r} is one number per tensor, made after selection: use it as splice.score"]
+    if measure.per_tensor and recipe.select.scope != "model" and SELECTIONS[recipe.select.kind].compares:
+        return [
+            f"assess: {measure.name!r} is one number per tensor: within a tensor {recipe.select.kind!r} has nothing to "
+            "choose by; use select.scope 'model', or the measure as allocate.measure or splice.score"
+        ]
+    return []
+
+
+def _splice(recipe: Recipe) -> list[str]:
+    splice = recipe.splice
+    if problem := SPLICES.unknown(splice.kind):
+        return [f"splice: {problem}"]
+    return [f"splice: {p}" for p in option_problems(SPLICES[splice.kind], splice.options)]
+
+
+# ------------------------------------------------------------------------------------------------- statistics
 
 
 def _statistics(assess: Assess, recipe: Recipe, tensors: Tensors) -> list[str]:
+    """Why the statistics of a measure cannot be had."""
     measure = MEASURES[assess.measure]
-    if not measure.needs_data or assess.options.get("zero_shot") is True:
+    if not measure.needs_data or (measure.statistics and not measure.statistics_asked(assess.options)):
         return []
     return _missing(f"assess: measure {assess.measure!r}", _asked(assess, recipe, tensors), tensors)
 
 
 def _asked(assess: Assess, recipe: Recipe, tensors: Tensors) -> set[tuple[str, str]]:
-    """(kind, expert) of the statistics that a measure will ask for; none where that is not known beforehand."""
-    kind, experts = _KINDS.get(assess.measure, assess.measure), recipe.models.experts
-    if assess.measure == "external":
-        kind = str(assess.options.get("name", kind))
-    if assess.options.get("at") != "scaled":
-        return {(kind, e) for e in experts}
+    """(kind, expert) of the statistics that a measure will ask for; empty where they cannot be known beforehand."""
+    measure, experts = MEASURES[assess.measure], recipe.models.experts
+    kinds = measure.statistics_asked(assess.options)
+    if not measure.depends_on_coefficients(assess.options) or measure.is_outside:
+        return {(kind, e) for kind in kinds for e in experts}
     if recipe.allocate.kind != "constant":
         return set()
-    return {(f"{kind}@{recipe.coefficient(e, group)!r}", e) for e in experts for group in tensors.groups.values()}
+    groups = tensors.groups.values()
+    return {(f"{kind}@{recipe.coefficient(e, g)!r}", e) for kind in kinds for e in experts for g in groups}
 
 
 def _missing(who: str, asked: set[tuple[str, str]], tensors: Tensors) -> list[str]:
-    """Why statistics that `who` needs cannot be had, a sentence for each reason."""
+    """Why statistics that `who` needs cannot be had, one sentence per reason."""
     if not asked:
         return []
-    source = getattr(tensors, "statistics", tensors if isinstance(tensors, Statistics) else None)
-    if source is None:
+    if not tensors.has_statistics:
         return [f"{who} needs statistics from data, and none were measured for these models"]
-    ask = getattr(source, "problem", None)  # only a pool's source knows beforehand
-    if ask is None:
-        return []
-    known = sorted((kind, e) for kind, e in asked if e in tensors.models.experts)
-    reasons = dict.fromkeys(f"{who} needs the statistic {kind!r}: {why}" for kind, e in known if (why := ask(kind, e)))
+    reasons: dict[str, None] = {}
+    for kind, expert in sorted(asked):
+        if expert in tensors.models.experts and (why := tensors.statistic_problem(kind, expert)):
+            reasons[f"{who} needs the statistic {kind!r}: {why}"] = None
     return list(reasons)
-
-
-def _stages(recipe: Recipe) -> list[str]:
-    found, select = [], recipe.select
-    if select.scope == "row" and select.kind in ("soft_threshold", "proportional", "mass"):
-        found.append(f"select: {select.kind} ranks a tensor or the model, not rows; use scope 'tensor'")
-    if select.scope == "row" and select.nonzero:
-        found.append("select: nonzero counts a tensor or the model, not rows; use scope 'tensor'")
-    if select.exclusive and select.kind in ("all", "soft_threshold"):
-        found.append(f"select: exclusive needs a selection of zeros and ones, {select.kind!r} is not")
-    if select.kind not in ("all", "bernoulli") and _after_mask(recipe.assess):
-        found.append(
-            f"assess: {recipe.assess.measure!r} is one number per tensor, made after selection: use it as splice.score"
-        )
-    return found
-
-
-def _after_mask(assess: Assess) -> bool:
-    return assess.measure in MEASURES and MEASURES[assess.measure].after_mask

@@ -8,15 +8,18 @@ every candidate and every tensor length.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, runtime_checkable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from merge_search.errors import RecipeError
 from merge_search.recipe import Group, Models, Recipe, Scalar
+from merge_search.rules import SELECTIONS
 
 __all__ = [
     "SHORT_RANKS",
@@ -24,7 +27,6 @@ __all__ = [
     "Numbers",
     "Pass",
     "Source",
-    "Statistics",
     "Structure",
     "Tensors",
     "is_vector",
@@ -42,43 +44,61 @@ Given = dict[str, list[Tensor]]
 """Flat tensors, as long as the weights, that a pass reads beside them."""
 
 
-class Tensors(Protocol):
-    """Base and experts, resident.
+class Tensors(ABC):
+    """Base and experts, as the engine reads them.
+
+    An implementation gives `models`, `device`, `groups`, `shape`, `base` and `expert`; the other members have defaults.
 
     Guaranteed: the tensors of one name have one shape; they are floating, not changed and not moved while an engine lives;
     `groups` is in checkpoint order and names tied tensors once.
+
+    Attributes:
+        models: Base and experts.
+        device: Where merging runs.
+        groups: The group of every tensor that is merged.
     """
 
-    @property
-    def models(self) -> Models: ...
+    models: Models
+    device: torch.device
+    groups: Mapping[str, Group]
 
-    @property
-    def device(self) -> torch.device:
-        """Where merging runs."""
-        ...
-
-    @property
-    def groups(self) -> Mapping[str, Group]: ...
-
+    @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's, known without reading or moving it."""
-        ...
+        """The shape of a tensor, known without reading or moving it."""
 
-    def base(self, name: str) -> Tensor: ...
+    @abstractmethod
+    def base(self, name: str) -> Tensor:
+        """The base's tensor."""
 
-    def expert(self, expert: str, name: str) -> Tensor: ...
-
-
-@runtime_checkable
-class Statistics(Protocol):
-    """What a `Tensors` may offer besides: numbers measured on data, and coefficient maps."""
+    @abstractmethod
+    def expert(self, expert: str, name: str) -> Tensor:
+        """An expert's tensor: the base's shape, its own dtype."""
 
     def statistic(self, kind: str, expert: str, name: str) -> Tensor | None:
-        """The statistic `kind` of `expert` for tensor `name`, None if it was never measured.
+        """The statistic `kind` of `expert` for tensor `name`; None if it was never measured, as by default.
 
         Shape of the tensor, or broadcastable to it. `kind` "map:<sha256>" is a recipe's coefficient map: shape (rows,).
         """
-        ...
+        return None
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether `statistic` has a source. By default it has none."""
+        return False
+
+    def statistic_problem(self, kind: str, expert: str) -> str:
+        """Why a statistic cannot be had; '' if it can, or if only asking for it will tell, as by default. Reads no weights."""
+        return ""
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a matrix is stored (in, out), as transformers' Conv1D keeps it. By default none is."""
+        return False
+
+    def expect(self, names: Sequence[str]) -> None:  # noqa: B027
+        """Learn in which order tensors will be asked for; empty: in none. By default nothing is done with it."""
+
+    def look_for_maps(self, folder: Path) -> None:  # noqa: B027
+        """Look for coefficient maps in this folder too. By default there are no folders."""
 
 
 def statistic_of(tensors: Tensors, kind: str, expert: str, name: str) -> Tensor:
@@ -87,7 +107,7 @@ def statistic_of(tensors: Tensors, kind: str, expert: str, name: str) -> Tensor:
     Raises:
         RecipeError: it is not.
     """
-    found = tensors.statistic(kind, expert, name) if isinstance(tensors, Statistics) else None
+    found = tensors.statistic(kind, expert, name)
     if found is None:
         raise RecipeError(
             f"the statistic {kind!r} of expert {expert!r} is needed for tensor {name!r}, but was never measured; "
@@ -109,6 +129,9 @@ class Source(NamedTuple):
 
 
 NO_SCORES = Source()
+
+
+_GIVEN_MASKS = ("rank", "rank_band", "mask")
 
 
 class Structure(NamedTuple):
@@ -134,11 +157,13 @@ class Structure(NamedTuple):
     boost: bool = False
     rows: bool = False
     emit: str = "weights"
+    outside: Source = NO_SCORES
+    """The splice from outside, by name and options, in place of `splice`: such a pass runs in chunks."""
 
     @property
     def needs_index(self) -> bool:
         """Whether masks depend on an element's position."""
-        return self.select in ("top_k", "band", "bernoulli", "rank_probability", "proportional") or self.rows
+        return self.rows or (self.select not in _GIVEN_MASKS and SELECTIONS[self.select].needs_position)
 
 
 @dataclass(frozen=True)

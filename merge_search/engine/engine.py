@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,10 +23,12 @@ from merge_search.engine.methods.operators import (
     load_operator,
     require_known,
 )
-from merge_search.engine.passes.measurements import Facts
+from merge_search.engine.methods.outside import on_tensor
+from merge_search.engine.passes.measurements import Measurements
 from merge_search.engine.passes.planner import Planner
 from merge_search.engine.resident.coefficient_maps import rows_of
 from merge_search.errors import NonFiniteError, RecipeError
+from merge_search.memory import BudgetedCache, MemoryBudget
 from merge_search.recipe import Operator, Recipe, Splice
 
 __all__ = ["ApplyReport", "MergeEngine"]
@@ -64,19 +67,32 @@ class MergeEngine:
     Args:
         tensors: Base and experts.
         compile: "auto" compiles on GPUs and above a million parameters, if a compiler is there.
-        cache_bytes: For scores and ranks stored per element; None: a third of the free memory.
+        cache_bytes: Most bytes of scores and ranks stored per element; None: a third of the free memory.
+        runner: Runs the passes in place of one that `compile` asks for.
+        measurements: Measures the tensors; None: made for them.
     """
 
-    def __init__(self, tensors: Tensors, *, compile: bool | str = "auto", cache_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        tensors: Tensors,
+        *,
+        compile: bool | str = "auto",
+        cache_bytes: int | None = None,
+        runner: Runner | None = None,
+        measurements: Measurements | None = None,
+    ) -> None:
         self.tensors = tensors
-        if compile == "auto":
-            sizes = (tensors.base(name).numel() for name in tensors.groups)
-            compile = tensors.device.type == "cuda" or sum(sizes) > _COMPILE_FROM_PARAMETERS
-        self._runner = Runner(tensors.device, compile=bool(compile) and has_compiler(tensors.device))
-        facts = Facts(tensors, cache_bytes=cache_bytes, runner=self._runner)
-        self._planner = Planner(tensors, facts=facts, runner=self._runner)
+        self._runner = runner or _make_runner(tensors, compile)
+        self._measurements = measurements or Measurements(tensors, cache_bytes=cache_bytes, runner=self._runner)
+        self._planner = Planner(tensors, measurements=self._measurements, runner=self._runner)
         self._written: dict[str, _Written] = {}
-        self._memory: dict[Hashable, object] = {}
+        self._operator_memory: dict[Hashable, object] = {}
+        self._operator_cache: BudgetedCache[tuple[object, list[Tensor]]] = BudgetedCache(self.budget)
+
+    @property
+    def budget(self) -> MemoryBudget:
+        """Memory that is shared by all caches over this engine's tensors."""
+        return self._measurements.budget
 
     @property
     def is_compiled(self) -> bool:
@@ -149,15 +165,13 @@ class MergeEngine:
 
     @contextmanager
     def _in_turn(self, names: Sequence[str]) -> Iterator[None]:
-        """Tell tensors that come from elsewhere in which order they are needed."""
-        expect = getattr(self.tensors, "expect", None)
-        if callable(expect):
-            expect(names)
+        """One merge: tensors that come from elsewhere are told in which order they are needed."""
+        self.budget.next_turn()
+        self.tensors.expect(names)
         try:
             yield
         finally:
-            if callable(expect):
-                expect(())
+            self.tensors.expect(())
 
     def _common_key(self, recipe: Recipe) -> Hashable:
         """What every tensor's result depends on, besides its own `TensorSettings`."""
@@ -213,8 +227,9 @@ class MergeEngine:
         return self._run(p, delta) and self._add(recipe, context, delta, context.scale, out)
 
     def _run(self, p: Pass, out: Tensor) -> bool:
-        base, experts = self._planner.facts.flats(p.name, p.experts)
-        return self._runner.run(p, base, experts, out.view(-1))
+        base, experts = self._measurements.flats(p.name, p.experts)
+        with on_tensor(p.name):
+            return self._runner.run(p, base, experts, out.view(-1))
 
     def _add(self, recipe: Recipe, context: OperatorContext, delta: Tensor, scale: float, out: Tensor) -> bool:
         """out = base + scale * post(delta)."""
@@ -227,7 +242,7 @@ class MergeEngine:
 
     def _operate(self, recipe: Recipe, operator: Operator, name: str, out: Tensor) -> bool:
         info = require_known(operator, OPERATORS, "operator", len(recipe.models.experts))
-        active = self._planner.facts.active(name, tuple(recipe.models.experts))
+        active = self._measurements.active(name, tuple(recipe.models.experts))
         if not active and not info.exact:
             out.copy_(self.tensors.base(name))
             return True
@@ -263,7 +278,7 @@ class MergeEngine:
         """
         linear, shape = unit_recipe(recipe), self.tensors.base(name).shape
         experts = tuple(recipe.models.experts)
-        if not self._planner.facts.active(name, experts):
+        if not self._measurements.active(name, experts):
             return (), torch.zeros(0, *shape, device=self.tensors.device)
         if linear.operator is not None:
             info = require_known(linear.operator, OPERATORS, "operator", len(experts))
@@ -276,7 +291,8 @@ class MergeEngine:
         else:
             p = self._planner.plan(linear, name, emit="delta")
         assert p is not None
-        return p.experts, pass_parts(p, *self._planner.facts.flats(name, p.experts), self.tensors.device)
+        with on_tensor(name):
+            return p.experts, pass_parts(p, *self._measurements.flats(name, p.experts), self.tensors.device)
 
     def _fallback(self, recipe: Recipe, name: str) -> Pass | None:
         """Mean of lambda_i tau_i over the active experts: for tensors with axes an operator does not handle."""
@@ -294,24 +310,21 @@ class MergeEngine:
         experts = tuple(recipe.models.experts)
         base = self.tensors.base(name).to(self.tensors.device, torch.float32)
         deltas = tuple(self.tensors.expert(e, name).to(base.device, torch.float32) - base for e in experts)
-        active = set(self._planner.facts.active(name, experts))
+        active = set(self._measurements.active(name, experts))
         group = self.tensors.groups[name]
         settings = self._planner.settings(recipe, name)
         lambdas = dict(zip(settings.experts, settings.coefficients, strict=True))
         return OperatorContext(
             name, group, base, deltas, experts, tuple(e in active for e in experts), tuple(lambdas[e] for e in experts), {},
             scale=settings.scale,
-            transposed=self._is_transposed(name),
+            transposed=self.tensors.is_transposed(name),
             stored=lambda expert: self.tensors.expert(expert, name),
             statistic=lambda kind, expert: statistic_of(self.tensors, kind, expert, name),
             siblings=lambda: self._siblings(name, experts),
             seed=recipe.seed,
-            memory=self._memory,
+            memory=self._operator_memory,
+            cache=self._operator_cache,
         )  # fmt: skip
-
-    def _is_transposed(self, name: str) -> bool:
-        asked = getattr(self.tensors, "is_transposed", None)
-        return bool(asked(name)) if callable(asked) else False
 
     def _siblings(self, name: str, experts: tuple[str, ...]) -> Iterator[tuple[Tensor, ...]]:
         """Deltas of every tensor of the same block (of the tensor alone outside blocks)."""
@@ -326,6 +339,14 @@ class MergeEngine:
         context: OperatorContext, operator: Operator, options: Mapping[str, bool | int | float | str]
     ) -> OperatorContext:
         return replace(context, options=options)
+
+
+def _make_runner(tensors: Tensors, compile: bool | str) -> Runner:
+    """A runner that compiles as `MergeEngine` says."""
+    if compile == "auto":
+        n_parameters = sum(math.prod(tensors.shape(name)) for name in tensors.groups)
+        compile = tensors.device.type == "cuda" or n_parameters > _COMPILE_FROM_PARAMETERS
+    return Runner(tensors.device, compile=bool(compile) and has_compiler(tensors.device))
 
 
 def _place(view: Tensor) -> Hashable:

@@ -1,4 +1,4 @@
-"""mergekit's YAML files, read into recipes and written from them: interoperability by file format.
+"""Reads mergekit's YAML files into recipes and writes recipes as such files.
 
     recipe = read_mergekit(Path("merge.yml"))
     text = to_mergekit(recipe, groups)

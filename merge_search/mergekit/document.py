@@ -1,6 +1,6 @@
-"""The shape of a mergekit file: its keys, models and slices, before any method is looked at.
+"""The shape of a mergekit file: keys, models and slices. Methods come later.
 
-Every problem is collected in a list, so that a file's author sees all of them at once.
+Problems are collected in a list, so that a file's author sees all of them at once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ __all__ = ["DTYPES", "Document", "Slice", "Source", "read_document"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 _TOP = {
-    "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
-    "chat_template",
+    "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
+    "tokenizer", "chat_template",
 }  # fmt: skip
 _REFUSED = {
     "modules": "several modules in one file are not supported; write one file per module",
@@ -30,7 +30,7 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Source:
-    """One model of a slice, with its own parameters."""
+    """One model of a slice and its parameters."""
 
     model: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Slice:
-    """Layers start..end - 1 of every source; ``end`` None: all layers."""
+    """Layers start to end - 1 of every source; an ``end`` of None stands for all layers."""
 
     sources: tuple[Source, ...]
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -50,9 +50,10 @@ class Slice:
 
 @dataclass(frozen=True)
 class Document:
-    """A mergekit file. Models are places: existing folders made absolute, hub ids as they are.
+    """A mergekit file. Its models are absolute paths of folders that exist, or hub ids.
 
-    Invariant: at least one slice, each with at least one source; a file with ``models:`` has one slice with ``end`` None.
+    Invariant: there is at least one slice, and each has at least one source. A file with ``models:`` has one slice, whose
+    ``end`` is None.
     """
 
     method: str
@@ -68,11 +69,14 @@ class Document:
 
 
 def read_document(text: str, folder: Path | None, problems: list[str], *, where: str) -> Document | None:
-    """Parse a file's text; None where the problems leave nothing to go on with.
+    """Parse a file's text; None where its problems leave nothing to read.
 
     Args:
-        folder: Of the file; relative model paths are looked up there first, then in the working directory.
+        text: The text.
+        folder: The file's folder. Relative model paths are looked up there first, then in the working directory.
         problems: Filled in.
+        where: What to call the file in messages.
+
     Raises:
         RecipeError: the text is not one YAML mapping.
     """
@@ -104,7 +108,7 @@ def read_document(text: str, folder: Path | None, problems: list[str], *, where:
 
 
 class _Places:
-    """Model references -> folders or hub ids."""
+    """Turns model references into folders or hub ids."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
@@ -200,7 +204,8 @@ def _slices(data: Mapping[str, Any], place: _Places, problems: list[str]) -> tup
     if any(b.start != a.end for a, b in itertools.pairwise(found)) or (found and found[0].start != 0):
         got = ", ".join(f"[{s.start}, {s.end}]" for s in found)
         problems.append(
-            f"slices: layer_range must run through the layers once and in order (no layer repeated, left out or moved), got {got}"
+            "slices: layer_range must run through the layers once and in order (no layer repeated, left out or moved), got "
+            + got
         )
     return tuple(found)
 

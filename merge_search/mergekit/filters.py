@@ -1,4 +1,4 @@
-"""Tables of numbers by tensor -> values of a mergekit file: a number, or a list of filters on tensor names."""
+"""Numbers by tensor, written as a value of a mergekit file: a number, or a list of filters on tensor names."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from merge_search.mergekit.values import Table, evaluate, shorten
 from merge_search.recipe import Group
 
-__all__ = ["said"]
+__all__ = ["as_value"]
 
 Condition = dict[str, Any]
 
 
-def said(table: Table, groups: Mapping[str, Group]) -> float | list[Condition] | None:
-    """A value that gives every tensor its number; None if names do not tell the tensors apart.
+def as_value(table: Table, groups: Mapping[str, Group]) -> float | list[Condition] | None:
+    """A value that gives every tensor its number; None where names cannot tell the tensors apart.
 
-    Filters by module kind or block where the names allow it, else by tensor; always checked against every name.
+    Filters name module kinds or blocks where the names allow it, else tensors. The result is checked against every name.
     """
     short = shorten(table, groups.values())
     if not isinstance(short, dict):

@@ -1,6 +1,6 @@
-"""What mergekit's methods mean as recipes. Defaults were measured on mergekit 0.1.5.
+"""mergekit's methods as recipes. Defaults were measured on mergekit 0.1.5.
 
-Each method is one `Method`: which parameters it reads and what makes its recipe. Numbers arrive as tables by tensor.
+Each method is one `Method`: the parameters that it reads, and a function that makes the fields of its recipe.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ __all__ = ["CANCEL", "EPS", "IGNORED", "METHODS", "PER_MODEL", "Method", "Number
 EPS = 1e-8
 """mergekit's floor of norms in multislerp."""
 CANCEL = (
-    "weights of some models must not sum to 0 where signs are elected and normalize is on: mergekit then leaves out the division, "
-    "we the entry"
+    "weights of some models must not sum to 0 where signs are elected and normalize is on: mergekit then leaves out the "
+    "division, we the entry"
 )
 PER_MODEL = {"gamma", "epsilon"}
 """Numbers that mergekit reads at each model."""
@@ -28,7 +28,7 @@ IGNORED = {
 
 @dataclass(frozen=True)
 class Numbers:
-    """One file's parameters, evaluated: by name, the file's defaults filled in."""
+    """The parameters of one file by name, with defaults filled in."""
 
     flags: Mapping[str, bool]
     numbers: Mapping[str, float]
@@ -45,14 +45,16 @@ class Method:
     """One merge method.
 
     Attributes:
-        needs_base: It merges deltas and needs ``base_model``; None: either way.
+        needs_base: It merges deltas and needs ``base_model``; None: it works with and without.
         experts: Smallest and largest number of models beside the base.
         weight: Models have a ``weight``, which must be given.
-        normalize: Default of ``normalize``; None: it has none.
-        elects: Signs are elected, and ``normalize`` divides by the weights of those that agree.
-        sparse: Models have a ``density``. has_lambda: ``lambda`` scales the combined delta.
-        flags, numbers: Other parameters and their defaults (None: must be given), one value for all tensors.
-        settings: -> recipe fields.
+        normalize: Default of ``normalize``; None: the method has no such parameter.
+        elects: Signs are elected, and ``normalize`` divides by the weights of the models that agree.
+        sparse: Models have a ``density``.
+        has_lambda: ``lambda`` scales the combined delta.
+        flags: Other switches and their defaults, one value for all tensors.
+        numbers: Other numbers and their defaults (None: must be given), one value for all tensors.
+        settings: Makes recipe fields of a file's parameters.
     """
 
     needs_base: bool | None
@@ -91,8 +93,8 @@ def _deltas(
     select: Mapping[str, Any], *, elect: bool, normalize: bool, rescale: bool = False, **numbers: float
 ) -> Method:
     return Method(
-        True, weight=True, normalize=normalize, elects=elect, sparse=bool(select), has_lambda=True, flags={"rescale": rescale},
-        numbers=numbers, settings=_delta_method(select, elect=elect),
+        True, weight=True, normalize=normalize, elects=elect, sparse=bool(select), has_lambda=True,
+        flags={"rescale": rescale}, numbers=numbers, settings=_delta_method(select, elect=elect),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""mergekit's YAML -> `Recipe`."""
+"""Reads a mergekit YAML file into a `Recipe`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from merge_search.recipe import Group, Recipe
 __all__ = ["read_mergekit"]
 
 _ALONE = {"": Group("", None, "other")}
-"""In place of the base's tensors where all of them have the same numbers."""
+"""Stands for all of the base's tensors where they have the same numbers."""
 _SHARED = {"normalize", "lambda", "density", "rescale", "weight", "t", "select_topk", "scale", *IGNORED}
 _KNOWN = _SHARED | {k for m in METHODS.values() for k in (*m.flags, *m.numbers)}
 _log = logging.getLogger(__name__)
@@ -28,19 +28,21 @@ _log = logging.getLogger(__name__)
 def read_mergekit(path_or_text: str | Path, *, where: str = "") -> Recipe:
     """The recipe of a mergekit file.
 
-    Experts are named after their folders. The base is ``base_model``, or the first model where the method needs none:
-    its config and tokenizer are kept, as mergekit does. Masks of DARE and DELLA are drawn with the recipe's seed, so they
-    have mergekit's rate and rescaling, not its bits. Arithmetic is float32 whatever ``dtype`` says, rounded once at the
-    end to ``out_dtype`` (else ``dtype``).
+    Experts are named after their folders. The base is ``base_model``, or the first model where the method needs none. Its
+    config and tokenizer are kept, as mergekit does. Masks of DARE and DELLA are drawn with the recipe's seed: they have
+    mergekit's rate and rescaling, but not its bits. Arithmetic is float32 whatever ``dtype`` says. The result is rounded
+    once, to ``out_dtype`` (else ``dtype``).
 
     Args:
         path_or_text: A file's `Path`, or its text. Relative model paths are looked up beside the file, then in the
             working directory.
-        where: For messages; the file's name if not given.
+        where: What to call the file in messages; its name if not given.
+
     Raises:
-        RecipeError: with everything that is wrong or that a recipe cannot say, each by its key: layers moved or
-            repeated, tokenizers other than the base's, unknown methods and parameters, ...
-    Cost: reads the base's headers where numbers differ between layers or tensors.
+        RecipeError: with every problem, each by its key: layers moved or repeated, tokenizers other than the base's,
+            unknown methods and parameters, and whatever else a recipe cannot express.
+
+    Cost: the base's headers are read where numbers differ between layers or tensors.
     """
     folder = path_or_text.resolve().parent if isinstance(path_or_text, Path) else None
     if isinstance(path_or_text, Path):
@@ -61,7 +63,7 @@ def read_mergekit(path_or_text: str | Path, *, where: str = "") -> Recipe:
 
 
 class _Reader:
-    """One file's way to a recipe; problems are collected as they are met."""
+    """Turns one document into a recipe. Problems are collected on the way."""
 
     def __init__(self, document: Document, problems: list[str]) -> None:
         self.document, self.problems = document, problems
@@ -95,7 +97,7 @@ class _Reader:
             data[field] = {names[m]: v for m, v in made.get(field, {}).items() if v != 1.0}
         return data
 
-    # --- what must hold
+    # --- conditions
 
     def _parameter_names(self) -> None:
         document = self.document
@@ -111,37 +113,47 @@ class _Reader:
                     self.problems.append(f"{where}.{key}: unknown parameter{nearest(str(key), _KNOWN)}")
 
     def _models(self) -> None:
-        document, method = self.document, self.method
+        method = self.method
         if method is None:
             return
-        name, listed = document.method, document.models
-        if method.needs_base and document.base is None:
-            self.problems.append(f"base_model: {name} needs it")
-        if name == "passthrough":
-            if document.base is not None and listed != (document.base,):
-                self.problems.append("base_model: passthrough copies its sources and takes no base")
-            if any(len(part.sources) != 1 for part in document.slices):
-                self.problems.append("slices: passthrough takes one source per slice")
-            elif len(listed) < 2:
-                self.problems.append("slices: every layer comes from one model, there is nothing to merge")
+        if method.needs_base and self.document.base is None:
+            self.problems.append(f"base_model: {self.document.method} needs it")
+        if self.document.method == "passthrough":
+            self._passthrough_models()
             return
-        others = [m for m in listed if m != document.base]
+        self._number_of_models(method)
+        if self.document.slices[0].end is not None:
+            self._models_of_slices(method)
+
+    def _passthrough_models(self) -> None:
+        document = self.document
+        if document.base is not None and document.models != (document.base,):
+            self.problems.append("base_model: passthrough copies its sources and takes no base")
+        if any(len(part.sources) != 1 for part in document.slices):
+            self.problems.append("slices: passthrough takes one source per slice")
+        elif len(document.models) < 2:
+            self.problems.append("slices: every layer comes from one model, there is nothing to merge")
+
+    def _number_of_models(self, method: Method) -> None:
+        document = self.document
+        others = [m for m in document.models if m != document.base]
         low, high = method.experts
         if len(others) < low or (high is not None and len(others) > high):
             bounds = f"at least {low}" if high is None else str(low)
-            self.problems.append(f"models: {name} takes {bounds} beside the base, got {len(others)}")
-        if len({*listed, self.base}) < 2:
+            self.problems.append(f"models: {document.method} takes {bounds} beside the base, got {len(others)}")
+        if len({*document.models, self.base}) < 2:
             self.problems.append("models: there is nothing to merge with the base")
-        if document.slices[0].end is not None:
-            if document.base is not None and any(
-                document.base not in {s.model for s in p.sources} for p in document.slices
-            ):
-                self.problems.append("slices: base_model must be a source of every slice")
-            if not method.weight and any({s.model for s in p.sources} != set(listed) for p in document.slices):
-                self.problems.append(f"slices: {name} needs the same models in every slice")
+
+    def _models_of_slices(self, method: Method) -> None:
+        document = self.document
+        sources = [{s.model for s in part.sources} for part in document.slices]
+        if document.base is not None and any(document.base not in models for models in sources):
+            self.problems.append("slices: base_model must be a source of every slice")
+        if not method.weight and any(models != set(document.models) for models in sources):
+            self.problems.append(f"slices: {document.method} needs the same models in every slice")
 
     def _layout(self) -> bool:
-        """Names of the base's tensors, where numbers depend on them."""
+        """Find the base's tensors where numbers depend on them; whether that went well."""
         if not needs_layout(self.document):
             return True
         try:
@@ -151,10 +163,11 @@ class _Reader:
             return False
         self.groups = layout(info)
         n_blocks = 1 + max((g.block for g in self.groups.values() if g.block is not None), default=-1)
-        told = info.config.get("num_hidden_layers", n_blocks)
-        if told != n_blocks:
+        configured = info.config.get("num_hidden_layers", n_blocks)
+        if configured != n_blocks:
             self.problems.append(
-                f"base_model: numbers by layer need one stack of layers, found {n_blocks} blocks where the config says {told}"
+                f"base_model: numbers by layer need one stack of layers, found {n_blocks} blocks where the config says "
+                f"{configured}"
             )
             return False
         last = self.slices[-1]
@@ -174,7 +187,7 @@ class _Reader:
     # --- numbers
 
     def _value(self, key: str, model: str | None, tensor: str) -> float | None:
-        """A parameter of one tensor: of a model, or of all (None)."""
+        """A parameter of one tensor: the value of `model`, or, for None, the value of all models."""
         index, t = self.places[tensor]
         part = self.slices[index]
         source: Source | None = None
@@ -185,7 +198,7 @@ class _Reader:
     def _table(
         self, key: str, model: str | None, default: float | None, absent: Collection[str] = frozenset()
     ) -> Table:
-        """A parameter of every tensor, 0 of `absent` ones; a problem where it is not given and has no default."""
+        """A parameter of every tensor, 0 for `absent` ones. A missing value without a default is a problem."""
         table, missing = {}, False
         for tensor in self.groups:
             value = 0.0 if tensor in absent else self._value(key, model, tensor)
@@ -198,7 +211,7 @@ class _Reader:
         return table
 
     def _weights(self, models: Sequence[str]) -> dict[str, Table]:
-        """``weight`` of every model; 0 in slices where it is no source."""
+        """``weight`` of every model, 0 in slices of which the model is no source."""
         tables = {}
         for model in models:
             absent = {t for t, (i, _) in self.places.items() if not self._takes(self.slices[i], model)}
@@ -222,7 +235,7 @@ class _Reader:
         return shorten(table, self.groups.values())
 
     def _numbers(self, method: Method, experts: list[str]) -> dict[str, Any]:
-        """Recipe fields of a method on all layers."""
+        """Recipe fields of a method that treats all layers alike."""
         made: dict[str, Any] = {"coefficients": {}, "densities": {}}
         dense = True
         key = "density" if method.sparse else "select_topk" if self.document.method == "sce" else ""
@@ -270,7 +283,7 @@ class _Reader:
             made["coefficients"] = {experts[0]: self._shorten(self._table("t", None, None))}
         if not method.weight:
             return
-        # A base that is merged by its deltas has none; where only weights are merged it is a model like any other.
+        # A method on deltas gives the base no weight. A method on weights treats it as one of the models.
         as_points = not (method.needs_base or (self.document.base is not None and self.document.method != "linear"))
         weights = self._weights([self.base, *experts] if as_points else experts)
         flags["as_points"] = as_points
@@ -287,7 +300,7 @@ class _Reader:
         made["coefficients"] = {m: self._shorten(weights[m]) for m in experts}
 
     def _normalized(self, weights: dict[str, Table], normalize: Table) -> dict[str, Table]:
-        """Weights divided by their sum where ``normalize`` is on; for ``linear`` they must sum to one in the end."""
+        """Weights, divided by their sum where ``normalize`` is on. Those of ``linear`` must then sum to one."""
         result: dict[str, Table] = {m: {} for m in weights}
         for tensor, on in normalize.items():
             total = sum(w[tensor] for w in weights.values())
@@ -328,26 +341,26 @@ class _Reader:
     def _relative(
         self, experts: list[str], weights: dict[str, Table], options: dict[str, Any], made: dict[str, Any]
     ) -> None:
-        """Weights relative to the first model's, whose own is an option of the operator."""
-        own = weights[self.base]
-        if all(v == 0 for v in own.values()):
+        """Weights relative to the first model's weight, which becomes an option of the operator."""
+        first = weights[self.base]
+        if all(v == 0 for v in first.values()):
             return
-        if any(v == 0 for v in own.values()):
+        if any(v == 0 for v in first.values()):
             self.problems.append(
                 f"parameters.weight: of the first model must not be 0 on some tensors only ({_short(self.base)})"
             )
             return
         options["base_weight"] = 1.0
-        made["coefficients"] = {m: self._shorten({t: weights[m][t] / v for t, v in own.items()}) for m in experts}
+        made["coefficients"] = {m: self._shorten({t: weights[m][t] / v for t, v in first.items()}) for m in experts}
 
     def _passthrough(self, experts: list[str]) -> dict[str, Any]:
         """Every layer from one model: coefficient 1 there, 0 elsewhere."""
-        owners = {t: self.slices[i].sources[0].model for t, (i, _) in self.places.items()}
-        for tensor, owner in owners.items():
-            if self._value("scale", owner, tensor) not in (None, 1.0):
+        sources = {t: self.slices[i].sources[0].model for t, (i, _) in self.places.items()}
+        for tensor, source in sources.items():
+            if self._value("scale", source, tensor) not in (None, 1.0):
                 self.problems.append("parameters.scale: layers cannot be scaled, only copied")
                 break
-        return {"coefficients": {m: self._shorten({t: float(o == m) for t, o in owners.items()}) for m in experts}}
+        return {"coefficients": {m: self._shorten({t: float(s == m) for t, s in sources.items()}) for m in experts}}
 
 
 def _short(model: str) -> str:
@@ -355,7 +368,7 @@ def _short(model: str) -> str:
 
 
 def _expert_names(models: Sequence[str]) -> dict[str, str]:
-    """Names by model: the last part of its place, letters, digits, '_' and '-' only, numbered where it is taken."""
+    """A name for every model: the last part of its place in letters, digits, '_' and '-', numbered where it is taken."""
     names: dict[str, str] = {}
     for model in models:
         plain = re.sub(r"[^\w-]+", "_", _short(model)).strip("_") or "expert"

@@ -1,10 +1,15 @@
-"""Parameters of a mergekit file, evaluated for every tensor, and tables of numbers as short as they can be said.
+"""Evaluates the parameters of a mergekit file for every tensor, and writes numbers by tensor as short as possible.
 
-A parameter is a number; a gradient, a list of numbers spread evenly over the layers of its slice and joined by straight
-lines; or a list of ``{filter, value}``, of which the first whose filter is part of the tensor's name applies. It is looked
-up at the model, then at the slice, then at the file. Measured on mergekit 0.1.5: in a slice of n layers, layer i stands at
-i / (n - 1), the only layer of a slice at its end; tensors before the layers (embeddings and their norms) stand at the
-beginning of the first slice, tensors behind them (last norm, head) at the beginning of the last.
+A parameter has one of three forms:
+
+- a number;
+- a gradient: a list of numbers that are spread evenly over the layers of the slice and joined by straight lines;
+- a list of ``{filter, value}``: the first entry whose filter is part of the tensor's name applies.
+
+A parameter is looked up at the model, then at the slice, then at the file. The places of tensors along a gradient were
+measured on mergekit 0.1.5. In a slice of n layers, layer i stands at i / (n - 1), and the only layer of a slice stands at
+its end. Tensors before the layers (embeddings and their norms) stand at the beginning of the first slice. Tensors behind
+them (last norm, head) stand at the beginning of the last slice.
 """
 
 from __future__ import annotations
@@ -23,11 +28,11 @@ Table = dict[str, float]
 """A number for every tensor, by name."""
 
 Place = tuple[int, float]
-"""Index of a tensor's slice, and where in it the tensor stands, from 0 to 1."""
+"""Index of a tensor's slice, and the tensor's place in it from 0 to 1."""
 
 
 def as_number(value: Any) -> float | None:
-    """The number that YAML's value means (mergekit reads numbers in quotes too); None if it is none."""
+    """The number that a YAML value means, in quotes too, as mergekit reads it; None if it means none."""
     if isinstance(value, bool | int | float):
         return float(value)
     if isinstance(value, str):
@@ -39,7 +44,7 @@ def as_number(value: Any) -> float | None:
 
 
 def gradient_at(anchors: Sequence[float], t: float) -> float:
-    """Piecewise linear through `anchors`, evenly spread over [0, 1]."""
+    """The piecewise linear function through `anchors`, which are spread evenly over [0, 1], at `t`."""
     if len(anchors) == 1:
         return anchors[0]
     at = min(max(t, 0.0), 1.0) * (len(anchors) - 1)
@@ -48,7 +53,7 @@ def gradient_at(anchors: Sequence[float], t: float) -> float:
 
 
 def place_of(group: Group, slices: Sequence[Slice]) -> Place:
-    """Where a tensor stands in a file with these slices, all with known ends."""
+    """The place of a tensor in a file with these slices, all of which have ends."""
     if group.block is None:
         return (0, 0.0) if is_before_blocks(group) else (len(slices) - 1, 0.0)
     for i, part in enumerate(slices):
@@ -60,7 +65,7 @@ def place_of(group: Group, slices: Sequence[Slice]) -> Place:
 
 
 def evaluate(value: Any, name: str, t: float, where: str, problems: list[str]) -> float | None:
-    """The number of one parameter for one tensor; None where it says nothing about it."""
+    """The number of one parameter for one tensor; None where the parameter does not apply to the tensor."""
     if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
         for i, entry in enumerate(value):
             for key in entry.keys() - {"filter", "value"}:
@@ -90,9 +95,9 @@ def lookup(
     for where, settings in [*chain, (part.where, part.parameters), ("", document.parameters)]:
         if key in settings:
             place = ".".join(p for p in (where, "parameters", key) if p)
-            found = evaluate(settings[key], name, t, place, problems)
-            if found is not None:
-                return found
+            number = evaluate(settings[key], name, t, place, problems)
+            if number is not None:
+                return number
     return None
 
 
@@ -102,7 +107,7 @@ def _note(problems: list[str], text: str) -> None:
 
 
 def needs_layout(document: Document) -> bool:
-    """Whether the file can be read only with the names of the base's tensors at hand."""
+    """Whether the numbers of the file depend on the names of the base's tensors."""
     if document.slices[0].end is not None:
         return True
     settings = [document.parameters, *(s.parameters for s in document.slices[0].sources)]
@@ -112,7 +117,8 @@ def needs_layout(document: Document) -> bool:
 def shorten(table: Table, groups: Iterable[Group]) -> float | dict[str, float]:
     """The shortest `PerGroup` value that gives every tensor its number.
 
-    One number; else numbers by module kind; else by block, and in blocks that are not uniform by module kind or tensor.
+    The first that suffices: one number; numbers by module kind; numbers by block, and by module kind or tensor in blocks
+    that are not uniform.
     """
     members = list(groups)
     common = Counter(table.values()).most_common(1)[0][0]
@@ -148,7 +154,7 @@ def _descend(members: list[Group], table: Table, key: Any, result: dict[str, flo
 
 def _uniform(members: list[Group], table: Table, key: Any) -> dict[str, float | None]:
     """The number that all members of a key share; None where they do not."""
-    found: dict[str, set[float]] = {}
+    numbers: dict[str, set[float]] = {}
     for g in members:
-        found.setdefault(key(g), set()).add(table[g.tensor])
-    return {k: next(iter(v)) if len(v) == 1 else None for k, v in found.items()}
+        numbers.setdefault(key(g), set()).add(table[g.tensor])
+    return {k: next(iter(v)) if len(v) == 1 else None for k, v in numbers.items()}

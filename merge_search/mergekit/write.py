@@ -1,4 +1,4 @@
-"""`Recipe` -> mergekit's YAML, where mergekit can say it."""
+"""Writes a `Recipe` as a mergekit YAML file, where mergekit can express it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 
 from merge_search.errors import RecipeError
-from merge_search.mergekit.filters import said
+from merge_search.mergekit.filters import as_value
 from merge_search.mergekit.methods import CANCEL, cancel
-from merge_search.mergekit.stages import Said, operator_as_method, stages_as_method
+from merge_search.mergekit.stages import InMergekit, operator_as_method, stages_as_method
 from merge_search.mergekit.values import Table
 from merge_search.recipe import Group, Recipe, value_for
+from merge_search.rules import SPLICES
 
 __all__ = ["to_mergekit"]
 
@@ -22,19 +23,24 @@ def to_mergekit(
 ) -> str:
     """The text of a mergekit file that makes the recipe's model.
 
-    mergekit computes in ``dtype: float32`` then, as we do, and rounds once. Numbers by group become filters on tensor
-    names, which say any value exactly. What mergekit does a little otherwise stands in comments at the top: random masks
-    and counts that it rounds down.
+    mergekit then computes in ``dtype: float32``, as this project does, and rounds once. Numbers by group become filters on
+    tensor names, which express any value exactly. Comments at the top name small differences: random masks, and counts
+    that mergekit rounds down.
 
     Args:
-        recipe: Its models are written as they stand there: give hub ids or paths that the reader has.
+        recipe: Its models are written as they stand: give hub ids or paths that the reader has.
         groups: Group of every merged tensor, as `engine.layout.layout` or the pool gives them.
-        vectors: Names of the one-dimensional tensors; needed where the recipe does not select within them, as mergekit does.
-        dtype: Of the base, where the recipe leaves the dtype to it; not written if unknown.
+        vectors: Names of the one-dimensional tensors. They are needed where the recipe does not select within them, because
+            mergekit does.
+        dtype: The base's dtype, for a recipe that keeps it; not written if unknown.
+
     Raises:
-        RecipeError: with every reason why mergekit cannot say it.
+        RecipeError: with every reason why mergekit cannot express it.
     """
-    reasons: list[str] = []
+    brought = dict.fromkeys(row.name for row in recipe.known_rules() if row.is_outside)
+    reasons = [f"{name}: mergekit has no rule from outside" for name in brought]
+    if brought:
+        raise RecipeError(reasons, where="mergekit cannot express this recipe")
     written = stages_as_method(recipe, reasons) if recipe.operator is None else operator_as_method(recipe, reasons)
     if recipe.post:
         reasons.append(f"post: mergekit has no rule {recipe.post[0].name!r} on combined deltas")
@@ -44,7 +50,7 @@ def to_mergekit(
         reasons.append("select.vectors: mergekit selects within vectors too; name them so that they get density 1")
     data = _file(recipe, written, groups, vectors or (), reasons) if written is not None else {}
     if reasons or written is None:
-        raise RecipeError(reasons, where="mergekit cannot say this recipe")
+        raise RecipeError(reasons, where="mergekit cannot express this recipe")
     chosen = recipe.dtype or dtype
     if chosen is not None:
         data |= {"dtype": "float32", "out_dtype": chosen}
@@ -53,7 +59,7 @@ def to_mergekit(
 
 
 def _file(
-    recipe: Recipe, written: Said, groups: Mapping[str, Group], vectors: Collection[str], reasons: list[str]
+    recipe: Recipe, written: InMergekit, groups: Mapping[str, Group], vectors: Collection[str], reasons: list[str]
 ) -> dict[str, Any]:
     models = []
     for name in written.models:
@@ -73,7 +79,7 @@ def _file(
     if written.has_lambda:
         scale = _value({n: value_for(recipe.scale, g) for n, g in groups.items()}, groups, reasons)
         settings |= {} if scale == 1.0 else {"lambda": scale}
-    if recipe.resolve.kind != "none" and recipe.splice.kind == "coefficient":
+    if recipe.resolve.kind != "none" and SPLICES[recipe.splice.kind].divides_by_coefficients:
         rows = {tuple(recipe.coefficient(e, g) for e in recipe.models.experts) for g in groups.values()}
         reasons += [f"coefficients: {CANCEL}"] if any(map(cancel, rows)) else []
     if written.has_select_topk:
@@ -87,7 +93,7 @@ def _file(
 
 
 def _value(table: Table, groups: Mapping[str, Group], reasons: list[str]) -> Any:
-    value = said(table, groups)
+    value = as_value(table, groups)
     if value is None:
         reasons.append("numbers by tensor: filters on names cannot tell these tensors apart")
     return value

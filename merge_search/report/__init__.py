@@ -1,1 +1,1 @@
-"""What a study found, read from its storage alone."""
+"""Tables and model cards of a study, from its storage alone."""

@@ -1,29 +1,57 @@
-"""The model card of a merge that no study scored."""
+"""The model card of a merge that a study found."""
 
 from __future__ import annotations
 
-from merge_search.recipe import Recipe
+import optuna
 
-__all__ = ["recipe_card", "recipe_sources"]
+from merge_search.objective import Objective
+from merge_search.report.recipe_card import recipe_sources
+from merge_search.report.table import sealed_table, summary_table
+from merge_search.search.budget import questions_asked
+from merge_search.search.records import Record, finished_records
+
+__all__ = ["card"]
 
 
-def recipe_card(recipe: Recipe) -> str:
-    """README.md of a model made from a recipe alone: no scores are known."""
+def card(study: optuna.Study, objective: Objective, record: Record, experts: tuple[str, ...]) -> str:
+    """README.md of an exported trial: what it is made of, how it was chosen and what it scored."""
+    recipe = record.recipe
+    done = finished_records(study)
+    failed = sum(not r.is_scored for r in done)
+    table = summary_table(study, objective, experts)
+    validated = str(record.number) in study.user_attrs.get("validation", {})
+    note = "" if validated else f"\nTrial {record.number} itself was not scored on the validation questions.\n"
+    made_by = recipe.preset or "a custom recipe"
+    sealed = _sealed(study, objective, record, experts)
     return f"""---
 library_name: transformers
 tags: [merge, merge-search]
 ---
 
-# A merge by {recipe.preset or "a custom recipe"}
+# {study.study_name}: {record.name}
+
+A merge of one base model and {len(experts)} experts, made by `{made_by}` and found by merge-search.
 
 {recipe_sources(recipe)}
 
+## Scores on the validation questions
+
+{table.to_markdown()}
+{note}
+Search: {len(done)} trials, {failed} of them failed, {questions_asked(study)} questions asked. {sealed}
+
+## Reproduce
+
 `recipe.json` holds the whole recipe: `merge-search merge recipe.json OUT` gives these weights, bit for bit.
+sha256 of the weights: `{record.weights_sha256}`
 """
 
 
-def recipe_sources(recipe: Recipe) -> str:
-    """Base and experts, a line each."""
-    return "\n".join(
-        f"- {name}: `{ref}`" for name, ref in {"base": recipe.models.base, **recipe.models.experts}.items()
-    )
+def _sealed(study: optuna.Study, objective: Objective, record: Record, experts: tuple[str, ...]) -> str:
+    """The test scores, if the test questions were opened."""
+    if "test" not in study.user_attrs:
+        return "The test questions were not opened."
+    table = sealed_table(study, objective, experts)
+    missing = str(record.number) not in study.user_attrs["test"]
+    note = f" Trial {record.number} itself was not scored on them." if missing else ""
+    return f"The test questions were opened once.{note}\n\n{table.to_markdown()}"

@@ -1,4 +1,4 @@
-"""What would make a search pointless, said before it costs anything: each with the number that would do."""
+"""Find settings that make a search pointless, before it costs anything. Each sentence has the number that would do."""
 
 from __future__ import annotations
 
@@ -24,30 +24,31 @@ __all__ = [
 ]
 
 MAX_DIMENSIONS = 1000
-"""Every parameter of every trial is a row of the storage, and a surrogate model of more learns nothing from a study's trials."""
+"""The most parameters of a space. Every parameter of every trial is a row of the storage, and a surrogate model of more
+parameters learns nothing from the trials of a study."""
 
 
 def search_problems(search: Search, parameters: Mapping[str, Parameter], objective: Objective) -> list[str]:
-    """Why these settings cannot make a search."""
+    """A sentence for each reason why these settings make no search."""
     out = []
     n = len(parameters)
     if n == 0:
         out.append("space: nothing varies: it has 0 dimensions and needs at least 1")
     if n > MAX_DIMENSIONS:
         out.append(
-            f"space: it has {n} dimensions, and at most {MAX_DIMENSIONS} can be searched trial by trial; write coefficients "
-            "per: block or expert, and let search.learner fit the finer ones by gradient"
+            f"space: it has {n} dimensions, and at most {MAX_DIMENSIONS} can be searched trial by trial; write "
+            "coefficients per: block or expert, and let search.learner fit the finer ones by gradient"
         )
     if search.stop is not None and len(objective.names) > 1:
         out.append(
-            f"search.stop: needs one objective, found {len(objective.names)} ({', '.join(objective.names)}); make all but one "
-            "of them constraints, or leave stop out"
+            f"search.stop: needs one objective, found {len(objective.names)} ({', '.join(objective.names)}); make all "
+            "but one of them constraints, or leave stop out"
         )
     return out + _racing_problems(search, objective)
 
 
 def _racing_problems(search: Search, objective: Objective) -> list[str]:
-    """Looks that ask no question more than the one before: nothing could be compared there."""
+    """A sentence for each metric that cannot be raced: a look must ask more questions than the one before."""
     if search.racing is None:
         return []
     looks, out = [*search.racing.looks, 1.0], []
@@ -65,34 +66,36 @@ def _racing_problems(search: Search, objective: Objective) -> list[str]:
 
 
 def budget_notes(n_first: int, n_trials: int) -> list[str]:
-    """Whether the baselines and start points leave trials for the search."""
+    """A sentence if the baselines and first points leave no trial for the sampler."""
     if n_trials > n_first:
         return []
     return [
-        f"n_trials is {n_trials}, and {n_first} baselines and start points come first: nothing is left for the sampler. "
-        f"At least {n_first + 1} lets it begin; name fewer search.baselines for a shorter start"
+        f"n_trials is {n_trials}, and {n_first} baselines and start points come first: nothing is left for the "
+        f"sampler. At least {n_first + 1} lets it begin; name fewer search.baselines for a shorter start"
     ]
 
 
 def late_baseline_notes(late: Sequence[str], n_finished: int, n_trials: int) -> list[str]:
-    """What becomes of baselines, by name, that the study file names only since the start of the study."""
+    """A sentence about the baselines, by name, that were added to the study file after the study began."""
     if not late:
         return []
     what = f"search.baselines names {', '.join(late)} only since the start of this study"
     if n_finished + len(late) <= n_trials:
         return [f"{what}: tried now, before the search goes on"]
     return [
-        f"{what}, and {n_finished} of n_trials {n_trials} are finished: at least {n_finished + len(late)} lets all of them be tried"
+        f"{what}, and {n_finished} of n_trials {n_trials} are finished: at least {n_finished + len(late)} lets all of "
+        "them be tried"
     ]
 
 
 def question_notes(budget: int | None, n_baselines: int, per_trial: int, per_step: int) -> list[str]:
-    """Whether the budget in questions pays for anything beside the baselines.
+    """A sentence if the budget in questions does not pay for a trial after the baselines.
 
     Args:
-        budget: None: there is no such budget.
+        budget: The budget in questions; None if there is none.
+        n_baselines: Number of baselines, which come first.
         per_trial: Questions that scoring one trial asks.
-        per_step: What the shortest fit of the learner's first trial asks; 0 without a learner.
+        per_step: Questions of one step of the first fit; 0 without a learner.
     """
     first = n_baselines * per_trial
     needs = first + per_trial + per_step
@@ -100,16 +103,18 @@ def question_notes(budget: int | None, n_baselines: int, per_trial: int, per_ste
         return []
     fit = f" and {per_step} for one step of its fit" if per_step else ""
     return [
-        f"search.questions is {budget}, and {n_baselines} baselines come first, which ask {per_trial} each, {first} together: that "
-        f"does not pay for a trial of the search, {per_trial} more{fit}. At least {needs} would"
+        f"search.questions is {budget}, and {n_baselines} baselines come first, which ask {per_trial} each, {first} "
+        f"together: that does not pay for a trial of the search, {per_trial} more{fit}. At least {needs} would"
     ]
 
 
 def constraint_notes(records: Sequence[Record], objective: Objective, references: References) -> list[str]:
-    """A sentence for every constraint that no scored trial meets so far, and one if only all together fail.
+    """A sentence for every constraint that no scored trial meets, or one if no trial meets all of them together.
 
     Args:
-        records: Usually the baselines: base, experts, average, presets.
+        records: The trials, usually the baselines.
+        objective: It has the constraints.
+        references: Scores of base and experts.
     """
     scored = [r for r in records if r.is_scored]
     if not scored or not objective.constraints:
@@ -131,7 +136,7 @@ def constraint_notes(records: Sequence[Record], objective: Objective, references
 
 
 def nearest_miss(study: optuna.Study) -> str:
-    """What a search without any feasible merge came nearest to; '' where one was found or none was scored."""
+    """A sentence about the nearest merge if no searched merge meets the constraints; '' otherwise."""
     scored = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if "label" not in t.user_attrs]
     if not scored or any(all(v <= 0 for v in t.constraints.values()) for t in scored):
         return ""
@@ -144,9 +149,10 @@ def nearest_miss(study: optuna.Study) -> str:
 
 
 def _unmet(c: Constraint, nearest: Record, objective: Objective, references: References, n: int) -> str:
-    found = objective.estimate(c.name, nearest.evaluation, references)
+    """A sentence about the constraint `c`, which none of `n` baselines meets, with the bound that would hold."""
+    estimate = objective.estimate(c.name, nearest.evaluation, references)
     anchor = objective.anchor(c, references)
-    would_do = found.value
+    would_do = estimate.value
     if c.anchor:
         offset = would_do - anchor
         bound = f"{c.anchor} {'-' if offset < 0 else '+'} {abs(offset):.3g}"
@@ -154,7 +160,7 @@ def _unmet(c: Constraint, nearest: Record, objective: Objective, references: Ref
         bound = f"{would_do:.4g}"
     target = anchor + c.offset
     return (
-        f"constraint {c.text!r} (here {c.sign} {target:.4g}) is met by none of the {n} baselines: {nearest.name} comes nearest "
-        f"with {found.value:.4g} ±{found.stderr:.2g}. The search goes on and may find one that does; '{c.name} {c.sign} {bound}' "
-        "would already hold"
+        f"constraint {c.text!r} (here {c.sign} {target:.4g}) is met by none of the {n} baselines: {nearest.name} comes "
+        f"nearest with {estimate.value:.4g} ±{estimate.stderr:.2g}. The search goes on and may find one that does; "
+        f"'{c.name} {c.sign} {bound}' would already hold"
     )

@@ -2,12 +2,12 @@
 
     baselines        base, experts, average, task arithmetic, published presets
     earlier studies  their best recipes (``search.learn_from``)
-    first points     the space's uniform recipes and, with a learner, its ladder: queued once all of the above are
-                     scored, since the ladder may stand on one of them
+    first points     the space's uniform recipes and, with a learner, the first fits. They are queued once all of the
+                     above are scored, since the fits may begin at one of them
 
-Every entry is queued once per study; a killed run goes on where it was, and baselines that the study file names only later
-come next. The first points are decided once and kept with the study before any of them is queued: what they find would
-move the start of those that a kill left out.
+Every entry is queued once per study, so a killed run goes on where it was. Baselines that the study file names only
+later come next. The first points are chosen once and stored before any is queued. If they were chosen again after a
+restart, results already found would change the starting point of the remaining ones.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from merge_search.engine.learners.fit import FitSettings
-from merge_search.objective import Objective
 from merge_search.recipe import Recipe
 from merge_search.search import checks
-from merge_search.search.prepare import Plan
-from merge_search.search.records import finished_records, questions_left, questions_of_a_trial
+from merge_search.search.budget import Budget, affordable_steps, questions_of_a_trial
+from merge_search.search.plan import Plan
+from merge_search.search.records import finished_records
 from merge_search.search.start.baselines import baselines
 from merge_search.search.start.earlier_studies import starts_from
-from merge_search.search.start.warm_start import LearnedSpace, better_start
-from merge_search.search.trial.worker import Workbench
+from merge_search.search.start.learned_space import LearnedSpace
+from merge_search.search.start.warm_start import better_start
+from merge_search.search.trial.executor import Executor
 
-__all__ = ["Start"]
+__all__ = ["FirstTrials"]
 
 DONE = "start_enqueued"
 FIRST_POINTS = "first_points"
@@ -38,48 +38,56 @@ MOST_STEPS = 10_000
 Values = dict[str, str | int | float | bool]
 
 
-class Start:
+class FirstTrials:
     """The queue of a study's first trials.
 
     Args:
-        note: Told what an earlier study had to offer.
+        plan: The checked study file.
+        study: The stored study, with its references scored.
+        executor: Says which baselines can be measured and how many questions a fit asks.
+        note: Called with a sentence about each earlier study.
     """
 
-    def __init__(
-        self, plan: Plan, bench: Workbench, study: optuna.Study, objective: Objective, note: Callable[[str], None]
-    ) -> None:
-        self.plan, self.bench, self.study, self.objective = plan, bench, study, objective
-        presets = baselines(plan.context, plan.baselines, can_measure=bench.can_measure)
-        self._known = {recipe.fingerprint for recipe in presets.values()}
+    def __init__(self, plan: Plan, study: optuna.Study, executor: Executor, note: Callable[[str], None]) -> None:
+        self.plan, self.study, self.executor = plan, study, executor
+        self.budget = Budget(plan.file.search, study)
+        presets = baselines(plan.context, plan.baselines, can_measure=executor.can_measure)
+        self._baselines = {recipe.fingerprint for recipe in presets.values()}
         queued = self._queued()
-        if not self._is_done() or plan.file.search.baselines is not None:  # named, and not a later version's default
+        # Baselines that an older study does not have yet are queued if the file names them, not if they are defaults.
+        if not self._is_done() or plan.file.search.baselines is not None:
             self._queue_baselines(presets, queued)
-        told: list[str] = list(study.user_attrs.get(EARLIER, []))
-        for name, known in starts_from(plan.file, bench.models, plan.space, told, note):
-            for k in known:
-                if k.source not in queued:
-                    study.enqueue_trial(k.point, user_attrs={"start": k.source})
-            told.append(name)
-            study.set_user_attr(EARLIER, told)
+        self._queue_earlier_studies(queued, note)
 
     def _queue_baselines(self, presets: Mapping[str, Recipe], queued: set[str]) -> None:
-        """Those that are neither queued nor the same merge as one before them."""
+        """Queue the baselines that are not queued yet and are not the same merge as one before them."""
         tried = queued | {str(t.user_attrs.get("label")) for t in self.study.get_trials(deepcopy=False)}
         seen: set[str] = set()
         for label, recipe in presets.items():
             if recipe.fingerprint not in seen and label not in tried:
                 point = self.plan.space.encode(recipe)
-                attrs = {"label": label, "start": label, **({} if point else {"given_recipe": recipe.to_json()})}
-                self.study.enqueue_trial(point or {}, user_attrs=attrs)
+                attributes = {"label": label, "start": label, **({} if point else {"given_recipe": recipe.to_json()})}
+                self.study.enqueue_trial(point or {}, user_attrs=attributes)
             seen.add(recipe.fingerprint)
 
+    def _queue_earlier_studies(self, queued: set[str], note: Callable[[str], None]) -> None:
+        places: list[str] = list(self.study.user_attrs.get(EARLIER, []))
+        for place, starts in starts_from(self.plan.file, self.executor.models, self.plan.space, places, note):
+            for start in starts:
+                if start.source not in queued:
+                    self.study.enqueue_trial(start.point, user_attrs={"start": start.source})
+            places.append(place)
+            self.study.set_user_attr(EARLIER, places)
+
     def notes(self, total: int) -> list[str]:
-        """Whether what comes first leaves trials for the sampler, and the baselines questions for the search."""
+        """Sentences if the first trials leave too few of `total` trials, or of the questions, for the search."""
         if self._is_done():
             trials = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
             late = [t.user_attrs["label"] for t in trials if "label" in t.user_attrs]
-            found = checks.late_baseline_notes(late, len(finished_records(self.study)), total)
-            return [*found, *checks.budget_notes(len(self._queued()), total)]
+            return [
+                *checks.late_baseline_notes(late, len(finished_records(self.study)), total),
+                *checks.budget_notes(len(self._queued()), total),
+            ]
         left, labels = self._left(), sum("label" in t.user_attrs for t in self._first_tries())
         budget, per_trial = self.plan.file.search.questions, questions_of_a_trial(self.study)
         return [
@@ -88,35 +96,41 @@ class Start:
         ]
 
     def _one_step(self, points: Iterable[Values]) -> int:
-        """What one step asks of the first of these points that fits something; 0 where none does."""
+        """Questions of one step of the first of these points that fits something; 0 if none does."""
         space = self.plan.space
-        found = (space.settings(p, seed=0) for p in points) if isinstance(space, LearnedSpace) else ()
-        settings = next((s for s in found if s is not None), None)
-        return 0 if settings is None else self.bench.fit_questions(FitSettings(**{**settings, "steps": 1}))
+        all_settings = (space.settings(p, seed=0) for p in points) if isinstance(space, LearnedSpace) else ()
+        settings = next((s for s in all_settings if s is not None), None)
+        return 0 if settings is None else self.executor.fit_questions({**settings, "steps": 1})
 
     def _first_tries(self) -> list[FrozenTrial]:
         return [t for t in self.study.get_trials(deepcopy=False) if "retry_of" not in t.user_attrs]
 
-    def go_on(self) -> None:
-        """Queue the first points, once all that was queued before is done."""
+    def go_on(self) -> bool:
+        """Queue the first points, once everything that was queued before is finished.
+
+        Returns:
+            False if the next trial must wait for running trials, because the first points depend on their results.
+        """
         if self._is_done():
-            return
-        if self._decided() is None:
-            if not all(t.state.is_finished() for t in self.study.get_trials(deepcopy=False)):
-                return
+            return True
+        if self._stored_points() is None:
+            trials = self.study.get_trials(deepcopy=False)
+            if not all(t.state.is_finished() for t in trials):
+                return any(t.state == TrialState.WAITING for t in trials)
             self.study.set_user_attr(FIRST_POINTS, self._first_points())
         for name, point in self._left().items():
             self.study.enqueue_trial(point, user_attrs={"start": name})
         self.study.set_user_attr(DONE, True)
+        return True
 
-    def _decided(self) -> list[Values] | None:
-        """The first points as the study keeps them; None: not decided yet."""
+    def _stored_points(self) -> list[Values] | None:
+        """The first points that the study has stored; None if they are not chosen yet."""
         return self.study.user_attrs.get(FIRST_POINTS)
 
     def _left(self) -> dict[str, Values]:
-        """Those of the first points that are not queued: those decided, else those of now."""
-        decided, queued = self._decided(), self._queued()
-        named = {f"start.{i}": p for i, p in enumerate(self._first_points() if decided is None else decided)}
+        """The first points that are not queued yet: those stored, else those that would be chosen now."""
+        points, queued = self._stored_points(), self._queued()
+        named = {f"start.{i}": p for i, p in enumerate(self._first_points() if points is None else points)}
         return {name: p for name, p in named.items() if name not in queued}
 
     def _is_done(self) -> bool:
@@ -127,19 +141,20 @@ class Start:
         return {t.user_attrs["start"] for t in trials if "start" in t.user_attrs}
 
     def _first_points(self) -> list[Values]:
-        """Without those that are a baseline and fit nothing."""
+        """The space's first points, without those that are a baseline and fit nothing."""
         space = self.plan.space
         if not isinstance(space, LearnedSpace):
-            return [p for p in space.initial_points() if space.decode(p).fingerprint not in self._known]
-        begin = better_start(self.study, self.objective, space)
+            return [p for p in space.initial_points() if not self._is_baseline(space.decode(p))]
+        begin = better_start(self.study, self.plan.objective, space)
         points = space.initial_points(begin, self._affordable)
-        return [
-            p for p in points if space.settings(p, seed=0) is not None or space.decode(p).fingerprint not in self._known
-        ]
+        return [p for p in points if space.settings(p, seed=0) is not None or not self._is_baseline(space.decode(p))]
+
+    def _is_baseline(self, recipe: Recipe) -> bool:
+        return recipe.fingerprint in self._baselines
 
     def _affordable(self, settings: dict[str, Any]) -> int | None:
-        """How many steps of these settings the budget in questions still pays for; None: there is no such budget."""
-        left = questions_left(self.study, self.plan.file.search.questions)
+        """Number of steps of these settings that the budget in questions pays for; None without such a budget."""
+        left = self.budget.questions_left()
         if left is None:
             return None
-        return self.bench.affordable_steps(FitSettings(**{**settings, "steps": MOST_STEPS}), left)
+        return affordable_steps({**settings, "steps": MOST_STEPS}, left, self.executor.fit_questions)

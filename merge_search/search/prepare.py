@@ -1,98 +1,67 @@
-"""Everything that can be known before a weight is loaded; every problem in one message."""
+"""Check a study before any weight is loaded, and list every problem in one message."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from merge_search import catalogue
 from merge_search.engine.checkpoints.compatibility import check_models
 from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
 from merge_search.engine.checkpoints.layout import layout
-from merge_search.errors import InputError, MergeSearchError, StudyFileError, WeightsError, nearest
+from merge_search.errors import InputError, MergeSearchError, RuleError, StudyFileError, WeightsError, nearest
 from merge_search.evaluation import Differentiable, Evaluator, MetricInfo, SplitShares
 from merge_search.objective import Objective
 from merge_search.presets import PRESETS
 from merge_search.recipe import Models
+from merge_search.rules import RuleFile, use_rule_files
 from merge_search.search.checks import search_problems
+from merge_search.search.plan import Plan
 from merge_search.search.samplers import SAMPLERS, check_sampler
 from merge_search.search.start.baselines import ALWAYS
 from merge_search.search.start.earlier_studies import earlier_problems
-from merge_search.search.start.warm_start import LearnedSpace
+from merge_search.search.start.learned_space import LearnedSpace
 from merge_search.space import SearchSpace, SpaceContext
-from merge_search.study_file import Learner, StatisticsSection, StudyFile
+from merge_search.study_file import Learner, StudyFile
 
-__all__ = ["Plan", "prepare", "prepare_models"]
+__all__ = ["prepare"]
 
 T = TypeVar("T")
-N_ROWS = StatisticsSection().n_rows  # left out of identities, as in studies of before it could be set
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A study file that fits its models, tasks and metrics.
-
-    Attributes:
-        context: The models and their groups.
-        metrics: Of all evaluators, in order.
-        baselines: Names of presets tried before the search.
-    """
-
-    file: StudyFile
-    context: SpaceContext
-    space: SearchSpace
-    evaluators: list[Evaluator]
-    metrics: list[MetricInfo]
-    objective: Objective
-    baselines: list[str]
-
-    def identity(self, hashes: dict[str, str]) -> dict[str, Any]:
-        """What must not change between runs of one study; JSON."""
-        file = self.file
-        return {
-            "models": hashes,
-            "dtype": file.models.dtype,
-            "seed": file.study.seed,
-            "space": file.space.model_dump(mode="json"),
-            "evaluate": {
-                f"{i}.{entry.evaluator}": {"options": entry.options, "questions": evaluator.fingerprint()}
-                for i, (entry, evaluator) in enumerate(zip(file.evaluate, self.evaluators, strict=True))
-            },
-            "splits": file.splits.model_dump(mode="json"),
-            "fidelity": file.search.fidelity,
-            "objective": file.objective.model_dump(mode="json"),
-            "learner": file.search.learner.model_dump(mode="json") if file.search.learner else None,
-            **({} if file.statistics.n_rows == N_ROWS else {"statistics_rows": file.statistics.n_rows}),
-        }
 
 
 class _Problems:
+    """Collects the problems of a study.
+
+    Attributes:
+        sentences: A sentence for each problem.
+    """
+
     def __init__(self) -> None:
-        self.found: list[str] = []
+        self.sentences: list[str] = []
 
     def attempt(self, step: Callable[[], T]) -> T | None:
+        """The result of `step`; None, with its problems collected, if it fails."""
         try:
             return step()
         except InputError as error:
-            self.found += error.problems
+            self.sentences += error.problems
         except MergeSearchError as error:
-            self.found.append(str(error))
+            self.sentences.append(str(error))
         return None
 
 
-def prepare_models(file: StudyFile, problems: _Problems) -> SpaceContext | None:
-    """Resolve, read headers, compare: no tensor data is read."""
+def _context(file: StudyFile, problems: _Problems) -> SpaceContext | None:
+    """The models and their groups, from the headers of the files. None if the base cannot be read."""
     models = Models(
         base=file.model_reference(file.models.base),
         experts={k: file.model_reference(v) for k, v in file.models.experts.items()},
     )
-    problems.found += [f"models: {p}" for p in check_models(models.base, models.experts)]
+    problems.sentences += [f"models: {p}" for p in check_models(models.base, models.experts)]
     try:
         info = read_checkpoint(resolve_model(models.base))
-    except WeightsError:  # among the problems already
+    except WeightsError:  # `check_models` has found it
         return None
     return SpaceContext(models, tuple(layout(info).values()), seed=file.study.seed, dtype=file.models.dtype)
 
@@ -101,14 +70,19 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     """Check the whole study.
 
     Args:
-        look_for_earlier: Also that the studies of ``search.learn_from`` are there. A study that goes on does not need
-            them any more.
+        file: The study file.
+        look_for_earlier: Also check that the studies of ``search.learn_from`` exist. A study that goes on has read
+            them.
+
+    Returns:
+        The checked study.
 
     Raises:
-        StudyFileError: listing every problem with models, space, tasks, metrics, sampler and baselines.
+        StudyFileError: It lists every problem with models, space, tasks, metrics, sampler and baselines.
     """
     problems = _Problems()
-    context = prepare_models(file, problems)
+    rules = problems.attempt(lambda: _rules(file))
+    context = _context(file, problems)
     space = problems.attempt(lambda: _space(file, context)) if context is not None else None
     built = [problems.attempt(partial(_evaluator, file, i)) for i in range(len(file.evaluate))]
     evaluators = [e for e in built if e is not None]
@@ -116,31 +90,38 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     objective = _objective(file, metrics, problems) if len(evaluators) == len(built) else None
     learner = file.search.learner
     if learner is not None and len(evaluators) == len(built):
-        problems.found += _learner_problems(learner, evaluators, file.splits.search)
+        problems.sentences += _learner_problems(learner, evaluators, file.splits.search)
     if space is not None and objective is not None:
-        if learner is not None and not problems.found:
+        if learner is not None and not problems.sentences:
             space = LearnedSpace(space, learner, n_rows=min(_fit_rows(evaluators).values()))
-        problems.found += search_problems(file.search, space.parameters, objective)
+        problems.sentences += search_problems(file.search, space.parameters, objective)
     problems.attempt(lambda: _check_sampler(file, 1 if objective is None else len(objective.names)))
     names = _baseline_names(file, problems)
-    problems.found += [
+    problems.sentences += [
         f"models.experts: {name!r} is the name of a baseline that is tried, too; give the expert another name"
         for name in file.models.experts
         if name in {*ALWAYS, *names}
     ]
     if look_for_earlier:
-        problems.found += earlier_problems(file)
-    if problems.found:
-        raise StudyFileError(problems.found, where=file.path.name)
+        problems.sentences += earlier_problems(file)
+    if problems.sentences:
+        raise StudyFileError(problems.sentences, where=file.path.name)
     assert context is not None
     assert space is not None
     assert objective is not None
-    return Plan(file, context, space, evaluators, metrics, objective, names)
+    return Plan(file, context, space, evaluators, metrics, objective, names, tuple(rules or ()))
+
+
+def _rules(file: StudyFile) -> list[RuleFile]:
+    try:
+        return use_rule_files(file.rule_files)
+    except RuleError as error:
+        raise StudyFileError([f"rules: {p}" for p in error.problems]) from error
 
 
 def _objective(file: StudyFile, metrics: list[MetricInfo], problems: _Problems) -> Objective | None:
     names = [m.name for m in metrics]
-    problems.found += [
+    problems.sentences += [
         f"evaluate: two evaluators report {n!r}; name each task once"
         for n in sorted({n for n in names if names.count(n) > 1})
     ]
@@ -175,12 +156,13 @@ def _fit_rows(evaluators: list[Evaluator]) -> dict[str, int]:
 
 
 def _learner_problems(learner: Learner, evaluators: list[Evaluator], search_share: float) -> list[str]:
-    """A learner needs a loss, and rows to fit on."""
+    """Problems of a study whose trials fit coefficients: tasks without the loss or without enough rows."""
     rows = _fit_rows(evaluators)
     if not rows:
         return ["search.learner: no evaluator of this study has a differentiable loss; leave the learner out"]
     able = [e for e in evaluators if isinstance(e, Differentiable)]
-    wanted = [(kind, "pseudo" if kind == "block_output" else kind) for kind in learner.loss]  # it follows their answers
+    # Block outputs are compared on the experts' answers, so a task needs the loss on these.
+    wanted = [(kind, "pseudo" if kind == "block_output" else kind) for kind in learner.loss]
     lacking = [
         f"search.learner.loss: task {task!r} has no loss {named!r}; it has {', '.join(e.losses(task))}"
         for e in able
@@ -192,7 +174,7 @@ def _learner_problems(learner: Learner, evaluators: list[Evaluator], search_shar
 
 
 def _few_rows(wanted: int, rows: dict[str, int], evaluators: Sequence[Evaluator], search_share: float) -> Iterator[str]:
-    """Tasks with fewer rows to fit on than a batch: with the batch, or else the share of their questions, that would do."""
+    """A sentence for each task with fewer fit rows than a batch, with the batch size or the share that would do."""
     fewest = min(rows.values())
     totals = {m.task: sum(m.n_questions.values()) for e in evaluators for m in e.metrics()}
     for task, n in rows.items():
@@ -215,9 +197,10 @@ def _baseline_names(file: StudyFile, problems: _Problems) -> list[str]:
     names = file.search.baselines
     if names is None:
         listed = file.space.options.get("presets")
-        names = [n for n in listed if n in PRESETS] if isinstance(listed, list) else ["ties", "dare", "della"]
-        return names
+        if not isinstance(listed, list):
+            return ["ties", "dare", "della"]
+        return [n for n in listed if isinstance(n, str) and n in PRESETS]
     for name in names:
         if name not in PRESETS:
-            problems.found.append(f"search.baselines: no preset is called {name!r}{nearest(name, PRESETS)}")
+            problems.sentences.append(f"search.baselines: no preset is called {name!r}{nearest(name, PRESETS)}")
     return names

@@ -1,4 +1,7 @@
-"""The live line: trial, best so far against the best expert, time left. A plain line a trial where there is no terminal."""
+"""Show the running search: the trial, the best merge so far against the best expert, and the time left.
+
+A terminal gets one live line. Anything else gets a plain line for each trial.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """A `Listener` for the terminal; a context manager that leaves it tidy."""
+    """A `Listener` that prints to a console. As a context manager it removes the live line at the end."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bar: Bar | None = None
         self.total = self.finished = 0
         self.began = time.monotonic()
-        self.here = 0
+        self.finished_here = 0
 
     def __enter__(self) -> Progress:
         return self
@@ -36,7 +39,7 @@ class Progress:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, *, total: int, finished: int) -> None:
-        self.total, self.finished, self.began, self.here = total, finished, time.monotonic(), 0
+        self.total, self.finished, self.began, self.finished_here = total, finished, time.monotonic(), 0
         if finished:
             self.note(f"resuming: {finished} of {total} trials are finished")
         if self.console.is_terminal and finished < total:
@@ -52,8 +55,8 @@ class Progress:
 
     def trial(self, record: Record, *, best: Record | None, best_expert: float | None) -> None:
         self.finished += 1
-        self.here += 1
-        left = (time.monotonic() - self.began) / self.here * max(self.total - self.finished, 0)
+        self.finished_here += 1
+        left = (time.monotonic() - self.began) / self.finished_here * max(self.total - self.finished, 0)
         line = f"best {best.values[0]:.3f} ({best.name})" if best is not None else "nothing scored yet"
         if best_expert is not None:
             line += f", best expert {best_expert:.3f}"

@@ -1,8 +1,7 @@
-"""A trial as this project sees it, read from Optuna's storage alone."""
+"""Trials and references of a study, read from Optuna's storage alone."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,35 +17,32 @@ from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
 
 __all__ = [
-    "ASKED_IN_VAIN",
     "Record",
+    "best",
+    "best_expert",
+    "candidates",
     "finished_records",
     "objective_of",
-    "owners_of",
-    "questions_asked",
-    "questions_left",
-    "questions_of_a_trial",
     "records",
     "references_of",
-    "seconds_spent",
     "store_metrics",
     "stored_references",
+    "teachers_of",
 ]
-
-ASKED_IN_VAIN = "asked_in_vain"
-"""Study attribute, absent for none: questions put to base or an expert whose scores then did not come about."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One numbered attempt.
+    """A trial.
 
     Attributes:
-        number: Of the trial.
-        label: Name of a baseline (``base``, an expert, ``average``, a preset), '' for a searched candidate.
-        outcome: How it ended; None while it runs or waits.
+        number: The trial's number.
+        label: Name of a baseline (``base``, an expert, ``average``, a preset); '' for a searched candidate.
+        outcome: How the trial ended; None while it runs or waits.
+        reason: Why it failed; '' unless it did.
         values: Objective values in the user's direction; empty unless scored.
-        feasible: All constraints hold.
+        feasible: Whether all constraints hold.
+        attributes: The trial's user attributes.
     """
 
     number: int
@@ -87,69 +83,50 @@ class Record:
 
     @property
     def name(self) -> str:
-        """What to call it in a table."""
+        """The trial's name in tables."""
         return self.label or f"trial {self.number}"
 
 
 def records(study: optuna.Study) -> list[Record]:
-    """All trials, in order."""
+    """All trials, in the order of their numbers."""
     return [Record.of(t) for t in study.get_trials(deepcopy=False)]
 
 
 def finished_records(study: optuna.Study) -> list[Record]:
-    """Trials that count towards the budget: ended, and not lost with a killed process."""
+    """Trials that count towards `n_trials`: those that ended and were not lost with a killed process."""
     return [r for r in records(study) if r.outcome is not None and r.outcome is not Outcome.LOST]
 
 
-def questions_asked(study: optuna.Study) -> int:
-    """By base, experts and all trials, over all runs: scores, fits and statistics.
+def candidates(study: optuna.Study) -> list[Record]:
+    """Scored trials that meet the constraints and are merges: neither the base nor an expert."""
+    references = stored_references(study)
+    return [
+        r
+        for r in records(study)
+        if r.is_scored and r.feasible and r.label not in references and "same_as" not in r.attributes
+    ]
 
-    Base and experts are asked before the first trial; the trials that carry their names only repeat those answers. What was
-    asked of them before a run ended in the middle counts, too (`ASKED_IN_VAIN`).
-    """
-    known = stored_references(study)
-    trials = [t.user_attrs for t in study.get_trials(deepcopy=False) if t.user_attrs.get("label") not in known]
-    asked = sum(int(a.get("cost", (0, 0, 0))[2]) for a in trials)
-    asked += sum(int(data["evaluation"]["cost"][2]) for data in known.values())
-    return asked + int(study.user_attrs.get(ASKED_IN_VAIN, 0))
+
+def best(study: optuna.Study, objective: Objective) -> Record | None:
+    """The candidate with the best first objective as measured, among those that were asked all questions."""
+    full = [r for r in candidates(study) if r.outcome is Outcome.OK]
+    return max(full, key=lambda r: objective.key(r.values), default=None)
+
+
+def best_expert(study: optuna.Study, objective: Objective, experts: Sequence[str], references: References) -> float:
+    """First objective of the expert that is best in it, on the search questions."""
+    stored = stored_references(study)
+    evaluations = (Evaluation.from_attribute(stored[e]["evaluation"]) for e in experts)
+    return max((objective.values(e, references)[0].value for e in evaluations), key=lambda v: objective.key([v]))
 
 
 def stored_references(study: optuna.Study) -> dict[str, Mapping[str, Any]]:
-    """What is stored of base and experts, by name: ``evaluation`` and ``weights_sha256``."""
+    """The stored ``evaluation`` and ``weights_sha256`` of base and experts, by name."""
     return {k.removeprefix("reference."): v for k, v in study.user_attrs.items() if k.startswith("reference.")}
 
 
-def questions_left(study: optuna.Study, budget: int | None) -> int | None:
-    """What a fit may still ask of `budget` questions, its scoring set aside; may be negative. None: no such budget."""
-    if budget is None:
-        return None
-    return budget - questions_asked(study) - questions_of_a_trial(study)
-
-
-def questions_of_a_trial(study: optuna.Study) -> int:
-    """What scoring one trial asks: what scoring the base did."""
-    return Evaluation.from_attribute(study.user_attrs["reference.base"]["evaluation"]).cost.questions
-
-
-def seconds_spent(study: optuna.Study) -> float:
-    """Wall time of base, experts and all trials, over all runs.
-
-    Trials that were lost with a killed process ended when the next run closed them, maybe days later: they count with what
-    they had charged themselves.
-    """
-    took = [_seconds(t) for t in study.get_trials(deepcopy=False)]
-    costs = [data["evaluation"]["cost"] for data in stored_references(study).values()]
-    return sum(took) + sum(float(merge_s + evaluate_s) for merge_s, evaluate_s, _ in costs)
-
-
-def _seconds(trial: FrozenTrial) -> float:
-    if trial.user_attrs.get("outcome") in (Outcome.LOST, Outcome.DIED):
-        return math.fsum(trial.user_attrs.get("cost", ())[:2])
-    return 0.0 if trial.duration is None else trial.duration.total_seconds()
-
-
 def store_metrics(study: optuna.Study, metrics: Sequence[MetricInfo]) -> None:
-    """Keep what the evaluators report beside the trials, so that a report needs the storage alone."""
+    """Store the metrics of the evaluators beside the trials, so that a report needs the storage alone."""
     rows = [
         [m.task, m.metric, m.higher_is_better, {str(k): v for k, v in m.n_questions.items()}, m.chance, m.is_cost]
         for m in metrics
@@ -161,14 +138,14 @@ def store_metrics(study: optuna.Study, metrics: Sequence[MetricInfo]) -> None:
 def references_of(study: optuna.Study, metrics: Sequence[MetricInfo], experts: Sequence[str]) -> References:
     """Scores of base and experts as the study stored them."""
     stored = {name: study.user_attrs[f"reference.{name}"]["evaluation"] for name in ("base", *experts)}
-    found = {name: Evaluation.from_attribute(data) for name, data in stored.items()}
-    return References.from_evaluations(metrics, found.pop("base"), found)
+    evaluations = {name: Evaluation.from_attribute(data) for name, data in stored.items()}
+    return References.from_evaluations(metrics, evaluations.pop("base"), evaluations)
 
 
-def owners_of(objective: Objective, references: References) -> dict[str, str]:
-    """Task -> the expert that is best at it, by the task's main metric; ``base`` where none beats the base.
+def teachers_of(objective: Objective, references: References) -> dict[str, str]:
+    """Task -> its teacher: the expert that is best in the task's main metric, or ``base`` if no expert beats the base.
 
-    Whose answers teach a task without labels, and whose statistics are measured on its rows: a task that the experts only
+    A teacher's answers replace labels, and its statistics are measured on the task's rows. A task that the experts only
     forgot is better taught by the base.
     """
     best = {m.task: references.best_expert[m.name] for m in objective.skills.values()}
@@ -179,7 +156,7 @@ def objective_of(study: optuna.Study) -> tuple[Objective, tuple[str, ...]]:
     """The objective and the experts' names of a study that has run.
 
     Raises:
-        StudyFileError: it was stopped before anything was scored.
+        StudyFileError: The study was stopped before anything was scored.
     """
     if not {"metrics", "identity"} <= study.user_attrs.keys():
         raise StudyFileError(f"study {study.study_name!r} was stopped before its first trial; run it first")

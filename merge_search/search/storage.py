@@ -1,6 +1,7 @@
-"""Optuna's storage by URL, one driver per study, and what a killed driver leaves behind.
+"""Open Optuna's storage, let one process run a study at a time, and reclaim the trials of a killed process.
 
-SQLite runs with a write-ahead log (readers never block the driver); other databases as SQLAlchemy gives them.
+SQLite runs with a write-ahead log, so that readers never block the running search. Other databases run as SQLAlchemy
+opens them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import optuna
 import sqlalchemy
 from optuna.trial import TrialState
 
+from merge_search._compat.optuna import set_user_attribute
 from merge_search.errors import StorageError, StudyChangedError, StudyFileError, first_line
 from merge_search.outcome import Outcome
 from merge_search.study_file import StudyFile
@@ -24,13 +26,14 @@ __all__ = ["check_identity", "describe_changes", "driver_lock", "load_study", "o
 
 
 def open_storage(url: str, *, must_exist: bool = False) -> optuna.storages.RDBStorage:
-    """A storage for `url`.
+    """Open the storage at `url`.
 
     Args:
-        must_exist: A SQLite file that is not there is an error; otherwise it is made.
+        url: As SQLAlchemy takes it.
+        must_exist: Refuse a SQLite file that does not exist. Otherwise it is created.
 
     Raises:
-        StorageError: the URL is not one of a database, its driver is not installed, or it cannot be reached.
+        StorageError: The URL is not that of a database, its driver is not installed, or it cannot be reached.
     """
     connect = {"timeout": 120} if url.startswith("sqlite:") else {}
     if url.startswith("sqlite:///"):
@@ -42,16 +45,17 @@ def open_storage(url: str, *, must_exist: bool = False) -> optuna.storages.RDBSt
         storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": connect})
     except ImportError as error:
         raise StorageError(
-            f"storage {_without_password(url)!r} needs a driver that is not installed; for PostgreSQL: pip install 'merge-search[postgresql]' and a URL that begins with postgresql+psycopg://"
+            f"storage {_without_password(url)!r} needs a driver that is not installed; for PostgreSQL: pip install "
+            "'merge-search[postgresql]' and a URL that begins with postgresql+psycopg://"
         ) from error
     except (sqlalchemy.exc.SQLAlchemyError, ValueError) as error:
         raise StorageError(
-            f"storage {_without_password(url)!r} cannot be opened: {first_line(error)}; see that it is there, can be reached "
-            "and written and is whole, or name another under study.storage"
+            f"storage {_without_password(url)!r} cannot be opened: {first_line(error)}; see that it is there, can be "
+            "reached and written and is whole, or name another under study.storage"
         ) from error
     if url.startswith("sqlite:"):
         sqlalchemy.event.listens_for(storage.engine, "connect")(_write_ahead_log)
-        storage.engine.dispose()  # drop the connection that was opened before the listener
+        storage.engine.dispose()  # the connection from before the listener has no write-ahead log
     return storage
 
 
@@ -70,14 +74,17 @@ def _without_password(url: str) -> str:
 
 
 def load_study(file: StudyFile) -> optuna.Study:
-    """The stored study, for reading.
+    """The stored study of a study file.
 
     Raises:
-        StudyFileError: there is none yet.
-        StorageError: the storage cannot be reached.
+        StudyFileError: The study has not been run yet.
+        StorageError: The storage cannot be reached.
     """
     url = file.storage_url
-    missing = f"storage {_without_password(url)} has no study {file.study.name!r}; run 'merge-search run {file.path.name}' first"
+    missing = (
+        f"storage {_without_password(url)} has no study {file.study.name!r}; "
+        f"run 'merge-search run {file.path.name}' first"
+    )
     if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
         raise StudyFileError(missing)
     try:
@@ -88,10 +95,10 @@ def load_study(file: StudyFile) -> optuna.Study:
 
 @contextmanager
 def driver_lock(storage: optuna.storages.RDBStorage, url: str, name: str) -> Iterator[None]:
-    """Hold the study `name` for this process; the lock goes with the process, however it ends.
+    """Hold the study `name` for this process. The lock ends with the process, however that ends.
 
     Raises:
-        StorageError: another process drives the study now, or the database has no lock that ends with its process.
+        StorageError: Another process runs the study now, or the database has no lock that ends with its process.
     """
     message = f"study {name!r} in {_without_password(url)} is being run by another process; wait for it or stop it"
     if url.startswith("sqlite:///"):
@@ -105,8 +112,8 @@ def driver_lock(storage: optuna.storages.RDBStorage, url: str, name: str) -> Ite
             yield
     else:
         raise StorageError(
-            f"storage {_without_password(url)!r} must be sqlite:///FILE or PostgreSQL: only there can two drivers of one study "
-            "be kept apart"
+            f"storage {_without_password(url)!r} must be sqlite:///FILE or PostgreSQL: only there can two drivers of "
+            "one study be kept apart"
         )
 
 
@@ -129,21 +136,24 @@ def _file_lock(database: Path, name: str, message: str) -> Iterator[None]:
 
 
 TRIES = 3
-"""How often a point may take its process with it before it is given up."""
+"""Number of processes that may die in a point before the point is given up."""
 INTERRUPTED = "interrupted"
-"""User attribute of a trial that the user stopped: it says nothing about its point."""
+"""User attribute of a trial that the user stopped, which is no evidence against its point."""
 
 
 def reclaim_lost_trials(study: optuna.Study) -> list[str]:
-    """Enqueue the points of trials that a killed driver left running again, and close those trials.
+    """Queue the points of trials that a killed process left running again, and close those trials.
 
-    In this order: killed in between, the next call finds the point queued and closes the trial. A trial that has neither
-    parameters nor the mark of a baseline had not begun: it is only closed. ``retry_of`` of the new ones is the number of the
-    first try. A point whose process died `TRIES` times (out of main memory, a crash in a driver) is given up, with the
-    outcome ``died``. Returns, in words, what was done with those that had begun. Call while holding `driver_lock`.
+    The point is queued before the trial is closed. If the process is killed in between, the next call finds the point
+    queued and closes the trial. A trial with neither parameters nor a baseline's label had not begun and is only
+    closed. The new trial's ``retry_of`` is the number of the first try. A point in which `TRIES` processes died (out of
+    main memory, or a crash in a driver) is given up with the outcome ``died``. Call this while holding `driver_lock`.
+
+    Returns:
+        A sentence for each trial that had begun.
     """
     trials = study.get_trials(deepcopy=False)
-    storage, said = study._storage, []
+    sentences = []
     for trial in (t for t in trials if t.state == TrialState.RUNNING):
         keep = {k: v for k, v in trial.user_attrs.items() if k in ("label", "given_recipe")}
         params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
@@ -153,19 +163,23 @@ def reclaim_lost_trials(study: optuna.Study) -> list[str]:
         outcome = Outcome.DIED if died >= TRIES else Outcome.LOST
         if outcome is Outcome.DIED:
             reason = f"its process died {died} times in it (main memory used up, or a crash)"
-            storage.set_trial_user_attr(trial._trial_id, "reason", reason)
-            said.append(f"trial {trial.number} of a killed run is given up: {reason}")
+            set_user_attribute(study, trial, "reason", reason)
+            sentences.append(f"trial {trial.number} of a killed run is given up: {reason}")
         elif params or keep:
             if not any(t.number > trial.number for t in tries):
                 study.enqueue_trial(params, user_attrs={**keep, "retry_of": first})
-            said.append(f"trial {trial.number} of a killed run is closed, and its point queued again")
-        storage.set_trial_user_attr(trial._trial_id, "outcome", str(outcome))
+            sentences.append(f"trial {trial.number} of a killed run is closed, and its point queued again")
+        set_user_attribute(study, trial, "outcome", str(outcome))
         study.tell(trial.number, state=TrialState.FAIL)
-    return said
+    return sentences
 
 
 def describe_changes(old: Any, new: Any, at: str = "") -> list[str]:
-    """Sentences for every place where two JSON values differ."""
+    """A sentence for every place where two JSON values differ.
+
+    >>> describe_changes({"seed": 0, "fit": {"n": 2}}, {"seed": 1, "fit": {"n": 2}})
+    ['seed: was 0, is now 1']
+    """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         out = []
         for key in [*old, *(k for k in new if k not in old)]:
@@ -186,10 +200,10 @@ def _short(value: Any) -> str:
 
 
 def check_identity(study: optuna.Study, identity: Mapping[str, Any]) -> None:
-    """Store what the study is about, or compare with what is stored.
+    """Store the study's identity, or compare it with the stored one.
 
     Raises:
-        StudyChangedError: models, tasks, splits, objective, space or seed differ, each difference shown.
+        StudyChangedError: Models, tasks, splits, objective, space or seed differ. It shows each difference.
     """
     stored = study.user_attrs.get("identity")
     if stored is None:
@@ -199,6 +213,6 @@ def check_identity(study: optuna.Study, identity: Mapping[str, Any]) -> None:
     if changes:
         lines = "\n".join(f"  - {c}" for c in changes)
         raise StudyChangedError(
-            f"study {study.study_name!r} was made with other settings, and its trials cannot be compared with new ones:\n{lines}\n"
-            "Undo the change, or give the study another name (study.name) to begin a new one."
+            f"study {study.study_name!r} was made with other settings, and its trials cannot be compared with new "
+            f"ones:\n{lines}\nUndo the change, or give the study another name (study.name) to begin a new one."
         )

@@ -1,4 +1,4 @@
-"""Tests that a plug-in inherits: what an evaluator, a search space or a rule promises, one test a promise.
+"""Tests that a plug-in inherits: what an evaluator, a search space, a rule or an executor promises, one test a promise.
 
 A test file of your own derives a class and says in one fixture, `case`, what is tested:
 
@@ -18,12 +18,15 @@ evaluators, spaces and rules pass the same tests. Importing this package imports
 from __future__ import annotations
 
 from merge_search.testing.evaluator import EvaluatorCase, EvaluatorConformance
+from merge_search.testing.executor import ExecutorCase, ExecutorConformance
 from merge_search.testing.rule import RuleCase, RuleConformance
 from merge_search.testing.space import SearchSpaceCase, SearchSpaceConformance, example_context
 
 __all__ = [
     "EvaluatorCase",
     "EvaluatorConformance",
+    "ExecutorCase",
+    "ExecutorConformance",
     "RuleCase",
     "RuleConformance",
     "SearchSpaceCase",

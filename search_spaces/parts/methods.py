@@ -10,10 +10,10 @@ from typing import Any, Literal
 from merge_search.errors import nearest
 from merge_search.presets import PRESETS, preset
 from merge_search.recipe import Assess, Group, Recipe, Rescale, Resolve, Select, Splice, value_for
+from merge_search.rules import MEASURES, SELECTIONS, SPLICES
 from merge_search.space import SpaceContext
 
 __all__ = [
-    "MEASURES",
     "Method",
     "PerExpert",
     "Stages",
@@ -22,22 +22,10 @@ __all__ = [
     "of_preset",
     "of_stages",
     "preset_problems",
+    "why_senseless",
 ]
 
 PerExpert = Mapping[str, float | dict[str, float]]
-
-MEASURES = (
-    "activation_norm", "apl", "cki", "external", "fisher", "gradient_product", "magnitude", "pcb", "pcb_paper", "random",
-    "rank", "tall_ratio", "trust_region", "variance",
-)  # fmt: skip
-"""Assessments that tell the parameters of one expert apart before anything is masked."""
-
-SHARED = ("trust_region", "variance")
-"""Of these, those that give all experts the same scores: nothing to mix or to choose by."""
-
-SCORELESS = ("all", "bernoulli")
-DENSITYLESS = ("all", "threshold")
-SCORED_SPLICES = ("score", "softmax", "argmax")
 
 STAGES = ("winsorise", "assess", "allocate", "select", "rescale", "resolve", "splice", "operator", "post")
 
@@ -65,7 +53,7 @@ class Method:
     @property
     def is_sum(self) -> bool:
         """Whether strengths add up over the experts."""
-        return self.template.splice.kind == "sum" and self.template.operator is None
+        return self.template.operator is None and SPLICES[self.template.splice.kind].adds_up
 
     def recipe(self, coefficients: PerExpert, densities: PerExpert | None) -> Recipe:
         """The method with these numbers; densities of None: the template's."""
@@ -135,17 +123,20 @@ def preset_problems(names: Iterable[str], context: SpaceContext, *, at: str) -> 
 def of_preset(name: str, context: SpaceContext, *, search_density: bool = True) -> Method:
     """The choice of a published method; densities are the published ones unless searched."""
     template = preset(name, context.models, seed=context.seed, dtype=context.dtype)
-    uses = template.select.kind not in DENSITYLESS and template.operator is None
+    uses = SELECTIONS[template.select.kind].uses_density and template.operator is None
     return Method(name, template, uses, fixed_densities=not search_density, scaling=_scaling(template))
 
 
 def _scaling(template: Recipe) -> Literal["fold", "mean", "fixed"]:
     # NOTE: Fisher information measured at the scaled experts depends on the coefficients themselves, so a factor must
     # not move between them and the scale.
-    score = template.splice.score or template.assess
-    if score.options.get("at") == "scaled" or template.post:  # a rule on the combined delta need not be linear
-        return "fixed"
-    return "mean" if template.splice.kind == "coefficient" else "fold"
+    score, splice = template.splice.score or template.assess, SPLICES[template.splice.kind]
+    measure = MEASURES.get(score.measure)
+    if template.post or (measure is not None and measure.depends_on_coefficients(score.options)):
+        return "fixed"  # a rule on the combined delta need not be linear
+    if splice.divides_by_coefficients:
+        return "mean"
+    return "fold" if splice.is_linear else "fixed"
 
 
 @dataclass(frozen=True)
@@ -159,8 +150,31 @@ class Stages:
 
     @property
     def uses_scores(self) -> bool:
-        mixes = self.splice.kind in SCORED_SPLICES and self.splice.score is None
-        return self.select.kind not in SCORELESS or mixes
+        return SELECTIONS[self.select.kind].uses_scores or self.mixes_scores
+
+    @property
+    def mixes_scores(self) -> bool:
+        """Whether the splice reads the scores of `assess`."""
+        return SPLICES[self.splice.kind].is_scored and self.splice.score is None
+
+
+def why_senseless(stages: Stages) -> str:
+    """Why a combination means nothing; '' if it means something."""
+    measure, selection = MEASURES[stages.assess.measure], SELECTIONS[_plain_selection(stages.select).kind]
+    if stages.mixes_scores and measure.shared:
+        return f"{measure.name} scores all experts alike: {stages.splice.kind} has nothing to choose by"
+    if selection.uses_scores and selection.compares and measure.per_tensor and stages.select.scope != "model":
+        return f"{measure.name} is one number per tensor: within a tensor {selection.name} has nothing to choose by"
+    return ""
+
+
+def _plain_selection(select: Select) -> Select:
+    """A selection without its own parameter is a simpler one."""
+    if select.kind == "band" and select.gamma == 0:
+        return select.model_copy(update={"kind": "top_k"})
+    if select.kind == "rank_probability" and select.epsilon == 0:
+        return Select(kind="bernoulli", vectors=select.vectors)
+    return select
 
 
 def canonical(stages: Stages, n_experts: int) -> Stages | None:
@@ -171,30 +185,27 @@ def canonical(stages: Stages, n_experts: int) -> Stages | None:
     coefficients is ``sum`` with other coefficients; one expert alone is never weighed against another; scores that
     nothing reads do not count.
     """
-    assess, select, resolve, splice = stages.assess, stages.select, stages.resolve, stages.splice
-    if select.kind == "band" and select.gamma == 0:
-        select = select.model_copy(update={"kind": "top_k"})
-    if select.kind == "rank_probability" and select.epsilon == 0:
-        select = Select(kind="bernoulli", vectors=select.vectors)
-    if select.kind in SCORELESS:
-        select = select.model_copy(update={"scope": Select().scope})
-    own = splice.kind in SCORED_SPLICES and splice.score is None
-    if own and assess.measure in SHARED:
+    if why_senseless(stages):
         return None
-    hard = select.kind != "soft_threshold"
-    if n_experts == 1 and hard:
+    assess, select, resolve, splice = stages.assess, _plain_selection(stages.select), stages.resolve, stages.splice
+    selection = SELECTIONS[select.kind]
+    if not (selection.uses_scores or selection.is_outside):
+        select = select.model_copy(update={"scope": Select().scope})
+    if n_experts == 1 and selection.is_hard and not SPLICES[splice.kind].is_outside:
         splice, resolve = Splice(), Resolve()
-    if splice.kind == "mask" and hard:
-        splice = splice.model_copy(update={"kind": "count"})
+    if selection.is_hard and SPLICES[splice.kind].with_hard_masks:
+        splice = splice.model_copy(update={"kind": SPLICES[splice.kind].with_hard_masks})
     everything = select.kind == "all" and select.gate == 0 and not select.exclusive and resolve.kind == "none"
-    if everything and splice.kind in ("count", "coefficient") and splice.unique_boost == 0:
+    if everything and SPLICES[splice.kind].is_plain_of_all and splice.unique_boost == 0:
         splice = Splice()
     out = Stages(assess, select, resolve, splice)
     return out if out.uses_scores else Stages(Assess(), select, resolve, splice)
 
 
 def distinct(methods: Iterable[Method], n_experts: int) -> tuple[list[Method], list[str]]:
-    """Methods without those that, coefficients and densities being searched, repeat an earlier one; and what was left out."""
+    """Methods without those that, coefficients and densities being searched, repeat an earlier one; and what was left
+    out.
+    """
     kept: dict[object, Method] = {}
     notes = []
     for method in methods:
@@ -215,16 +226,12 @@ def distinct(methods: Iterable[Method], n_experts: int) -> tuple[list[Method], l
 
 def of_stages(stages: Stages, name: str, context: SpaceContext) -> Method:
     """The choice of a combination. Random selection is rescaled so that the mean over masks stays."""
-    rescale = {
-        "bernoulli": "inverse_density",
-        "rank_probability": "inverse_probability",
-        "proportional": "inverse_probability",
-    }
+    selection = SELECTIONS[stages.select.kind]
     template = context.recipe(
         assess=stages.assess,
         select=stages.select,
-        rescale=Rescale.model_validate({"kind": rescale.get(stages.select.kind, "none")}),
+        rescale=Rescale.model_validate({"kind": selection.rescale}),
         resolve=stages.resolve,
         splice=stages.splice,
     )
-    return Method(name, template, stages.select.kind not in DENSITYLESS, scaling=_scaling(template))
+    return Method(name, template, selection.uses_density, scaling=_scaling(template))

@@ -1,4 +1,4 @@
-"""The parts of benchmarks/search that decide what its table says: budgets, differences, the grid of presets, the drawing."""
+"""The parts of benchmarks/search that decide its table: budgets, differences, the grid of presets, the drawing."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def test_the_drawing_has_a_line_and_a_name_for_every_opponent(load: object, tmp_
     rows = [
         {
             "zoo": "lm", "opponent": name, "seed": str(seed), "candidates": str(c), "questions": str(600 * c),
-            "test_mean": str(0.6 + 0.01 * c / 25 + 0.01 * seed), "cpu_s": "1", "references": "base=0.6 own_experts=0.85",
+            "test_mean": str(0.6 + 0.01 * c / 25 + 0.01 * seed), "cpu_s": "1",
+            "references": "base=0.6 own_experts=0.85",
         }
         for name in ("two levels", "a < b")
         for seed in (0, 1)

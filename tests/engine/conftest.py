@@ -1,4 +1,4 @@
-"""Tiny checkpoints with random weights, made on the fly: every architecture in milliseconds."""
+"""Tiny checkpoints with random weights, made when a test needs them: every architecture in milliseconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SaveModel = Callable[..., Path]
 
 @pytest.fixture
 def save_model(tmp_path: Path) -> SaveModel:
-    """``save_model("llama", name="base", seed=0, dtype="float32", **config)`` -> folder with random weights."""
+    """``save_model("llama", name="base", seed=0, dtype="float32", **config)`` returns a folder with random weights."""
 
     def save(
         kind: str, *, name: str = "base", seed: int = 0, dtype: str = "float32", shards: str = "50GB", **config: Any
@@ -61,7 +61,7 @@ def save_tokenizer() -> Callable[..., None]:
 
 
 def build_model(kind: str, **config: Any) -> Any:
-    """A transformers model with two blocks of width 16 and 64 tokens."""
+    """Return a transformers model with two blocks of width 16 and 64 tokens."""
     import transformers as tf
 
     size = {

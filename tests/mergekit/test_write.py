@@ -24,7 +24,7 @@ from merge_search.engine.engine import MergeEngine
 from merge_search.engine.resident.pool import ModelPool
 from merge_search.errors import RecipeError
 from merge_search.mergekit import read_mergekit, to_mergekit
-from merge_search.mergekit.filters import said
+from merge_search.mergekit.filters import as_value
 from merge_search.mergekit.values import evaluate, shorten
 from merge_search.presets import preset
 from merge_search.recipe import Group, Models, Recipe, value_for
@@ -79,7 +79,7 @@ class TestWriting:
     )  # fmt: skip
     def test_any_numbers_by_group_survive_as_filters(self, table: dict[str, float], rest: float) -> None:
         wanted = {n: value_for({**table, "*": rest}, g) for n, g in GROUPS.items()}
-        value = said(wanted, GROUPS)
+        value = as_value(wanted, GROUPS)
         assert {n: evaluate(value, n, 0.0, "", []) for n in GROUPS} == wanted
         short = shorten(wanted, GROUPS.values())
         assert {n: value_for(short, g) for n, g in GROUPS.items()} == wanted

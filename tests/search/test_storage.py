@@ -5,17 +5,16 @@ from __future__ import annotations
 import multiprocessing
 from datetime import datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from merge_search.errors import EvaluationError, InputError, StorageError, StudyChangedError
+from merge_search.errors import StorageError, StudyChangedError
 from merge_search.outcome import Outcome
-from merge_search.search.records import finished_records, questions_asked, seconds_spent
-from merge_search.search.run import _Driver
+from merge_search.search.budget import seconds_spent
+from merge_search.search.records import finished_records
 from merge_search.search.storage import (
     INTERRUPTED,
     check_identity,
@@ -146,22 +145,6 @@ def test_the_night_between_a_kill_and_the_next_run_is_not_charged(url: str) -> N
         study._storage.create_new_trial(study._study_id, template_trial=trial)
     study.set_user_attr("reference.base", {"evaluation": {"cost": [60.0, 540.0, 100]}})
     assert seconds_spent(study) == 3600 + 600
-
-
-@pytest.mark.parametrize("error", [EvaluationError("no answer"), InputError("no loss is called so")])
-def test_a_failed_trial_ends_alone_and_is_charged_what_its_fit_asked(url: str, error: Exception) -> None:
-    driver = object.__new__(_Driver)
-    bench = SimpleNamespace(asked=50, recover=lambda: None)
-    driver.study, driver.bench = study_in(url), bench  # type: ignore[assignment]
-    trial = driver.study.ask()
-    with driver._recorded(trial):
-        bench.asked += 300
-        raise error
-    (record,) = finished_records(driver.study)
-    assert record.reason == str(error)
-    assert record.outcome is not None
-    assert not record.outcome.is_scored
-    assert questions_asked(driver.study) == 300
 
 
 def test_a_changed_study_is_refused_with_the_difference(url: str) -> None:

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from small_spaces import CONTEXT, FILTERS, build, make_context, quick
 
 from merge_search import catalogue
-from merge_search.engine.methods.assess import MEASURES as ENGINE_MEASURES
 from merge_search.recipe import Group, value_for
+from merge_search.rules import MEASURES
 from merge_search.space import SearchSpace
 from merge_search.testing import SearchSpaceCase, SearchSpaceConformance
 from search_spaces.parts.grouping import Slots
-from search_spaces.parts.methods import MEASURES, SHARED
 
 
 def test_axes_are_reduced_to_distinct_valid_combinations() -> None:
@@ -70,9 +69,17 @@ def test_one_expert_is_never_weighed_against_itself() -> None:
     assert "method" not in space.parameters
 
 
-def test_measures_are_those_of_the_engine_that_tell_parameters_apart() -> None:
-    assert set(MEASURES) == {n for n, m in ENGINE_MEASURES.items() if n != "ones" and not m.after_mask}
-    assert set(SHARED) == {n for n in MEASURES if ENGINE_MEASURES[n].shared}
+@pytest.mark.parametrize("name", [n for n, m in MEASURES.items() if not (m.is_constant or m.after_mask)])
+def test_every_measure_that_tells_something_apart_can_be_an_axis(name: str) -> None:
+    space = build("compatibility", assess=[name], select=[{"kind": "top_k", "scope": "model"}], splice=["sum"])
+    point = dict.fromkeys(space.parameters, 0.5)
+    assert space.decode(point).assess.measure == name
+
+
+def test_one_number_per_tensor_ranks_tensors_and_not_parameters() -> None:
+    space = build("compatibility", assess=["apl"], select=["top_k", "bernoulli"], splice=["sum", "score"])
+    assert space.parameters["method"].choices == ("bernoulli/sum", "apl/bernoulli/score")
+    assert "apl is one number per tensor: within a tensor top_k has nothing to choose by; left out" in space.notes
 
 
 def test_tensors_get_the_coefficient_of_their_cell() -> None:

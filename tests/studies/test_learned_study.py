@@ -22,12 +22,14 @@ from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split
 from merge_search.objective import Objective
 from merge_search.presets import preset
 from merge_search.recipe import Models, Recipe
-from merge_search.search.first_trials import Start
-from merge_search.search.records import Record, finished_records, questions_asked
-from merge_search.search.start.warm_start import LearnedSpace, better_start, structure_of
+from merge_search.search.budget import Budget, questions_asked
+from merge_search.search.first_trials import FirstTrials
+from merge_search.search.records import Record, finished_records
+from merge_search.search.start.learned_space import LearnedSpace
+from merge_search.search.start.warm_start import better_start, structure_of
 from merge_search.search.storage import reclaim_lost_trials
 from merge_search.space import Categorical, Float, SearchSpace
-from merge_search.study_file import Learner
+from merge_search.study_file import Learner, Search
 
 EXPERTS = ["maths", "stories", "spelling"]
 
@@ -366,13 +368,13 @@ def test_without_a_scored_merge_the_ladder_begins_at_the_spaces_first_recipe() -
     assert better_start(optuna.create_study(), OBJECTIVE, space) is None
 
 
-def queue_of(study: optuna.Study) -> Start:
+def queue_of(study: optuna.Study) -> FirstTrials:
     """The queue of a study's first trials, its baselines scored."""
     space = LearnedSpace(build("uniform", presets=["task_arithmetic", "tsv_m"]), Learner(), n_rows=5000)
-    start = object.__new__(Start)
-    start.plan = SimpleNamespace(space=space, file=SimpleNamespace(search=SimpleNamespace(questions=None)))  # type: ignore[assignment]
-    start.study, start.objective, start._known = study, OBJECTIVE, set()
-    return start
+    first = object.__new__(FirstTrials)
+    first.plan = SimpleNamespace(space=space, objective=OBJECTIVE)  # type: ignore[assignment]
+    first.study, first.budget, first._baselines = study, Budget(Search(), study), set()
+    return first
 
 
 def first_points(study: optuna.Study) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-import sqlalchemy
 from command_line import here
 from failing_studies import EVALUATOR, write_study
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from merge_search import cli
 
@@ -42,13 +42,13 @@ def test_a_lost_database_is_a_sentence(demo: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/model.safetensors"), "full (out/model.safetensors): No space"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/a.safetensors"), "full (out/a.safetensors): No space"),
         (OSError("I/O error: No space left on device (os error 28)"), "full: I/O error: No space left"),
-        (sqlalchemy.exc.OperationalError("INSERT", {}, Exception("database or disk is full")), "full: database or disk"),
-        (sqlalchemy.exc.OperationalError("INSERT", {}, Exception("server closed")), "any more: server closed."),
+        (OperationalError("INSERT", {}, Exception("database or disk is full")), "full: database or disk"),
+        (OperationalError("INSERT", {}, Exception("server closed")), "any more: server closed."),
     ],
     ids=["errno", "text", "full database", "lost database"],
-)  # fmt: skip
+)
 def test_what_the_machine_lacks_is_a_sentence_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, said: str
 ) -> None:
@@ -68,8 +68,8 @@ def test_what_the_machine_lacks_is_a_sentence_with_what_to_do(
 
 
 @pytest.mark.parametrize(
-    "error", [ZeroDivisionError("a mistake"), PermissionError(13, "no"), sqlalchemy.exc.ProgrammingError("S", {}, Exception())]
-)  # fmt: skip
+    "error", [ZeroDivisionError("a mistake"), PermissionError(13, "no"), ProgrammingError("S", {}, Exception())]
+)
 def test_any_other_exception_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
 ) -> None:

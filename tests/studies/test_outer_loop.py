@@ -101,7 +101,10 @@ def test_report_lists_trials_and_front_without_torch(two: tuple[Path, str]) -> N
     text = here("report", path, "--trials", "5").stdout
     assert "front (search questions)" in text
     assert "9 trials, 0 of them failed" in text
-    code = f"import sys; from merge_search.cli import main\ntry: main(['report', {str(path)!r}])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = (
+        f"import sys; from merge_search.cli import main\ntry: main(['report', {str(path)!r}])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True)
     assert result.stdout.splitlines()[-1] == "False"
 

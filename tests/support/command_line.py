@@ -1,4 +1,4 @@
-"""merge-search's commands, in a process of their own or, without importing everything again, in this one."""
+"""The commands of merge-search, run in their own process or, without importing everything again, in this one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
 def alone(*arguments: str | Path, check: bool = True) -> Done:
-    """As a user starts it."""
+    """Run a command in its own process, as a user starts it."""
     line = [sys.executable, "-m", "merge_search", *map(str, arguments)]
     return _checked(subprocess.run(line, capture_output=True, text=True, env=ENV), check=check)
 
 
 def here(*arguments: str | Path, check: bool = True) -> Done:
-    """In this process: same arguments, exit status and texts."""
+    """Run a command in this process. Arguments, exit status and texts are the same."""
     import optuna
 
     from merge_search.cli import main

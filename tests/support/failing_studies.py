@@ -1,4 +1,4 @@
-"""Studies of the demo's models whose evaluators fail on request, for several test files."""
+"""Studies of the demo's models whose evaluators fail on request. Shared by several test files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class Norm:
             raise failure
         value = 1 / (1 + float(self.weight.norm()))
         values = np.clip(value + np.linspace(-0.01, 0.01, 10), 0, 1)
-        return Evaluation(split, fidelity, {"norm/small": Scores((), values, float(values.mean()), 0.01)}, Cost(questions=10))
+        scores = Scores((), values, float(values.mean()), 0.01)
+        return Evaluation(split, fidelity, {"norm/small": scores}, Cost(questions=10))
 
 class Counted(Norm):
     """Asks three questions, then fails if it must, then asks the other seven."""
@@ -88,7 +89,7 @@ class Learned(Norm):
 
 
 class Quiet:
-    """A listener that keeps what it is told."""
+    """A listener that keeps its messages."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -121,7 +122,7 @@ def write_study(folder: Path, demo: Path, kind: str = "Norm", **search: Any) -> 
 
 
 def evaluator(folder: Path, kind: str = "Norm", *, calls: Any = None, losses: Any = None) -> Any:
-    """The study's own, made to fail at these numbers of calls."""
+    """Make the study's own evaluator fail at these numbers of calls."""
     found = catalogue.load("evaluators", f"mine.py:{kind}", folder=folder)
     norm = catalogue.load("evaluators", "mine.py:Norm", folder=folder)
     norm.calls, norm.fails = 0, calls or {}

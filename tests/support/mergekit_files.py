@@ -1,4 +1,4 @@
-"""mergekit's YAML of small llamas in short form, for several test files."""
+"""Short forms of mergekit's YAML for small llamas. Shared by several test files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from merge_search.mergekit import read_mergekit
 from merge_search.recipe import Recipe
 
 PARTS = (
-    "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "post_attention_layernorm",
-    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def llama_names(n_layers: int) -> list[str]:
 
 
 def write_llamas(root: Path) -> Path:
-    """``base``, ``a``, ``b``, ``c``: llama checkpoints of five layers with random weights."""
+    """Write ``base``, ``a``, ``b`` and ``c``: llama checkpoints of five layers with random weights."""
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Tensor operators and post rules run alone on small deltas, for several test files."""
+"""Run tensor operators and post rules alone on small deltas. Shared by several test files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def context(deltas: Sequence[Tensor], base: Tensor | None = None, **fields: Any)
 def run(
     name: str, deltas: Sequence[Tensor], base: Tensor | None = None, combined: Tensor | None = None, **rest: Any
 ) -> Any:
-    """The result of an operator (parts or weights) or, given `combined`, of a post rule; `options` over the defaults."""
+    """Return the result of an operator (parts or weights), or of a post rule if `combined` is given.
+
+    `options` override the defaults.
+    """
     table = OPERATORS if combined is None else POSTS
     operator = Operator(name=name, options=rest.pop("options", {}))
     assert operator_problems(operator, table, "operator", len(deltas)) == []
@@ -59,7 +62,7 @@ def random_deltas(n: int, shape: tuple[int, ...], seed: int = 0) -> list[Tensor]
 
 
 def grams(n: int, n_in: int, *, equal: bool = False) -> Any:
-    """A `statistic` of random inputs, 64 rows each."""
+    """Return a `statistic` function over random inputs, 64 rows each."""
     found = {}
     for i in range(n):
         x = torch.randn(64, n_in, generator=torch.Generator().manual_seed(0 if equal else i))

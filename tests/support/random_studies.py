@@ -1,4 +1,4 @@
-"""Studies of made-up objectives for samplers, for several test files."""
+"""Studies of artificial objectives for samplers. Shared by several test files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MIXED: dict[str, Parameter] = {
 
 
 def smooth(point: Mapping[str, object]) -> float:
-    """Concave in the numbers, best at coefficient.maths = 1, coefficient.code = 0.4, preset = dare."""
+    """Concave in the numbers, with its best value at coefficient.maths = 1, coefficient.code = 0.4, preset = dare."""
     x, y, z = (float(point[k]) for k in ("coefficient.maths", "coefficient.code", "density.maths"))  # type: ignore[arg-type]
     bonus = {"ties": 0.0, "dare": 0.1, "mean": -0.1}[str(point["preset"])]
     return 0.6 + bonus - 0.2 * (x - 1.0) ** 2 - 0.2 * (y - 0.4) ** 2 - 0.02 * math.log10(z / 0.3) ** 2
@@ -61,7 +61,7 @@ def fill(
     constrained: bool = False,
     score=smooth,
 ) -> None:
-    """A baseline outside the space, `n` complete, two crashed, one lost and two running trials."""
+    """Add a baseline outside the space, and `n` complete, two crashed, one lost and two running trials."""
     rng = np.random.default_rng(0)
     m = len(study.directions)
 

@@ -1,4 +1,4 @@
-"""A small model's tensors for search spaces, for several test files."""
+"""The tensors of a small model, for search spaces. Shared by several test files."""
 
 from __future__ import annotations
 

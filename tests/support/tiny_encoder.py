@@ -1,4 +1,4 @@
-"""A tiny random encoder, its tokenizer, two classification tasks with fixed heads, for several test files."""
+"""A tiny random encoder, its tokenizer and two classification tasks with fixed heads. Shared by several test files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_two_tasks(folder: Path) -> Path:
-    """Two tasks, `animal` (2 classes, with train rows) and `colour` (3 classes, labels by name)."""
+    """Write two tasks: `animal` (2 classes, with train rows) and `colour` (3 classes, labels by name)."""
     generator = torch.Generator().manual_seed(3)
     for name, n_classes in (("animal", 2), ("colour", 3)):
         weight = torch.randn(n_classes, 16, generator=generator)
@@ -98,7 +98,7 @@ def bound(folder: Path, model: BertModel | None = None, shares: SplitShares = SH
 
 
 def direct_logits(model: BertModel, folder: Path, task: str, text: str) -> torch.Tensor:
-    """One text, no padding, pooling and head written out. Shape (n_classes,)."""
+    """Return the logits of one text without padding, with pooling and head written out. Shape (n_classes,)."""
     ids = [2, *(4 + WORDS.index(w) for w in text.split()), 3]
     hidden = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).last_hidden_state[0]
     pooled = hidden.mean(0) if task == "animal" else hidden[0]

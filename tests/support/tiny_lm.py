@@ -1,6 +1,6 @@
-"""A tiny random language model, its tokenizer, documents and lm-eval tasks over them, for several test files.
+"""A tiny random language model, its tokenizer, documents and lm-eval tasks over them. Shared by several test files.
 
-Importable as ``tiny_lm`` from every test: its folder is in pytest's ``pythonpath``.
+Every test can import it as ``tiny_lm``, because its folder is in pytest's ``pythonpath``.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ FIT_TASKS: dict[str, dict[str, Any]] = {
 
 
 def documents(n: int, seed: int) -> list[dict[str, Any]]:
-    """Rows with a query, four choices and the first few of them, the right one's number, a word, and one to three."""
+    """Return rows with a query, four choices, the first few of these, the right one's index, a word, and 1 to 3."""
     rng = random.Random(seed)
     rows = []
     for i in range(n):
@@ -127,7 +127,7 @@ def write_tasks(
     test: list[dict[str, Any]] | None = None,
     train: list[dict[str, Any]] | None = None,
 ) -> Path:
-    """Task files with their data beside them, named relative to the task file."""
+    """Write task files with their data beside them, named relative to the task file."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("test", test or documents(N, 0)), ("train", train or documents(N_TRAIN, 1))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -139,7 +139,7 @@ def write_tasks(
 
 
 def make_tokenizer() -> Any:
-    """One token a word, and one for a line break."""
+    """Make a tokenizer with one token a word, and one for a line break."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
@@ -149,7 +149,7 @@ def make_tokenizer() -> Any:
 
 
 def make_pieces() -> Any:
-    """A tokenizer like SentencePiece's: a space belongs to the word behind it, and decoding drops the first."""
+    """Make a tokenizer like SentencePiece's: a space belongs to the next word, and decoding drops the first space."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     pieces = [(p, 0.0) for p in SPECIAL] + [("▁" + w, -1.0) for w in WORDS] + [(w, -1.5) for w in WORDS]
@@ -167,7 +167,7 @@ def _with_special(words: Any) -> Any:
 
 
 def make_model(kind: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    """A model of two blocks of width 32, its weights random but large enough to have opinions."""
+    """Make a model of two blocks of width 32, with random weights large enough to prefer some answers clearly."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes: dict[str, dict[str, Any]] = {
@@ -197,7 +197,7 @@ def bound(folder: Path, tasks: list[str], model: Any = None, *, tokenizer: Any =
 
 
 def docs(e: LmEval, task: str) -> list[Any]:
-    """The documents of a task's fit rows, in their order."""
+    """Return the documents of a task's fit rows, in their order."""
     return [row.doc for row in e._fit[task].rows]
 
 

@@ -1,4 +1,4 @@
-"""A pool whose statistics come from random token rows, and the same statistics made plainly, for several test files."""
+"""A pool whose statistics come from random token rows, and the same statistics computed plainly, for several files."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Bench:
         pool.statistics = self.statistics
 
     def model(self, expert: str, c: float = 1.0) -> Any:
-        """base + c delta, made apart from the engine, with gradients."""
+        """Return base + c delta, made without the engine, with gradients."""
         model = LiveModel.load(self.pool.base_folder)
         with torch.no_grad():
             for name, view in model.views.items():
@@ -81,7 +81,7 @@ class Bench:
         return model.model
 
     def gradients(self, expert: str, c: float = 1.0) -> dict[str, dict[str, Tensor]]:
-        """Task -> tensor -> gradient of every row: shape (rows, *shape)."""
+        """Return task -> tensor -> gradient of every row: shape (rows, *shape)."""
         model, found = self.model(expert, c), {}
         for task in (t for t, e in OWNERS.items() if e == expert):
             rows = []

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: what their headers say, how tensors are named, read, hashed and written."""
+"""Checkpoints on disk: their headers, the names and groups of their tensors, reading, hashing and writing them."""

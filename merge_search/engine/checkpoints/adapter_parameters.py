@@ -1,7 +1,8 @@
 """LoRA factors of single parameters (peft's ``target_parameters``): experts stacked in one tensor, and other matrices.
 
-peft wraps a module once per parameter, in the order in which the module has them: the first lies innermost, under as many
-``.base_layer`` as there are others. Keys say how deep, not which parameter: the model without weights says which.
+peft wraps a module once per parameter, in the order in which the module has them. The first parameter is innermost,
+under as many ``.base_layer`` as there are other parameters. A key gives only the depth; the model without weights gives
+the parameter.
 
 Source: Hu et al. 2021, arXiv 2106.09685, applied to every expert of a stack by itself.
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple
+
+from merge_search._compat.transformers import has_transposed_experts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +26,9 @@ class Wrapped(NamedTuple):
     """A parameter with factors of its own.
 
     Attributes:
-        name: As the model has it: ``model.layers.0.mlp.experts.down_proj``.
-        shape: (out, in), or of stacked experts (experts, out, in), or (experts, in, out) where `is_transposed`.
+        name: Name in the model: ``model.layers.0.mlp.experts.down_proj``.
+        shape: (out, in); for stacked experts (experts, out, in), or (experts, in, out) if `is_transposed`.
+        is_transposed: Whether the experts are stored (in, out).
     """
 
     name: str
@@ -33,6 +37,7 @@ class Wrapped(NamedTuple):
 
     @property
     def n_experts(self) -> int:
+        """Number of stacked experts; 1 for a matrix."""
         return self.shape[0] if len(self.shape) == 3 else 1
 
     @property
@@ -47,14 +52,17 @@ class Wrapped(NamedTuple):
         if len(self.shape) not in (2, 3):
             return f"has {len(self.shape)} dimensions, where peft adapts 2 or 3"
         if self.is_transposed and self.n_experts == 1:
-            return "is a stack of one expert stored (in, out), of which peft makes no sum"
+            return "is a stack of one expert stored (in, out), which peft cannot merge"
         return ""
 
 
 def wrapped_parameters(base: CheckpointInfo, targets: Collection[str]) -> dict[str, Wrapped] | None:
-    """Parameters that peft wraps, by the module under which it saves the factors: ``model.layers.0.mlp.experts.base_layer``.
+    """Return the parameters that peft wraps, by the module under which it saves the factors.
+
+    Such a module is ``model.layers.0.mlp.experts.base_layer``.
 
     Args:
+        base: The base's config.
         targets: Names of parameters, or ends of them.
     Returns:
         None where transformers does not know the base's model.
@@ -64,14 +72,15 @@ def wrapped_parameters(base: CheckpointInfo, targets: Collection[str]) -> dict[s
     model = skeleton(base)
     if model is None:
         return None
-    found = {}
+    wrapped = {}
     for module_name, module in model.named_modules():
-        own = [n for n, _ in module.named_parameters(recurse=False) if _is_target(f"{module_name}.{n}", targets)]
-        for depth, name in enumerate(reversed(own)):
+        names = [n for n, _ in module.named_parameters(recurse=False)]
+        targeted = [n for n in names if _is_target(f"{module_name}.{n}", targets)]
+        for depth, name in enumerate(reversed(targeted)):
             shape = tuple(getattr(module, name).shape)
-            is_transposed = len(shape) == 3 and bool(getattr(module, "is_transposed", False))
-            found[module_name + depth * ".base_layer"] = Wrapped(f"{module_name}.{name}", shape, is_transposed)
-    return found
+            is_transposed = len(shape) == 3 and has_transposed_experts(module)
+            wrapped[module_name + depth * ".base_layer"] = Wrapped(f"{module_name}.{name}", shape, is_transposed)
+    return wrapped
 
 
 def _is_target(name: str, targets: Collection[str]) -> bool:
@@ -79,18 +88,20 @@ def _is_target(name: str, targets: Collection[str]) -> bool:
 
 
 def parameter_delta(a: Tensor, b: Tensor, wrapped: Wrapped, scale: float) -> Tensor:
-    """scale * B_e @ A_e of every expert e: float32, the parameter's shape, contiguous.
+    """Return scale * B_e @ A_e of every expert e: float32, the parameter's shape, contiguous.
 
     Args:
-        a: Shape (experts * r, in): an expert's rows lie together.
-        b: Shape (out, r * experts): an expert's columns are `experts` apart.
+        a: Shape (experts * r, in). The rows of one expert are adjacent.
+        b: Shape (out, r * experts). The columns of one expert are `experts` apart.
+        wrapped: The parameter.
+        scale: Factor of the product.
     """
     import torch
 
     a, b, n = a.float(), b.float(), wrapped.n_experts
     if n == 1:
         delta = b @ a
-    else:  # as peft contracts them, for its bits
+    else:  # the same contraction as peft's, to give its bits
         order = "eio" if wrapped.is_transposed else "eoi"
         delta = torch.einsum(f"ore,eri->{order}", b.reshape(len(b), -1, n), a.reshape(n, -1, a.shape[1]))
     return (delta * scale).reshape(wrapped.shape).contiguous()

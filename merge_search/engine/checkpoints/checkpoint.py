@@ -1,7 +1,7 @@
-"""Tensors of checkpoints, opened lazily: whole models, and experts as they stand against a base.
+"""Tensors of checkpoints, opened lazily: whole models, and experts seen against a base.
 
-Files are mapped, not read: a tensor costs memory when it is touched, and the system's page cache shares it between
-processes. Whoever needs a copy of their own must make it: mapped files must not be overwritten in place.
+Files are memory-mapped. A tensor takes memory when it is touched, and the system's page cache shares it between
+processes. Callers that need a copy must make one. Mapped files must not be overwritten in place.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from merge_search.engine.checkpoints.adapter import AdapterEntry, plan_adapter
 from merge_search.engine.checkpoints.adapter_parameters import Wrapped, parameter_delta
+from merge_search.engine.checkpoints.dtypes import DTYPES
 from merge_search.engine.checkpoints.headers import CheckpointInfo, read_checkpoint
 from merge_search.engine.checkpoints.layout import is_mergeable, name_groups
 from merge_search.engine.checkpoints.vocabulary import (
@@ -30,35 +31,36 @@ from merge_search.engine.checkpoints.vocabulary import (
 from merge_search.errors import WeightsError
 from merge_search.recipe import Group
 
-__all__ = ["DTYPES", "Checkpoint", "Expert", "dtype_name", "raw_bytes", "tied_aliases"]
+__all__ = ["TORCH_DTYPES", "Checkpoint", "Expert", "dtype_name", "raw_bytes", "tied_aliases"]
 
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16, "I32": torch.int32,
-    "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
-_KEPT_DELTAS = 2  # of stacked experts, each shared by many tensors: a block's two stacks lie side by side in a file
-_READ_BYTES = 2**26  # a system call reads less than 2 GiB
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, d.torch_name) for name, d in DTYPES.items() if d.torch_name
+}
+"""Dtypes that torch has, by their names in safetensors headers."""
+_KEPT_DELTAS = 2  # deltas of stacked experts that are kept: a block has two stacks, and their tensors alternate on disk
+_READ_BYTES = 2**26  # bytes per system call, which cannot read 2 GiB or more
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """safetensors' word for a dtype: ``BF16``."""
-    return NAMES[dtype]
+    """Return safetensors' name of a dtype: ``BF16``."""
+    return _NAMES[dtype]
 
 
 def raw_bytes(tensor: Tensor) -> Any:
-    """Buffer over a tensor's bytes, contiguous and on the CPU; no value is cast."""
+    """Return a buffer over a tensor's bytes, contiguous and on the CPU. No value is cast."""
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
 
 
 class Checkpoint:
     """A folder's tensors by name, on the CPU, mapped from its files; read only.
 
+    Args:
+        folder: Folder of the checkpoint.
+    Attributes:
+        info: The folder's headers and config.
     Raises:
-        WeightsError: the folder is not a whole, valid checkpoint; raised at once, from the headers.
+        WeightsError: The folder is not a whole, valid checkpoint. Raised on construction, from the headers.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -66,7 +68,11 @@ class Checkpoint:
         self._files: dict[Path, Any] = {}
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, as on disk. Do not write into it."""
+        """Return one tensor as on disk. Do not write into it.
+
+        Raises:
+            WeightsError: There is no such tensor, or it cannot be read.
+        """
         t = self.info.tensors.get(name)
         if t is None:
             raise WeightsError(f"{self.info.folder}: has no tensor {name!r}")
@@ -81,30 +87,34 @@ class Checkpoint:
         return tensor
 
     def changes(self, name: str) -> bool:
-        """Whether it has this tensor."""
+        """Whether the checkpoint has this tensor."""
         return name in self.info.tensors
 
     def is_stored(self, name: str) -> bool:
-        """As `changes`: files hold what there is."""
+        """Whether the files hold this tensor; the same as `changes`."""
         return name in self.info.tensors
 
     def read(self, name: str) -> Tensor:
-        """One tensor, read into memory of its own: its pages are freed with it, and it may be written into."""
+        """Read one tensor into new memory, which is freed with it and may be written into.
+
+        Raises:
+            WeightsError: There is no such tensor, or it cannot be read.
+        """
         t = self.info.tensors.get(name)
         if t is None:
             raise WeightsError(f"{self.info.folder}: has no tensor {name!r}")
-        data = torch.from_numpy(
-            np.empty(t.n_bytes, dtype=np.uint8)
-        )  # in huge pages, where torch takes small ones: half the time
+        # NumPy allocates in huge pages and torch in small ones: this takes half the time.
+        data = torch.from_numpy(np.empty(t.n_bytes, dtype=np.uint8))
         try:
             with t.file.open("rb", buffering=0) as f:
                 f.seek(t.start)
                 _fill(f, data.numpy().data)
         except (EOFError, OSError) as error:
             raise WeightsError(
-                f"{t.file}: tensor {name!r} cannot be read ({error}); do not change files in use, or copy the file again"
+                f"{t.file}: tensor {name!r} cannot be read ({error}); "
+                "do not change files in use, or copy the file again"
             ) from None
-        return data.view(DTYPES[t.dtype]).reshape(t.shape)
+        return data.view(TORCH_DTYPES[t.dtype]).reshape(t.shape)
 
 
 def _fill(file: RawIOBase, buffer: memoryview) -> None:
@@ -117,13 +127,22 @@ def _fill(file: RawIOBase, buffer: memoryview) -> None:
 
 
 class Expert:
-    """An expert as it stands against a base: `tensor(name)` has the base's name and shape for every mergeable tensor.
+    """An expert seen against a base: `tensor(name)` has the base's name and shape for every mergeable tensor.
 
-    A LoRA adapter is never made dense on disk; its tensors are computed one by one, with peft's rule bit for bit
-    (`merge_and_unload` with its defaults, on the CPU). Rows of tokens that the expert lacks are the base's, rows of
-    tokens that the base lacks are left out; `notes` says so.
+    A LoRA adapter is never made dense on disk. Its tensors are computed one by one with peft's rule, bit for bit
+    (`merge_and_unload` with its defaults, on the CPU). Rows of tokens that the expert lacks are the base's; rows of
+    tokens that the base lacks are left out.
 
-    Determinism: adapters multiply two float32 matrices on the CPU; another processor may round the last bit otherwise.
+    Args:
+        base: The base.
+        folder: Folder of the expert.
+        name: Name of the expert, for `notes`.
+    Attributes:
+        notes: Which rows were matched by token and which were left out.
+    Raises:
+        WeightsError: The expert is not a valid checkpoint, or its adapter or vocabulary does not fit the base.
+    Determinism: adapters multiply two float32 matrices on the CPU. Another processor may round the last bit
+    differently.
     """
 
     def __init__(self, base: Checkpoint, folder: str | Path, *, name: str = "") -> None:
@@ -142,11 +161,11 @@ class Expert:
             self._match_rows()
 
     def changes(self, name: str) -> bool:
-        """Whether the expert has a tensor of its own here; an adapter shares all others with the base."""
+        """Whether the expert has a tensor of its own here. An adapter shares all other tensors with the base."""
         return not self.info.is_adapter or name in self._adapter
 
     def tensor(self, name: str) -> Tensor:
-        """The expert's tensor for the base's `name`: the base's shape, on the CPU. Do not write into it."""
+        """Return the expert's tensor for the base's `name`: the base's shape, on the CPU. Do not write into it."""
         if self.info.is_adapter:
             entry = self._adapter.get(name)
             return self.base.tensor(name) if entry is None else self._adapted(name, entry)
@@ -154,28 +173,28 @@ class Expert:
         return self.checkpoint.tensor(name) if rows is None else self._with_rows(name, rows)
 
     def is_stored(self, name: str) -> bool:
-        """Whether the files hold the tensor as it stands against the base."""
+        """Whether the files hold the tensor exactly as `tensor` returns it."""
         return not self.info.is_adapter and name not in self._rows
 
     def read(self, name: str) -> Tensor:
-        """As `tensor`, in memory of its own wherever the files hold it as it is."""
+        """As `tensor`, but in new memory where the files hold the tensor as it is."""
         return self.checkpoint.read(name) if self.is_stored(name) else self.tensor(name)
 
     def _match_rows(self) -> None:
-        ours, theirs = read_vocabulary(self.base.info.folder), read_vocabulary(self.info.folder)
-        if ours is None or theirs is None:
+        base, expert = read_vocabulary(self.base.info.folder), read_vocabulary(self.info.folder)
+        if base is None or expert is None:
             return
-        if mismatch := compare(ours, theirs):
+        if mismatch := compare(base, expert):
             raise WeightsError(
                 f"{self.info.folder}: its vocabulary must be the base's, apart from added tokens, but {mismatch}"
             )
         for name, group in name_groups(self.base.info.tensors).items():
             if name in self.info.tensors and is_vocabulary_tensor(self.base.info, group):
-                self._match(name, ours, theirs)
+                self._match(name, base, expert)
 
-    def _match(self, name: str, ours: Vocabulary, theirs: Vocabulary) -> None:
+    def _match(self, name: str, base: Vocabulary, expert: Vocabulary) -> None:
         n_base, n_expert = self.base.info.tensors[name].shape[0], self.info.tensors[name].shape[0]
-        rows = row_map(ours, theirs, n_base, n_expert)
+        rows = row_map(base, expert, n_base, n_expert)
         if rows is None:
             return
         self._rows[name] = rows
@@ -185,16 +204,16 @@ class Expert:
         )
 
     def _with_rows(self, name: str, rows: RowMap) -> Tensor:
-        base, own = self.base.tensor(name), self.checkpoint.tensor(name)
-        if base.shape[1:] != own.shape[1:]:
+        base, expert = self.base.tensor(name), self.checkpoint.tensor(name)
+        if base.shape[1:] != expert.shape[1:]:
             raise WeightsError(
-                f"{self.info.folder}: tensor {name!r} must have rows of {list(base.shape[1:])}, got {list(own.shape[1:])}"
+                f"{self.info.folder}: tensor {name!r} must have rows of {list(base.shape[1:])}, "
+                f"got {list(expert.shape[1:])}"
             )
-        # The wider dtype of the two, so that rows kept from the base have a delta of exactly zero.
-        result = base.to(torch.promote_types(base.dtype, own.dtype), copy=True)
-        result[torch.tensor(rows.base, dtype=torch.long)] = own[torch.tensor(rows.expert, dtype=torch.long)].to(
-            result.dtype
-        )
+        # The wider of the two dtypes, so that rows taken from the base have a delta of exactly zero.
+        result = base.to(torch.promote_types(base.dtype, expert.dtype), copy=True)
+        matched = expert[torch.tensor(rows.expert, dtype=torch.long)]
+        result[torch.tensor(rows.base, dtype=torch.long)] = matched.to(result.dtype)
         return result
 
     def _adapted(self, name: str, entry: AdapterEntry) -> Tensor:
@@ -211,27 +230,32 @@ class Expert:
         return lora_weight(base, self.checkpoint.tensor(entry.a), self.checkpoint.tensor(entry.b), entry, magnitude)
 
     def _parameter_delta(self, entry: AdapterEntry, wrapped: Wrapped, dtype: torch.dtype) -> Tensor:
-        """What is added to a parameter, rounded to its dtype first, as peft does; the last ones are kept: tensors share them."""
-        found = self._deltas.pop(entry.a, None)
-        if found is None:
+        """Return what is added to a parameter, rounded to its dtype first, as peft does.
+
+        The last results are kept, because several tensors share them.
+        """
+        delta = self._deltas.pop(entry.a, None)
+        if delta is None:
             a, b = self.checkpoint.tensor(entry.a), self.checkpoint.tensor(entry.b)
-            found = parameter_delta(a, b, wrapped, entry.scale).to(dtype)
+            delta = parameter_delta(a, b, wrapped, entry.scale).to(dtype)
         if entry.part is not None:
-            self._deltas = {**dict(list(self._deltas.items())[1 - _KEPT_DELTAS :]), entry.a: found}
-        return found
+            latest = list(self._deltas.items())[1 - _KEPT_DELTAS :]
+            self._deltas = {**dict(latest), entry.a: delta}
+        return delta
 
 
 def lora_weight(base: Tensor, a: Tensor, b: Tensor, entry: AdapterEntry, magnitude: Tensor | None = None) -> Tensor:
-    """W + scale * B @ A, or DoRA's m * (W + scale * B @ A) / norm, rounded once to the dtype of W.
+    """Return W + scale * B @ A, or DoRA's m * (W + scale * B @ A) / norm, rounded once to the dtype of W.
 
-    The product and the sum are float32, as in peft with ``autocast_adapter_dtype`` and without ``safe_merge``; for
+    The product and the sum are float32, as in peft with ``autocast_adapter_dtype`` and without ``safe_merge``. For
     embeddings the product is rounded to W's dtype before it is added.
 
     Args:
-        base: W, shape (out, in), or (in, out) where `entry.transpose`; read only.
+        base: W, shape (out, in), or (in, out) if `entry.transpose`; read only.
         a: Shape (r, in).
         b: Shape (out, r).
-        magnitude: DoRA's m, one per output of a linear layer, per column of an embedding.
+        entry: Scale and orientation.
+        magnitude: DoRA's m: one number per output of a linear layer, or per column of an embedding.
     """
     delta = b.float() @ a.float()
     if entry.transpose:
@@ -247,10 +271,10 @@ def lora_weight(base: Tensor, a: Tensor, b: Tensor, entry: AdapterEntry, magnitu
 
 
 def tied_aliases(checkpoint: Checkpoint) -> dict[str, str]:
-    """Embeddings or heads that a checkpoint stores twice although they are one tensor: alias -> the name that is kept.
+    """Return the embeddings and heads that a checkpoint stores twice: alias -> the name that is kept.
 
-    Such a pair is one parameter of the live model: merged once, and written once. Equal bytes make a pair of two
-    embeddings, and of embedding and head unless the config says that they are not tied.
+    Such a pair is one parameter of the live model, and is merged and written once. Equal bytes make a pair of two
+    embeddings. They make a pair of an embedding and a head unless the config says that these are not tied.
     """
     info = checkpoint.info
     groups = name_groups(info.tensors)
@@ -259,16 +283,13 @@ def tied_aliases(checkpoint: Checkpoint) -> dict[str, str]:
     aliases: dict[str, str] = {}
     candidates = [g for g in groups.values() if is_vocabulary_tensor(info, g) and is_mergeable(info.tensors[g.tensor])]
     for group in sorted(candidates, key=lambda g: g.kind):  # embeddings before heads; sorting is stable
-        twins = (
-            o.tensor
-            for o in kept
-            if (is_tied or group.kind == o.kind) and _are_equal(checkpoint, group.tensor, o.tensor)
-        )
-        twin = next(twins, None)
+        may_be_one = [other.tensor for other in kept if is_tied or group.kind == other.kind]
+        twin = next((name for name in may_be_one if _are_equal(checkpoint, group.tensor, name)), None)
         if twin is None:
             kept.append(group)
         else:
             aliases[group.tensor] = twin
+
     return aliases
 
 

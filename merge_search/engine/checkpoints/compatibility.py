@@ -1,4 +1,4 @@
-"""Whether experts fit a base, from headers, configs and tokenizer files alone: all problems at once. Torch-free."""
+"""Whether experts fit a base, from headers, configs and tokenizer files alone; all problems at once. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from merge_search.engine.checkpoints.adapter import plan_adapter
-from merge_search.engine.checkpoints.headers import FLOATING, CheckpointInfo, read_checkpoint, resolve_model
+from merge_search.engine.checkpoints.dtypes import FLOATING
+from merge_search.engine.checkpoints.headers import CheckpointInfo, read_checkpoint, resolve_model
 from merge_search.engine.checkpoints.layout import layout, name_groups
 from merge_search.engine.checkpoints.vocabulary import Vocabulary, compare, is_vocabulary_tensor, read_vocabulary
 from merge_search.errors import WeightsError
@@ -18,14 +19,14 @@ _ANOTHER = "give a whole fine-tune of this base, or the base that it was trained
 
 
 def check_models(base: str | Path, experts: Mapping[str, str | Path]) -> list[str]:
-    """Every reason why the experts cannot be merged into the base; empty if there is none.
+    """Return every reason why the experts cannot be merged into the base; empty if there is none.
 
-    Dtypes may differ between base and experts. An expert's vocabulary may differ in added tokens.
+    Dtypes of base and experts may differ. An expert's vocabulary may differ in added tokens.
 
     Args:
         base: Folder or hub id.
         experts: Folder or hub id by expert name.
-    Cost: reads headers, configs and tokenizer files; hub ids are downloaded once.
+    Cost: reads headers, configs and tokenizer files. Hub ids are downloaded once.
     """
     problems: list[str] = []
     base_info = _read(base, "base", problems)
@@ -36,16 +37,17 @@ def check_models(base: str | Path, experts: Mapping[str, str | Path]) -> list[st
     for name, path in experts.items():
         where = f"expert {name!r}"
         info = _read(path, where, problems)
-        if info is None or base_info is None or (base_info.is_adapter):
+        if info is None or base_info is None or base_info.is_adapter:
             continue
         if info.folder.resolve() == base_info.folder.resolve():
             problems.append(f"{where}: is the base's own folder, {info.folder}; an expert must differ from the base")
             continue
-        theirs = _vocabulary(info, where, problems)
-        found = (
-            _check_adapter(base_info, info) if info.is_adapter else _check_expert(base_info, info, vocabulary, theirs)
-        )
-        problems += [f"{where} ({info.folder}): {p}" for p in found]
+        expert_vocabulary = _vocabulary(info, where, problems)
+        if info.is_adapter:
+            mismatches = _shorten(plan_adapter(base_info, info)[1])
+        else:
+            mismatches = _check_expert(base_info, info, vocabulary, expert_vocabulary)
+        problems += [f"{where} ({info.folder}): {p}" for p in mismatches]
     return problems
 
 
@@ -82,21 +84,19 @@ def _check_quantised(info: CheckpointInfo) -> list[str]:
     return [f"{info.folder}: must hold plain weights, found quantised ones ({method}); dequantise and save them first"]
 
 
-def _check_adapter(base: CheckpointInfo, adapter: CheckpointInfo) -> list[str]:
-    return _shorten(plan_adapter(base, adapter)[1])
-
-
 def _check_expert(
-    base: CheckpointInfo, expert: CheckpointInfo, ours: Vocabulary | None, theirs: Vocabulary | None
+    base: CheckpointInfo,
+    expert: CheckpointInfo,
+    base_vocabulary: Vocabulary | None,
+    expert_vocabulary: Vocabulary | None,
 ) -> list[str]:
-    problems = _check_quantised(expert)
-    for key in ("model_type", "tie_word_embeddings"):
-        a, b = base.config.get(key), expert.config.get(key)
-        if a is not None and b is not None and a != b:
-            problems.append(f"config.json: {key} must be equal, got {a!r} in the base and {b!r} in the expert")
-    mismatch = compare(ours, theirs) if ours is not None and theirs is not None else ""
-    if mismatch:
-        problems.append(f"its vocabulary must be the base's, apart from added tokens, but {mismatch}")
+    problems = _check_quantised(expert) + _check_settings(base, expert)
+    can_match_rows = base_vocabulary is not None and expert_vocabulary is not None
+    if base_vocabulary is not None and expert_vocabulary is not None:
+        mismatch = compare(base_vocabulary, expert_vocabulary)
+        if mismatch:
+            problems.append(f"its vocabulary must be the base's, apart from added tokens, but {mismatch}")
+            can_match_rows = False
     wanted = list(layout(base))
     missing = [n for n in wanted if n not in expert.tensors]
     extra = [n for n in layout(expert) if n not in base.tensors]
@@ -104,8 +104,17 @@ def _check_expert(
         problems.append(f"must have every tensor of the base, {_count(missing, 'missing')}; {_ANOTHER}")
     if extra:
         problems.append(f"must have only tensors of the base, {_count(extra, 'too many')}; {_ANOTHER}")
-    can_match_rows = ours is not None and theirs is not None and not mismatch
     problems += _shorten(_check_tensors(base, expert, [n for n in wanted if n in expert.tensors], can_match_rows))
+    return problems
+
+
+def _check_settings(base: CheckpointInfo, expert: CheckpointInfo) -> list[str]:
+    """Return the settings of config.json that both give and that differ."""
+    problems = []
+    for key in ("model_type", "tie_word_embeddings"):
+        a, b = base.config.get(key), expert.config.get(key)
+        if a is not None and b is not None and a != b:
+            problems.append(f"config.json: {key} must be equal, got {a!r} in the base and {b!r} in the expert")
     return problems
 
 
@@ -119,15 +128,21 @@ def _check_tensors(base: CheckpointInfo, expert: CheckpointInfo, names: list[str
                 f"tensor {name!r} must be floating, got {b.dtype} (base: {a.dtype}); dequantise the expert first"
             )
         elif a.shape != b.shape:
-            if a.shape[1:] == b.shape[1:] and len(a.shape) == len(b.shape) and is_vocabulary_tensor(base, groups[name]):
+            differs_in_rows = len(a.shape) == len(b.shape) and a.shape[1:] == b.shape[1:]
+            if differs_in_rows and is_vocabulary_tensor(base, groups[name]):
                 if can_match_rows:
                     continue
-                why = "; rows can be matched only by tokenizers that both folders hold and that differ in added tokens alone"
+                advice = (
+                    "rows can be matched only by tokenizers that both folders hold "
+                    "and that differ in added tokens alone"
+                )
             else:
-                why = f"; {_ANOTHER}"
+                advice = _ANOTHER
             problems.append(
-                f"tensor {name!r} must have the base's shape, got {list(a.shape)} in the base and {list(b.shape)} in the expert{why}"
+                f"tensor {name!r} must have the base's shape, got {list(a.shape)} in the base "
+                f"and {list(b.shape)} in the expert; {advice}"
             )
+
     return problems
 
 

@@ -1,4 +1,4 @@
-"""NaN and infinity, found in checkpoints before anything is made of them: one read of the files, without keeping them."""
+"""Find NaN and infinity in checkpoints before anything is made of them, by one read of the files."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.checkpoints.checkpoint import Checkpoint, Expert
+from merge_search.engine.checkpoints.dtypes import FLOATING
 from merge_search.engine.checkpoints.hashing import CHUNK_BYTES, pieces
-from merge_search.engine.checkpoints.headers import FLOATING, TensorHeader
+from merge_search.engine.checkpoints.headers import TensorHeader
 from merge_search.engine.execute.runner import is_finite
 from merge_search.errors import WeightsError
 
 __all__ = ["file_problems", "refuse", "tensor_problem"]
 
-_SHOWN = 20  # tensors of a message
-_BITS = {  # unsigned type, all bits but the sign, bits of infinity: NaN has more
+_SHOWN = 20  # most tensors that a message names
+_BITS = {  # unsigned type, all bits except the sign, bits of infinity (NaN is larger)
     "BF16": ("<u2", 0x7FFF, 0x7F80),
     "F16": ("<u2", 0x7FFF, 0x7C00),
     "F32": ("<u4", 0x7FFFFFFF, 0x7F800000),
@@ -29,7 +30,7 @@ _BITS = {  # unsigned type, all bits but the sign, bits of infinity: NaN has mor
 
 
 def refuse(problems: Sequence[str]) -> None:
-    """Raises `WeightsError` with all `problems`, if there are any."""
+    """Raise `WeightsError` with all `problems`, if there are any."""
     if len(problems) == 1:
         raise WeightsError(problems[0])
     if problems:
@@ -39,7 +40,7 @@ def refuse(problems: Sequence[str]) -> None:
 
 
 def tensor_problem(tensor: Tensor, name: str, who: str, source: Checkpoint | Expert) -> str:
-    """What is wrong with a tensor that came from `source`; '' if it is finite."""
+    """Return what is wrong with a tensor read from `source`; '' if it is finite."""
     if is_finite(tensor):
         return ""
     t = source.info.tensors.get(name)
@@ -48,17 +49,20 @@ def tensor_problem(tensor: Tensor, name: str, who: str, source: Checkpoint | Exp
 
 
 def file_problems(sources: Sequence[tuple[str, Checkpoint | Expert]], names: Iterable[str]) -> list[str]:
-    """What is wrong with the tensors `names` of base and experts; reads files to the end, through a small buffer.
+    """Return what is wrong with the tensors `names` of base and experts.
 
     Args:
-        sources: With words for whose tensors they are. An adapter's factors are read, not what they make.
+        sources: Checkpoints, each with the words that messages use for its owner. An adapter's factors are read, not
+            the tensors that they make.
+        names: Names of the base's tensors.
     Raises:
-        WeightsError: a file cannot be read.
+        WeightsError: A file cannot be read.
+    Cost: one read of the files, through a small buffer.
     """
     chosen = list(names)
     with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1), thread_name_prefix="scan") as threads:
-        found = list(threads.map(lambda pair: _problems_of(pair[0], pair[1], chosen), sources))
-    return [problem for problems in found for problem in problems]
+        per_source = list(threads.map(lambda pair: _problems_of(pair[0], pair[1], chosen), sources))
+    return [problem for problems in per_source for problem in problems]
 
 
 def _problems_of(who: str, source: Checkpoint | Expert, names: Sequence[str]) -> list[str]:
@@ -69,13 +73,13 @@ def _problems_of(who: str, source: Checkpoint | Expert, names: Sequence[str]) ->
         n_bad = _count(t)
         if n_bad and (source.info.is_adapter or source.is_stored(t.name)):
             problems.append(_problem(t.file, n_bad, t.n_elements, who, t.name))
-        elif n_bad:  # rows of it are left out, perhaps those
+        elif n_bad:  # some rows are left out, perhaps all those with bad entries
             problems.append(tensor_problem(source.tensor(t.name), t.name, who, source))
     return [p for p in problems if p]
 
 
 def _count(t: TensorHeader) -> int:
-    """Entries of a tensor in a file that are not finite, by their bits."""
+    """Return how many entries of a tensor in a file are not finite, by their bits."""
     kind, mask, infinite = _BITS[t.dtype]
     buffer = memoryview(bytearray(min(t.n_bytes, CHUNK_BYTES)))
     sizes = np.empty(len(buffer) // np.dtype(kind).itemsize, dtype=kind)

@@ -1,7 +1,8 @@
-"""One number for weights: the same for a live model, for a folder, and for any way of cutting it into files.
+"""One hash for weights: the same for a live model, for a folder, and for any way of cutting it into files.
 
-Rule: sha256 over the tensors in the order of their names; each is ``name|dtype|shape`` in UTF-8 (``BF16``, ``2,3``),
-then its bytes, little-endian and contiguous. Tensors are hashed, not files: shards and metadata do not matter.
+Rule: sha256 over the tensors in the order of their names. Each tensor is ``name|dtype|shape`` in UTF-8 (``BF16``,
+``2,3``), then its bytes, little-endian and contiguous. Tensors are hashed, not files, so shards and metadata do not
+matter.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ from merge_search.errors import WeightsError
 
 __all__ = ["HashInTurn", "HashedReader", "WeightsHash", "hash_checkpoint", "hash_folder", "hash_once", "pieces"]
 
-CHUNK_BYTES = 1 << 18  # small enough to be still in the processor's cache when it is hashed
-# What of an adapter's config changes the expert that it makes.
+CHUNK_BYTES = 1 << 18  # small enough to stay in the processor's cache until it is hashed
+# Settings of an adapter's config that change the expert it makes.
 ADAPTER_KEYS = (
     "alpha_pattern", "bias", "fan_in_fan_out", "lora_alpha", "modules_to_save", "r", "rank_pattern",
     "target_parameters", "use_dora", "use_rslora",
 )  # fmt: skip
-_known: dict[tuple[object, ...], str] = {}  # of unchanged files, for as long as the process lives
+_known: dict[tuple[object, ...], str] = {}  # hashes by the state of the files, for as long as the process lives
 
 
 class WeightsHash:
-    """Collects tensors, in the order of their names."""
+    """Hash of tensors that are added in the order of their names."""
 
     def __init__(self) -> None:
         self._sha = hashlib.sha256()
         self._last = ""
 
     def add(self, name: str, dtype: str, shape: Iterable[int], data: Iterable[Any]) -> None:
-        """Add one tensor; `data` are buffers that follow each other."""
+        """Add one tensor. `data` are buffers that follow each other."""
         if name <= self._last:
             raise AssertionError(f"tensors must come sorted by name, got {name!r} after {self._last!r}")
         self._last = name
@@ -45,14 +46,15 @@ class WeightsHash:
             self._sha.update(buffer)
 
     def hexdigest(self) -> str:
+        """Return the hash of the tensors added so far."""
         return self._sha.hexdigest()
 
 
 class HashInTurn:
-    """The hash of a folder's tensors, some of which pass by in memory: those out of turn are read from the files.
+    """Hash of a folder's tensors, some of which pass by in memory. The others are read from the files.
 
     Args:
-        names: Of all tensors that are hashed.
+        names: Names of all tensors to hash.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -60,22 +62,26 @@ class HashInTurn:
         self._result = WeightsHash()
 
     def is_next(self, name: str) -> bool:
+        """Whether this tensor is the next to hash."""
         return bool(self._waiting) and self._waiting[0] == name
 
     def add(self, name: str, dtype: str, shape: Iterable[int], data: Iterable[Any]) -> None:
-        """Add the next tensor; one that is not next is left to `read`."""
+        """Add the tensor if it is next. A tensor that is not next is left to `read`."""
         if self.is_next(name):
             self._result.add(self._waiting.popleft(), dtype, shape, data)
 
     def read(self, info: CheckpointInfo, before: str | None = None) -> None:
-        """Read what is still waiting, or what of it comes before a name, from the files."""
+        """Read the waiting tensors from the files: all of them, or those whose names come before `before`."""
         while self._waiting and (before is None or self._waiting[0] < before):
             t = info.tensors[self._waiting.popleft()]
             buffer = memoryview(bytearray(min(t.n_bytes, CHUNK_BYTES)))
             self._result.add(t.name, t.dtype, t.shape, pieces(t, buffer))
 
     def finish(self, info: CheckpointInfo) -> str:
-        """The hash; what was left out is read from the files. An adapter's scales follow, as ``|adapter_config``."""
+        """Read the waiting tensors from the files and return the hash.
+
+        For an adapter, the settings of its config that change the expert are added as ``|adapter_config``.
+        """
         self.read(info)
         if info.is_adapter:
             settings = {k: info.config[k] for k in ADAPTER_KEYS if info.config.get(k)}
@@ -84,9 +90,12 @@ class HashInTurn:
 
 
 class HashedReader:
-    """Reads tensors of a checkpoint, and hashes their bytes on the way unless their hash is known. For one thread.
+    """Reads tensors of a checkpoint and hashes their bytes on the way, unless their hash is known. For one thread.
 
-    Tensors asked for in the order of their names are read once; any other order costs a second read.
+    Tensors asked for in the order of their names are read once. Any other order costs a second read.
+
+    Args:
+        info: The checkpoint.
     """
 
     def __init__(self, info: CheckpointInfo) -> None:
@@ -95,10 +104,10 @@ class HashedReader:
         self._hash = HashInTurn(() if self._stamps in _known else info.tensors)
 
     def read(self, name: str, buffer: memoryview) -> None:
-        """Fill `buffer`, of the tensor's length, with its bytes.
+        """Fill `buffer`, which has the tensor's length, with its bytes.
 
         Raises:
-            WeightsError: the file was changed or cannot be read.
+            WeightsError: The file was changed or cannot be read.
         """
         t = self._info.tensors[name]
         self._hash.read(self._info, before=name)
@@ -109,10 +118,10 @@ class HashedReader:
             deque(data, maxlen=0)
 
     def finish(self) -> None:
-        """Read what was not asked for, so that `hash_once` knows the hash of what was read.
+        """Read what was not asked for, so that `hash_once` knows the hash of the tensors that were read.
 
         Raises:
-            WeightsError: a file was changed meanwhile.
+            WeightsError: A file was changed in the meantime.
         """
         digest = _known.get(self._stamps) or self._hash.finish(self._info)
         if _stamps(self._info) != self._stamps:
@@ -121,8 +130,10 @@ class HashedReader:
 
 
 def hash_folder(folder: str | Path, names: Collection[str] | None = None) -> str:
-    """Hash of a folder's tensors, or of those `names`.
+    """Return the hash of a folder's tensors, or of the tensors `names`.
 
+    Raises:
+        WeightsError: The folder is not a valid checkpoint, or lacks one of `names`.
     Cost: one read of the files; sha256 runs at 1 to 2 GB/s.
     """
     return hash_checkpoint(read_checkpoint(folder), names)
@@ -137,7 +148,7 @@ def hash_checkpoint(info: CheckpointInfo, names: Collection[str] | None = None) 
 
 
 def hash_once(info: CheckpointInfo) -> str:
-    """`hash_checkpoint`, remembered for as long as the process lives and the files are as they were."""
+    """As `hash_checkpoint`. The result is kept for as long as the process lives and the files stay unchanged."""
     stamps = _stamps(info)
     if stamps not in _known:
         _known[stamps] = hash_checkpoint(info)
@@ -153,10 +164,14 @@ def _stamps(info: CheckpointInfo) -> tuple[object, ...]:
 
 
 def pieces(t: TensorHeader, buffer: memoryview) -> Iterable[memoryview]:
-    """A tensor's bytes in pieces of `CHUNK_BYTES`, through `buffer`; where it is as long as the tensor, it holds it in the end.
+    """Yield a tensor's bytes in pieces of `CHUNK_BYTES`, through `buffer`.
 
+    Args:
+        t: The tensor.
+        buffer: Memory that the pieces are views of. If it is as long as the tensor, it holds the whole tensor in the
+            end.
     Raises:
-        WeightsError: the file was changed or cannot be read.
+        WeightsError: The file was changed or cannot be read.
     """
     try:
         with t.file.open("rb", buffering=0) as f:
@@ -178,7 +193,7 @@ def pieces(t: TensorHeader, buffer: memoryview) -> Iterable[memoryview]:
 
 
 def _fill(file: RawIOBase, buffer: memoryview) -> bool:
-    """Read until the buffer is full; False if the file ends before."""
+    """Read until the buffer is full. Return False if the file ends before."""
     done = 0
     while done < len(buffer):
         n = file.readinto(buffer[done:])

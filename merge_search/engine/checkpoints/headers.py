@@ -1,8 +1,8 @@
-"""What a checkpoint holds, read from its headers alone: names, dtypes, shapes, places. No tensor data, no torch.
+"""The contents of a checkpoint, from its headers alone: names, dtypes, shapes, positions. Imports no torch.
 
-A safetensors file is an 8-byte little-endian length, that many bytes of JSON, then the tensors back to back.
-The parser refuses what the reference implementation refuses (truncation, trailing bytes, overlaps, holes,
-sizes that do not match shapes, unknown dtypes) and repeated names besides. Pickles are never opened.
+A safetensors file is an 8-byte little-endian length, that many bytes of JSON, then the tensors back to back. The parser
+refuses what the reference implementation refuses (truncation, trailing bytes, overlaps, holes, sizes that do not match
+shapes, unknown dtypes), and repeated names as well. Pickles are never opened.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from merge_search.engine.checkpoints.dtypes import DTYPES
 from merge_search.errors import WeightsError
 
 __all__ = [
     "ADAPTER_CONFIG",
-    "FLOATING",
     "CheckpointInfo",
     "TensorHeader",
     "natural_key",
@@ -28,14 +28,6 @@ __all__ = [
     "read_json",
     "resolve_model",
 ]
-
-DTYPE_BITS = {
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
-}  # fmt: skip
-FLOATING = ("F64", "F32", "BF16", "F16")
-"""Dtypes that can be merged; narrower floats are quantised storage that means nothing without its scales."""
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -47,10 +39,15 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """Where one tensor lies: bytes [start, end) of `file`, counted from the start of the file.
+    """Position of one tensor: bytes [start, end) of `file`, counted from the start of the file.
 
     Attributes:
-        dtype: safetensors' word for it: ``BF16``, ``F32``, ``I64``, ...
+        name: Name of the tensor.
+        dtype: safetensors' name of the dtype: ``BF16``, ``F32``, ``I64``, ...
+        shape: Its shape.
+        file: The file that holds it.
+        start: Its first byte.
+        end: The byte after its last.
     """
 
     name: str
@@ -62,10 +59,12 @@ class TensorHeader:
 
     @property
     def n_elements(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def n_bytes(self) -> int:
+        """Number of bytes on disk."""
         return self.end - self.start
 
 
@@ -74,8 +73,10 @@ class CheckpointInfo:
     """A folder's tensors by name, in the natural order of their names (``layers.2`` before ``layers.10``).
 
     Attributes:
+        folder: The folder.
+        tensors: Headers by name of the tensor.
         config: ``config.json``; for an adapter ``adapter_config.json``.
-        is_adapter: A LoRA adapter, whose tensors are factors named by module.
+        is_adapter: Whether it is a LoRA adapter, whose tensors are factors named by module.
     """
 
     folder: Path
@@ -85,20 +86,26 @@ class CheckpointInfo:
 
     @property
     def n_bytes(self) -> int:
+        """Number of bytes of all tensors."""
         return sum(t.n_bytes for t in self.tensors.values())
 
     @property
     def files(self) -> tuple[Path, ...]:
+        """Files that hold tensors, sorted."""
         return tuple(sorted({t.file for t in self.tensors.values()}))
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sort key under which numbers count as numbers."""
+    """Return a sort key that compares numbers in names by value."""
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name)]
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a `WeightsError` that names the file."""
+    """Read a JSON object from a file.
+
+    Raises:
+        WeightsError: The file cannot be read or holds no JSON object; the message names the file.
+    """
     try:
         data = json.loads(file.read_bytes())
     except OSError as error:
@@ -114,10 +121,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> dict[str, TensorHeader]:
-    """Tensors of one safetensors file, in the order of their data.
+    """Return the tensors of one safetensors file, in the order of their data.
 
     Raises:
-        WeightsError: the file is not a whole, valid safetensors file.
+        WeightsError: The file is not a whole, valid safetensors file.
     Cost: reads the header only.
     """
     try:
@@ -174,15 +181,14 @@ def _tensor(file: Path, name: str, entry: Any, data: int) -> TensorHeader:
     if not (isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}):
         raise _damaged(file, f"tensor {name!r} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not (isinstance(dtype, str) and dtype in DTYPE_BITS):
+    if not (isinstance(dtype, str) and dtype in DTYPES):
         raise _damaged(file, f"tensor {name!r} has an unknown dtype {dtype!r}")
     if not (isinstance(shape, list) and all(map(_is_size, shape))):
         raise _damaged(file, f"tensor {name!r}: the shape must be a list of sizes, got {shape!r}")
-    if not (
-        isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_size, offsets)) and offsets[0] <= offsets[1]
-    ):
+    are_two_sizes = isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_size, offsets))
+    if not (are_two_sizes and offsets[0] <= offsets[1]):
         raise _damaged(file, f"tensor {name!r}: data_offsets must be [begin, end], got {offsets!r}")
-    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    bits = math.prod(shape) * DTYPES[dtype].bits
     if bits != 8 * (offsets[1] - offsets[0]):
         raise _damaged(
             file, f"tensor {name!r}: shape {shape} of {dtype} is {bits / 8:g} bytes, its data {offsets[1] - offsets[0]}"
@@ -194,12 +200,9 @@ def _check_back_to_back(file: Path, tensors: list[TensorHeader], data: int, size
     position = data
     for t in tensors:
         if t.start != position:
-            what = (
-                "overlaps the tensor before it"
-                if t.start < position
-                else f"leaves a hole of {t.start - position} bytes"
-            )
-            raise _damaged(file, f"tensor {t.name!r} {what}")
+            hole = f"leaves a hole of {t.start - position} bytes"
+            problem = "overlaps the tensor before it" if t.start < position else hole
+            raise _damaged(file, f"tensor {t.name!r} {problem}")
         position = t.end
     if position > size:
         cut = next(t.name for t in tensors if t.end > size)
@@ -212,12 +215,12 @@ def _check_back_to_back(file: Path, tensors: list[TensorHeader], data: int, size
 
 
 def read_checkpoint(folder: str | Path) -> CheckpointInfo:
-    """Headers and config of a Hugging Face folder: one file, shards with an index, or a LoRA adapter.
+    """Read headers and config of a Hugging Face folder: one file, shards with an index, or a LoRA adapter.
 
-    As in transformers, ``model.safetensors`` wins over an index beside it (the index is then a leftover).
+    As in transformers, ``model.safetensors`` takes precedence over an index beside it, which is then a leftover.
 
     Raises:
-        WeightsError: no such folder, no safetensors in it, a shard is missing or damaged, no config.
+        WeightsError: The folder does not exist, holds no safetensors or no config, or a shard is missing or damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -227,7 +230,8 @@ def read_checkpoint(folder: str | Path) -> CheckpointInfo:
     if (folder / ADAPTER_CONFIG).is_file():
         if has_weights:
             raise WeightsError(
-                f"{folder}: holds a whole model and also {ADAPTER_CONFIG}, so it is unclear which is meant; move one of them away"
+                f"{folder}: holds a whole model and also {ADAPTER_CONFIG}, so it is unclear which is meant; "
+                "move one of them away"
             )
         return _read_adapter(folder)
     if not has_weights:
@@ -251,7 +255,7 @@ def _join(tables: Iterable[dict[str, TensorHeader]]) -> dict[str, TensorHeader]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """Files that the index names, each checked to exist and to hold the tensors promised."""
+    """Return the files that the index names, each checked to exist and to hold the tensors that the index lists."""
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(f, str) for f in weight_map.values())):
         raise WeightsError(f"{folder / INDEX}: must have a weight_map from tensor to file; download or copy it again")
@@ -260,8 +264,8 @@ def _shards(folder: Path) -> list[Path]:
         raise WeightsError(f"{folder / INDEX}: must name files of the same folder, got {outside[0]!r}")
     if missing := [n for n in names if not (folder / n).is_file()]:
         raise WeightsError(
-            f"{folder}: {len(missing)} of the {len(names)} shards that {INDEX} names are missing ({', '.join(missing[:3])}); "
-            "finish the download or copy them again"
+            f"{folder}: {len(missing)} of the {len(names)} shards that {INDEX} names are missing "
+            f"({', '.join(missing[:3])}); finish the download or copy them again"
         )
     held = {name: read_header(folder / name) for name in names}
     for tensor, file in weight_map.items():
@@ -284,19 +288,23 @@ def _read_adapter(folder: Path) -> CheckpointInfo:
 def _no_weights(folder: Path, wanted: str = WEIGHTS) -> str:
     files = [f for f in folder.iterdir() if f.is_file()]
     if dangling := sorted(f.name for f in folder.iterdir() if f.is_symlink() and not f.exists()):
-        return f"{folder}: must hold {wanted}, found links that lead nowhere ({', '.join(dangling[:3])}); download it again"
+        shown = ", ".join(dangling[:3])
+        return f"{folder}: must hold {wanted}, found links that lead nowhere ({shown}); download it again"
     if not files:
         return f"{folder}: must hold {wanted}, but the folder is empty; download or copy it again"
     pickles = sorted(f.name for pattern in PICKLES for f in folder.glob(pattern) if f.name != "training_args.bin")
     if pickles:
         return (
-            f"{folder}: must hold {wanted}, found only pickled weights ({', '.join(pickles[:3])}), which can run any code when "
-            "opened and are never opened here; convert them where you trust them: "
+            f"{folder}: must hold {wanted}, found only pickled weights ({', '.join(pickles[:3])}), "
+            "which can run any code when opened and are never opened here; convert them where you trust them: "
             f"transformers' AutoModel.from_pretrained({folder.name!r}).save_pretrained(OUT) writes safetensors"
         )
     loose = sorted(f.name for f in folder.glob("*.safetensors"))
     if loose:
-        return f"{folder}: must hold {wanted} or {INDEX}, found only {', '.join(loose[:3])}; the index is missing or the name is another"
+        return (
+            f"{folder}: must hold {wanted} or {INDEX}, found only {', '.join(loose[:3])}; "
+            "the index is missing, or the file has another name"
+        )
     return f"{folder}: must hold {wanted}, found no weights among {len(files)} files"
 
 
@@ -304,12 +312,12 @@ def _no_weights(folder: Path, wanted: str = WEIGHTS) -> str:
 
 
 def resolve_model(path_or_id: str | Path) -> Path:
-    """The folder that a path or hub id (``org/name``) means; a hub id's files are downloaded once and cached.
+    """Return the folder of a path or hub id (``org/name``). The files of a hub id are downloaded once and cached.
 
-    Only weights, JSON and tokenizer files are fetched; code and pickles never.
+    Only weights, JSON and tokenizer files are fetched, never code or pickles.
 
     Raises:
-        WeightsError: no such folder, and the hub has no such repository or cannot be reached.
+        WeightsError: There is no such folder, and the hub has no such repository or cannot be reached.
     """
     path = Path(path_or_id).expanduser()
     if path.is_dir():

@@ -1,8 +1,8 @@
-"""Where a tensor belongs, by its name alone: its block and its module kind.
+"""The group of a tensor, by its name alone: its block and its module kind.
 
-A *stack* is a list of like layers (``model.layers``, ``encoder.block``); the first number of a name that stands
-behind a stack's name is the layer. Blocks are counted over all stacks, stacks in the order in which they appear
-among the naturally sorted names, so a decoder's blocks come before an encoder's.
+A *stack* is a list of like layers (``model.layers``, ``encoder.block``). The first number in a name that follows a
+stack's name is the layer. Blocks are counted over all stacks. Stacks come in the order in which they appear among the
+naturally sorted names, so a decoder's blocks come before an encoder's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from merge_search.engine.checkpoints.headers import FLOATING, CheckpointInfo, TensorHeader, natural_key
+from merge_search.engine.checkpoints.dtypes import FLOATING
+from merge_search.engine.checkpoints.headers import CheckpointInfo, TensorHeader, natural_key
 from merge_search.recipe import Group
 
 __all__ = ["is_before_blocks", "is_mergeable", "layout", "name_groups"]
@@ -32,16 +33,16 @@ HEAD = re.compile(
 EMBEDDING = re.compile(r"embed|^(wte|wpe|shared|cls_token|mask_token|distillation_token|relative_attention_bias)$")
 MIXER = re.compile(r"^(mixer|mamba|ssm|recurrent|temporal_block|conv)$")
 
-# Buffers that old checkpoints carry as floats although no model learns them: causal masks and rotary frequencies.
+# Buffers that old checkpoints store as floats although no model learns them: causal masks and rotary frequencies.
 BUFFER = re.compile(r"(attn|attention)\.(masked_)?bias$")
-# Heads of pretraining that other model classes leave out: what is never computed is not merged.
+# Model classes with and without the heads of pretraining. A head that is never computed is not merged.
 LANGUAGE_MODELS = ("ForMaskedLM", "ForCausalLM", "LMHeadModel", "ForTokenClassification", "ForQuestionAnswering")
 PRETRAINING = ("ForPreTraining", "ForNextSentencePrediction")
 FREQUENCIES = re.compile(r"(^|\.)(inv_freq|rotary_pos_emb\.\w+)$")
 
 
 def is_mergeable(tensor: TensorHeader) -> bool:
-    """Whether a tensor takes part in merging: floating, and learned. All others are copied from the base."""
+    """Whether a tensor takes part in merging: it is floating and learned. All others are copied from the base."""
     if tensor.dtype not in FLOATING or FREQUENCIES.search(tensor.name):
         return False
     # A causal mask is (1, 1, n, n) and its fill value a scalar; a real bias has one dimension.
@@ -49,9 +50,9 @@ def is_mergeable(tensor: TensorHeader) -> bool:
 
 
 def layout(info: CheckpointInfo) -> dict[str, Group]:
-    """Group of every tensor of a checkpoint that is merged, in its order.
+    """Return the group of every tensor of a checkpoint that is merged, in the checkpoint's order.
 
-    Left out, and so the base's: what `is_mergeable` excludes, and poolers of language models.
+    Tensors that `is_mergeable` excludes, and poolers of language models, are left out and so stay the base's.
     """
     groups = name_groups(info.tensors)
     names = info.config.get("architectures") or [""]
@@ -66,35 +67,39 @@ def _is_used(name: str, architecture: str) -> bool:
 
 
 def name_groups(names: Iterable[str]) -> dict[str, Group]:
-    """Group of every name, in natural order.
+    """Return the group of every name, in natural order.
 
     Determinism: depends on the set of names only.
     """
-    places = {name: _place(name) for name in sorted(names, key=natural_key)}
+    positions = {name: _position(name) for name in sorted(names, key=natural_key)}
     stacks: dict[str, set[int]] = {}
-    for place in places.values():
-        if place is not None:
-            stacks.setdefault(place[0], set()).add(place[1])
+    for position in positions.values():
+        if position is not None:
+            stacks.setdefault(position[0], set()).add(position[1])
     block: dict[tuple[str, int], int] = {}
     for stack, layers in stacks.items():
         for layer in sorted(layers):
             block[stack, layer] = len(block)
-    return {
-        name: Group(name, None if place is None else block[place[:2]], _kind(name, None if place is None else place[2]))
-        for name, place in places.items()
-    }
+    groups = {}
+    for name, position in positions.items():
+        if position is None:
+            groups[name] = Group(name, None, _kind(name, None))
+        else:
+            stack, layer, tail = position
+            groups[name] = Group(name, block[stack, layer], _kind(name, tail))
+    return groups
 
 
 def is_before_blocks(group: Group) -> bool:
-    """Whether a tensor stands before all blocks: an embedding, or the norm of one (``embeddings.LayerNorm`` of BERT)."""
+    """Whether a tensor comes before all blocks: an embedding, or its norm (``embeddings.LayerNorm`` of BERT)."""
     parts = group.tensor.lower().split(".")
     return group.kind == "embedding" or (
         group.block is None and group.kind == "norm" and any(EMBEDDING.search(p) for p in parts)
     )
 
 
-def _place(name: str) -> tuple[str, int, str] | None:
-    """Stack, layer and what follows them in a name; None outside any stack."""
+def _position(name: str) -> tuple[str, int, str] | None:
+    """Return stack, layer and the rest of a name; None outside any stack."""
     parts = name.split(".")
     for i, part in enumerate(parts):
         if part.isdecimal() and i > 0:
@@ -105,9 +110,9 @@ def _place(name: str) -> tuple[str, int, str] | None:
 
 
 def _kind(name: str, tail: str | None) -> str:
-    """Module kind; `tail` is what follows the layer's number, None outside any stack."""
+    """Return the module kind. `tail` is the part of the name after the layer's number, None outside any stack."""
     parts = (name if tail is None else tail).lower().split(".")
-    # The module that owns the parameter decides norms: ``self_attn.q_norm.weight`` is a norm, not attention.
+    # The module that holds the parameter decides about norms: ``self_attn.q_norm.weight`` is a norm, not attention.
     owner = parts[-2] if len(parts) > 1 else parts[-1]
     if NORM.search(owner):
         return "norm"

@@ -1,7 +1,8 @@
-"""Where the parameters of a module lie on disk, for architectures that transformers renames, splits or stacks.
+"""Where the parameters of a module are on disk, for architectures that transformers renames, splits or stacks.
 
-Adapters name modules. transformers' own rule for saving is run on the addresses of single parameters of a model without
-weights: what comes out says which tensors on disk a parameter is made of, and which of its elements each one holds.
+Adapters name modules. This file runs transformers' own conversion for saving on the addresses of single parameters of a
+model without weights. The result shows which tensors on disk a parameter is made of, and which of its elements each one
+holds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from merge_search._compat.transformers import as_saved
 from merge_search.engine.checkpoints.headers import CheckpointInfo
 from merge_search.engine.checkpoints.views import affine
 from merge_search.errors import WeightsError
@@ -21,11 +23,15 @@ __all__ = ["Part", "parts_on_disk", "skeleton"]
 
 @dataclass(frozen=True)
 class Part:
-    """The tensor `name` on disk is a strided view of a parameter.
+    """A tensor on disk that is a strided view of a parameter.
 
     Attributes:
-        n_elements: Of the parameter.
-        is_whole: It is the parameter: the same shape, every element in its place.
+        name: Name of the tensor on disk.
+        shape: Its shape.
+        strides: Its strides in the parameter, in elements.
+        offset: Its first element in the parameter.
+        n_elements: Number of elements of the parameter.
+        is_whole: Whether it is the parameter itself: the same shape, every element in its place.
     """
 
     name: str
@@ -36,34 +42,37 @@ class Part:
     is_whole: bool
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The view of a contiguous tensor."""
+        """Return the view of a contiguous tensor."""
         return torch.as_strided(parameter, self.shape, self.strides, parameter.storage_offset() + self.offset)
 
 
 def parts_on_disk(base: CheckpointInfo, parameters: Iterable[str]) -> dict[str, tuple[Part, ...]]:
-    """Parts of each parameter; a parameter is left out that the model lacks, or whose parts the base's files lack.
+    """Return the parts of each parameter.
 
-    Cost: a model without weights, 8 bytes per element of one parameter at a time.
+    Parameters that the model lacks, or whose parts the base's files lack, are left out.
+
+    Args:
+        base: The base's headers and config.
+        parameters: Names of parameters in the model.
+    Cost: a model without weights, and 8 bytes per element of one parameter at a time.
     """
     wanted = list(parameters)
     model = skeleton(base) if wanted else None
     if model is None:
         return {}
-    from transformers.core_model_loading import revert_weight_conversion
-
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {}
+    parts_of = {}
     for name in wanted:
         if name not in shapes:
             continue
         address = torch.arange(torch.Size(shapes[name]).numel()).view(shapes[name])
         try:
-            parts = [_part(n, a, address) for n, a in revert_weight_conversion(model, {name: address}).items()]
-        except WeightsError:  # rearranged: no view of the parameter
+            parts = [_part(n, a, address) for n, a in as_saved(model, {name: address}).items()]
+        except WeightsError:  # the tensors on disk are no views of the parameter
             continue
         if all(p.name in base.tensors and base.tensors[p.name].shape == p.shape for p in parts):
-            found[name] = tuple(parts)
-    return found
+            parts_of[name] = tuple(parts)
+    return parts_of
 
 
 def _part(name: str, address: torch.Tensor, parameter: torch.Tensor) -> Part:
@@ -72,7 +81,7 @@ def _part(name: str, address: torch.Tensor, parameter: torch.Tensor) -> Part:
 
 
 def skeleton(base: CheckpointInfo) -> Any:
-    """The base's model on the meta device; None where transformers does not know it."""
+    """Return the base's model on the meta device; None where transformers does not know it."""
     import transformers
 
     names = base.config.get("architectures") or []

@@ -1,9 +1,9 @@
 """Views of a live model's weights under the names that they have on disk.
 
-transformers renames, splits and stacks tensors when it loads some architectures (fused experts of Mixtral, ViT,
-LLaVA). Its own rule for saving is run on *addresses* in place of weights: every element carries its place in the
-model, so whatever comes out says, for each tensor on disk, where in which parameter its elements live. As long as
-that is an offset and strides, a view of the parameter is the tensor on disk, and writing there is exact.
+transformers renames, splits and stacks tensors when it loads some architectures (fused experts of Mixtral, ViT, LLaVA).
+This file runs transformers' own conversion for saving on *addresses* instead of weights: every element holds its
+position in the model. The result shows, for each tensor on disk, where in which parameter its elements are. As long as
+that is an offset and strides, a view of the parameter is the tensor on disk, and writing into the view is exact.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_search._compat.transformers import as_saved, converts_weights
 from merge_search.engine.checkpoints.layout import name_groups
 from merge_search.errors import WeightsError
 
@@ -23,19 +24,18 @@ __all__ = ["affine", "disk_views", "storages_shared"]
 
 
 def disk_views(model: Any) -> dict[str, Tensor]:
-    """Live views by name on disk: every parameter and persistent buffer, tied names included.
+    """Return live views by name on disk: every parameter and persistent buffer, tied names included.
 
     Writing into a view under `torch.no_grad` writes into the model.
 
     Args:
         model: A transformers model made by `from_pretrained`.
     Raises:
-        WeightsError: a tensor on disk is not a strided part of one parameter.
-    Cost: none where names are equal; else 8 bytes per element of one block at a time, on the CPU.
+        WeightsError: A tensor on disk is not a strided part of one parameter.
+    Cost: none where the names are equal; otherwise 8 bytes per element of one block at a time, on the CPU.
     """
     state: dict[str, Tensor] = model.state_dict()
-    conversions = getattr(model, "_weight_conversions", None)
-    if not conversions:
+    if not converts_weights(model):
         return dict(state)
     views: dict[str, Tensor] = {}
     for names in _portions(state):
@@ -44,7 +44,10 @@ def disk_views(model: Any) -> dict[str, Tensor]:
 
 
 def _portions(state: Mapping[str, Tensor]) -> list[list[str]]:
-    """Names block by block: a conversion never reaches over two blocks, and one block's addresses fit in memory."""
+    """Return the names block by block. A conversion never spans two blocks.
+
+    The addresses of one block fit in memory; those of the whole model may not.
+    """
     groups = name_groups(state)
     portions: dict[int | None, list[str]] = {}
     for name in state:
@@ -53,28 +56,31 @@ def _portions(state: Mapping[str, Tensor]) -> list[list[str]]:
 
 
 def _convert(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    from transformers.core_model_loading import revert_weight_conversion
+    """Return the views of the tensors on disk that `state` is saved as.
 
-    addresses, starts, owners, n = {}, [], [], 0
+    Raises:
+        WeightsError: A tensor on disk is not a strided part of one parameter.
+    """
+    addresses, starts, parameters, n = {}, [], [], 0
     for name, tensor in state.items():
         if not tensor.is_contiguous():
             raise WeightsError(f"parameter {name!r} must be contiguous in memory, got strides {tensor.stride()}")
         addresses[name] = torch.arange(n, n + tensor.numel()).view(tensor.shape)
         if tensor.numel():
             starts.append(n)
-            owners.append(tensor)
+            parameters.append(tensor)
         n += tensor.numel()
     views = {}
-    for name, address in revert_weight_conversion(model, addresses).items():
+    for name, address in as_saved(model, addresses).items():
         if address.numel() == 0:
             continue
         first, strides = affine(name, address)
         index = bisect_right(starts, first) - 1
-        owner, offset = owners[index], first - starts[index]
+        parameter, offset = parameters[index], first - starts[index]
         last = offset + sum((size - 1) * stride for size, stride in zip(address.shape, strides, strict=True))
-        if last >= owner.numel():
+        if last >= parameter.numel():
             raise WeightsError(f"tensor {name!r} must lie in one parameter of the model, but spans several; {_HINT}")
-        views[name] = torch.as_strided(owner, address.shape, strides, owner.storage_offset() + offset)
+        views[name] = torch.as_strided(parameter, address.shape, strides, parameter.storage_offset() + offset)
     return views
 
 
@@ -82,7 +88,11 @@ _HINT = "this architecture cannot be written in place"
 
 
 def affine(name: str, address: Tensor) -> tuple[int, list[int]]:
-    """First address and strides of a tensor of addresses, checked to describe all of it."""
+    """Return first address and strides of a tensor of addresses.
+
+    Raises:
+        WeightsError: An offset and strides do not describe all of the tensor.
+    """
     first = int(address[(0,) * address.dim()])
     strides = []
     for d, size in enumerate(address.shape):
@@ -102,7 +112,7 @@ def affine(name: str, address: Tensor) -> tuple[int, list[int]]:
 
 
 def storages_shared(views: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """Pairs of names whose views begin at the same place of the same storage: tied tensors."""
+    """Return pairs of names whose views begin at the same position of the same storage: tied tensors."""
     seen: dict[tuple[object, ...], str] = {}
     pairs = []
     for name, view in views.items():

@@ -1,8 +1,8 @@
-"""Vocabularies: which row of an expert's embedding belongs to which row of the base's. Torch-free.
+"""Vocabularies: which row of an expert's embedding matches which row of the base's. Torch-free.
 
 Rows are matched by token, never by index. An expert may differ from the base in *added* tokens only (chat markers,
-padding): the rows of tokens that both have are merged, rows that only the expert has are left out, rows that only
-the base has stay the base's.
+padding). Rows of tokens that both have are merged. Rows of tokens that only the expert has are left out. Rows of tokens
+that only the base has stay the base's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ N_SHOWN = 3
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Token -> id, added tokens included; `added` are those that the tokenizer lists as added."""
+    """Token ids of a tokenizer.
+
+    Attributes:
+        ids: Id by token, added tokens included.
+        added: The tokens that the tokenizer lists as added.
+    """
 
     ids: Mapping[str, int]
     added: frozenset[str]
@@ -31,16 +36,25 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class RowMap:
-    """Row `base[k]` of a tensor of the base is the token of row `expert[k]` of the expert's. Equal lengths."""
+    """Rows of two tensors that belong to the same tokens.
+
+    Attributes:
+        base: Rows of the base's tensor.
+        expert: The expert's row for each of them.
+        n_extra: Number of tokens that only the expert has. Their rows are left out.
+    """
 
     base: tuple[int, ...]
     expert: tuple[int, ...]
     n_extra: int
-    """Tokens that only the expert has; their rows are left out."""
 
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:
-    """Vocabulary of a folder's tokenizer files, or None where there is none that can be read without its code."""
+    """Return the vocabulary of a folder's tokenizer files; None where there is none that can be read without its code.
+
+    Raises:
+        WeightsError: A tokenizer file is damaged.
+    """
     if (folder / "tokenizer.json").is_file():
         return _from_tokenizer_json(folder / "tokenizer.json")
     added = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
@@ -69,10 +83,9 @@ def _from_tokenizer_json(file: Path) -> Vocabulary:
 
 
 def compare(base: Vocabulary, expert: Vocabulary) -> str:
-    """Why two vocabularies cannot be merged, or '' if they are equal or differ in added tokens only."""
-    changed = [
-        t for t, i in base.ids.items() if expert.ids.get(t, i) != i and not (t in base.added and t in expert.added)
-    ]
+    """Return why two vocabularies cannot be merged; '' if they are equal or differ in added tokens only."""
+    added_in_both = base.added & expert.added
+    changed = [t for t, i in base.ids.items() if expert.ids.get(t, i) != i and t not in added_in_both]
     if changed:
         changed.sort(key=base.ids.__getitem__)
         shown = ", ".join(
@@ -100,11 +113,10 @@ def is_vocabulary_tensor(info: CheckpointInfo, group: Group) -> bool:
 
 
 def row_map(base: Vocabulary, expert: Vocabulary, n_base: int, n_expert: int) -> RowMap | None:
-    """Rows to merge of a tensor with `n_base` and `n_expert` rows, or None if they correspond one to one."""
+    """Return the rows to merge of tensors with `n_base` and `n_expert` rows; None if all rows match one to one."""
     if base.ids == expert.ids and n_base == n_expert:
         return None
-    pairs = sorted(
-        (i, expert.ids[t]) for t, i in base.ids.items() if t in expert.ids and i < n_base and expert.ids[t] < n_expert
-    )
+    shared = [(i, expert.ids[t]) for t, i in base.ids.items() if t in expert.ids]
+    pairs = sorted((i, j) for i, j in shared if i < n_base and j < n_expert)
     n_extra = sum(t not in base.ids for t in expert.ids)
     return RowMap(tuple(i for i, _ in pairs), tuple(j for _, j in pairs), n_extra)

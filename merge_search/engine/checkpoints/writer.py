@@ -1,8 +1,8 @@
-"""A merged model as a Hugging Face folder: whole or not there at all.
+"""Write a merged model as a Hugging Face folder: either whole or not at all.
 
-Everything is written into a temporary folder beside the destination, flushed to disk and renamed. Tensors go straight
-to their place in files laid out beforehand, so one tensor at a time is in memory. The files are canonical, byte for
-byte what safetensors writes; settings and tokenizer are copies of the base's files.
+Everything is written into a temporary folder beside the destination, flushed to disk and renamed. Tensors are written
+straight to their positions in files laid out beforehand, so one tensor at a time is in memory. The files are canonical:
+byte for byte those that safetensors writes. Settings and tokenizer are copies of the base's files.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from merge_search.engine.checkpoints.checkpoint import DTYPES, dtype_name, raw_bytes
+from merge_search.engine.checkpoints.checkpoint import TORCH_DTYPES, dtype_name, raw_bytes
+from merge_search.engine.checkpoints.dtypes import DTYPES, RECIPE_NAMES
 from merge_search.engine.checkpoints.hashing import CHUNK_BYTES, HashInTurn
-from merge_search.engine.checkpoints.headers import DTYPE_BITS, CheckpointInfo, natural_key, read_checkpoint, read_json
+from merge_search.engine.checkpoints.headers import CheckpointInfo, natural_key, read_checkpoint, read_json
 from merge_search.engine.checkpoints.layout import is_mergeable
 from merge_search.engine.execute.runner import is_finite
 from merge_search.errors import InputError, NonFiniteError, WeightsError
@@ -33,10 +34,12 @@ __all__ = ["check_destination", "export_folder"]
 
 SHARD_BYTES = 5 * 10**9
 COPIED = (
-    "generation_config.json", "tokenizer*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.model", "chat_template*",
-    "preprocessor_config.json", "processor_config.json", "image_processor_config.json", "LICENSE*", "NOTICE*",
+    "generation_config.json", "tokenizer*", "special_tokens*", "added_tokens*", "vocab*", "merges*", "*.model",
+    "chat_template*", "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+    "LICENSE*", "NOTICE*",
 )  # fmt: skip
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""Files of the base that are copied into the merged model's folder."""
+_SAFETENSORS_NAMES = {recipe_name: name for name, recipe_name in RECIPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def export_folder(
     tensors: Iterable[tuple[str, Tensor]],
     recipe: Recipe,
     card: str,
-    extra: Callable[[], Mapping[str, str | Path]] | None = None,
+    extra: Callable[[], Mapping[str, str | bytes | Path]] | None = None,
     left_out: Collection[str] = (),
     shard_bytes: int = SHARD_BYTES,
     expected: str = "",
@@ -63,35 +66,39 @@ def export_folder(
     """Write a merged model to `out` and return the sha256 of its tensors (the rule of `hashing`).
 
     Exactly the base's names are written, each in the base's dtype or, where floating, in `recipe.dtype`.
-    ``config.json`` is the base's, with its dtype changed where the tensors' is another.
+    ``config.json`` is the base's, with its dtype changed where that of the tensors differs.
 
     Args:
         out: Must not exist, or be an empty folder.
-        tensors: Every tensor of the base once, the base's shape; cast where the dtype differs. In any order; that of
-            their names is the cheapest.
+        base_folder: Folder of the base.
+        tensors: Every tensor of the base once, in the base's shape; cast where the dtype differs. Any order works; the
+            order of the names is the cheapest.
+        recipe: The recipe, written as ``recipe.json``.
         card: Text of README.md.
-        extra: More files by name (``maps/x.safetensors`` lies in a folder): their text, or a file to copy.
-        expected: sha256 that the tensors must have; '' for any.
+        extra: Returns more files by name (``maps/x.safetensors`` is in a sub-folder): their text or bytes, or a file to
+            copy.
         left_out: Names of the base that are not written: second copies of tied tensors.
+        shard_bytes: Most bytes of one file, unless a tensor is larger.
+        expected: sha256 that the tensors must have; '' for any.
     Raises:
-        InputError: `out` exists and is not empty, or the disk has too little room; nothing was touched.
-        WeightsError: a tensor is missing, unknown, given twice or of another shape, or the hash is not `expected`.
-        NonFiniteError: NaN or infinity in a tensor.
+        InputError: `out` exists and is not empty, or the disk has too little room. Nothing was touched.
+        WeightsError: A tensor is missing, unknown, given twice or of another shape, or the hash is not `expected`.
+        NonFiniteError: A tensor holds NaN or infinity.
     Determinism: the same tensors give the same bytes. On any failure, Ctrl-C included, the temporary folder is
-    removed; after a kill -9 or power loss it is left beside `out` as ``<out>.tmp-<pid>``, and `out` is not there.
+    removed. After a kill -9 or power loss it is left beside `out` as ``<out>.tmp-<pid>``, and `out` does not exist.
     """
     out = Path(out)
     base = read_checkpoint(base_folder)
     entries = _plan(base, recipe.dtype, left_out)
     check_destination(out, sum(e.n_bytes for e in entries))
     temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of an earlier process with this id, so nobody's now
+    shutil.rmtree(temporary, ignore_errors=True)  # a leftover of an earlier process with the same id
     try:
         temporary.mkdir()
         written = HashInTurn([e.name for e in entries])
         _write_tensors(temporary, entries, tensors, shard_bytes, written)
         _write_settings(temporary, base, entries)
-        texts: dict[str, str | Path] = {
+        texts: dict[str, str | bytes | Path] = {
             "README.md": card,
             "recipe.json": recipe.to_json() + "\n",  # unless `extra` has another
             **(extra() if extra else {}),
@@ -101,8 +108,8 @@ def export_folder(
         digest = written.finish(read_checkpoint(temporary))
         if expected and digest != expected:
             raise WeightsError(
-                f"the merged weights must be the scored ones, sha256 {expected[:16]}..., got {digest[:16]}...; nothing was "
-                "written. Was the study run on another device or with another version of torch?"
+                f"the merged weights must be the scored ones, sha256 {expected[:16]}..., got {digest[:16]}...; "
+                "nothing was written. Was the study run on another device or with another version of torch?"
             )
         _sync(temporary)
         os.rename(temporary, out)  # refused if `out` has been filled in the meantime
@@ -117,13 +124,13 @@ def _plan(base: CheckpointInfo, dtype: str | None, left_out: Collection[str]) ->
     entries = []
     for name, t in base.tensors.items():
         if name not in left_out:
-            word = SAFETENSORS_DTYPES[dtype] if dtype is not None and is_mergeable(t) else t.dtype
-            entries.append(_Entry(name, word, t.shape, t.n_elements * DTYPE_BITS[word] // 8, is_mergeable(t)))
+            word = _SAFETENSORS_NAMES[dtype] if dtype is not None and is_mergeable(t) else t.dtype
+            entries.append(_Entry(name, word, t.shape, t.n_elements * DTYPES[word].bits // 8, is_mergeable(t)))
     return entries
 
 
 def check_destination(out: Path, n_bytes: int = 0) -> None:
-    """Raises `InputError` unless `out` is a new or empty folder with room for `n_bytes`; touches nothing in it."""
+    """Raise `InputError` unless `out` is a new or empty folder with room for `n_bytes`. Nothing in it is touched."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError(f"{out}: must be a new or empty folder, but it is a file or link; nothing was written")
     if out.is_dir() and any(out.iterdir()):
@@ -146,13 +153,13 @@ def _write_tensors(
 ) -> None:
     shards = _cut(entries, shard_bytes)
     names = _shard_names(len(shards))
-    places: dict[str, tuple[RawIOBase, int, _Entry]] = {}
+    positions: dict[str, tuple[RawIOBase, int, _Entry]] = {}
     files: list[RawIOBase] = []
     try:
         for name, shard in zip(names, shards, strict=True):
             files.append((folder / name).open("wb", buffering=0))
-            places.update(_lay_out(files[-1], shard))
-        _fill(places, tensors, written)
+            positions.update(_lay_out(files[-1], shard))
+        _fill(positions, tensors, written)
     finally:
         for file in files:
             file.close()
@@ -164,7 +171,7 @@ def _write_tensors(
 
 
 def _cut(entries: list[_Entry], shard_bytes: int) -> list[list[_Entry]]:
-    """Shards in natural order of names, each at most `shard_bytes` unless one tensor is larger."""
+    """Return shards in natural order of names, each at most `shard_bytes` unless one tensor is larger."""
     shards: list[list[_Entry]] = [[]]
     size = 0
     for entry in sorted(entries, key=lambda e: natural_key(e.name)):
@@ -181,9 +188,10 @@ def _shard_names(n: int) -> list[str]:
 
 
 def _lay_out(file: RawIOBase, shard: list[_Entry]) -> dict[str, tuple[RawIOBase, int, _Entry]]:
-    """Write the header and make room for the data; the place of every tensor."""
-    # safetensors' canonical order: wide dtypes first (so that data is aligned), its own rank within a width, names.
-    ranks = list(DTYPE_BITS)
+    """Write the header, make room for the data, and return the position of every tensor."""
+    # safetensors' canonical order: wide dtypes first, so that data is aligned, then its own rank, then names.
+
+    ranks = list(DTYPES)
     shard = sorted(shard, key=lambda e: (-ranks.index(e.dtype), e.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -198,31 +206,31 @@ def _lay_out(file: RawIOBase, shard: list[_Entry]) -> dict[str, tuple[RawIOBase,
 
 
 def _fill(
-    places: dict[str, tuple[RawIOBase, int, _Entry]], tensors: Iterable[tuple[str, Tensor]], written: HashInTurn
+    positions: dict[str, tuple[RawIOBase, int, _Entry]], tensors: Iterable[tuple[str, Tensor]], written: HashInTurn
 ) -> None:
-    """Each tensor to its place; those that come in the order of names are hashed on the way."""
-    left = dict(places)
+    """Write each tensor to its position. Those that come in the order of names are hashed on the way."""
+    left = dict(positions)
     for name, tensor in tensors:
         if name not in left:
-            what = "was given twice" if name in places else "is not a tensor of the base"
-            raise WeightsError(f"export: {name!r} {what}; nothing was written")
+            problem = "was given twice" if name in positions else "is not a tensor of the base"
+            raise WeightsError(f"export: {name!r} {problem}; nothing was written")
         file, position, entry = left.pop(name)
         if tuple(tensor.shape) != entry.shape:
             raise WeightsError(
                 f"export: {name!r} must have shape {list(entry.shape)}, got {list(tensor.shape)}; nothing was written"
             )
         if dtype_name(tensor.dtype) != entry.dtype:
-            tensor = tensor.to(DTYPES[entry.dtype])
+            tensor = tensor.to(TORCH_DTYPES[entry.dtype])
         if entry.is_merged and not is_finite(tensor):
             raise NonFiniteError(
                 f"export: {name!r} must be finite, found NaN or infinity as {entry.dtype}; nothing was written"
             )
         file.seek(position)
-        passing = _write(file, raw_bytes(tensor))
+        data = _write(file, raw_bytes(tensor))
         if written.is_next(name):
-            written.add(name, entry.dtype, entry.shape, passing)
+            written.add(name, entry.dtype, entry.shape, data)
         else:
-            deque(passing, maxlen=0)
+            deque(data, maxlen=0)
     if left:
         raise WeightsError(
             f"export: {len(left)} tensors of the base were not given ({', '.join(list(left)[:3])}); nothing was written"
@@ -230,7 +238,7 @@ def _fill(
 
 
 def _write(file: RawIOBase, data: NDArray[np.uint8] | bytes) -> Iterator[memoryview]:
-    """Write in pieces, each handed on while it is still in the processor's cache."""
+    """Write in pieces, and yield each piece while it is still in the processor's cache."""
     view: memoryview = data.data if isinstance(data, np.ndarray) else memoryview(data)
     for start in range(0, len(view), CHUNK_BYTES):
         piece = view[start : start + CHUNK_BYTES]
@@ -244,12 +252,11 @@ def _write(file: RawIOBase, data: NDArray[np.uint8] | bytes) -> Iterator[memoryv
 
 
 def _write_settings(folder: Path, base: CheckpointInfo, entries: list[_Entry]) -> None:
-    """Copies of the base's files; config.json says the dtype that most of the floating tensors have."""
-    size = {word: sum(e.n_bytes for e in entries if e.dtype == word) for word in SAFETENSORS_DTYPES.values()}
+    """Copy the base's files. config.json gets the dtype that most of the floating bytes have."""
+    size = {word: sum(e.n_bytes for e in entries if e.dtype == word) for word in RECIPE_NAMES}
     largest = max(size, key=lambda word: size[word])
-    dtype = next(name for name, word in SAFETENSORS_DTYPES.items() if word == largest)
     config = read_json(base.folder / "config.json")
-    if size[largest] > 0 and _set_dtype(config, dtype):
+    if size[largest] > 0 and _set_dtype(config, RECIPE_NAMES[largest]):
         _write_file(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     else:
         _write_file(folder / "config.json", base.folder / "config.json")
@@ -260,10 +267,10 @@ def _write_settings(folder: Path, base: CheckpointInfo, entries: list[_Entry]) -
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
-    """Make every dtype that a config names, nested ones too, the given one; whether anything changed.
+    """Set every dtype in a config, nested ones included, to `dtype`. Return whether anything changed.
 
-    transformers loads in the config's dtype, whatever the files hold: a config that says another would not give the
-    model that was scored. A silent config is left silent (the files decide) at any depth.
+    transformers loads in the config's dtype, whatever the files hold. A config with another dtype would not give the
+    model that was scored. A config without a dtype stays without (the files decide), at any depth.
     """
     changed = False
     for key, value in config.items():
@@ -275,14 +282,15 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     return changed
 
 
-def _write_file(file: Path, content: str | Path) -> None:
+def _write_file(file: Path, content: str | bytes | Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Written anew, not copied with its mode: files get the user's umask, cached originals may be read-only or links.
+    # Only the content is copied. The file gets the user's umask; a cached original may be read-only or a link.
+
     if isinstance(content, Path):
         with content.open("rb") as source, file.open("wb") as target:
             shutil.copyfileobj(source, target)
     else:
-        file.write_text(content, encoding="utf-8")
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _sync(folder: Path) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from merge_search.engine.contracts import Pass
 from merge_search.engine.execute.runner import scalars, sweep
-from merge_search.engine.methods.operators import OPERATORS
+from merge_search.engine.methods.assess import measure_of
 from merge_search.engine.methods.stages import combine, elect, survivors
 from merge_search.errors import RecipeError
 from merge_search.recipe import Recipe
+from merge_search.rules import OPERATORS, SPLICES
 
 __all__ = ["linearity_problems", "pass_parts", "unit_recipe"]
 
@@ -31,12 +32,14 @@ def linearity_problems(recipe: Recipe) -> list[str]:
         if info is None or not info.decomposing:
             found.append(f"operator {recipe.operator.name!r} gives no part per expert")
         return found
-    if recipe.splice.kind == "coefficient":
-        found.append("splice 'coefficient' divides by the coefficients")
+    splice = SPLICES.get(recipe.splice.kind)
+    if splice is not None and not splice.is_linear:
+        reason = "divides by the coefficients" if splice.divides_by_coefficients else "is not declared linear in them"
+        found.append(f"splice {splice.name!r} {reason}")
     if recipe.resolve.kind != "none" and recipe.resolve.weighted:
         found.append("a weighted election depends on the coefficients (resolve.weighted)")
     for assess in (recipe.assess, recipe.splice.score):
-        if assess is not None and "scaled" in assess.options.values():
+        if assess is not None and measure_of(assess).depends_on_coefficients(assess.options):
             found.append(f"measure {assess.measure!r} is taken at the scaled model, so it depends on the coefficients")
     return found
 

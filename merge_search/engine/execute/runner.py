@@ -130,7 +130,7 @@ class Runner:
         Returns:
             Whether all of `out` is finite.
         """
-        if self._is_long(base):
+        if self._is_long(base) and not p.structure.outside.measure:
             self._call(p, [out, *(t.to(self.device) for t in (base, *experts))], ())
         else:
             self._run_chunks(p, base, experts, out)

@@ -1,12 +1,13 @@
-"""Fit coefficients block after block to the experts' hidden states: no backward pass through the whole model.
+"""Fit coefficients block after block to the teachers' hidden states, without a backward pass through the whole model.
 
     min over lambda^l   mean over tasks i of   sum_x || f(W^l(lambda^l); h^{l-1}(x)) - f(W_i^l; h_i^{l-1}(x)) ||^2
                                                / sum_x || f(W_i^l; h_i^{l-1}(x)) ||^2
 
-h: hidden states of the merge as fitted so far, h_i: those of the task's own expert; both move on after each block. What
-lies outside blocks keeps the recipe's coefficients. ProDistill (Xu et al. 2025, arXiv 2502.12706), the dual inputs of its
-released code; differs: masks and elections of any recipe, coefficients of any fineness within a block, errors relative
-to the expert's outputs, no padding.
+h are the hidden states of the merge as fitted so far, h_i those of the task's teacher. Both move on after each block.
+Tensors outside blocks keep the recipe's coefficients.
+Source: ProDistill (Xu et al. 2025, arXiv 2502.12706), with the dual inputs of its released code. Differs: masks and
+elections of any recipe, coefficients of any granularity within a block, errors relative to the teacher's outputs, no
+padding.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from merge_search.engine.learners.fit import (
     TaskLoss,
     teacher_recipe,
 )
-from merge_search.engine.learners.granularity import Fineness, make_fineness
+from merge_search.engine.learners.granularity import Granularity, make_granularity
 from merge_search.engine.learners.slopes import Parts, Slopes
 from merge_search.errors import InputError, NonFiniteError, RecipeError
 from merge_search.recipe import Recipe
@@ -42,23 +43,23 @@ from merge_search.recipe import Recipe
 __all__ = ["MOST_INPUTS", "PASSES", "fit_blocks"]
 
 MOST_INPUTS = 1024
-"""Rows of a task whose hidden states are held, for the merge and for the expert. The paper takes 16 to 64."""
+"""Most rows of a task whose hidden states are held, for the merge and for the teacher. The paper takes 16 to 64."""
 PASSES = 4
-"""Forward passes of every such row beside the steps: its first hidden states, and every block by merge and expert."""
+"""Forward passes of every such row besides the steps: the first hidden states and every block, by merge and teacher."""
 FIRST_PASSES = 2
-"""Those of them before the first block is fitted: by merge and expert."""
+"""Those of the `PASSES` that come before the first block is fitted: one by the merge and one by the teacher."""
 
 
 @dataclass(frozen=True)
 class _Call:
-    """How a block is called, but for its first argument, the hidden states."""
+    """The arguments of a call of a block, except the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     is_keyword: bool
 
     def run(self, block: torch.nn.Module, hidden: Tensor) -> Tensor:
-        """Hidden states behind the block. Shape (n, length, width), as before it."""
+        """Return the hidden states after the block. Input and output have shape (n, length, width)."""
         args, kwargs = _spread(self.args, len(hidden)), _spread(self.kwargs, len(hidden))
         out = block(*args, hidden_states=hidden, **kwargs) if self.is_keyword else block(hidden, *args, **kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
@@ -70,38 +71,45 @@ class _Inputs:
     """Rows of one task on their way through the blocks.
 
     Attributes:
-        kind: Rows of one kind go through a block together: they are of one length and called alike.
-        calls: By kind, then by block.
-        merged, expert: Hidden states of each row: shape (1, length, width), the model's dtype.
+        teacher: The expert, or ``base``, whose hidden states the task follows.
+        kind: Kind of each row. Rows of one kind have one length and are called alike, so they go through a block
+            together.
+        calls: Calls by kind, then by block.
+        merged: Hidden states of each row in the merge: shape (1, length, width), the model's dtype.
+        expert: Hidden states of each row in the teacher, likewise.
     """
 
-    owner: str
+    teacher: str
     kind: list[int] = field(default_factory=list)
     calls: list[list[_Call]] = field(default_factory=list)
     merged: list[Tensor] = field(default_factory=list)
     expert: list[Tensor] = field(default_factory=list)
 
-    def together(self, rows: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    def by_kind(self, rows: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """Yield (kind, rows of that kind), in ascending order of kinds."""
         for kind in sorted({self.kind[row] for row in rows}):
             yield kind, [row for row in rows if self.kind[row] == kind]
 
     @torch.no_grad()
     def advance(self, block: torch.nn.Module, at: int, states: list[Tensor], size: int) -> None:
-        """Each row's hidden states through the block, `size` rows at a time."""
-        for kind, members in self.together(range(len(states))):
+        """Replace each row's hidden states by those after the block, `size` rows at a time."""
+        for kind, members in self.by_kind(range(len(states))):
             for start in range(0, len(members), size):
                 some = members[start : start + size]
                 out = self.calls[kind][at].run(block, torch.cat([states[row] for row in some]))
-                for row, found in zip(some, torch.split(out, 1), strict=True):
-                    states[row] = found.clone()  # not a view that keeps the whole batch
+                for row, after in zip(some, torch.split(out, 1), strict=True):
+                    states[row] = after.clone()  # a view would keep the whole batch alive
 
     def error(self, block: torch.nn.Module, at: int, scale: float, rows: Sequence[int]) -> Tensor:
-        """Mean over rows of the squared distance to the expert's outputs (`expert`, moved on already), over `scale`."""
+        """Return the mean over rows of the squared distance to the teacher's outputs, divided by `scale`.
+
+        `expert` must already hold the outputs of this block.
+        """
         total = torch.zeros((), device=self.expert[0].device)
-        for kind, members in self.together(rows):
-            found = self.calls[kind][at].run(block, torch.cat([self.merged[row] for row in members]))
+        for kind, members in self.by_kind(rows):
+            outputs = self.calls[kind][at].run(block, torch.cat([self.merged[row] for row in members]))
             wanted = torch.cat([self.expert[row] for row in members])
-            total = total + (found.float() - wanted.float()).square().sum()
+            total = total + (outputs.float() - wanted.float()).square().sum()
         return total / (scale * len(rows))
 
 
@@ -111,57 +119,66 @@ def fit_blocks(
     views: Mapping[str, Tensor],
     recipe: Recipe,
     losses: Mapping[str, TaskLoss],
-    owners: Mapping[str, str],
+    teachers: Mapping[str, str],
     settings: FitSettings,
     *,
     map_folder: str | Path | None = None,
     cache_bytes: int | None = None,
     on_asked: Callable[[int], None] | None = None,
 ) -> Fitted:
-    """As `coefficients.fit`, from the inside: each block takes `settings.steps` steps, one block after the other.
+    """As `fit.fit`, from the inside: each block takes `settings.steps` steps, one block after the other.
 
     Args:
-        losses: By task. They are called without a graph and for the sake of the forward pass alone: its inputs are what
-            is learned from, its value is not looked at.
-        owners: Task -> the expert, or ``base``, to follow.
-        on_asked: Called with the questions that follow: of the first hidden states, then of each block.
+        engine: The engine that merges the recipe.
+        model: The live model. Its blocks must follow each other.
+        views: Live views by tensor name on disk.
+        recipe: The start.
+        losses: Losses by task. They are called without a graph, for their forward pass alone: the fit learns from the
+            inputs of the blocks and ignores the values.
+        teachers: Task -> the expert, or ``base``, to follow.
+        settings: How to fit.
+        map_folder: As in `fit.fit`.
+        cache_bytes: As in `fit.fit`.
+        on_asked: Called with the number of questions that follow: those of the first hidden states, then those of each
+            block.
     Returns:
-        `Fitted.losses` are means over the blocks, each relative to the expert's outputs.
+        As `fit.fit`. `Fitted.losses` are means over the blocks, each relative to the teacher's outputs.
     Raises:
-        InputError: a task has no owner; coefficients that blocks share; a model whose blocks do not simply follow each
+        InputError: A task has no teacher, blocks share a coefficient, or the model's blocks do not simply follow each
             other (encoder and decoder, layers used twice, something in between).
-        RecipeError, NonFiniteError: as `coefficients.fit`.
-    Cost: per row four forward passes; per step and block a forward and a backward pass through that block. Hidden
-        states of `MOST_INPUTS` rows a task are held twice, activations of one block and one batch.
-    Determinism: as `coefficients.fit`.
+        RecipeError: As `fit.fit`.
+        NonFiniteError: As `fit.fit`.
+    Cost: four forward passes per row; a forward and a backward pass through the block per step and block. Hidden states
+    of `MOST_INPUTS` rows a task are held twice, and activations of one block and one batch.
+    Determinism: as `fit.fit`.
     """
-    _require(losses, owners, recipe, settings)
-    tell = on_asked or (lambda _: None)
+    _require(losses, teachers, recipe, settings)
+    report = on_asked or (lambda _: None)
     began = time.perf_counter()
     parts = Parts(engine, recipe, cache_bytes=cache_bytes)
-    fineness = make_fineness(settings.per, parts, recipe, map_folder=map_folder)
+    granularity = make_granularity(settings.per, parts, recipe, map_folder=map_folder)
     blocks = _blocks(model)
     n_rows = {task: min(loss.n_rows, MOST_INPUTS) for task, loss in losses.items()}
     at_first, in_blocks = _questions(list(n_rows.values()), settings)
-    tell(at_first)
-    order, inputs = _enter(engine, views, recipe, blocks, losses, owners, n_rows)
-    vector, history = torch.nn.Parameter(fineness.start.clone()), []
+    report(at_first)
+    order, inputs = _enter(engine, views, recipe, blocks, losses, teachers, n_rows)
+    vector, history = torch.nn.Parameter(granularity.start.clone()), []
     for at, i in enumerate(order):
-        tell(in_blocks * (at + 1) // len(order) - in_blocks * at // len(order))
-        one = _Block(blocks[i], at, _own_views(blocks[i], views), inputs, settings)
-        one.follow_experts(engine, recipe)
-        if any(parts.get(name)[0] for name in one.views if name in engine.tensors.groups):
-            history.append(one.fit(model, parts, fineness, vector))
-        one.advance()
+        report(in_blocks * (at + 1) // len(order) - in_blocks * at // len(order))
+        block = _Block(blocks[i], at, _own_views(blocks[i], views), inputs, settings)
+        block.follow_teachers(engine, recipe)
+        if any(parts.get(name)[0] for name in block.views if name in engine.tensors.groups):
+            history.append(block.fit(model, parts, granularity, vector))
+        block.advance()
     if not history:
         raise RecipeError("no expert of the recipe changes a block of the live model: there is nothing to learn")
-    learned = fineness.recipe(vector.detach()) if settings.steps else recipe
+    learned = granularity.recipe(vector.detach()) if settings.steps else recipe
     engine.apply(learned, views)
     return Fitted(
         learned,
         tuple(losses),
         np.mean(history, axis=0, dtype=np.float64).reshape(settings.steps, len(losses)),
-        fineness.start.numel(),
+        granularity.start.numel(),
         at_first + in_blocks,
         time.perf_counter() - began,
     )
@@ -169,7 +186,13 @@ def fit_blocks(
 
 @dataclass(frozen=True)
 class _Block:
-    """One block of the live model; `views` are of its own weights."""
+    """One block of the live model.
+
+    Attributes:
+        module: The block.
+        at: Its position in the order in which blocks run.
+        views: Live views of its own weights.
+    """
 
     module: torch.nn.Module
     at: int
@@ -177,55 +200,57 @@ class _Block:
     inputs: Mapping[str, _Inputs]
     settings: FitSettings
 
-    def follow_experts(self, engine: MergeEngine, recipe: Recipe) -> None:
-        """Move the experts' hidden states on; the block holds the weights of `recipe` afterwards."""
-        for expert, mine in _by_owner(self.inputs).items():
-            engine.apply(teacher_recipe(recipe, expert), self.views)
-            for task in mine:
-                found = self.inputs[task]
-                found.advance(self.module, self.at, found.expert, self.settings.batch_rows)
+    def follow_teachers(self, engine: MergeEngine, recipe: Recipe) -> None:
+        """Move the teachers' hidden states on. The block holds the weights of `recipe` afterwards."""
+        for teacher, tasks in _by_teacher(self.inputs).items():
+            engine.apply(teacher_recipe(recipe, teacher), self.views)
+            for task in tasks:
+                rows = self.inputs[task]
+                rows.advance(self.module, self.at, rows.expert, self.settings.batch_rows)
         engine.apply(recipe, self.views)
 
-    def fit(self, model: Any, parts: Parts, fineness: Fineness, vector: torch.nn.Parameter) -> list[list[float]]:
-        """Fit this block's share of `vector` in place and write the weights; losses by step and task."""
+    def fit(self, model: Any, parts: Parts, granularity: Granularity, vector: torch.nn.Parameter) -> list[list[float]]:
+        """Fit this block's share of `vector` in place and write the weights. Return the losses by step and task."""
         losses = {}
-        for task, found in self.inputs.items():
-            scale = sum(float(t.float().square().sum()) for t in found.expert) / len(found.expert)
+        for task, rows in self.inputs.items():
+            scale = sum(float(t.float().square().sum()) for t in rows.expert) / len(rows.expert)
             if not 0 < scale < float("inf"):
                 raise NonFiniteError(f"hidden states of the expert of task {task!r} must be finite and not all zero")
-            losses[task] = TaskLoss(len(found.expert), partial(found.error, self.module, self.at, scale))
-        slopes = Slopes(parts, model, self.views, rows=fineness.needs_rows)
+            losses[task] = TaskLoss(len(rows.expert), partial(rows.error, self.module, self.at, scale))
+        slopes = Slopes(parts, model, self.views, rows=granularity.needs_rows)
         before = vector.detach().clone()
-        state = State(parts, fineness, slopes, self.views, replace(self.settings, normalise=False), vector)
+        state = State(parts, granularity, slopes, self.views, replace(self.settings, normalise=False), vector)
         history = [list(state.step(step, losses).values()) for step in range(self.settings.steps)]
         state.finish()
-        mine = fineness.gradient({name: torch.ones_like(s) for name, s in slopes.values.items()}) != 0
-        with torch.no_grad():  # a pull moves the coefficients of other blocks too
-            vector.copy_(torch.where(mine, vector, before))
+        of_this_block = granularity.gradient({name: torch.ones_like(s) for name, s in slopes.values.items()}) != 0
+        with torch.no_grad():  # `pull` moved the coefficients of other blocks too: undo that
+            vector.copy_(torch.where(of_this_block, vector, before))
         return history
 
     def advance(self) -> None:
         """Move the merge's hidden states on."""
-        for found in self.inputs.values():
-            found.advance(self.module, self.at, found.merged, self.settings.batch_rows)
+        for rows in self.inputs.values():
+            rows.advance(self.module, self.at, rows.merged, self.settings.batch_rows)
 
 
-def _require(losses: Mapping[str, TaskLoss], owners: Mapping[str, str], recipe: Recipe, settings: FitSettings) -> None:
+def _require(
+    losses: Mapping[str, TaskLoss], teachers: Mapping[str, str], recipe: Recipe, settings: FitSettings
+) -> None:
     problems = [
         f"task {task!r} needs a model that is best at it, whose hidden states it follows"
         for task in losses
-        if owners.get(task) not in {"base", *recipe.models.experts}
+        if teachers.get(task) not in {"base", *recipe.models.experts}
     ]
     if not losses:
         problems.append("there must be a task to fit on")
     if settings.per == "expert":
-        problems.append("block outputs are fitted block after block: take a fineness of block or finer, not 'expert'")
+        problems.append("block outputs are fitted block after block: set per to block or finer, not 'expert'")
     if problems:
         raise InputError(problems, where="learner")
 
 
 def _questions(n_rows: Sequence[int], settings: FitSettings) -> tuple[int, int]:
-    """Questions of the first hidden states, and of all blocks together."""
+    """Return the questions of the first hidden states, and those of all blocks together."""
     steps = QUESTIONS_PER_ROW * settings.steps * sum(min(settings.batch_rows, n) for n in n_rows)
     return FIRST_PASSES * sum(n_rows), (PASSES - FIRST_PASSES) * sum(n_rows) + steps
 
@@ -236,36 +261,40 @@ def _enter(
     recipe: Recipe,
     blocks: Sequence[torch.nn.Module],
     losses: Mapping[str, TaskLoss],
-    owners: Mapping[str, str],
+    teachers: Mapping[str, str],
     n_rows: Mapping[str, int],
 ) -> tuple[list[int], dict[str, _Inputs]]:
-    """The order of the blocks, and what enters the first one, by merge and experts; `recipe` is live afterwards."""
-    inputs = {task: _Inputs(owners[task]) for task in losses}
+    """Return the order of the blocks, and what enters the first one by merge and teachers.
+
+    `recipe` is live afterwards.
+    """
+    inputs = {task: _Inputs(teachers[task]) for task in losses}
     engine.apply(recipe, views)
     order = _capture(blocks, losses, inputs, n_rows)
-    for expert, mine in _by_owner(inputs).items():
-        engine.apply(teacher_recipe(recipe, expert), views)
-        for task in mine:
+    for teacher, tasks in _by_teacher(inputs).items():
+        engine.apply(teacher_recipe(recipe, teacher), views)
+        for task in tasks:
             inputs[task].expert = [_first(blocks[order[0]], losses[task], row) for row in range(n_rows[task])]
     engine.apply(recipe, views)
     return order, inputs
 
 
 def _own_views(block: torch.nn.Module, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the block's own weights."""
-    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    return {name: view for name, view in views.items() if view.untyped_storage().data_ptr() in own}
+    """Return the views of the block's own weights."""
+    storages = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    return {name: view for name, view in views.items() if view.untyped_storage().data_ptr() in storages}
 
 
-def _by_owner(inputs: Mapping[str, _Inputs]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def _by_teacher(inputs: Mapping[str, _Inputs]) -> dict[str, list[str]]:
+    """Return the tasks of each teacher."""
+    tasks: dict[str, list[str]] = {}
     for task, rows in inputs.items():
-        found.setdefault(rows.owner, []).append(task)
-    return found
+        tasks.setdefault(rows.teacher, []).append(task)
+    return tasks
 
 
 def _blocks(model: Any) -> list[torch.nn.Module]:
-    """The modules that hold the model's blocks, by name alone (`layout`)."""
+    """Return the modules that hold the model's blocks, found by name alone (`layout`)."""
     names = [name for name, _ in model.named_parameters()]
     groups, paths = name_groups(names), dict[int, str]()
     for name in names:
@@ -281,7 +310,7 @@ def _blocks(model: Any) -> list[torch.nn.Module]:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A call of a block as it came, and what it gave."""
+    """A call of a block as observed, and its output."""
 
     block: int
     hidden: Tensor
@@ -291,7 +320,7 @@ class _Seen:
 
 @contextmanager
 def _watching(blocks: Sequence[torch.nn.Module], *, outputs: bool = True) -> Iterator[list[_Seen]]:
-    """Calls of `blocks` inside, in their order."""
+    """Record the calls of `blocks` inside the context, in their order."""
     seen: list[_Seen] = []
 
     def before(i: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -320,6 +349,7 @@ def _watching(blocks: Sequence[torch.nn.Module], *, outputs: bool = True) -> Ite
 
 
 def _first(block: torch.nn.Module, loss: TaskLoss, row: int) -> Tensor:
+    """Return what enters `block` when `row` runs through the live model."""
     with _watching([block], outputs=False) as seen:
         loss.loss([row])
     return seen[0].hidden.clone()
@@ -331,9 +361,15 @@ def _capture(
     inputs: Mapping[str, _Inputs],
     n_rows: Mapping[str, int],
 ) -> list[int]:
-    """Run every row alone through the live model: what enters its first block and how all are called; their order."""
+    """Run every row alone through the live model and record what enters its first block and how all blocks are called.
+
+    Returns:
+        The order in which the blocks run.
+    Raises:
+        InputError: The model's blocks do not simply follow each other.
+    """
     order: list[int] | None = None
-    for task, found in inputs.items():
+    for task, rows in inputs.items():
         for row in range(n_rows[task]):
             with _watching(blocks) as seen:
                 losses[task].loss([row])
@@ -343,32 +379,41 @@ def _capture(
             calls, shape = [s.call for s in seen], seen[0].hidden.shape
             alike = (
                 kind
-                for kind, known in enumerate(found.calls)
-                if found.merged[found.kind.index(kind)].shape == shape and _equal_calls(known, calls)
+                for kind, known in enumerate(rows.calls)
+                if rows.merged[rows.kind.index(kind)].shape == shape and _equal_calls(known, calls)
             )
-            kind = next(alike, len(found.calls))
-            if kind == len(found.calls):
-                found.calls.append(calls)
-            found.kind.append(kind)
-            found.merged.append(seen[0].hidden.clone())
+            kind = next(alike, len(rows.calls))
+            if kind == len(rows.calls):
+                rows.calls.append(calls)
+            rows.kind.append(kind)
+            rows.merged.append(seen[0].hidden.clone())
+
     assert order is not None
     return order
 
 
 def _order(seen: Sequence[_Seen], n_blocks: int) -> list[int]:
-    """The order in which blocks run. Raises `InputError` unless each runs once, on what the one before it gave."""
+    """Return the order in which blocks run.
+
+    Raises:
+        InputError: A block runs more than once, or its input is not the output of the block before it.
+    """
     order = [s.block for s in seen]
     follows = all(torch.equal(a.output[0], b.hidden) for a, b in itertools.pairwise(seen) if a.output)
     if sorted(order) != list(range(n_blocks)) or not follows:
         raise InputError(
-            "learner: block outputs need a model whose blocks follow each other, each once and with nothing in between, "
-            f"found {len(order)} calls of {n_blocks} blocks; take another loss"
+            "learner: block outputs need a model whose blocks follow each other, each once and with nothing "
+            f"in between, found {len(order)} calls of {n_blocks} blocks; take another loss"
         )
     _require_plain([s.call for s in seen])
     return order
 
 
 def _require_plain(calls: Sequence[_Call]) -> None:
+    """Raise `InputError` unless all arguments are tensors, plain values or tuples of them.
+
+    Only those can be passed to the block again.
+    """
     for value in (v for call in calls for v in (*call.args, *call.kwargs.values())):
         inner = value if isinstance(value, tuple) else (value,)
         if bad := [v for v in inner if not isinstance(v, Tensor | bool | int | float | str | None)]:
@@ -380,6 +425,7 @@ def _equal_calls(a: Sequence[_Call], b: Sequence[_Call]) -> bool:
 
 
 def _equal(a: Any, b: Any) -> bool:
+    """Whether two arguments of a block are equal: tensors element by element, containers entry by entry."""
     if a is b:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -392,7 +438,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _spread(value: Any, n: int) -> Any:
-    """Arguments of one row for n rows: what has a leading dimension of one, and others behind it, is repeated."""
+    """Expand the arguments of one row to n rows: tensors with more than one axis, the first of size 1, are repeated."""
     if isinstance(value, Tensor):
         return value.expand(n, *value.shape[1:]) if value.ndim > 1 and value.shape[0] == 1 else value
     if isinstance(value, tuple):

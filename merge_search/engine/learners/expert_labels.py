@@ -1,4 +1,7 @@
-"""Experts' answers to fit rows, for losses without labels: asked when a fit first draws a row, and then kept."""
+"""Teachers' answers to fit rows, for losses without labels.
+
+A row is asked when a fit first draws it, and its answer is kept.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,20 @@ from merge_search.recipe import Recipe
 
 __all__ = ["ExpertLabels"]
 
-_AT_ONCE = 256
+_AT_ONCE = 256  # rows whose predictions are asked for at a time
 
 
 class ExpertLabels:
-    """Which fit rows the tasks' own experts have answered, for the losses ``pseudo`` and ``kl``.
+    """The fit rows that each task's teacher has answered, for the losses ``pseudo`` and ``kl``.
 
-    ``pseudo`` keeps the answers, ``kl`` how likely the expert finds them and others. The answers themselves stay with the
-    evaluators, in this process: a resumed one asks anew for the rows that it draws.
+    A teacher is the expert, or the base, that is best at a task. ``pseudo`` keeps the teacher's answers, ``kl`` its
+    distribution over answers. Both stay with the evaluators, in this process. A resumed process asks again for the rows
+    that it draws.
 
     Args:
-        evaluators: Those with a differentiable loss answer for their tasks, others are left alone.
+        evaluators: Those with a differentiable loss answer for their tasks. The others are ignored.
     Attributes:
-        asked: Questions put to experts so far, those of a call of `ask` that failed, too.
+        asked: Questions asked of teachers so far, including those of a call of `ask` that failed.
     """
 
     def __init__(self, evaluators: Sequence[object]) -> None:
@@ -37,7 +41,11 @@ class ExpertLabels:
         self._known: dict[tuple[str, str], set[int]] = defaultdict(set)
 
     def questions(self, kind: str, rows: Mapping[str, Iterable[int]]) -> int:
-        """How many questions `ask` would ask. Raises `InputError`: an evaluator has no loss ``kl``."""
+        """Return how many questions `ask` would ask.
+
+        Raises:
+            InputError: An evaluator has no loss ``kl``.
+        """
         return sum(_price(e, task, kind) * len(new) for e, task, new in self._unanswered(kind, rows))
 
     def ask(
@@ -45,28 +53,35 @@ class ExpertLabels:
         engine: MergeEngine,
         views: Mapping[str, Tensor],
         recipe: Recipe,
-        owners: Mapping[str, str],
+        teachers: Mapping[str, str],
         kind: str,
         rows: Mapping[str, Iterable[int]],
     ) -> int:
-        """Let each task's expert answer those of `rows` that it has not answered; returns the questions asked.
+        """Let each task's teacher answer those of `rows` that it has not answered.
 
         Args:
-            recipe: Any over the same models and dtype. The live model holds an expert afterwards, if any was asked.
-            owners: Task -> expert, or ``base``, always the same, for every task with a row to answer.
+            engine: The engine that writes a teacher into the live model.
+            views: Live views by tensor name on disk. If any teacher was asked, the live model holds a teacher
+                afterwards.
+            recipe: Any recipe over the same models and dtype.
+            teachers: Task -> expert, or ``base``, for every task with a row to answer. It must be the same in every
+                call.
             kind: ``pseudo`` or ``kl``.
-            rows: By task.
+            rows: Rows by task.
+        Returns:
+            The number of questions asked.
         Raises:
-            InputError: a task has no teacher, or an evaluator has no loss ``kl``.
-        Determinism: rows are asked in ascending order. Where an answer depends in its last bits on the rows in one batch
-            with it, it depends on which were answered before.
+            InputError: A task has no teacher, or an evaluator has no loss ``kl``.
+        Determinism: rows are asked in ascending order. Where the last bits of an answer depend on the other rows of its
+        batch,
+        they depend on which rows were answered before.
         """
         before = self.asked
         for evaluator, task, new in self._unanswered(kind, rows):
             price = _price(evaluator, task, kind)
-            if owners.get(task) not in {"base", *recipe.models.experts}:
+            if teachers.get(task) not in {"base", *recipe.models.experts}:
                 raise InputError(f"learner: task {task!r} needs a model that is best at it to label its rows")
-            engine.apply(teacher_recipe(recipe, owners[task]), views)
+            engine.apply(teacher_recipe(recipe, teachers[task]), views)
             self.asked += price * len(new)
             with fast_products(views), asking(f"task {task!r}: labelling its rows"):
                 _answer(evaluator, task, new, kind)
@@ -84,7 +99,7 @@ class ExpertLabels:
 
 
 def _price(evaluator: Differentiable, task: str, kind: str) -> int:
-    """Questions per row."""
+    """Return the number of questions per row."""
     return _teachable(evaluator).teacher_questions(task) if kind == "kl" else 1
 
 

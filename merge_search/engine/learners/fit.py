@@ -3,7 +3,7 @@
     min over lambda   mean over tasks of loss_task(merge(lambda)) / scale_task  +  pull / 2 |lambda - start|^2
 
 Masks, elections and mixing scores stay those of the recipe. AdaMerging (Yang et al. 2024, arXiv 2310.02575) is the loss
-``entropy`` per tensor; differs: any loss, any fineness from expert to output row, no clamp.
+``entropy`` per tensor. Differs: any loss, any granularity from expert to output row, no clamp.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from merge_search.cpu_matmul import fast_products
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.learners.granularity import FINENESS, Fineness, Per, make_fineness
+from merge_search.engine.learners.granularity import GRANULARITIES, Granularity, Per, make_granularity
 from merge_search.engine.learners.slopes import Parts, Slopes
 from merge_search.errors import EvaluationError, InputError, NonFiniteError, nearest
 from merge_search.evaluation import Differentiable, loss_of
@@ -33,8 +33,8 @@ from merge_search.seeding import derive_seed
 
 __all__ = ["FitSettings", "Fitted", "State", "TaskLoss", "drawn_rows", "fit", "task_losses", "teacher_recipe"]
 
-QUESTIONS_PER_ROW = 3  # one forward, and a backward that counts as two
-_SMALLEST_LOSS = 1e-3  # a task that starts below it is solved: its weight does not grow further
+QUESTIONS_PER_ROW = 3  # a forward pass counts as one question, a backward pass as two
+_SMALLEST_LOSS = 1e-3  # a task that starts below it is solved, so its weight does not grow further
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,24 @@ class FitSettings:
     """How coefficients are fitted.
 
     Attributes:
-        per: One number per expert and ``expert``, ``block``, ``block_kind`` (block and module kind), ``tensor`` or
-            ``row`` (output row). Finer needs more rows: about 200 for blocks, 400 for tensors, thousands for rows.
-        steps: Adam steps; 0 hands the start back.
-        step_size: Of Adam.
-        batch_rows: Of every task in every step.
-        loss: The kind that `task_losses` is asked for: ``gold``, ``pseudo``, ``kl``, ``entropy``
-            (`evaluation.Differentiable`); ``block_output`` is `block_outputs.fit_blocks`.
-        normalise: Divide each task's loss by its value at the start (on the first batch). For losses of different units;
-            it gives most weight to tasks that are nearly solved.
-        pull: Towards the start.
-        average: Share of the steps, the last ones, whose coefficients are averaged; 0: those after the last step alone.
-            Small batches leave the last ones noisy (Polyak and Juditsky 1992): after 200 steps on language models 0.801 of the
-            validation rows were right at the last coefficients, 0.809 where the step size went down to zero, 0.821 at this mean
-            (three seeds).
-        seed: Of the order of the rows.
+        per: Granularity of the coefficients: one number per expert and ``expert``, ``block``, ``block_kind`` (block and
+            module kind), ``tensor`` or ``row`` (output row). Finer granularities need more rows: about 200 for blocks,
+            400 for tensors, thousands for rows.
+        steps: Number of Adam steps. With 0 the fit returns the start.
+        step_size: Adam's step size.
+        batch_rows: Rows of every task in every step.
+        loss: The kind that `task_losses` is asked for: ``gold``, ``pseudo``, ``kl`` or ``entropy``
+            (`evaluation.Differentiable`). ``block_output`` selects `block_outputs.fit_blocks`.
+        normalise: Divide each task's loss by its value at the start (on the first batch). This is for losses of
+            different units. It gives most weight to tasks that are nearly solved.
+        pull: Weight of half the squared distance from the start, which is added to the loss.
+        average: Share of the steps, counted from the end, whose coefficients are averaged. 0 takes the coefficients
+            after the last step alone. Small batches leave the last coefficients noisy (Polyak and Juditsky 1992). After
+            200 steps on language models, 0.801 of the validation rows were right at the last coefficients, 0.809 where
+            the step size decayed to zero, and 0.821 at this mean (three seeds).
+        seed: Seed of the order of the rows.
+    Raises:
+        InputError: A setting is out of range; all problems at once.
     """
 
     per: Per = "tensor"
@@ -71,8 +74,8 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.per not in FINENESS:
-            problems.append(f"per: no fineness is called {self.per!r}{nearest(self.per, FINENESS)}")
+        if self.per not in GRANULARITIES:
+            problems.append(f"per: no granularity is called {self.per!r}{nearest(self.per, GRANULARITIES)}")
         if self.steps < 0 or self.batch_rows < 1:
             problems.append(
                 f"steps must be >= 0 and batch_rows >= 1, got steps={self.steps}, batch_rows={self.batch_rows}"
@@ -93,7 +96,7 @@ class TaskLoss:
 
     Attributes:
         n_rows: Number of rows, at least one.
-        loss: Rows -> mean loss of the live model: a scalar with its graph through the live parameters.
+        loss: Rows -> mean loss of the live model over them, a scalar with its graph through the live parameters.
     """
 
     n_rows: int
@@ -102,14 +105,14 @@ class TaskLoss:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a learner hands back.
+    """The result of a fit.
 
     Attributes:
-        recipe: The start's with learned coefficients; the live model holds it.
-        tasks: In the order of the columns of `losses`.
-        losses: Of each step's rows before the step. Shape (steps, tasks), float64, not normalised.
+        recipe: The start's recipe with learned coefficients. The live model holds it.
+        tasks: Task names, in the order of the columns of `losses`.
+        losses: Loss of each step's rows before the step, not normalised. Shape (steps, tasks), float64.
         n_coefficients: How many numbers were fitted.
-        questions: Rows asked, each counted three times (one forward, and a backward that counts as two).
+        questions: Rows asked, each counted three times: once for the forward pass and twice for the backward pass.
         seconds: Wall time.
     """
 
@@ -122,26 +125,30 @@ class Fitted:
 
 
 def task_losses(evaluators: Sequence[object], kind: str = "gold") -> dict[str, TaskLoss]:
-    """The tasks of all evaluators that have a differentiable loss and rows to fit on.
+    """Return the tasks of all evaluators that have a differentiable loss and rows to fit on.
 
+    Args:
+        evaluators: Evaluators without a differentiable loss are ignored.
+        kind: Name of the loss.
     Raises:
-        InputError: there are none, or two evaluators have a task of one name.
+        InputError: There are no such tasks, or two evaluators have a task of the same name.
     """
-    found: dict[str, TaskLoss] = {}
+    losses: dict[str, TaskLoss] = {}
     for evaluator in evaluators:
         if isinstance(evaluator, Differentiable):
             for task, n in evaluator.fit_tasks().items():
-                if task in found:
+                if task in losses:
                     raise InputError(
                         f"learner: two evaluators have a task {task!r} to fit on; give them different names"
                     )
                 if n > 0:
-                    found[task] = TaskLoss(n, loss_of(evaluator, task, kind))
-    if not found:
+                    losses[task] = TaskLoss(n, loss_of(evaluator, task, kind))
+    if not losses:
         raise InputError(
-            "learner: no task has a differentiable loss and rows to fit on; give tasks a training split, or set splits.fit"
+            "learner: no task has a differentiable loss and rows to fit on; "
+            "give tasks a training split, or set splits.fit"
         )
-    return found
+    return losses
 
 
 def fit(
@@ -157,49 +164,56 @@ def fit(
     on_step: Callable[[int, Mapping[str, float]], None] | None = None,
     on_asked: Callable[[int], None] | None = None,
 ) -> Fitted:
-    """Fit the coefficients of `recipe`, begun at its own.
+    """Fit the coefficients of `recipe`, starting at its own.
 
     Args:
-        model: The live model; its parameters are written through `views` and need gradients during the fit only.
-        views: By tensor name on disk, as for `MergeEngine.apply`.
-        losses: By task.
-        map_folder: Where maps of ``per="row"`` are written, as ``<sha256>.safetensors``; it must outlive the recipe.
-        cache_bytes: For parts of the recipe (`slopes.Parts`).
-        on_step: Called with the step and its losses.
-        on_asked: Called with the questions of each step before it: what a fit that fails has asked is known, too.
+        engine: The engine that merges the recipe.
+        model: The live model. Its parameters are written through `views` and need gradients during the fit only.
+        views: Live views by tensor name on disk, as for `MergeEngine.apply`.
+        recipe: The start.
+        losses: Losses by task name.
+        settings: How to fit.
+        map_folder: Folder for the maps of ``per="row"``, written as ``<sha256>.safetensors``. It must outlive the
+            recipe.
+        cache_bytes: Most bytes for the parts of the recipe (`slopes.Parts`).
+        on_step: Called with the step's number and its losses, after the step.
+        on_asked: Called before each step with the questions it asks, so that the questions of a fit that fails are
+            counted.
     Raises:
-        RecipeError: the merge is not linear in its coefficients; nothing was written.
-        InputError: no tasks.
-        NonFiniteError: a loss, slope or coefficient is NaN or infinite; the live model holds what it had then.
-    Cost: per step one forward, one backward and one pass over the parts per task, one write of the weights.
-    Determinism: same inputs, same bits on one machine and device; rows come in an order that depends on seed, task and
-        epoch alone. Afterwards the live model holds exactly what `MergeEngine` makes of `Fitted.recipe`.
+        RecipeError: The merge is not linear in its coefficients. Nothing was written.
+        InputError: There are no tasks.
+        NonFiniteError: A loss, slope or coefficient is NaN or infinite. The live model keeps the weights of that
+            moment.
+    Cost: per step and task one forward pass, one backward pass and one pass over the parts; per step one write of the
+    weights.
+    Determinism: the same inputs give the same bits on one machine and device. The order of the rows depends on seed,
+    task and epoch alone. Afterwards the live model holds exactly what `MergeEngine` makes of `Fitted.recipe`.
     """
     if not losses:
         raise InputError("learner: there must be a task to fit on")
     began = time.perf_counter()
     parts = Parts(engine, recipe, cache_bytes=cache_bytes)
-    fineness = make_fineness(settings.per, parts, recipe, map_folder=map_folder)
-    slopes = Slopes(parts, model, views, rows=fineness.needs_rows)
+    granularity = make_granularity(settings.per, parts, recipe, map_folder=map_folder)
+    slopes = Slopes(parts, model, views, rows=granularity.needs_rows)
     engine.apply(recipe, views)
-    state = State(parts, fineness, slopes, views, settings, torch.nn.Parameter(fineness.start.clone()))
+    state = State(parts, granularity, slopes, views, settings, torch.nn.Parameter(granularity.start.clone()))
     per_step = QUESTIONS_PER_ROW * sum(min(settings.batch_rows, task.n_rows) for task in losses.values())
     history = []
     for step in range(settings.steps):
         if on_asked is not None:
             on_asked(per_step)
-        found = state.step(step, losses)
-        history.append(list(found.values()))
+        values = state.step(step, losses)
+        history.append(list(values.values()))
         if on_step is not None:
-            on_step(step, found)
+            on_step(step, values)
     state.finish()
-    learned = fineness.recipe(state.vector.detach()) if settings.steps else recipe
+    learned = granularity.recipe(state.vector.detach()) if settings.steps else recipe
     engine.apply(learned, views)
     return Fitted(
         learned,
         tuple(losses),
         np.array(history, dtype=np.float64).reshape(settings.steps, len(losses)),
-        fineness.start.numel(),
+        granularity.start.numel(),
         per_step * settings.steps,
         time.perf_counter() - began,
     )
@@ -207,10 +221,15 @@ def fit(
 
 @dataclass
 class State:
-    """One fit as it runs."""
+    """A fit in progress.
+
+    Attributes:
+        vector: The coefficients as they are now. Shape (n,), float64.
+        scales: By task, what its loss is divided by (`FitSettings.normalise`); filled on the first step.
+    """
 
     parts: Parts
-    fineness: Fineness
+    granularity: Granularity
     slopes: Slopes
     views: Mapping[str, Tensor]
     settings: FitSettings
@@ -222,9 +241,9 @@ class State:
         self._sum, self._count = torch.zeros_like(self.vector.detach()), 0
 
     def step(self, step: int, losses: Mapping[str, TaskLoss]) -> dict[str, float]:
-        """One Adam step; returns each task's loss before it."""
+        """Take one Adam step and return each task's loss before it."""
         self.slopes.clear()
-        found = {}
+        values = {}
         with self.slopes.recording(), fast_products(self.views):
             for task, rows in losses.items():
                 loss = rows.loss(_draw(self.settings, task, rows.n_rows, step))
@@ -233,7 +252,7 @@ class State:
                         f"task {task!r}: its loss must be a tensor with its graph through the live parameters, got "
                         f"{'a tensor without one' if isinstance(loss, Tensor) else type(loss).__name__}"
                     )
-                found[task] = value = float(loss.detach())
+                values[task] = value = float(loss.detach())
                 if not math.isfinite(value):
                     raise NonFiniteError(
                         f"a loss must be finite, got {value} for task {task!r} at step {step}; take smaller steps"
@@ -241,10 +260,13 @@ class State:
                 torch.autograd.backward(loss / (self._scale(task, value) * len(losses)))
         self._move(step)
         self._write()
-        return found
+        return values
 
     def finish(self) -> None:
-        """End the fit at the mean of the coefficients after each step of its last part; the live model holds it."""
+        """Replace the coefficients by their mean over the last steps (`FitSettings.average`).
+
+        The live model gets the new coefficients too.
+        """
         if self._count:
             with torch.no_grad():
                 self.vector.copy_(self._sum / self._count)
@@ -256,8 +278,8 @@ class State:
         return self.scales.setdefault(task, max(abs(value), _SMALLEST_LOSS))
 
     def _move(self, step: int) -> None:
-        gradient = self.fineness.gradient(self.slopes.values)
-        gradient += self.settings.pull * (self.vector.detach() - self.fineness.start)
+        gradient = self.granularity.gradient(self.slopes.values)
+        gradient += self.settings.pull * (self.vector.detach() - self.granularity.start)
         if not bool(torch.isfinite(gradient).all()):
             raise NonFiniteError(f"slopes must be finite, found NaN or infinity at step {step}; take smaller steps")
         self.vector.grad = gradient
@@ -268,17 +290,20 @@ class State:
 
     @torch.no_grad()
     def _write(self) -> None:
-        """base + sum_i lambda_i part_i into the live model; `MergeEngine.apply` makes the final bits."""
-        for name, coefficients in self.fineness.coefficients(self.vector.detach()):
+        """Write base + sum_i lambda_i part_i into the live model. `MergeEngine.apply` makes the final bits."""
+        for name, coefficients in self.granularity.coefficients(self.vector.detach()):
             if name in self.slopes.values:
                 self.views[name].copy_(self.parts.merged(name, coefficients))
 
 
 def _draw(settings: FitSettings, task: str, n_rows: int, step: int) -> list[int]:
-    """The rows of a step: the next of an endless sequence of permutations, each a named stream."""
+    """Return the rows of one step.
+
+    They are the next rows of an endless sequence of permutations, each with its own derived seed.
+    """
     size = min(settings.batch_rows, n_rows)
-    places = (divmod(k, n_rows) for k in range(step * size, (step + 1) * size))
-    return [_order(settings.seed, task, epoch, n_rows)[at] for epoch, at in places]
+    positions = (divmod(k, n_rows) for k in range(step * size, (step + 1) * size))
+    return [_order(settings.seed, task, epoch, n_rows)[at] for epoch, at in positions]
 
 
 @lru_cache(maxsize=64)
@@ -289,12 +314,12 @@ def _order(seed: int, task: str, epoch: int, n_rows: int) -> tuple[int, ...]:
 
 
 def drawn_rows(settings: FitSettings, n_rows: Mapping[str, int]) -> dict[str, set[int]]:
-    """The rows of each task that `fit` draws in all its steps. Those of fewer steps are among those of more."""
+    """Return the rows of each task that `fit` draws in all its steps. More steps draw a superset of these rows."""
     n_drawn = {task: settings.steps * min(settings.batch_rows, n) for task, n in n_rows.items()}
     return {task: set(_order(settings.seed, task, 0, n)[: n_drawn[task]]) for task, n in n_rows.items()}
 
 
 def teacher_recipe(recipe: Recipe, teacher: str) -> Recipe:
-    """An expert itself, or ``base`` itself, of the models and dtype of `recipe`."""
+    """Return the recipe of an expert itself, or of the base (``base``), with the models and dtype of `recipe`."""
     operator = {"name": "passthrough", "options": {} if teacher == "base" else {"expert": teacher}}
     return Recipe.model_validate({"models": recipe.models, "dtype": recipe.dtype, "operator": operator})

@@ -1,4 +1,4 @@
-"""Which coefficients are one number: between a learner's flat vector, the tensors of a model, and a recipe."""
+"""Which coefficients share one number: the map between a learner's flat vector, the tensors of a model and a recipe."""
 
 from __future__ import annotations
 
@@ -15,60 +15,67 @@ from merge_search.engine.resident.coefficient_maps import n_rows, rows_of, write
 from merge_search.errors import NonFiniteError, RecipeError
 from merge_search.recipe import Group, Recipe
 
-__all__ = ["FINENESS", "Fineness", "PerGroup", "PerRow", "make_fineness"]
+__all__ = ["GRANULARITIES", "Granularity", "PerGroup", "PerRow", "make_granularity"]
 
 Per = Literal["expert", "block", "block_kind", "tensor", "row"]
-FINENESS: tuple[Per, ...] = ("expert", "block", "block_kind", "tensor", "row")
+GRANULARITIES: tuple[Per, ...] = ("expert", "block", "block_kind", "tensor", "row")
 
 
-class Fineness(Protocol):
+class Granularity(Protocol):
     """A vector of coefficients and what it means.
 
     Attributes:
-        start: Those of the recipe. Shape (n,), float64, on the device on which a learner steps.
-        needs_rows: Slopes per row are needed.
+        start: The coefficients of the recipe. Shape (n,), float64, on the device on which a learner steps.
+        needs_rows: Whether `gradient` needs slopes per output row.
     """
 
     start: Tensor
     needs_rows: bool
 
     def gradient(self, slopes: Mapping[str, Tensor]) -> Tensor:
-        """Slopes of the vector, shape (n,), from slopes of tensors; tensors that are not given have none."""
+        """Return the slopes of the vector, shape (n,), float64. Tensors missing from `slopes` contribute zero."""
         ...
 
     def coefficients(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Of every tensor that an expert can move: float32, shape (experts,) or (experts, rows)."""
+        """Yield the name and the coefficients of every tensor that an expert can move.
+
+        Yields:
+            float32 coefficients of shape (experts,) or (experts, rows).
+        """
         ...
 
     def recipe(self, vector: Tensor) -> Recipe:
-        """The recipe with these coefficients as plain numbers."""
+        """Return the recipe with these coefficients as plain numbers."""
         ...
 
 
-def make_fineness(per: Per, parts: Parts, recipe: Recipe, *, map_folder: str | Path | None = None) -> Fineness:
-    """The fineness called `per`.
+def make_granularity(per: Per, parts: Parts, recipe: Recipe, *, map_folder: str | Path | None = None) -> Granularity:
+    """Return the granularity named `per`.
 
     Args:
-        map_folder: Where ``row`` writes maps; the engine's tensors look there from now on.
+        per: One of `GRANULARITIES`.
+        parts: The parts of the recipe.
+        recipe: The recipe whose coefficients are the start.
+        map_folder: Folder into which ``row`` writes maps. The engine's tensors look for maps there from now on.
     Raises:
-        RecipeError: ``row`` without `map_folder`.
+        RecipeError: `per` is ``row`` and `map_folder` is None.
     """
     if per != "row":
         return PerGroup(per, parts, recipe)
     if map_folder is None:
         raise RecipeError("coefficients per row are kept in a map: give the folder for it, or learn per tensor")
     folder = Path(map_folder)
-    known = getattr(parts.engine.tensors, "map_folders", None)
-    if isinstance(known, list) and folder not in known:
-        known.append(folder)
+    parts.engine.tensors.look_for_maps(folder)
     return PerRow(parts, recipe, folder)
 
 
 class PerGroup:
-    """One number per expert and group of tensors; a map that the recipe has stays and is multiplied by it.
+    """One number per expert and group of tensors.
 
-    Outside blocks, ``block`` and ``block_kind`` have one number per module kind (embedding, head, norm). A group starts
-    at the size-weighted mean of its tensors' coefficients in the recipe.
+    A map of the recipe stays, and each of its rows is multiplied by its group's number. Outside blocks, ``block`` and
+    ``block_kind`` have one number per module kind (embedding, head, norm). A group starts at the size-weighted mean of
+    its
+    tensors' coefficients in the recipe.
     """
 
     def __init__(self, per: Per, parts: Parts, recipe: Recipe) -> None:
@@ -78,15 +85,15 @@ class PerGroup:
         self._index: dict[str, Tensor] = {}
         values: list[list[tuple[float, int]]] = []
         for name, group in tensors.groups.items():
-            places = parts.get(name)[0]
+            movers = parts.get(name)[0]
             index = [self._keys.setdefault((e, _key(per, group)), len(self._keys)) for e in parts.experts]
             values += [[] for _ in range(len(self._keys) - len(values))]
             for i, (expert, at) in enumerate(zip(parts.experts, index, strict=True)):
-                size = tensors.base(name).numel() if i in places else 0
+                size = tensors.base(name).numel() if i in movers else 0
                 values[at].append((recipe.coefficient(expert, group), size))
-            if places:
+            if movers:
                 self._index[name] = torch.tensor(index)
-        self.start = torch.tensor([_mean(v) for v in values], dtype=torch.float64)  # on the CPU: see `gradient`
+        self.start = torch.tensor([_mean(v) for v in values], dtype=torch.float64)  # CPU: see `gradient`
         self._device = parts.device
         self._maps = {name: maps for name in self._index if (maps := _maps(parts, recipe, name)) is not None}
         self.needs_rows = bool(self._maps)
@@ -95,11 +102,11 @@ class PerGroup:
         names = [name for name in self._index if name in slopes]
         index = torch.cat([self._index[name] for name in names])
         if self._maps:
-            mine = [(slopes[name] * self._maps[name]).sum(1) for name in names]
+            per_tensor = [(slopes[name] * self._maps[name]).sum(1) for name in names]
         else:
-            mine = [slopes[name] for name in names]
-        # NOTE: on the CPU; on a GPU the order in which index_add sums varies, and with it the last bits.
-        return torch.zeros_like(self.start).index_add_(0, index, torch.cat(mine).cpu())
+            per_tensor = [slopes[name] for name in names]
+        # NOTE: on the CPU. On a GPU `index_add_` sums in a varying order, which would change the last bits.
+        return torch.zeros_like(self.start).index_add_(0, index, torch.cat(per_tensor).cpu())
 
     def coefficients(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
         single = vector.to(torch.float32)
@@ -112,15 +119,15 @@ class PerGroup:
         _require_finite(numbers)
         tables: dict[str, float | dict[str, float]] = {}
         for expert in self._experts:
-            own = {key: numbers[at] for (e, key), at in self._keys.items() if e == expert}
+            learned = {key: numbers[at] for (e, key), at in self._keys.items() if e == expert}
             before = self._recipe.coefficients.get(expert, 1.0)
             rest = before["*"] if isinstance(before, dict) else before
-            tables[expert] = own["*"] if own.keys() == {"*"} else {**own, "*": rest}
+            tables[expert] = learned["*"] if learned.keys() == {"*"} else {**learned, "*": rest}
         return _with(self._recipe, tables, dict(self._recipe.maps))
 
 
 class PerRow:
-    """One number per expert, tensor and output row, in maps; the recipe's own coefficients become 1."""
+    """One number per expert, tensor and output row, in maps. The recipe's own coefficients become 1."""
 
     needs_rows = True
 
@@ -161,14 +168,14 @@ class PerRow:
         for i, expert in enumerate(self._parts.experts):
             tensors = {}
             for name in self._parts.engine.tensors.groups:
-                found = learned[name][i] if name in learned else _start_rows(self._parts, self._recipe, name)[i]
-                tensors[name] = found
+                rows = learned[name] if name in learned else _start_rows(self._parts, self._recipe, name)
+                tensors[name] = rows[i]
             maps[expert] = write_map(self._folder, tensors)
         return _with(self._recipe, dict.fromkeys(self._parts.experts, 1.0), maps)
 
 
 def _key(per: Per, group: Group) -> str:
-    """The key of a recipe's `PerGroup` value under which a tensor's number stands."""
+    """Return the key of a recipe's `PerGroup` value under which a tensor's number stands."""
     if per == "expert":
         return "*"
     if per == "tensor":
@@ -179,7 +186,10 @@ def _key(per: Per, group: Group) -> str:
 
 
 def _mean(values: list[tuple[float, int]]) -> float:
-    """Mean of (value, size); a value that all share, or that nothing depends on, comes back as it is."""
+    """Return the mean of (value, size) pairs weighted by size.
+
+    A value that all share comes back exactly. If all sizes are zero, the first value comes back.
+    """
     total = sum(n for _, n in values)
     if not total or len({v for v, n in values if n}) == 1:
         return next((v for v, n in values if n), values[0][0])
@@ -187,16 +197,20 @@ def _mean(values: list[tuple[float, int]]) -> float:
 
 
 def _maps(parts: Parts, recipe: Recipe, name: str) -> Tensor | None:
-    """The recipe's maps for a tensor, ones where an expert has none: shape (experts, rows); None where nobody has one."""
+    """Return the recipe's maps for a tensor; None if no expert has one.
+
+    Returns:
+        Shape (experts, rows), float32, with ones for experts without a map.
+    """
     if not recipe.maps:
         return None
-    found = [rows_of(parts.engine.tensors, recipe, expert, name) for expert in parts.experts]
+    maps = [rows_of(parts.engine.tensors, recipe, expert, name) for expert in parts.experts]
     ones = torch.ones(n_rows(parts.engine.tensors.base(name).shape), device=parts.device)
-    return torch.stack([ones if f is None else f for f in found])
+    return torch.stack([ones if rows is None else rows for rows in maps])
 
 
 def _start_rows(parts: Parts, recipe: Recipe, name: str) -> Tensor:
-    """The recipe's coefficients of a tensor per row: float32, shape (experts, rows)."""
+    """Return the recipe's coefficients of a tensor per row: float32, shape (experts, rows)."""
     tensors = parts.engine.tensors
     numbers = [recipe.coefficient(expert, tensors.groups[name]) for expert in parts.experts]
     column = torch.tensor(numbers, dtype=torch.float32, device=parts.device)[:, None]

@@ -18,6 +18,7 @@ from merge_search.engine.contracts import Source, Structure
 from merge_search.engine.kernels.numerics import exp, log
 from merge_search.engine.kernels.random_bits import draw, indices, uniform
 from merge_search.engine.methods.assess import scores_of
+from merge_search.engine.methods.outside import SpliceContext, outside_splice
 
 __all__ = [
     "Survivors",
@@ -260,6 +261,12 @@ def combine(
     if s.boost:
         y = _boost(y, kept, agreed, n)
     coefficient = [_coefficient(s, i, given, n, where) for i in every]
+    if s.outside.measure:
+        weight = [_weight(kept[i], agreed[i], x[i]) for i in every]
+        b = list(a) if s.mixing.kind == "same" else []
+        if s.mixing.kind not in ("none", "same"):
+            b = _scores(s.mixing, "b", origin, deltas, raw, given, n)
+        return outside_splice(s.outside, SpliceContext(origin, tuple(y), tuple(weight), tuple(coefficient), tuple(b)))
     if s.splice == "sum":
         return _total(coefficient, x if not s.boost else y, agreed)
     if s.splice == "count":

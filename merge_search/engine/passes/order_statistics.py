@@ -1,25 +1,28 @@
 """Order statistics made once, so that any density becomes a threshold without another pass over memory.
 
-One rule covers exact and approximate tables. An element is kept when
+One rule covers exact and approximate statistics. An element is kept when
 
-    score >= high   or   (score >= low and index * stride <= cut)          (wrapping int32 arithmetic)
+    score >= high   or   (score >= low and index * stride <= last)          (wrapping int32 arithmetic)
 
-- Up to `EXACT_LIMIT` elements a table holds the sorted scores: ``[low, high)`` is the k-th value alone, `stride` is 1,
+- Up to `EXACT_LIMIT` elements the sorted scores are held: ``[low, high)`` is the k-th value alone, `stride` is 1,
   exactly k elements are kept, ties by lowest index.
-- Above, it holds a histogram of the upper 20 bits of the scores (bins 0.05 % wide): ``[low, high)`` is the bin of the
+- Above, a histogram of the upper 20 bits of the scores is held (bins 0.05 % wide): ``[low, high)`` is the bin of the
   k-th value, and the share of that bin that is due is taken evenly over the tensor by a golden-ratio stride. Lowest
   index first would pile all ties, of which bfloat16 checkpoints have many, into the first rows. The kept count differs
   from k by the sampling error of one bin, below sqrt(ties) / 2: 1e-4 n or less unless one value is shared by
   a tenth of less than a few million elements.
 
 In both, masks are nested in the density.
+
+`Thresholds` is what a planner asks. `OrderStatistics` answers from all scores of a tensor or a model; a merge that reads
+each tensor once answers from two sweeps instead (`streaming.thresholds`). Both take their cuts from `cut_in_bin`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,24 +32,45 @@ from torch import Tensor
 from merge_search.engine.kernels.ranks import BITS, count_deltas, count_scores, counts_at_once
 from merge_search.recipe import Select
 
-__all__ = ["EXACT_LIMIT", "Keep", "Table", "TableBuilder", "dropped_count", "kept_count", "table"]
+__all__ = [
+    "BIN_SHIFT",
+    "EVERYTHING",
+    "EXACT_LIMIT",
+    "GOLDEN_STRIDE",
+    "NOTHING",
+    "ZERO_BIN",
+    "Cut",
+    "OrderStatistics",
+    "OrderStatisticsBuilder",
+    "Thresholds",
+    "bin_edges",
+    "cut_in_bin",
+    "dropped_count",
+    "kept_count",
+    "order_statistics",
+    "place_in_bins",
+]
 
 EXACT_LIMIT = 2**16
-_SHIFT = 32 - BITS
+BIN_SHIFT = 32 - BITS
+"""Lower bits of a float32 that a histogram does not look at."""
+ZERO_BIN = 2 ** (BITS - 1)
+"""The histogram bin that begins at zero."""
+GOLDEN_STRIDE = 0x9E3779B1 - 2**32
+"""Odd and near 2**32 / golden ratio: its multiples spread evenly over the circle."""
 _FLUSH = 2**22
-_GOLDEN = 0x9E3779B1 - 2**32  # odd and near 2**32 / golden ratio: multiples spread evenly over the circle
 
 
-class Keep(NamedTuple):
-    """Numbers of the rule above; `cut` is a signed 32-bit integer."""
+class Cut(NamedTuple):
+    """Numbers of the rule above; `last` is a signed 32-bit integer."""
 
     low: float
     high: float
-    cut: int
+    last: int
 
 
-NOTHING = Keep(math.inf, math.inf, -(2**31))
-EVERYTHING = Keep(-math.inf, -math.inf, 2**31 - 1)
+NOTHING = Cut(math.inf, math.inf, -(2**31))
+EVERYTHING = Cut(-math.inf, -math.inf, 2**31 - 1)
 
 
 def kept_count(density: float, n: int, rounding: str = "nearest") -> int:
@@ -61,10 +85,78 @@ def dropped_count(select: Select, n: int, kept: int) -> int:
     return round(select.gamma * n)
 
 
-class Table:
-    """Distribution of the scores of one expert over one tensor, or over all tensors.
+class Thresholds(Protocol):
+    """The distribution of one expert's scores over one tensor, or over all tensors that are ranked together.
 
-    Invariant: `values` descend strictly (exact: with repeats) and `reach[i]` elements are in bins 0..i.
+    Attributes:
+        n: Scores.
+        n_positive: Scores above zero; in a histogram, those in bins whose lower edge is above zero.
+        maximum: The largest score.
+        stride: An element's index is multiplied by it before it is compared with `Cut.last`.
+    """
+
+    @property
+    def n(self) -> int: ...
+
+    @property
+    def n_positive(self) -> int: ...
+
+    @property
+    def maximum(self) -> float: ...
+
+    @property
+    def stride(self) -> int: ...
+
+    def cut(self, k: int) -> Cut:
+        """The rule that keeps the k largest scores."""
+        ...
+
+    def value(self, k: int) -> float:
+        """The k-th largest score, k in 1..n; linear within a histogram bin."""
+        ...
+
+    def count_for_mass(self, share: float) -> int:
+        """Smallest k whose k largest scores sum to `share` of the total."""
+        ...
+
+    def kappa(self, density: float) -> float:
+        """kappa such that min(1, kappa * score) has mean `density`; the largest float32 if fewer are positive than that."""
+        ...
+
+
+def place_in_bins(reach: NDArray[np.int64], k: int, above: int = 0) -> tuple[int, float]:
+    """The bin of the k-th largest score, and the share of that bin that the k largest take.
+
+    Args:
+        reach: Scores in all bins up to each, from the largest scores down.
+        above: Scores above the first bin; `reach` counts them.
+    """
+    i = int(np.searchsorted(reach, k))
+    before = int(reach[i - 1]) if i else above
+    return i, (k - before) / (int(reach[i]) - before)
+
+
+def cut_in_bin(low: float, high: float, share: float) -> Cut:
+    """The cut that keeps all scores from `high` on, and of those in [low, high) a share spread evenly over the tensor."""
+    return Cut(low, high, math.floor(share * 2**32) - 2**31 - 1)
+
+
+def bin_edges(bins: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Smallest float32 of each histogram bin; `ZERO_BIN` begins at zero."""
+    keys = ((bins - ZERO_BIN) << BIN_SHIFT).clip(-(2**31), 2**31 - 1).astype(np.int32)
+    edges = np.where(keys < 0, keys ^ np.int32(0x7FFFFFFF), keys).astype(np.int32).view(np.float32)
+    return np.where(np.isnan(edges), np.float32(np.inf), edges)
+
+
+class OrderStatistics:
+    """`Thresholds` from all scores: sorted, or as a histogram.
+
+    Args:
+        values: Sorted scores, or lower edges of the filled bins; descending.
+        highs: Upper edges of the bins; None for sorted scores.
+        reach: `reach[i]` scores are in the entries 0..i.
+        order: Positions of sorted scores; None for a histogram.
+        maximum: The largest score.
     """
 
     def __init__(self, values: NDArray[np.float32], highs: NDArray[np.float32] | None, reach: NDArray[np.int64],
@@ -77,33 +169,28 @@ class Table:
 
     @property
     def stride(self) -> int:
-        """What an element's index is multiplied by before it is compared with `Keep.cut`."""
-        return 1 if self._order is not None else _GOLDEN
+        """1 for sorted scores, golden for a histogram."""
+        return 1 if self._order is not None else GOLDEN_STRIDE
 
-    def keep(self, k: int) -> Keep:
+    def cut(self, k: int) -> Cut:
         """The rule that keeps the k largest scores."""
         if k <= 0 or self.n == 0:
             return NOTHING
         if k >= self.n:
             return EVERYTHING
-        i = int(np.searchsorted(self._reach, k))
+        i, share = place_in_bins(self._reach, k)
         low = float(self._values[i])
         if self._order is not None:
-            return Keep(low, float(np.nextafter(np.float32(low), np.float32(np.inf))), int(self._order[k - 1]))
+            return Cut(low, float(np.nextafter(np.float32(low), np.float32(np.inf))), int(self._order[k - 1]))
         assert self._highs is not None
-        before = int(self._reach[i - 1]) if i else 0
-        share = (k - before) / (int(self._reach[i]) - before)
-        return Keep(low, float(self._highs[i]), math.floor(share * 2**32) - 2**31 - 1)
+        return cut_in_bin(low, float(self._highs[i]), share)
 
     def value(self, k: int) -> float:
         """The k-th largest score, k in 1..n; linear within a histogram bin."""
-        k = min(max(k, 1), self.n)
-        i = int(np.searchsorted(self._reach, k))
+        i, share = place_in_bins(self._reach, min(max(k, 1), self.n))
         low = float(self._values[i])
         if self._highs is None:
             return low
-        before = int(self._reach[i - 1]) if i else 0
-        share = (k - before) / (int(self._reach[i]) - before)
         return float(np.float32(min(self.maximum, low + (1 - share) * (float(self._highs[i]) - low))))
 
     def _weights(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -145,8 +232,8 @@ class Table:
         return float(kappas[hits[0]]) if len(hits) else float(best)
 
 
-class TableBuilder:
-    """Collects scores chunk by chunk, then makes the table.
+class OrderStatisticsBuilder:
+    """Collects scores chunk by chunk, then makes the statistics.
 
     Args:
         n: Elements that will come in all.
@@ -200,7 +287,7 @@ class TableBuilder:
             self._counts = torch.zeros(2**BITS, dtype=torch.int64, device=device)
         return self._counts
 
-    def finish(self) -> Table:
+    def finish(self) -> OrderStatistics:
         if not self._exact:
             self._flush()
             assert self._counts is not None
@@ -213,27 +300,20 @@ class TableBuilder:
         ]
         positions = torch.cat(places)[order].to(torch.int32) if places else order.to(torch.int32)
         reach = np.arange(1, len(values) + 1, dtype=np.int64)
-        return Table(values.cpu().numpy(), None, reach, positions.cpu().numpy(), self._maximum)
+        return OrderStatistics(values.cpu().numpy(), None, reach, positions.cpu().numpy(), self._maximum)
 
-    def _histogram(self, counts: Tensor) -> Table:
+    def _histogram(self, counts: Tensor) -> OrderStatistics:
         filled = torch.nonzero(counts).reshape(-1).flip(0)
         reach = torch.cumsum(counts[filled], 0).cpu().numpy()
         bins = filled.cpu().numpy()
-        return Table(_edges(bins), _edges(bins + 1), reach, None, self._maximum)
+        return OrderStatistics(bin_edges(bins), bin_edges(bins + 1), reach, None, self._maximum)
 
 
-def _edges(bins: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Smallest float32 of each histogram bin."""
-    keys = ((bins - 2 ** (BITS - 1)) << _SHIFT).clip(-(2**31), 2**31 - 1).astype(np.int32)
-    edges = np.where(keys < 0, keys ^ np.int32(0x7FFFFFFF), keys).astype(np.int32).view(np.float32)
-    return np.where(np.isnan(edges), np.float32(np.inf), edges)
-
-
-def table(scores: Tensor | Sequence[Tensor]) -> Table:
-    """The table of one tensor of scores, or of several ranked together."""
+def order_statistics(scores: Tensor | Sequence[Tensor]) -> OrderStatistics:
+    """Those of one tensor of scores, or of several ranked together."""
     parts: Iterable[Tensor] = [scores] if isinstance(scores, Tensor) else scores
     parts = list(parts)
-    builder = TableBuilder(sum(p.numel() for p in parts))
+    builder = OrderStatisticsBuilder(sum(p.numel() for p in parts))
     for part in parts:
         builder.add(part)
     return builder.finish()

@@ -1,68 +1,219 @@
-"""What a recipe says of a tensor, and what the passes of one recipe share."""
+"""A recipe, resolved for the engine: its experts in order, its measures as rows with complete options, its numbers by tensor.
+
+A name in a recipe is looked up and checked once. Planner and measurements carry what was found: an `Assessment` for a
+measure, a `ResolvedRecipe` for a recipe, `TensorSettings` for the numbers of one tensor.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
-from merge_search.engine.contracts import Numbers, Pass
-from merge_search.engine.passes.measurements import Scope
-from merge_search.engine.passes.order_statistics import Keep, Table
-from merge_search.recipe import Recipe
+import torch
+from torch import Tensor
 
-__all__ = ["Known", "TensorSettings", "cuts", "largest_factors", "ranked_together"]
+from merge_search.engine.contracts import Source, is_vector
+from merge_search.engine.methods.assess import AssessContext, load, measure_of
+from merge_search.engine.passes.order_statistics import Cut, Thresholds
+from merge_search.recipe import Assess, Recipe, Scalar, Select
+from merge_search.rules import SELECTIONS, SPLICES, Measure, Selection, Splicing
+
+__all__ = ["Assessment", "ResolvedRecipe", "Scope", "TensorSettings", "processing_order"]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What scores are made from and ranked within, for one recipe.
+
+    Attributes:
+        experts: All experts of the recipe, in processing order.
+        select: The recipe's selection.
+        winsorise: Share of the deltas that is clipped at either end.
+        seed: Of random scores.
+    """
+
+    experts: tuple[str, ...]
+    select: Select
+    winsorise: float
+    seed: int
+
+    def covers(self, shape: tuple[int, ...] | torch.Size) -> bool:
+        """Whether selection applies to tensors of this shape."""
+        return self.select.vectors or not is_vector(shape)
+
+    @property
+    def is_model(self) -> bool:
+        """Whether all tensors are ranked together."""
+        return self.select.scope == "model"
+
+    def key(self) -> tuple[Hashable, ...]:
+        """Everything that scores and their distribution depend on, but the seed."""
+        return (self.experts, "model" if self.is_model else "tensor", self.select.vectors, self.winsorise)
+
+
+@dataclass(frozen=True, eq=False)
+class Assessment:
+    """One measure of one recipe, resolved.
+
+    Attributes:
+        measure: The row of the table of measures.
+        options: The recipe's options, completed by the defaults.
+        scope: What is scored and ranked together.
+        source: How a pass gets the scores. Numeric options become numbers, text options part of the pass's structure.
+        key: Everything that scores depend on, but the tensor and the coefficients.
+        reduction_key: Everything that reductions over whole tensors depend on, but the tensor.
+        depends_on_coefficients: Scores depend on the recipe's coefficients.
+        is_plain_delta: Scores are |delta|, before any winsorising.
+        scores: The measure's function.
+        reduce: What the measure needs of whole tensors, one tuple per expert; None: nothing.
+        pool: Combines one expert's tuples over parts or tensors; None: it cannot be done.
+        numbers: Scalars of a pass from options, reductions and the numbers of experts and active experts; None: no scalars.
+    """
+
+    measure: Measure
+    options: dict[str, Scalar]
+    scope: Scope
+    source: Source
+    key: Hashable
+    reduction_key: Hashable
+    depends_on_coefficients: bool
+    is_plain_delta: bool
+    scores: Callable[[AssessContext], list[Tensor]]
+    reduce: Callable[[AssessContext], list[tuple[float, ...]]] | None
+    pool: Callable[[Sequence[tuple[float, ...]]], tuple[float, ...]] | None
+    numbers: Callable[..., list[float]] | None
+
+    @classmethod
+    def resolve(cls, assess: Assess, scope: Scope) -> Assessment:
+        """The assessment of a recipe's measure.
+
+        Raises:
+            RecipeError: unknown name or options, all at once.
+        """
+        measure = measure_of(assess)
+        options, functions = measure.completed(assess.options), load(assess.measure)
+        source = Source("given", measure.name)
+        if measure.cheap:
+            words = sorted((name, value) for name, value in options.items() if isinstance(value, str))
+            source = Source("cheap", measure.name, tuple(words))
+        rule, seed = (measure.name, measure.origin), scope.seed if measure.is_random else 0
+        return cls(
+            measure, options, scope, source,
+            key=(rule, tuple(sorted(options.items())), scope.key(), seed),
+            reduction_key=(rule, tuple(options[name] for name in measure.reduce_options), scope.key()),
+            depends_on_coefficients=measure.depends_on_coefficients(assess.options),
+            is_plain_delta=measure.name == "magnitude",
+            scores=functions.scores, reduce=functions.reduce, pool=functions.pool, numbers=functions.numbers,
+        )  # fmt: skip
+
+    def at(self, coefficients: tuple[float, ...]) -> tuple[float, ...]:
+        """The coefficients, where scores depend on them; else ()."""
+        return coefficients if self.depends_on_coefficients else ()
+
+    @cached_property
+    def of_deltas(self) -> Assessment:
+        """|delta| of the same experts, not winsorised."""
+        return Assessment.resolve(Assess(), replace(self.scope, winsorise=0.0))
+
+    @cached_property
+    def without_added(self) -> Assessment:
+        """The same without the option that is added to every score."""
+        options = {**self.options, self.measure.added: 0.0}
+        return Assessment.resolve(Assess(measure=self.measure.name, options=options), self.scope)
 
 
 @dataclass(frozen=True)
 class TensorSettings:
-    """What a recipe says of one tensor: numbers of all its experts, in processing order."""
+    """A recipe's numbers for one tensor.
+
+    Attributes:
+        experts: In processing order.
+        coefficients: One per expert.
+        densities: One per expert.
+        scale: Of the combined delta.
+    """
 
     experts: tuple[str, ...]
     coefficients: tuple[float, ...]
     densities: tuple[float, ...]
     scale: float
 
+    def of(self, experts: tuple[str, ...]) -> TensorSettings:
+        """Those of some of the experts."""
+        if experts == self.experts:
+            return self
+        places = [self.experts.index(e) for e in experts]
+        coefficients, densities = ([numbers[i] for i in places] for numbers in (self.coefficients, self.densities))
+        return TensorSettings(experts, tuple(coefficients), tuple(densities), self.scale)
 
-@dataclass(frozen=True)
-class Known:
-    """What the passes of one recipe share, found for the first tensor that asks.
+
+def processing_order(recipe: Recipe) -> tuple[str, ...]:
+    """Experts in the order in which they are added up.
+
+    By name, so that listing them otherwise changes no bit; as listed where the order means something. Under names
+    that sort otherwise the sums, and so the weights, may differ in their last bits.
+    """
+    measures = [recipe.assess, recipe.splice.score or recipe.assess]
+    ordered = SPLICES[recipe.splice.kind].ordered or any(measure_of(m).ordered for m in measures)
+    if recipe.select.exclusive or ordered:
+        return tuple(recipe.models.experts)
+    return tuple(sorted(recipe.models.experts))
+
+
+@dataclass(frozen=True, eq=False)
+class ResolvedRecipe:
+    """What the passes of one recipe share.
 
     Attributes:
-        settings: By tensor name. keeps: By table and count.
+        recipe: The recipe.
+        scope: What is scored and ranked together.
+        selection: The row of its selection.
+        splice: The row of its splice.
+        assess: The measure that selects.
+        mixing: The measure of mixing scores; `assess` itself where it is the same.
+        settings: Numbers by tensor name, made when first asked for.
     """
 
     recipe: Recipe
     scope: Scope
+    selection: Selection
+    splice: Splicing
+    assess: Assessment
+    mixing: Assessment
     settings: dict[str, TensorSettings] = field(default_factory=dict)
-    keeps: dict[tuple[Table, int], Keep] = field(default_factory=dict)
+    _cuts: dict[tuple[Thresholds, int], Cut] = field(default_factory=dict)
 
-    def keep(self, table: Table, count: int) -> Keep:
-        """`Table.keep`, once for all tensors that are ranked together."""
-        if (table, count) not in self.keeps:
-            self.keeps[table, count] = table.keep(count)
-        return self.keeps[table, count]
+    @classmethod
+    def resolve(cls, recipe: Recipe) -> ResolvedRecipe:
+        """Look up everything that a recipe names.
 
+        Raises:
+            RecipeError: a measure is unknown, or has no such option.
+        """
+        scope = Scope(processing_order(recipe), recipe.select, recipe.winsorise, recipe.seed)
+        assess, score = Assessment.resolve(recipe.assess, scope), recipe.splice.score
+        mixing = assess if score is None or score == recipe.assess else Assessment.resolve(score, scope)
+        return cls(recipe, scope, SELECTIONS[recipe.select.kind], SPLICES[recipe.splice.kind], assess, mixing)
 
-def cuts(known: Known, tables: Sequence[Table], counts: Sequence[int], suffix: str = "") -> Numbers:
-    """What keeps the `counts` largest scores: ``low``, ``high`` and ``cut`` of each expert, under names that end so."""
-    keeps = [known.keep(t, k) for t, k in zip(tables, counts, strict=True)]
-    return {
-        "low" + suffix: [k.low for k in keeps],
-        "high" + suffix: [k.high for k in keeps],
-        "cut" + suffix: [k.cut for k in keeps],
-    }
+    def cut(self, thresholds: Thresholds, k: int) -> Cut:
+        """`Thresholds.cut`; once for all tensors that are ranked together."""
+        if not self.scope.is_model:
+            return thresholds.cut(k)
+        if (thresholds, k) not in self._cuts:
+            self._cuts[thresholds, k] = thresholds.cut(k)
+        return self._cuts[thresholds, k]
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """The recipe's."""
+        return self.recipe.fingerprint
 
-def ranked_together(recipe: Recipe, p: Pass) -> int:
-    """How many entries are ranked together."""
-    return (p.shape[-1] if p.shape else 1) if recipe.select.scope == "row" else math.prod(p.shape)
-
-
-def largest_factors(recipe: Recipe, p: Pass) -> list[float]:
-    """1 / the smallest keep probability of each expert; infinite where that is not known, or almost nothing."""
-    if p.structure.select != "rank_probability":
-        return [math.inf] * len(p.experts)
-    last = ranked_together(recipe, p) - 1
-    smallest = [first - fall * last for first, fall in zip(p.numbers["first"], p.numbers["fall"], strict=True)]
-    return [1.001 / least if least > 1e-3 else math.inf for least in smallest]
+    @cached_property
+    def masks_fingerprint(self) -> str:
+        """Of everything in the recipe that tensors given to a pass depend on."""
+        blank: dict[str, Any] = {"scale": 1.0, "preset": ""}
+        if not self.assess.depends_on_coefficients:
+            blank["coefficients"] = {}
+        return self.recipe.model_copy(update=blank).fingerprint

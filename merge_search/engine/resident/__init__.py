@@ -1,1 +1,1 @@
-"""What stays in memory between candidates: base, experts, the live model, coefficient maps."""
+"""Base, experts, live model and coefficient maps, kept in memory between candidates."""

@@ -1,6 +1,6 @@
-"""Maps: coefficients per output row, too many for a recipe, in a safetensors file named by the hash of its bytes.
+"""Maps: coefficients per output row, which are too many for a recipe, in files named by the hash of their bytes.
 
-A map belongs to one expert and holds, for every merged tensor, one float32 number per output row (first axis): one per
+A map belongs to one expert. For every merged tensor it holds one float32 number per output row (first axis): one per
 element of a 1-D tensor, one for a 0-d tensor. The row's coefficient is the recipe's coefficient times the map's number.
 """
 
@@ -25,12 +25,12 @@ from merge_search.recipe import Recipe
 __all__ = ["FOLDER", "MapStore", "map_files", "n_rows", "read_map", "rows_of", "write_map"]
 
 FOLDER = "maps"
-"""Beside a study's storage and beside an exported ``recipe.json``."""
-KEPT_BYTES = 2**28
+"""Name of the folder beside a study's storage, and beside an exported ``recipe.json``."""
+KEPT_BYTES = 2**28  # bytes of maps that are kept on the device; at least 8 maps are kept whatever they take
 
 
 def n_rows(shape: Sequence[int]) -> int:
-    """Output rows of a tensor of this shape: its first axis, one for a number."""
+    """Return the number of output rows of a tensor of this shape: its first axis, 1 for a 0-d tensor."""
     return shape[0] if shape else 1
 
 
@@ -38,22 +38,22 @@ def write_map(folder: str | Path, tensors: Mapping[str, Tensor]) -> str:
     """Write ``<folder>/<sha256>.safetensors`` and return the hash: equal content, equal bytes, equal name.
 
     Args:
-        folder: Made if it is not there.
-        tensors: Tensor name -> numbers per output row, shape (rows,); kept as float32.
+        folder: Created if missing.
+        tensors: Tensor name -> numbers per output row, shape (rows,); stored as float32.
     Raises:
-        NonFiniteError: NaN or infinity.
-        RecipeError: an entry has more than one axis.
-    Durability: written to a temporary name, flushed to disk and renamed; a file that is there is left alone.
+        NonFiniteError: An entry holds NaN or infinity.
+        RecipeError: An entry does not have exactly one axis.
+    Durability: written to a temporary name, flushed to disk and renamed. An existing file is left alone.
     """
-    made: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
     for name in sorted(tensors):
         values = tensors[name].detach().to("cpu", torch.float32).contiguous()
         if values.ndim != 1:
             raise RecipeError(f"map: entry {name!r} must have shape (rows,), got {tuple(values.shape)}")
         if not bool(torch.isfinite(values).all()):
             raise NonFiniteError(f"map: coefficients must be finite, found NaN or infinity for tensor {name!r}")
-        made[name] = values
-    data = save(made)
+        rows[name] = values
+    data = save(rows)
     digest = hashlib.sha256(data).hexdigest()
     file = Path(folder) / f"{digest}.safetensors"
     if file.is_file() and file.stat().st_size == len(data):
@@ -74,29 +74,31 @@ def write_map(folder: str | Path, tensors: Mapping[str, Tensor]) -> str:
 def _find(folders: Iterable[str | Path], digest: str) -> Path:
     if not re.fullmatch("[0-9a-f]{64}", digest):
         raise RecipeError(f"maps: a map is named by 64 hexadecimal digits, got {digest!r}")
-    looked = [Path(folder) for folder in folders]
-    for folder in looked:
+    searched = [Path(folder) for folder in folders]
+    for folder in searched:
         if (file := folder / f"{digest}.safetensors").is_file():
             return file
-    places = ", ".join(map(str, looked)) or "no folder was given"
+    where = ", ".join(map(str, searched)) or "no folder was given"
     raise RecipeError(
-        f"maps: no file {digest}.safetensors (looked in: {places}); it lies in the study's folder {FOLDER!r}, or in that "
-        "beside the recipe.json of an exported model: copy it along"
+        f"maps: no file {digest}.safetensors (looked in: {where}); copy it along from the study's folder {FOLDER!r}, "
+        "or from the one beside the recipe.json of an exported model"
     )
 
 
 def read_map(folders: str | Path | Iterable[str | Path], digest: str) -> dict[str, Tensor]:
-    """Numbers per output row by tensor name, from the first of `folders` that has the map. float32, on the CPU.
+    """Read the numbers per output row by tensor name, from the first of `folders` that has the map.
 
+    Returns:
+        float32 tensors of shape (rows,), on the CPU.
     Raises:
-        RecipeError: no folder has it.
-        WeightsError: its bytes are not those that the name promises, or not float32 vectors.
+        RecipeError: No folder has the map.
+        WeightsError: The file's hash differs from its name, or its entries are not finite float32 vectors.
     """
     file = _find([folders] if isinstance(folders, str | Path) else folders, digest)
     data = file.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
-        raise WeightsError(f"{file}: must have sha256 {digest[:16]}..., found {found[:16]}...; copy the map again")
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != digest:
+        raise WeightsError(f"{file}: must have sha256 {digest[:16]}..., found {actual[:16]}...; copy the map again")
     try:
         tensors: dict[str, Tensor] = load(data)
     except SafetensorError as error:
@@ -104,44 +106,46 @@ def read_map(folders: str | Path | Iterable[str | Path], digest: str) -> dict[st
     for name, values in tensors.items():
         if values.ndim != 1 or values.dtype != torch.float32 or not bool(torch.isfinite(values).all()):
             raise WeightsError(
-                f"{file}: entry {name!r} must be finite float32 of shape (rows,), got {values.dtype} {tuple(values.shape)}"
+                f"{file}: entry {name!r} must be finite float32 of shape (rows,), "
+                f"got {values.dtype} {tuple(values.shape)}"
             )
     return tensors
 
 
 def map_files(folders: Iterable[str | Path], recipe: Recipe) -> dict[str, str | Path]:
-    """The maps of a recipe as `export_folder` takes them in `extra`: ``maps/<sha256>.safetensors`` -> file.
+    """Return the maps of a recipe as `export_folder` takes them in `extra`: ``maps/<sha256>.safetensors`` -> file.
 
     Raises:
-        RecipeError: a map is in none of `folders`.
+        RecipeError: A map is in none of `folders`.
     """
-    looked = list(folders)
-    return {f"{FOLDER}/{digest}.safetensors": _find(looked, digest) for digest in sorted(set(recipe.maps.values()))}
+    searched = list(folders)
+    return {f"{FOLDER}/{digest}.safetensors": _find(searched, digest) for digest in sorted(set(recipe.maps.values()))}
 
 
 def rows_of(tensors: Tensors, recipe: Recipe, expert: str, name: str) -> Tensor | None:
-    """The numbers of a recipe's map for one expert and tensor, float32 of shape (rows,); None where it has no map.
+    """Return the numbers of a recipe's map for one expert and tensor: float32, shape (rows,); None if it has no map.
 
     Raises:
-        RecipeError: the map cannot be had, or has another number of rows.
+        RecipeError: The map is not available, or has another number of rows.
     """
     if expert not in recipe.maps:
         return None
-    found = statistic_of(tensors, f"map:{recipe.maps[expert]}", expert, name).to(tensors.device, torch.float32)
+    numbers = statistic_of(tensors, f"map:{recipe.maps[expert]}", expert, name).to(tensors.device, torch.float32)
     rows = n_rows(tensors.base(name).shape)
-    if found.numel() != rows:
+    if numbers.numel() != rows:
         raise RecipeError(
-            f"maps: the map of expert {expert!r} must have {rows} numbers for tensor {name!r}, found {found.numel()}"
+            f"maps: the map of expert {expert!r} must have {rows} numbers for tensor {name!r}, found {numbers.numel()}"
         )
-    return found.reshape(-1)
+    return numbers.reshape(-1)
 
 
 class MapStore:
-    """Maps on a device, checked against the tensors that they belong to; the latest are kept.
+    """Maps on a device, checked against the tensors that they belong to. The latest ones are kept.
 
     Args:
-        folders: Where files are looked for, in order; the list may grow.
-        shapes: Of every merged tensor.
+        folders: Folders where files are looked for, in order. The list may grow.
+        shapes: Shape of every merged tensor.
+        device: Where maps are kept.
     """
 
     def __init__(self, folders: list[Path], shapes: Mapping[str, Sequence[int]], device: torch.device) -> None:
@@ -150,9 +154,11 @@ class MapStore:
         self._limit = max(8, KEPT_BYTES // max(1, 4 * sum(n_rows(s) for s in shapes.values())))
 
     def get(self, digest: str, name: str) -> Tensor:
-        """Numbers of tensor `name`, shape (rows,), float32.
+        """Return the numbers of tensor `name`: float32, shape (rows,).
 
-        Raises: as `read_map`; RecipeError also where the map was made for other tensors.
+        Raises:
+            RecipeError: No folder has the map, or it was made for other tensors.
+            WeightsError: As `read_map`.
         """
         held = self._held.get(digest)
         if held is None:

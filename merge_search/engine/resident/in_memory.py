@@ -1,4 +1,4 @@
-"""Tensors straight from state dicts: for Python users who have models in memory, tests and benchmarks."""
+"""Tensors straight from state dicts, for Python users who have models in memory, for tests and for benchmarks."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from merge_search.engine.contracts import Tensors
 from merge_search.errors import WeightsError
 from merge_search.recipe import Group, Models
 
 __all__ = ["MemoryTensors"]
 
 
-class MemoryTensors:
-    """A `pipeline.Tensors` over dicts of tensors.
+class MemoryTensors(Tensors):
+    """A `contracts.Tensors` over dicts of tensors.
 
     Args:
-        base: Name -> tensor; floating ones are mergeable.
+        base: Name -> tensor. Floating tensors are mergeable.
         experts: Expert -> dict with the same names and shapes.
-        groups: Where each tensor belongs; None: all outside any block, kind ``other``.
+        groups: Group of each tensor. None: all are outside any block, with kind ``other``.
         statistics: (kind, expert, name) -> tensor.
     Raises:
-        WeightsError: an expert lacks a tensor or has it in another shape.
+        WeightsError: An expert lacks a tensor or has it in another shape.
     """
 
     def __init__(
@@ -58,6 +59,11 @@ class MemoryTensors:
 
     def expert(self, expert: str, name: str) -> Tensor:
         return self._experts[expert][name]
+
+    @property
+    def has_statistics(self) -> bool:
+        """True, because even an empty mapping may compute statistics when it is asked."""
+        return True
 
     def statistic(self, kind: str, expert: str, name: str) -> Tensor | None:
         return self._statistics.get((kind, expert, name))

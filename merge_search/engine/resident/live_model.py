@@ -1,7 +1,7 @@
-"""The one live model into which candidates are written, by the names of the base's files.
+"""The live model into which candidates are written, by the names of the base's files.
 
-It is made once, by transformers, from the base; a candidate overwrites its weights in place. What is scored here and
-what a user loads from the exported folder are the same bits, so everything that would part the two is refused here.
+transformers makes it once, from the base, and each candidate overwrites its weights in place. The bits scored here are
+the bits that a user loads from the exported folder. Everything that would make the two differ is refused here.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_search.engine.checkpoints.checkpoint import DTYPES, Checkpoint, dtype_name, raw_bytes, tied_aliases
+from merge_search.engine.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint, dtype_name, raw_bytes, tied_aliases
+from merge_search.engine.checkpoints.dtypes import FLOATING
 from merge_search.engine.checkpoints.hashing import WeightsHash, hash_folder
-from merge_search.engine.checkpoints.headers import FLOATING, CheckpointInfo
+from merge_search.engine.checkpoints.headers import CheckpointInfo
 from merge_search.engine.checkpoints.layout import is_mergeable, layout
 from merge_search.engine.checkpoints.views import disk_views, storages_shared
 from merge_search.errors import WeightsError
 
 __all__ = ["LiveModel", "hash_folder"]
 
-# Parts that a checkpoint may hold and a model class lack, or the other way round, without harm to what is scored.
+# Parts that may be in a checkpoint and not in its model class, or the other way round, without changing any score.
 OPTIONAL = ("pooler", "seq_relationship")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -44,15 +45,17 @@ class LiveModel:
     """A transformers model in eval mode without gradients, and live views of its weights.
 
     Attributes:
+        folder: Folder of the base.
         model: The module.
         tokenizer: Its tokenizer, or None where the folder has none.
-        views: Strided views of parameters and buffers by name on disk; write under `torch.no_grad`.
-            A tied tensor has one name.
-        absent: Names on disk that the model has no use for (poolers, masks): the base's, whatever is merged.
-        dtype: The one asked for, None for that of the files.
+        views: Strided views of parameters and buffers by name on disk. Write under `torch.no_grad`. A tied tensor has
+            one name.
+        absent: Names on disk that the model does not use (poolers, masks). They stay the base's, whatever is merged.
+        notes: Harmless differences between files and model.
+        dtype: The dtype asked for; None for that of the files.
 
-    Invariants: every view has the shape of the tensor on disk and the dtype in which it is exported, and holds,
-    after loading, the base's values exactly.
+    Invariants: every view has the shape of the tensor on disk and the dtype in which it is exported. After loading it
+    holds the base's values exactly.
     """
 
     folder: Path
@@ -72,42 +75,40 @@ class LiveModel:
         dtype: str | torch.dtype | None = None,
         task: str = "auto",
     ) -> LiveModel:
-        """The base as a live model.
+        """Load the base as a live model.
 
         Args:
-            folder: Of the base.
-            dtype: ``float32``, ``float16``, ``bfloat16``; None: the dtype of the files (not of config.json).
+            folder: Folder of the base.
+            device: Where the model lives.
+            dtype: ``float32``, ``float16`` or ``bfloat16``. None: the dtype of the files (not of config.json).
             task: ``causal`` for a language model, ``auto`` for the class that config.json names.
         Raises:
-            WeightsError: the model would not be what the files say: missing or unexpected tensors, other
-                dtypes or values after loading, custom code, a part that cannot be written in place.
+            WeightsError: The model would differ from the files: missing or unexpected tensors, other dtypes or values
+                after loading, custom code, or a part that cannot be written in place.
         """
         checkpoint = Checkpoint(folder)
-        wanted = _wanted_dtype(checkpoint.info, dtype)
-        model, info = _load(checkpoint.info, wanted, task)
-        notes = _check_loading(checkpoint.info, model, info)
-        model.to(device)  # the device alone: a dtype here would also cast the rotary buffers
+        loaded_dtype = _wanted_dtype(checkpoint.info, dtype)
+        asked_dtype = None if dtype is None else loaded_dtype
+        model, loading = _load(checkpoint.info, loaded_dtype, task)
+        notes = _check_loading(checkpoint.info, model, loading)
+        model.to(device)  # without a dtype, which would also cast the rotary buffers
         views, absent = _select(checkpoint, disk_views(model), tied_aliases(checkpoint))
-        _check_dtypes(checkpoint.info, views, None if dtype is None else wanted)
+        _check_dtypes(checkpoint.info, views, asked_dtype)
         _check_values(checkpoint, views)
         model.requires_grad_(False)
         model.eval()
         _reset_generation(model)
-        return cls(
-            Path(folder),
-            model,
-            _load_tokenizer(checkpoint.info.folder),
-            views,
-            absent,
-            notes,
-            None if dtype is None else wanted,
-        )
+        tokenizer = _load_tokenizer(checkpoint.info.folder)
+        return cls(Path(folder), model, tokenizer, views, absent, notes, asked_dtype)
 
     def hash(self, names: Collection[str] | None = None) -> str:
-        """sha256 of the weights as they are now, equal to `hash_folder` of the folder exported from them.
+        """Return the sha256 of the weights as they are now, equal to `hash_folder` of the folder exported from them.
 
-        Tensors without a place in the model are hashed as they are exported: the base's, in the dtype that was asked for.
-        With `names`, only those.
+        Tensors that the model does not use are hashed as they are exported: the base's, in the dtype that was asked
+        for.
+
+        Args:
+            names: Names to hash; None for all.
         """
         base = Checkpoint(self.folder)
         result = WeightsHash()
@@ -120,7 +121,7 @@ class LiveModel:
 
 
 def _wanted_dtype(info: CheckpointInfo, dtype: str | torch.dtype | None) -> torch.dtype:
-    """The dtype asked for, or the one that most elements on disk have."""
+    """Return the dtype asked for, or the one that most elements on disk have."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is not None:
@@ -129,28 +130,31 @@ def _wanted_dtype(info: CheckpointInfo, dtype: str | torch.dtype | None) -> torc
     for t in info.tensors.values():
         if t.dtype in FLOATING:
             count[t.dtype] += t.n_elements
-    return DTYPES[count.most_common(1)[0][0]] if count else torch.float32
+    return TORCH_DTYPES[count.most_common(1)[0][0]] if count else torch.float32
 
 
 def _load(info: CheckpointInfo, dtype: torch.dtype, task: str) -> tuple[Any, dict[str, Any]]:
     import transformers
 
     names = info.config.get("architectures") or []
-    known = getattr(transformers, names[0], None) if names else None
-    if task == "causal" or (known is None and not names):
-        known = transformers.AutoModelForCausalLM if task == "causal" else transformers.AutoModel
-    if known is None:
+    if task == "causal":
+        model_class = transformers.AutoModelForCausalLM
+    else:
+        model_class = getattr(transformers, names[0], None) if names else transformers.AutoModel
+    if model_class is None:
         raise WeightsError(
-            f"{info.folder / 'config.json'}: the architecture must be one that transformers {transformers.__version__} knows, got "
-            f"{names[0]!r}; models that bring their own code are not run"
+            f"{info.folder / 'config.json'}: the architecture must be one that transformers "
+            f"{transformers.__version__} knows, got {names[0]!r}; models that bring their own code are not run"
         )
     options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, "use_safetensors": True}
     bars, verbosity = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # what is missing or unexpected is checked and said by us
+    transformers.utils.logging.set_verbosity_error()  # `_check_loading` reports missing and unexpected tensors
     try:
-        # The files may be replaced while the model lives: it must not be a mapping of them.
-        model, loading = known.from_pretrained(str(info.folder), disable_mmap=True, local_files_only=True, **options)
+        # The model must not map the files, which may be replaced while it lives.
+        model, loading = model_class.from_pretrained(
+            str(info.folder), disable_mmap=True, local_files_only=True, **options
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise WeightsError(f"{info.folder}: transformers cannot load the base: {error}") from error
     finally:
@@ -161,57 +165,80 @@ def _load(info: CheckpointInfo, dtype: torch.dtype, task: str) -> tuple[Any, dic
 
 
 def _check_loading(info: CheckpointInfo, model: Any, loading: dict[str, Any]) -> list[str]:
-    """Notes about harmless differences between files and model; any other is refused."""
-    notes, problems = [], []
-    wordings = {
-        "missing_keys": "the model has tensors that the files lack",
-        "unexpected_keys": "the files have tensors that the model lacks",
-        "mismatched_keys": "tensors have other shapes in the model",
-        "error_msgs": "transformers reports",
-    }
-    for key, wording in wordings.items():
-        found = sorted(map(str, loading.get(key) or ()))
-        harmless = (
-            [k for k in found if any(word in k for word in OPTIONAL)]
-            if key.endswith(("missing_keys", "unexpected_keys"))
-            else []
-        )
-        if rest := [k for k in found if k not in harmless]:
-            problems.append(f"{wording}: {', '.join(rest[:5])}{', ...' if len(rest) > 5 else ''}")
-        if harmless:
-            notes.append(f"{wording}, which is left as it is: {', '.join(harmless)}")
-    if problems:
+    """Return notes about harmless differences between files and model. Optional parts that the files lack become zero.
+
+    Raises:
+        WeightsError: Files and model differ in any other way.
+    """
+    missing = _Difference(
+        "the model has tensors that the files lack", loading.get("missing_keys"), may_be_optional=True
+    )
+    differences = (
+        missing,
+        _Difference(
+            "the files have tensors that the model lacks", loading.get("unexpected_keys"), may_be_optional=True
+        ),
+        _Difference("tensors have other shapes in the model", loading.get("mismatched_keys")),
+        _Difference("transformers reports", loading.get("error_msgs")),
+    )
+    if problems := [d.problem for d in differences if d.problem]:
         raise WeightsError(
             f"{info.folder}: files and model ({type(model).__name__}) must agree, but " + "; ".join(problems)
         )
-    missing = {k for k in loading.get("missing_keys") or () if any(word in k for word in OPTIONAL)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name in missing:
-                parameter.zero_()  # transformers invents random values, others at each load
-    return notes
+            if name in missing.harmless:
+                parameter.zero_()  # transformers fills it with random values, which differ at each load
+    return [d.note for d in differences if d.note]
+
+
+class _Difference:
+    """One way in which the files and the loaded model differ.
+
+    Args:
+        wording: The difference in words.
+        entries: Names of tensors, or messages, as transformers lists them; None for none.
+        may_be_optional: Whether the difference is harmless for the parts in `OPTIONAL`.
+    """
+
+    def __init__(self, wording: str, entries: Collection[object] | None, *, may_be_optional: bool = False) -> None:
+        texts = sorted(map(str, entries or ()))
+        self._wording = wording
+        self.harmless = [t for t in texts if may_be_optional and any(part in t for part in OPTIONAL)]
+        self._harmful = [t for t in texts if t not in self.harmless]
+
+    @property
+    def problem(self) -> str:
+        """The harmful entries in words, '' if there are none."""
+        if not self._harmful:
+            return ""
+        return f"{self._wording}: {', '.join(self._harmful[:5])}{', ...' if len(self._harmful) > 5 else ''}"
+
+    @property
+    def note(self) -> str:
+        """The harmless entries in words, '' if there are none."""
+        return f"{self._wording}, which is left as it is: {', '.join(self.harmless)}" if self.harmless else ""
 
 
 def _select(
-    checkpoint: Checkpoint, found: dict[str, Tensor], aliases: dict[str, str]
+    checkpoint: Checkpoint, all_views: dict[str, Tensor], aliases: dict[str, str]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Views of the tensors on disk, each parameter once, and the names on disk that have none."""
+    """Return the views of the tensors on disk, each parameter once, and the names on disk without a view.
+
+    Raises:
+        WeightsError: Files and model disagree about shapes or tied tensors, or a merged tensor has no view.
+    """
     info = checkpoint.info
-    for alias, kept in aliases.items():
-        a, b = found.get(alias), found.get(kept)
-        if a is not None and b is not None and a.data_ptr() != b.data_ptr():
-            raise WeightsError(
-                f"{info.folder}: stores {alias!r} and {kept!r} with equal values, but the model keeps them apart; "
-                "say in config.json whether they are tied (tie_word_embeddings)"
-            )
+    _require_one_parameter(info, all_views, aliases)
     views: dict[str, Tensor] = {}
     for name, t in info.tensors.items():
-        if name in found and name not in aliases:
-            if found[name].shape != t.shape:
+        if name in all_views and name not in aliases:
+            view = all_views[name]
+            if view.shape != t.shape:
                 raise WeightsError(
-                    f"{t.file}: tensor {name!r} is {list(t.shape)} on disk, {list(found[name].shape)} in the model"
+                    f"{t.file}: tensor {name!r} is {list(t.shape)} on disk, {list(view.shape)} in the model"
                 )
-            views[name] = found[name]
+            views[name] = view
     if shared := storages_shared(views):
         raise WeightsError(
             f"{info.folder}: {shared[0][0]!r} and {shared[0][1]!r} differ on disk but are one parameter of the model; "
@@ -219,24 +246,35 @@ def _select(
         )
     absent = tuple(n for n in info.tensors if n not in views and n not in aliases)
     merged = layout(info)
-    if lost := [n for n in absent if n in merged]:  # they would be exported merged and never scored
+    if lost := [n for n in absent if n in merged]:  # these would be merged and exported, but never scored
         raise WeightsError(
-            f"{info.folder}: {len(lost)} tensors have no place in the model ({', '.join(lost[:5])}); name the class that uses "
-            "them under 'architectures' in config.json, or save the base without them"
+            f"{info.folder}: {len(lost)} tensors have no place in the model ({', '.join(lost[:5])}); "
+            "name the class that uses them under 'architectures' in config.json, or save the base without them"
         )
     return views, absent
 
 
+def _require_one_parameter(info: CheckpointInfo, views: dict[str, Tensor], aliases: dict[str, str]) -> None:
+    """Raise `WeightsError` unless both names of every tied tensor are one parameter of the model."""
+    for alias, kept in aliases.items():
+        a, b = views.get(alias), views.get(kept)
+        if a is not None and b is not None and a.data_ptr() != b.data_ptr():
+            raise WeightsError(
+                f"{info.folder}: stores {alias!r} and {kept!r} with equal values, but the model keeps them apart; "
+                "say in config.json whether they are tied (tie_word_embeddings)"
+            )
+
+
 def _check_dtypes(info: CheckpointInfo, views: dict[str, Tensor], dtype: torch.dtype | None) -> None:
-    """Every view must have the dtype in which it is exported, or the scored and the exported bits would differ."""
+    """Raise unless every view has its exported dtype. Otherwise the scored and the exported bits would differ."""
     for name, view in views.items():
-        on_disk = DTYPES[info.tensors[name].dtype]
+        on_disk = TORCH_DTYPES[info.tensors[name].dtype]
         exported = dtype if dtype is not None and is_mergeable(info.tensors[name]) else on_disk
         if view.dtype != exported:
             advice = "set dtype to float32 or bfloat16" if dtype is None else "leave dtype out, or set it to float32"
             raise WeightsError(
-                f"{info.folder}: tensor {name!r} would be exported as {dtype_name(exported)} but transformers computes with it as "
-                f"{dtype_name(view.dtype)}; {advice}"
+                f"{info.folder}: tensor {name!r} would be exported as {dtype_name(exported)} "
+                f"but transformers computes with it as {dtype_name(view.dtype)}; {advice}"
             )
 
 
@@ -248,7 +286,7 @@ def _check_values(checkpoint: Checkpoint, views: dict[str, Tensor]) -> None:
 
 
 def _reset_generation(model: Any) -> None:
-    """Greedy defaults: a base's sampling settings must not steer the evaluation."""
+    """Set greedy defaults, because a base's sampling settings must not steer the evaluation."""
     from transformers import GenerationConfig
 
     old = getattr(model, "generation_config", None)

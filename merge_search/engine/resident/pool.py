@@ -1,8 +1,9 @@
-"""Base and experts, resident: a candidate never reads a file.
+"""Base and experts, ready for merging: a candidate never waits for a disk.
 
-Three placements, the first that fits: ``resident`` (on the device), ``pinned`` (in page-locked host memory), ``mapped``
-(from the files, through the system's page cache). What is not resident comes to a GPU tensor by tensor, the next one's
-copies beside the merge of the one before (`transfer`). `ModelPool.plan` says which and why.
+There are three placements, and the first that fits is taken: ``resident`` (on the device), ``pinned`` (in page-locked
+host memory) and ``mapped`` (from the files, through the system's page cache). Tensors that are not resident come to a
+GPU one by one, and the next is copied while the current one is merged (`transfers`). `ModelPool.placement_report` gives
+the placement and its reason.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ from merge_search.engine.checkpoints.finite import file_problems, refuse, tensor
 from merge_search.engine.checkpoints.hashing import hash_once
 from merge_search.engine.checkpoints.headers import CheckpointInfo, resolve_model
 from merge_search.engine.checkpoints.layout import layout
-from merge_search.engine.passes.byte_cache import free_bytes
+from merge_search.engine.contracts import Tensors
 from merge_search.engine.resident.coefficient_maps import MapStore
 from merge_search.engine.resident.transfers import Transfers
 from merge_search.errors import WeightsError
+from merge_search.memory import free_bytes
 from merge_search.recipe import Group, Models
 
 __all__ = ["ModelPool", "StatisticsSource"]
 
 GIB = 2**30
-MARGIN = 0.9  # of what is free: allocators and neighbours need the rest
+MARGIN = 0.9  # share of the free memory that may be taken: allocators and other processes need the rest
 SCRATCH_TENSORS = 6  # float32 temporaries of the largest tensor while it is merged
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-ONCE = "streamed from files: each tensor is used once, and read when its turn comes"
+STREAMING_REPORT = "streamed from files: each tensor is used once, and read when its turn comes"
 _log = logging.getLogger(__name__)
 
 
@@ -44,40 +46,47 @@ class StatisticsSource(Protocol):
     """Numbers measured on data."""
 
     def get(self, kind: str, expert: str, name: str) -> Tensor | None:
-        """The statistic `kind` of `expert` for tensor `name`, broadcastable to it; None where it was never measured."""
+        """Return a statistic, broadcastable to the tensor; None where it was never measured.
+
+        Args:
+            kind: Kind of the statistic.
+            expert: Name of the expert.
+            name: Name of the tensor.
+        """
         ...
 
     def problem(self, kind: str, expert: str) -> str:
-        """Why the statistic cannot be had, '' if it can. Reads no weights."""
+        """Return why the statistic is unavailable, '' if it is available. Reads no weights."""
         ...
 
 
-class ModelPool:
+class ModelPool(Tensors):
     """Tensors of one base and its experts on one device.
 
     Args:
-        models: Base and experts, by folder or hub id. Where `models.hashes` are given they are checked.
-        device: ``auto`` (a GPU if there is one), or torch's word for a device.
-        memory: GiB that the pool may take on its device; None: what is free, less what one live model needs.
-        map_folders: Where the maps of recipes are looked for.
-        once: Each tensor will be used once: nothing is held but what `holding` names. For one merge from files to files.
-            Finiteness is checked in the files, if they fit in free memory together; else it is left to whoever reads the
-            tensors.
+        models: Base and experts, by folder or hub id. `models.hashes` are checked if given.
+        device: ``auto`` (a GPU if there is one), or torch's name of a device.
+        memory: GiB that the pool may take on its device. None: all that is free, less the needs of one live model.
+        map_folders: Folders where the maps of recipes are looked for.
+        streaming: Each tensor will be used once, for one merge from files to files. Nothing is held outside `holding`.
+            Finiteness is checked in the files if they fit in free memory together; otherwise the reader of the tensors
+            checks it.
 
     Attributes:
-        groups: Group of every tensor that is merged, in the order of the checkpoint; a tensor stored twice
-            because it is tied counts once.
-        copied_names: Tensors that are not merged (integers, masks): the base's, as they are.
+        groups: Group of every tensor that is merged, in the order of the checkpoint. A tensor stored twice because it
+            is tied counts once.
+        copied_names: Tensors that are not merged (integers, masks) and are copied from the base.
         aliases: Tied tensors that the base stores twice: the name left out -> the name that is merged.
-        plan: Where the tensors lie and why, with figures.
-        notes: What was left out or matched by token.
-        map_folders: As given; may grow.
-        statistics: Asked by `statistic` for all but maps; None: nothing was measured.
+        placement: ``resident``, ``pinned`` or ``mapped``.
+        placement_report: The placement and its reason, with figures, for the user.
+        notes: Which rows were left out or matched by token.
+        map_folders: As given. The list may grow.
+        statistics: Answers `statistic` for everything except maps. None: nothing was measured.
 
     Raises:
-        WeightsError: with every problem that headers show; or for NaN or infinity in a tensor, an expert
-            that equals the base, or a hash that is not the one given.
-    Determinism: tensors are bits of the files (adapters: see `checkpoint.Expert`), whatever the placement.
+        WeightsError: Headers show problems (all are named), a tensor holds NaN or infinity, an expert equals the base,
+            or a hash is not the one given.
+    Determinism: tensors have the bits of the files (adapters: see `checkpoint.Expert`), whatever the placement.
     """
 
     def __init__(
@@ -87,7 +96,7 @@ class ModelPool:
         device: str | torch.device = "auto",
         memory: float | None = None,
         map_folders: Iterable[str | Path] = (),
-        once: bool = False,
+        streaming: bool = False,
     ) -> None:
         problems = check_models(models.base, models.experts)
         if problems:
@@ -104,12 +113,12 @@ class ModelPool:
         self._maps = MapStore(self.map_folders, {n: self._base.info.tensors[n].shape for n in self.groups}, self.device)
         self.statistics: StatisticsSource | None = None
         self.check_hashes()
-        self.placement, self.plan = ("mapped", ONCE) if once else self._choose(memory)
-        _log.info("%s", self.plan)
+        self.placement, self.placement_report = ("mapped", STREAMING_REPORT) if streaming else self._choose(memory)
+        _log.info("%s", self.placement_report)
         self._held: dict[str, list[Tensor]] = {}
-        moves = self.device.type == "cuda" and not once and self.placement != "resident"
-        self._transfers = Transfers(self._in_host_memory, self.device) if moves else None
-        if once:
+        needs_transfers = self.device.type == "cuda" and not streaming and self.placement != "resident"
+        self._transfers = Transfers(self._in_host_memory, self.device) if needs_transfers else None
+        if streaming:
             self._require_finite_files()
             self._require_differences()
         else:
@@ -117,54 +126,61 @@ class ModelPool:
 
     @property
     def base_folder(self) -> Path:
+        """Folder of the base."""
         return self._base.info.folder
 
     @property
     def base_info(self) -> CheckpointInfo:
+        """Headers and config of the base."""
         return self._base.info
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The tensor's, from the base's headers."""
+        """Return the tensor's shape, from the base's headers."""
         return self._base.info.tensors[name].shape
 
     def base(self, name: str) -> Tensor:
-        """The base's tensor on the device, in its own dtype. Do not write into it."""
+        """Return the base's tensor on the device, in its own dtype. Do not write into it."""
         return self._get(name, 0, self._base.tensor)
 
     def expert(self, expert: str, name: str) -> Tensor:
-        """An expert's tensor on the device: the base's shape, its own dtype. Do not write into it."""
+        """Return an expert's tensor on the device: the base's shape, its own dtype. Do not write into it."""
         return self._get(name, 1 + self._index(expert), self._experts[expert].tensor)
 
     def expect(self, names: Sequence[str]) -> None:
-        """In which order tensors will be asked for, so that those in host memory come to the GPU ahead; empty: in none."""
+        """Announce the order in which tensors will be asked for, so that they are copied to the GPU ahead of their use.
+
+        Args:
+            names: In order; empty for no order.
+        """
         if self._transfers is not None:
             self._transfers.expect(names)
 
     @property
     def sources(self) -> tuple[Checkpoint, *tuple[Expert, ...]]:
-        """Where tensors come from: the base's files and the experts'."""
+        """The files from which tensors come: the base's, then the experts'."""
         return self._base, *self._experts.values()
 
     @contextmanager
     def holding(self, name: str, tensors: Sequence[Tensor] = ()) -> Iterator[None]:
-        """Have one tensor of base and experts in memory for as long as the context lasts.
+        """Hold one tensor of base and experts in memory inside the context.
 
         Args:
-            tensors: The base's and every expert's, if they were read before; else they are read now.
+            name: Name of the tensor.
+            tensors: The base's and every expert's tensor, if they were read before. Otherwise they are read now.
         """
         if name in self._held:
             yield
             return
-        own = list(tensors) or self.read(name, tuple(self._experts))
-        moved = {id(t): t.to(self.device) for t in own}  # what experts share with the base stays one
-        self._held[name] = [moved[id(t)] for t in own]
+        sources = list(tensors) or self.read(name, tuple(self._experts))
+        moved = {id(t): t.to(self.device) for t in sources}  # a tensor shared with the base stays shared
+        self._held[name] = [moved[id(t)] for t in sources]
         try:
             yield
         finally:
             del self._held[name]
 
     def read(self, name: str, experts: Sequence[str]) -> list[Tensor]:
-        """The base's tensor and those of `experts`, on the device; read anew unless they are held."""
+        """Return the base's tensor and those of `experts`, on the device, read from the files unless they are held."""
         held = self._held.get(name)
         if self._transfers is not None:
             held = self._transfers.get(name)
@@ -175,48 +191,68 @@ class ModelPool:
         return [base, *(s.read(name).to(self.device) if s.changes(name) else base for s in sources)]
 
     def require_finite(self, name: str) -> None:
-        """Raises `WeightsError` naming the file if a tensor of the base or of an expert is not finite."""
+        """Raise `WeightsError` naming the file if a tensor of the base or of an expert is not finite."""
         tensors = self.read(name, tuple(self._experts))
-        found = [tensor_problem(t, name, *origin) for t, origin in zip(tensors, self._named_sources, strict=True)]
-        refuse([p for p in found if p])
+        problems = [tensor_problem(t, name, *origin) for t, origin in zip(tensors, self._named_sources, strict=True)]
+        refuse([p for p in problems if p])
 
     def statistic(self, kind: str, expert: str, name: str) -> Tensor | None:
-        """``map:<sha256>``: a recipe's map, shape (rows,), on the device; else what `statistics` says.
+        """Return a statistic of an expert for a tensor; None where it was never measured.
 
+        Args:
+            kind: ``map:<sha256>`` for a recipe's map, which has shape (rows,) and is on the device. Other kinds are
+                asked of `statistics`.
+            expert: Name of the expert.
+            name: Name of the tensor.
         Raises:
-            RecipeError, WeightsError: the map is missing, changed or made for other models.
+            RecipeError: The map is missing or was made for other models.
+            WeightsError: The map's file was changed.
         """
         if kind.startswith("map:"):
             return self._maps.get(kind.removeprefix("map:"), name)
         return None if self.statistics is None else self.statistics.get(kind, expert, name)
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether statistics were measured, or can be."""
+        return self.statistics is not None
+
+    def statistic_problem(self, kind: str, expert: str) -> str:
+        """Return why a statistic is unavailable, '' if it is available or nothing was measured."""
+        return "" if self.statistics is None else self.statistics.problem(kind, expert)
+
+    def look_for_maps(self, folder: Path) -> None:
+        """Add `folder` to the folders where the maps of recipes are looked for."""
+        if folder not in self.map_folders:
+            self.map_folders.append(folder)
+
     def is_transposed(self, name: str) -> bool:
-        """Whether a matrix is stored (in, out), as transformers' Conv1D keeps it."""
+        """Whether a matrix is stored (in, out), as in transformers' Conv1D."""
         if self._base.info.config.get("model_type") not in _CONV1D_MODELS:
             return False
         return self.groups[name].kind in ("attention", "mlp") and len(self._base.info.tensors[name].shape) == 2
 
     def copied(self) -> Iterator[tuple[str, Tensor]]:
-        """Tensors of the base that are not merged, on the CPU, in the order of their names."""
+        """Yield the tensors of the base that are not merged, on the CPU, in the order of their names."""
         for name in sorted(self.copied_names):
             yield name, self._base.tensor(name)
 
     def hashes(self) -> dict[str, str]:
-        """sha256 of every model's tensors (`hashing`), ``base`` for the base; computed once per process."""
+        """Return the sha256 of every model's tensors (`hashing`), ``base`` for the base. Computed once per process."""
         named = {"base": self._base.info, **{n: e.info for n, e in self._experts.items()}}
         with ThreadPoolExecutor(min(len(named), os.cpu_count() or 1)) as threads:
             return dict(zip(named, threads.map(hash_once, named.values()), strict=True))
 
     def check_hashes(self) -> None:
-        """Raises `WeightsError` if the models are not those whose hashes `models.hashes` gives."""
+        """Raise `WeightsError` if a model does not have the hash that `models.hashes` gives."""
         if not self.models.hashes:
             return
-        found = self.hashes()
+        hashes = self.hashes()
         for name, wanted in self.models.hashes.items():
-            if name in found and found[name] != wanted:
+            if name in hashes and hashes[name] != wanted:
                 folder = self.base_folder if name == "base" else self._experts[name].info.folder
                 raise WeightsError(
-                    f"{folder}: {name!r} must be the model with sha256 {wanted[:16]}..., found {found[name][:16]}...; "
+                    f"{folder}: {name!r} must be the model with sha256 {wanted[:16]}..., found {hashes[name][:16]}...; "
                     "its weights were changed or another model was given"
                 )
 
@@ -236,21 +272,21 @@ class ModelPool:
         return [base, *(e.tensor(name) if e.changes(name) else base for e in self._experts.values())]
 
     def _load(self) -> None:
-        """Place every tensor, once; finiteness and equality are checked on the way."""
+        """Place every tensor once. Finiteness and equality are checked on the way."""
         differs, problems = dict.fromkeys(self._experts, False), list[str]()
         for name in self.groups:
             base = self._place(self._base.tensor(name))
             problems.append(tensor_problem(base, name, "base", self._base))
             tensors = [base]
             for expert, source in self._experts.items():
-                own = self._place(source.tensor(name)) if source.changes(name) else base
-                if own is not base:
-                    problems.append(tensor_problem(own, name, f"expert {expert!r}", source))
-                    if _differ(base, own):
+                tensor = self._place(source.tensor(name)) if source.changes(name) else base
+                if tensor is not base:
+                    problems.append(tensor_problem(tensor, name, f"expert {expert!r}", source))
+                    if _differ(base, tensor):
                         differs[expert] = True
-                    elif own.dtype == base.dtype:
-                        own = base  # a frozen tensor: share the base's memory
-                tensors.append(own)
+                    elif tensor.dtype == base.dtype:
+                        tensor = base  # a frozen tensor shares the base's memory
+                tensors.append(tensor)
             if self.placement != "mapped":
                 self._held[name] = tensors
         refuse([p for p in problems if p])
@@ -259,21 +295,22 @@ class ModelPool:
                 raise self._nothing_to_merge(expert)
 
     def _require_finite_files(self) -> None:
-        """Raises `WeightsError` for all NaN and infinity in the files; does not look where they do not fit in free memory.
+        """Raise `WeightsError` naming all NaN and infinity in the files, if the files fit in free memory.
 
-        What fits is read from the disk once, by this look, and by the merge from the page cache. Larger models would be
-        read twice, which takes longer than most merges: their tensors are checked when their turn comes.
+        Files that fit are read from the disk once, by this check, and by the merge from the page cache. Larger files
+        would be read from the disk twice, which takes longer than most merges. Their tensors are checked when they are
+        merged.
         """
         if sum(source.info.n_bytes for source in self.sources) <= MARGIN * free_bytes(torch.device("cpu")):
             refuse(file_problems(self._named_sources, self.groups))
 
     @property
     def _named_sources(self) -> list[tuple[str, Checkpoint | Expert]]:
-        """`sources`, with the words of messages."""
+        """`sources`, each with its name in messages."""
         return [("base", self._base), *((f"expert {n!r}", e) for n, e in self._experts.items())]
 
     def _require_differences(self) -> None:
-        """Raises `WeightsError` for an expert that equals the base; reads up to the first difference, without holding it."""
+        """Raise `WeightsError` for an expert that equals the base. Reads up to the first difference only."""
         names = sorted(self.groups, key=lambda n: self._base.info.tensors[n].n_bytes)  # the cheapest first
         for expert, source in self._experts.items():
             if not any(source.changes(n) and _differ(self._base.read(n), source.read(n)) for n in names):
@@ -293,29 +330,30 @@ class ModelPool:
         return tensor.to(self.device, copy=True)
 
     def _choose(self, memory: float | None) -> tuple[str, str]:
-        base = sum(self._base.info.tensors[n].n_bytes for n in self.groups)
-        own = [n for e in self._experts.values() for n in self.groups if e.changes(n)]
-        held = [self._base.info.tensors[n].n_bytes for n in (*self.groups, *own)]
-        need = sum(held)
-        largest = max(self._base.info.tensors[n].n_elements for n in self.groups)
-        # One live model and the temporaries of its largest tensor share the device with the pool.
-        other = base + 4 * SCRATCH_TENSORS * largest
-        free = free_bytes(self.device)
-        limit = memory * GIB if memory is not None else MARGIN * free - other
-        what = f"base and {len(self._experts)} experts need {need / GIB:.2f} GiB"
-        room = f"{limit / GIB:.2f} GiB " + (
-            "were allowed" if memory is not None else f"of {free / GIB:.2f} GiB free are left for them"
-        )
+        """Return the placement and its report."""
+        headers = self._base.info.tensors
+        changed = [n for e in self._experts.values() for n in self.groups if e.changes(n)]
+        sizes = [headers[n].n_bytes for n in (*self.groups, *changed)]
+        need = sum(sizes)
+        if memory is None:
+            # One live model and the temporaries of its largest tensor share the device with the pool.
+            live = sum(headers[n].n_bytes for n in self.groups)
+            scratch = 4 * SCRATCH_TENSORS * max(headers[n].n_elements for n in self.groups)
+            free = free_bytes(self.device)
+            limit = MARGIN * free - (live + scratch)
+            room = f"{limit / GIB:.2f} GiB of {free / GIB:.2f} GiB free are left for them"
+        else:
+            limit = memory * GIB
+            room = f"{limit / GIB:.2f} GiB were allowed"
+        needs = f"base and {len(self._experts)} experts need {need / GIB:.2f} GiB, {room}"
         if need <= limit:
-            return "resident", f"resident on {self.device}: {what}, {room}"
+            return "resident", f"resident on {self.device}: {needs}"
         host = free_bytes(torch.device("cpu"))
-        # torch rounds page-locked blocks up to powers of two.
-        if self.device.type == "cuda" and sum(1 << (n - 1).bit_length() for n in held if n) <= MARGIN * host:
-            return (
-                "pinned",
-                f"pinned in host memory: {what}, {room} on {self.device}; the host has {host / GIB:.2f} GiB free",
-            )
-        return "mapped", f"mapped from files: {what}, {room} on {self.device}; tensors come through the page cache"
+        page_locked = sum(1 << (n - 1).bit_length() for n in sizes if n)  # torch rounds blocks up to powers of two
+        if self.device.type == "cuda" and page_locked <= MARGIN * host:
+            report = f"pinned in host memory: {needs} on {self.device}; the host has {host / GIB:.2f} GiB free"
+            return "pinned", report
+        return "mapped", f"mapped from files: {needs} on {self.device}; tensors come through the page cache"
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -324,6 +362,6 @@ def _device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def _differ(base: Tensor, own: Tensor) -> bool:
-    wide = torch.promote_types(own.dtype, base.dtype)
-    return not torch.equal(own.to(wide), base.to(wide))
+def _differ(base: Tensor, other: Tensor) -> bool:
+    wide = torch.promote_types(other.dtype, base.dtype)
+    return not torch.equal(other.to(wide), base.to(wide))

@@ -1,14 +1,15 @@
-"""Statistics: numbers measured on data, once per study. One statistic a file; this file lists them without importing torch.
+"""Statistics: numbers measured on data, once per study. This file lists them without importing torch.
 
-A statistic is a module with
+There is one file a statistic. A statistic is a module with
 
     measure(work: Work) -> dict[str, Tensor]     tensor name on disk -> float32, broadcastable to the tensor
 
-run while the live model holds what its `Point` says, on rows that a learner may fit on: never on scored questions.
+It runs while the live model holds the weights of its `Kind.point`, on rows that a learner may fit on, never on scored
+questions.
 
-    provider.py   DataStatistics: which rows, which weights, the live model borrowed and given back, the cache
+    provider.py   DataStatistics: chooses rows and weights, borrows the live model, caches the results
     store.py      files: named by the hash of all that matters, written whole or not at all, checked when read
-    rows.py       what a statistic may read; which rows
+    rows.py       what a statistic may read, and which rows it gets
     backward.py, forward.py   one pass per row: gradients, inputs of matrices
 """
 
@@ -33,11 +34,11 @@ class Kind:
     """One entry of `KINDS`.
 
     Attributes:
-        module: Below this package.
+        module: Name of its module in this package.
         summary: One line.
-        point: The weights at which it is measured: ``base``, ``expert``, or ``either``: the expert, or
+        point: The weights at which it is measured: ``base``, ``expert``, or ``either``. ``either`` is the expert, or
             base + c delta where the kind is asked for as ``<kind>@<c>``.
-        questions: Counted per row: one forward, and two more for a backward.
+        questions: Questions counted per row: one for a forward pass, two more for a backward pass.
     """
 
     module: str
@@ -53,11 +54,15 @@ KINDS: dict[str, Kind] = {
     "activation_norm": Kind("activation_norm", "root mean square of every input feature", "expert", 1),
     "gram": Kind("gram", "X^T X / n of the inputs of every matrix", "expert", 1),
 }
-"""Statistics by the name that measures and operators ask for."""
+"""Statistics by the name under which measures and operators ask for them."""
 
 
 def parse(kind: str) -> tuple[Kind, float | None] | None:
-    """The entry of a kind and its c (None: at the model itself); None where no such statistic is measured."""
+    """Split the name of a kind into its entry and c; c is None at the model itself.
+
+    Returns:
+        None where no such statistic is measured.
+    """
     name, at, c = kind.partition("@")
     entry = KINDS.get(name)
     if entry is None or (at and entry.point != "either"):
@@ -72,7 +77,7 @@ def parse(kind: str) -> tuple[Kind, float | None] | None:
 
 
 def load(kind: Kind) -> Callable[[Work], dict[str, Tensor]]:
-    """The function that measures."""
+    """Import the function that measures a statistic."""
     module = importlib.import_module(f"{__name__}.{kind.module}")
     measure: Callable[[Work], dict[str, Tensor]] = module.measure
     return measure

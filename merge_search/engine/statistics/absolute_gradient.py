@@ -1,4 +1,7 @@
-"""Mean over rows of |gradient of a row's loss| at the base. Source: Task Arithmetic in the Trust Region, arXiv 2501.15065."""
+"""Mean over rows of |gradient of a row's loss| at the base.
+
+Source: Task Arithmetic in the Trust Region, arXiv 2501.15065.
+"""
 
 from __future__ import annotations
 
@@ -12,5 +15,5 @@ __all__ = ["measure"]
 
 
 def measure(work: Work) -> dict[str, Tensor]:
-    """Shape of each tensor; zero where the loss does not reach."""
+    """Return by tensor name a float32 tensor of the tensor's shape; zero where the loss does not reach."""
     return mean_of_gradients(work, torch.abs)

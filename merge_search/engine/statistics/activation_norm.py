@@ -1,8 +1,9 @@
-"""Size of what every weight is multiplied with: the L2 norm of its input feature over all tokens / sqrt(number of tokens).
+"""Size of the inputs of every weight: the L2 norm of its input feature over all tokens / sqrt(number of tokens).
 
-The division makes experts comparable whose rows differ in length; within an expert it changes no ranking. A row of an
-embedding is met by the tokens that look it up: sqrt(share of tokens), zero for tokens that never come. What is no matrix
-(gains of normalised inputs, biases) is met by a feature of size one. Source: Wanda, arXiv 2306.11695.
+The division makes experts comparable whose rows differ in length. Within an expert it changes no ranking. The input of
+an embedding's row is the tokens that look it up: sqrt(share of tokens), zero for tokens that never occur. Tensors that
+are no matrices (gains of normalised inputs, biases) count as having an input of size one. Source: Wanda, arXiv
+2306.11695.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ def _squares(role: Role, inputs: Tensor, weight: Tensor) -> Tensor:
 
 
 def measure(work: Work) -> dict[str, Tensor]:
-    """Shape (1, in) for weights (out, in), (in, 1) for (in, out), (rows, 1) for embeddings, ones for the rest.
+    """Return by tensor name a float32 tensor that broadcasts to the weights.
 
-    A matrix that is embedding and head at once is a head.
+    Shapes: (1, in) for weights (out, in), (in, 1) for (in, out), (rows, 1) for embeddings, ones for all other tensors.
+    A matrix that is both embedding and head counts as a head.
     """
-    found = mean_over_inputs(work, _squares)
+    means = mean_over_inputs(work, _squares)
     result = {name: torch.ones([1] * view.ndim) for name, view in work.views.items()}
     for role in ("embedding", "conv1d", "linear"):
-        for (name, used), squares in found.items():
+        for (name, used), squares in means.items():
             if used == role:
                 result[name] = squares.sqrt().to(torch.float32)[:, None]
                 if role == "linear":

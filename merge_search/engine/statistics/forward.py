@@ -1,7 +1,7 @@
-"""What goes into every matrix of the live model, seen while it runs.
+"""The inputs of every matrix of the live model, observed while it runs.
 
-Calls are watched, not modules: a matrix is known by its address, so that fused projections, routers and experts that a
-model slices out of one parameter are told apart by their names on disk.
+Calls are observed, not modules, and a matrix is recognised by its address. So fused projections, routers and experts
+that a model slices out of one parameter are told apart by their names on disk.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ _Key = tuple[str, Role]
 
 
 def mean_over_inputs(work: Work, rule: Rule) -> dict[_Key, Tensor]:
-    """mean over tasks of (sum of rule over all calls) / (number of inputs).
+    """Return the mean over tasks of (sum of rule over all calls) / (number of inputs).
 
     Args:
-        rule: (role, inputs, matrix) -> a sum over inputs, or None where the role does not matter. Inputs: shape (n, in),
-            as they are; of an embedding the looked-up rows, shape (n,), int64.
+        work: The model and the rows.
+        rule: (role, inputs, matrix) -> a sum over inputs, or None if the role does not matter. Inputs have shape (n,
+            in) and the model's dtype. For an embedding they are the looked-up rows: shape (n,), int64.
     Returns:
-        By tensor name on disk and role, in the dtype of the rule. Matrices that no row reaches are left out.
+        By tensor name on disk and role, in the rule's dtype. Matrices that no row reaches are left out.
     Raises:
-        NonFiniteError: NaN or infinity, naming the tensor.
-    Cost: one forward pass per row, without gradients. Rows run one by one: there is no padding to leave out.
+        NonFiniteError: NaN or infinity in a mean; the message names the tensor.
+    Cost: one forward pass per row, without gradients. Rows run one by one, so there is no padding.
     """
     means: dict[_Key, Tensor] = {}
     n_tasks: dict[_Key, int] = {}
@@ -72,35 +73,35 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func is functional.linear:
-            self._see("linear", *_named(args, kwargs, "input", "weight"))
+            self._add("linear", *_named(args, kwargs, "input", "weight"))
         elif func is functional.embedding:
-            self._see("embedding", *_named(args, kwargs, "input", "weight"))
+            self._add("embedding", *_named(args, kwargs, "input", "weight"))
         elif func is torch.addmm and len(args) >= 3:
-            self._see("conv1d", args[1], args[2])
+            self._add("conv1d", args[1], args[2])
         return out
 
-    def _see(self, role: Role, inputs: Tensor, weight: Tensor) -> None:
+    def _add(self, role: Role, inputs: Tensor, weight: Tensor) -> None:
         names = self._names(weight)
         if not names:
             return
         rows = inputs.detach().reshape(-1) if role == "embedding" else inputs.detach().reshape(-1, inputs.shape[-1])
-        made = self._rule(role, rows, weight)
-        if made is None:
+        total = self._rule(role, rows, weight)
+        if total is None:
             return
         for name in names:
             key = (name, role)
-            self.sums[key] = self.sums[key] + made if key in self.sums else made
+            self.sums[key] = self.sums[key] + total if key in self.sums else total
             self.counts[key] = self.counts.get(key, 0) + len(rows)
 
     def _names(self, weight: Tensor) -> list[str]:
-        """Tensors on disk that are rows of `weight`, all of them or some."""
+        """Return the tensors on disk that are rows of `weight`, all or some of them."""
         if weight.ndim != 2 or weight.layout is not torch.strided:
             return []
-        place = (weight.data_ptr(), tuple(weight.shape), weight.stride())
-        if place not in self._known:
-            near = self._views.get(weight.untyped_storage().data_ptr(), [])
-            self._known[place] = [name for name, view in near if _is_rows_of(view, weight)]
-        return self._known[place]
+        key = (weight.data_ptr(), tuple(weight.shape), weight.stride())
+        if key not in self._known:
+            candidates = self._views.get(weight.untyped_storage().data_ptr(), [])
+            self._known[key] = [name for name, view in candidates if _is_rows_of(view, weight)]
+        return self._known[key]
 
 
 def _named(args: Any, kwargs: Any, first: str, second: str) -> tuple[Tensor, Tensor]:
@@ -108,7 +109,9 @@ def _named(args: Any, kwargs: Any, first: str, second: str) -> tuple[Tensor, Ten
 
 
 def _is_rows_of(view: Tensor, weight: Tensor) -> bool:
-    if view.shape[1] != weight.shape[1] or view.stride() != weight.stride() or weight.stride(1) != 1:
+    """Return whether `view` is a range of whole rows of `weight`, which shares its storage."""
+    has_same_columns = view.shape[1] == weight.shape[1] and view.stride() == weight.stride()
+    if not has_same_columns or weight.stride(1) != 1:
         return False
     start = int(view.storage_offset()) - int(weight.storage_offset())
     row, rest = divmod(start, weight.stride(0))

@@ -1,4 +1,4 @@
-"""Mean gradient of the expert's loss at the base: what APL's partition product and |gradient x delta| are made of.
+"""Mean gradient of the expert's loss at the base: an input of APL's partition product and of |gradient x delta|.
 
 Source: APL, arXiv 2408.09485 (gradient of the pretrained model on a few rows of the task).
 """
@@ -14,5 +14,5 @@ __all__ = ["measure"]
 
 
 def measure(work: Work) -> dict[str, Tensor]:
-    """Shape of each tensor, signed; zero where the loss does not reach."""
+    """Return by tensor name a signed float32 tensor of the tensor's shape; zero where the loss does not reach."""
     return mean_of_gradients(work, lambda gradient: gradient)

@@ -1,4 +1,4 @@
-"""DataStatistics: every statistic measured once per study, when it is first asked for."""
+"""DataStatistics: every statistic is measured once per study, when it is first asked for."""
 
 from __future__ import annotations
 
@@ -30,34 +30,39 @@ __all__ = ["MAX_GIB", "N_ROWS", "DataStatistics"]
 N_ROWS = 64
 """Rows per task. DF-Merge takes 30, Fisher merging and RegMean 256."""
 MAX_GIB = 32.0
-"""What the files of one study may take on disk: float32 statistics of eight billion parameters are 30 GiB a file."""
+"""Most disk space for the files of one study, in GiB. float32 statistics of eight billion parameters are 30 GiB a file.
+"""
 RECENT = 4
-"""So many files at scaled models are kept per expert, whatever they take: a candidate asks for a few at a time."""
+"""Files at scaled models that are kept per expert whatever they take, because a candidate asks for a few at a time."""
 VERSION = 1
-"""Raise it when the numbers of any statistic change: files of older versions are then measured again."""
+"""Raise this when the numbers of any statistic change. Files of older versions are then measured again."""
 _log = logging.getLogger(__name__)
 
 
 class DataStatistics:
-    """A `pool.StatisticsSource`: kinds of `KINDS` from data, any other from files that the user put into `folder`.
+    """A `StatisticsSource`: kinds of `KINDS` from data, all others from files that the user put into `folder`.
 
-    Kept in ``<folder>/<key>.safetensors``; the key is a hash of kind, point, weights, dtype, tasks, rows, seed and
-    `VERSION`, so that what is found is what would be measured. A file that is damaged is measured again. Files beyond
-    `max_gib` are removed, the longest unused first, but never one at a model itself that this process has used; a statistic
-    whose file is gone is measured again, to the same bits.
+    Measured statistics are kept in ``<folder>/<key>.safetensors``. The key is a hash of kind, point, weights, dtype,
+    tasks, rows, seed and `VERSION`, so a file found by its key holds what would be measured. A damaged file is measured
+    again. Once the files exceed `max_gib`, the longest unused are removed first. Files at a model itself that this
+    process has used are never removed. A statistic whose file was removed is measured again, to the same bits.
 
-    A statistic may be asked for while a recipe is being written into the live model: the model's weights are put aside
-    (on the host) and come back bit for bit; engines see by version counters that they were touched.
+    A statistic may be asked for while a recipe is being written into the live model. The model's weights are then saved
+    on the host and restored bit for bit. Engines notice by version counters that the weights were touched.
 
     Args:
-        live: The model that the evaluators are bound to; None: only what is on file can be had.
-        owners: Task -> expert whose statistics it serves (`rows.rows_of_experts`).
-        n_rows: Per task.
-        folder: Files of others lie in it as ``<kind>/<expert>.safetensors`` (`store.FolderStatistics`).
-        max_gib: Of disk, for the measured files in `folder`.
-        dtype: In which the live model computes; None: that of the files.
+        pool: Base and experts.
+        live: The model that the evaluators are bound to. None: only statistics on file are available.
+        evaluators: Evaluators without a differentiable loss are ignored.
+        teachers: Task -> the expert whose statistics it serves (`rows.rows_of_experts`).
+        folder: Folder of the measured files. Files of users lie in it as ``<kind>/<expert>.safetensors``
+            (`store.FolderStatistics`).
+        n_rows: Most rows per task.
+        seed: The study's seed.
+        dtype: Dtype in which the live model computes. None: that of the files.
+        max_gib: Most disk space for the measured files in `folder`, in GiB.
     Attributes:
-        questions: Asked so far by this object; a row with a backward pass counts three times.
+        questions: Questions asked so far by this object. A row with a backward pass counts three times.
     """
 
     def __init__(
@@ -65,7 +70,7 @@ class DataStatistics:
         pool: ModelPool,
         live: LiveModel | None,
         evaluators: Sequence[object],
-        owners: Mapping[str, str],
+        teachers: Mapping[str, str],
         *,
         folder: str | Path,
         n_rows: int = N_ROWS,
@@ -75,30 +80,32 @@ class DataStatistics:
     ) -> None:
         self.pool, self.live, self.folder = pool, live, Path(folder)
         self.questions = 0
-        self._evaluators, self._owners = list(evaluators), dict(owners)
+        self._evaluators, self._teachers = list(evaluators), dict(teachers)
         self._n_rows, self._seed, self._dtype, self._max_bytes = n_rows, seed, dtype, max_gib * 2**30
         self._given = FolderStatistics(self.folder)
         self._files: dict[tuple[str, str], StatisticFile] = {}
         self._unwritten: dict[tuple[str, str], dict[str, Tensor]] = {}
 
-    # --- what a pool asks
+    # --- called by the pool
 
     def get(self, kind: str, expert: str, name: str) -> Tensor | None:
-        """The statistic on the CPU, float32; None where the kind says nothing of the tensor.
+        """Return the statistic on the CPU, float32; None where the kind has no value for the tensor.
 
         Raises:
-            RecipeError: it cannot be measured, and why.
-            NonFiniteError, EvaluationError, torch.OutOfMemoryError: measuring failed; the live model is as it was.
+            RecipeError: It cannot be measured; the message says why.
+            NonFiniteError: Measuring gave NaN or infinity. The live model is as it was.
+            EvaluationError: A loss failed. The live model is as it was.
+            torch.OutOfMemoryError: The device is full. The live model is as it was.
         """
         if parse(kind) is None:
             return self._given.get(kind, expert, name)
-        at = (kind, expert)
-        if at not in self._files and at not in self._unwritten:
+        key = (kind, expert)
+        if key not in self._files and key not in self._unwritten:
             self._provide(kind, expert)
-        return self._unwritten[at].get(name) if at in self._unwritten else self._files[at].get(name)
+        return self._unwritten[key].get(name) if key in self._unwritten else self._files[key].get(name)
 
     def problem(self, kind: str, expert: str) -> str:
-        """Why a statistic cannot be had, '' if it can. Reads no weights."""
+        """Return why a statistic is unavailable, '' if it is available. Reads no weights."""
         if parse(kind) is None:
             return self._given.problem(kind, expert)
         if not self._rows.get(expert):
@@ -106,45 +113,51 @@ class DataStatistics:
                 "no task has a differentiable loss and rows to fit on: give tasks a training split, or set splits.fit"
             )
         if self.live is None and not self._path(kind, expert).is_file():
-            return f"it was not measured in this study, or its file was removed to keep statistics.max_gib (looked in {self.folder})"
+            return (
+                "it was not measured in this study, or its file was removed to keep statistics.max_gib "
+                f"(looked in {self.folder})"
+            )
         return ""
 
     def files(self) -> dict[str, str | Path]:
-        """What was asked for so far, as `export_folder` takes it in `extra`: a recipe can be merged again with it."""
-        found: dict[str, str | Path] = {
+        """Return the files asked for so far in the form that `export_folder` takes as `extra`.
+
+        A recipe can be merged again with these files.
+        """
+        paths: dict[str, str | Path] = {
             f"{FOLDER}/{kind}/{expert}.safetensors": file.path for (kind, expert), file in self._files.items()
         }
         for kind, expert in self._given.asked():
             path = self._given.path(kind, expert)
             assert path is not None
-            found[f"{FOLDER}/{kind}/{expert}.safetensors"] = path
-        return found
+            paths[f"{FOLDER}/{kind}/{expert}.safetensors"] = path
+        return paths
 
     # --- one statistic
 
     @cached_property
     def _rows(self) -> dict[str, tuple[TaskRows, ...]]:
         experts = list(self.pool.models.experts)
-        return rows_of_experts(self._evaluators, experts, self._owners, n_rows=self._n_rows, seed=self._seed)
+        return rows_of_experts(self._evaluators, experts, self._teachers, n_rows=self._n_rows, seed=self._seed)
 
     def _provide(self, kind: str, expert: str) -> None:
         path = self._path(kind, expert)
         if path.is_file():
             try:
                 self._files[kind, expert] = StatisticFile(path, needs_checksum=True)
-                with contextlib.suppress(OSError):  # a folder that may only be read
-                    os.utime(path)  # used now: `prune` takes the longest unused
+                with contextlib.suppress(OSError):  # the folder may be read-only
+                    os.utime(path)  # marks the file as used, for `prune`
                 return
             except WeightsError as error:
                 _log.warning("%s; measured again", error)
         if problem := self.problem(kind, expert) or ("" if self.live else "its file is damaged"):
             raise RecipeError(f"the statistic {kind!r} of expert {expert!r} cannot be had: {problem}")
-        made = self._measure(kind, expert)
+        tensors = self._measure(kind, expert)
         try:
-            write(path, made, self._about(kind, expert))
+            write(path, tensors, self._about(kind, expert))
         except OSError as error:
             _log.warning("%s cannot be written, the statistic is kept in memory: %s", path, error)
-            self._unwritten[kind, expert] = made
+            self._unwritten[kind, expert] = tensors
             return
         self._files[kind, expert] = StatisticFile(path, needs_checksum=True)
         self._prune()
@@ -156,11 +169,11 @@ class DataStatistics:
         keep.update(scaled[-RECENT * len(self.pool.models.experts) :])
         removed = set(prune(self.folder, self._max_bytes, keep))
         if removed:
-            _log.info("%d statistics removed from %s: more than max_gib", len(removed), self.folder)
-        self._files = {at: file for at, file in used if file.path not in removed}
+            _log.info("%d statistics removed from %s, which had grown beyond max_gib", len(removed), self.folder)
+        self._files = {key: file for key, file in used if file.path not in removed}
 
     def _about(self, kind: str, expert: str) -> dict[str, Any]:
-        """All that the numbers depend on."""
+        """Return everything that the numbers depend on."""
         entry, _ = _entry(kind)
         hashes = self.pool.hashes()
         return {
@@ -188,13 +201,13 @@ class DataStatistics:
         with _borrowed(views):
             MergeEngine(self.pool, compile=False).apply(self._point(entry, c, expert), views)
             try:
-                made = load(entry)(work)
+                tensors = load(entry)(work)
             except NonFiniteError as error:
                 raise NonFiniteError(f"measuring {kind!r} of expert {expert!r}: {error}") from error
-        return {name: t.to("cpu") for name, t in made.items()}
+        return {name: t.to("cpu") for name, t in tensors.items()}
 
     def _point(self, entry: Kind, c: float | None, expert: str) -> Recipe:
-        """The weights at which a statistic is measured."""
+        """Return the recipe of the weights at which a statistic is measured."""
         models = Models(base=self.pool.models.base, experts={expert: self.pool.models.experts[expert]})
         if c is not None:
             return Recipe(models=models, coefficients={expert: c})
@@ -203,19 +216,19 @@ class DataStatistics:
 
 
 def _entry(kind: str) -> tuple[Kind, float | None]:
-    found = parse(kind)
-    assert found is not None
-    return found
+    parsed = parse(kind)
+    assert parsed is not None
+    return parsed
 
 
 @contextmanager
 def _borrowed(views: Mapping[str, Tensor]) -> Iterator[None]:
-    """Weights may be overwritten inside; afterwards they are those of before, bit for bit."""
+    """Allow the weights to be overwritten inside the context. They are restored bit for bit on exit."""
     with torch.no_grad():
-        kept = {name: view.to("cpu", copy=True) for name, view in views.items()}
+        saved = {name: view.to("cpu", copy=True) for name, view in views.items()}
     try:
         yield
     finally:
         with torch.no_grad():
             for name, view in views.items():
-                view.copy_(kept[name])
+                view.copy_(saved[name])

@@ -1,4 +1,4 @@
-"""Which rows a statistic is measured on, and what it may read."""
+"""The rows on which a statistic is measured, and what it may read."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ class TaskRows:
     """Rows of one task.
 
     Attributes:
-        loss: Mean loss of the live model over rows, -log p of the right answer.
-        fingerprint: Of the task's evaluator.
+        task: Name of the task.
+        rows: Indices of the rows, ascending.
+        loss: Rows -> mean loss of the live model over them: -log p of the right answer.
+        fingerprint: Fingerprint of the task's evaluator.
     """
 
     task: str
@@ -37,10 +39,10 @@ class Work:
     """One measurement.
 
     Attributes:
-        model: The live module, in eval mode, holding the weights of the point.
-        views: Of every merged tensor, by name on disk.
-        groups: Where they belong.
-        tasks: Their statistics are averaged, each task counting once whatever its number of rows.
+        model: The live module in eval mode, with the weights at which the statistic is measured.
+        views: Live views of every merged tensor, by name on disk.
+        groups: Group of every merged tensor.
+        tasks: Their statistics are averaged. Each task counts once, whatever its number of rows.
     """
 
     model: Any
@@ -50,38 +52,42 @@ class Work:
 
     @property
     def n_rows(self) -> int:
+        """Number of rows of all tasks."""
         return sum(len(t.rows) for t in self.tasks)
 
     def each(self) -> Iterator[tuple[float, Callable[[], Tensor]]]:
-        """Weight of every row (they sum to one) and its loss, in a fixed order."""
+        """Yield the weight and the loss function of every row, in a fixed order. The weights sum to one."""
         for task in self.tasks:
             for row in task.rows:
                 yield 1.0 / (len(self.tasks) * len(task.rows)), lambda task=task, row=row: task.loss([row])  # type: ignore[misc]
 
 
 def rows_of_experts(
-    evaluators: Sequence[object], experts: Sequence[str], owners: Mapping[str, str], *, n_rows: int, seed: int
+    evaluators: Sequence[object], experts: Sequence[str], teachers: Mapping[str, str], *, n_rows: int, seed: int
 ) -> dict[str, tuple[TaskRows, ...]]:
-    """The rows of each expert: of the tasks that it owns, of all tasks where it owns none.
+    """Return the rows of each expert: those of its tasks, or of all tasks for an expert that teaches none.
 
     Args:
-        owners: Task -> expert, or ``base``. Tasks of no expert count for experts without a task only.
-        n_rows: At most so many per task, drawn without replacement by `seed` and the task's name alone.
+        evaluators: Evaluators without a differentiable loss are ignored.
+        experts: Names of the experts.
+        teachers: Task -> expert, or ``base``. Tasks that the base teaches are used only for experts without a task.
+        n_rows: Most rows per task, drawn without replacement. The draw depends on `seed` and the task's name alone.
+        seed: The study's seed.
     Returns:
         Empty tuples where no task has a row to fit on.
     Raises:
-        InputError: two evaluators have a task of one name.
+        InputError: Two evaluators have a task of the same name.
     """
-    found: dict[str, TaskRows] = {}
+    rows: dict[str, TaskRows] = {}
     for evaluator in evaluators:
         if not isinstance(evaluator, Differentiable):
             continue
         for task, n in evaluator.fit_tasks().items():
-            if task in found:
+            if task in rows:
                 raise InputError(f"statistics: two evaluators have a task {task!r}; give them different names")
             if n:
                 fingerprint: str = evaluator.fingerprint()  # type: ignore[attr-defined]
                 drawn = random.Random(derive_seed(seed, "statistics", task)).sample(range(n), min(n, n_rows))
-                found[task] = TaskRows(task, tuple(sorted(drawn)), loss_of(evaluator, task), fingerprint)
-    everything = tuple(found.values())
-    return {e: tuple(t for t in everything if owners.get(t.task) == e) or everything for e in experts}
+                rows[task] = TaskRows(task, tuple(sorted(drawn)), loss_of(evaluator, task), fingerprint)
+    all_rows = tuple(rows.values())
+    return {e: tuple(t for t in all_rows if teachers.get(t.task) == e) or all_rows for e in experts}

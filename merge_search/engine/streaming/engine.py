@@ -8,6 +8,7 @@ models C loops are compiled, never graphs, which take longer than the merge.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
@@ -23,18 +24,20 @@ from merge_search.engine.contracts import Pass, output_dtype
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.execute.runner import Runner
 from merge_search.engine.methods.assess import load, measure_of
-from merge_search.engine.passes.measurements import ByteCache, Facts, Scope
-from merge_search.engine.passes.order_statistics import EXACT_LIMIT, Keep, Table
-from merge_search.engine.passes.planner import Planner
+from merge_search.engine.passes.measurements import Measurements
+from merge_search.engine.passes.order_statistics import EXACT_LIMIT, Thresholds
+from merge_search.engine.passes.settings import Assessment
 from merge_search.engine.resident.pool import ModelPool
 from merge_search.engine.streaming.buffers import Buffers
 from merge_search.engine.streaming.reader import Feed
-from merge_search.engine.streaming.thresholds import LateTable, keep_of_deltas, largest_values
-from merge_search.recipe import Assess, Recipe
+from merge_search.engine.streaming.thresholds import SweptThresholds, largest_values
+from merge_search.memory import MemoryBudget
+from merge_search.recipe import Recipe
+from merge_search.rules import SELECTIONS, SPLICES
 
 T = TypeVar("T")
 
-__all__ = ["LoopRunner", "OneOffEngine", "OneOffFacts", "is_element_wise"]
+__all__ = ["LoopRunner", "StreamingEngine", "StreamingMeasurements", "is_element_wise"]
 
 _WORKERS = 4  # at most: each holds a tensor of every model
 _AHEAD = 1  # tensors read before their turn, or merged and not taken yet
@@ -44,23 +47,21 @@ _LONG = 2**14  # elements
 _NEARLY = 0.9  # of the tensors are no longer than one that is nearly the longest
 
 
-class OneOffEngine(MergeEngine):
+class StreamingEngine(MergeEngine):
     """A `MergeEngine` that streams.
 
     Args:
-        tensors: A pool made with ``once=True``.
+        tensors: A pool made with ``streaming=True``.
         threads: Tensors merged at a time, where that changes no bit; None: as many as torch has threads, four at most.
     Memory: base, experts and result of `threads` + 2 tensors, or of one that is longer than those; and float32 chunks.
     """
 
     def __init__(self, tensors: ModelPool, *, threads: int | None = None) -> None:
-        super().__init__(tensors, compile=False)
         self._pool, self._buffers = tensors, Buffers()
-        self._facts = OneOffFacts(tensors)
         self._sizes = {n: tensors.base_info.tensors[n].n_elements for n in tensors.groups}
-        if tensors.device.type == "cpu" and sum(self._sizes.values()) >= _LOOPS_FROM:
-            self._runner = LoopRunner()
-        self._planner = Planner(tensors, facts=self._facts, runner=self._runner)
+        has_loops = tensors.device.type == "cpu" and sum(self._sizes.values()) >= _LOOPS_FROM
+        runner = LoopRunner() if has_loops else Runner(tensors.device, compile=False)
+        super().__init__(tensors, runner=runner, measurements=StreamingMeasurements(tensors))
         if threads is None:
             threads = (
                 1 if tensors.device.type == "cuda" else min(_WORKERS, torch.get_num_threads(), os.cpu_count() or 1)
@@ -100,7 +101,8 @@ class OneOffEngine(MergeEngine):
             out = self._merge(recipe, name, asked)
             asked.clear()
             yield name, out
-            self._facts.stored = ByteCache(_CACHE_BYTES)  # scores of this tensor are not needed again
+            self._measurements.stored.clear()  # scores of this tensor are not needed again
+            self._operator_cache.clear()
 
     def _several(self, recipe: Recipe, names: Sequence[str], feed: Feed) -> Iterator[tuple[str, Tensor]]:
         """A tensor per thread. torch's own threads rest meanwhile: they wait for each other after every operation, which
@@ -189,33 +191,36 @@ def is_element_wise(recipe: Recipe) -> bool:
         recipe.operator is None
         and not recipe.post
         and recipe.allocate.kind == "constant"
-        and recipe.select.kind in ("all", "top_k", "band", "threshold", "bernoulli", "soft_threshold")
+        and SELECTIONS[recipe.select.kind].is_element_wise
         and recipe.select.scope != "row"
         and recipe.rescale.kind not in ("match_l1", "match_l2")
-        and recipe.splice.kind in ("sum", "count", "mask", "coefficient")
+        and not (SPLICES[recipe.splice.kind].is_scored or SPLICES[recipe.splice.kind].is_outside)
         and not recipe.splice.unique_boost
         and measure_of(recipe.assess).cheap
-        and not hasattr(load(recipe.assess.measure), "reduce")
+        and load(recipe.assess.measure).reduce is None
     )
 
 
-class OneOffFacts(Facts):
-    """`Facts` of tensors that are asked about once."""
+class StreamingMeasurements(Measurements):
+    """`Measurements` of tensors that are asked about once."""
 
     def __init__(self, tensors: ModelPool) -> None:
-        super().__init__(tensors, cache_bytes=_CACHE_BYTES)
+        super().__init__(tensors, budget=MemoryBudget(_CACHE_BYTES))
         self._pool = tensors
 
     def flats(self, name: str, experts: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+        """Base and experts of a tensor, flattened; read from the files unless the pool holds them."""
         base, *own = (t.reshape(-1) for t in self._pool.read(name, experts))
         return base, own
 
     def largest_base(self, name: str) -> float:
+        """As `Measurements.largest_base`, found for base and experts in one sweep."""
         if name not in self._largest_base:
             self._sweep_largest(name)
         return super().largest_base(name)
 
     def largest_delta(self, expert: str, name: str) -> float:
+        """As `Measurements.largest_delta`, found for base and experts in one sweep."""
         if (expert, name) not in self._largest:
             self._sweep_largest(name)
         return super().largest_delta(expert, name)
@@ -235,23 +240,22 @@ class OneOffFacts(Facts):
             self._largest_base[name] = largest[0]
             self._largest.update({(e, name): x for e, x in zip(names, largest[1:], strict=True)})
 
-    def tables(self, assess: Assess, scope: Scope, name: str, coefficients: tuple[float, ...] = ()) -> dict[str, Table]:
-        n = math.prod(self._pool.base_info.tensors[name].shape)
-        is_plain = assess.measure == "magnitude" and not scope.winsorise and scope.select.scope != "model"
-        if not is_plain or n <= EXACT_LIMIT or self.tensors.device.type != "cpu":
-            return super().tables(assess, scope, name, coefficients)
-        made: dict[str, dict[str, Table]] = {}
+    def thresholds(
+        self, assessment: Assessment, name: str, coefficients: tuple[float, ...] = ()
+    ) -> dict[str, Thresholds]:
+        """As `Measurements.thresholds`; of long tensors' |delta|, each cut is found by itself, without a histogram."""
+        scope, n = assessment.scope, math.prod(self._pool.base_info.tensors[name].shape)
+        is_swept = assessment.is_plain_delta and not scope.winsorise and not scope.is_model
+        if not is_swept or n <= EXACT_LIMIT or self.tensors.device.type != "cpu":
+            return super().thresholds(assessment, name, coefficients)
+        whole = functools.cache(lambda: super(StreamingMeasurements, self).thresholds(assessment, name, coefficients))
+        return {e: self._swept_thresholds(n, e, name, whole) for e in self.active(name, scope.experts)}
 
-        def whole() -> dict[str, Table]:
-            if not made:
-                made[name] = super(OneOffFacts, self).tables(assess, scope, name, coefficients)
-            return made[name]
+    def _swept_thresholds(
+        self, n: int, expert: str, name: str, whole: Callable[[], dict[str, Thresholds]]
+    ) -> SweptThresholds:
+        def tensors() -> tuple[Tensor, Tensor]:
+            base, (own,) = self.flats(name, [expert])
+            return base, own
 
-        return {
-            e: LateTable(n, lambda k, e=e: self._keep(e, name, k), lambda e=e: whole()[e])  # type: ignore[misc]
-            for e in self.active(name, scope.experts)
-        }
-
-    def _keep(self, expert: str, name: str, k: int) -> Keep | None:
-        base, (own,) = self.flats(name, [expert])
-        return keep_of_deltas(base, own, k, self.largest_delta(expert, name))
+        return SweptThresholds(n, self.largest_delta(expert, name), tensors, lambda: whole()[expert])

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from merge_search.engine.checkpoints.checkpoint import DTYPES, Checkpoint, Expert
+from merge_search.engine.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint, Expert
 from merge_search.engine.checkpoints.hashing import HashedReader
 from merge_search.engine.resident.pool import ModelPool
 from merge_search.engine.streaming.buffers import Buffers
@@ -43,7 +43,7 @@ class Feed:
         t = source.info.tensors[name]
         buffer = self._buffers.take(t.n_bytes)
         reader.read(name, buffer.data)
-        return torch.from_numpy(buffer).view(DTYPES[t.dtype]).reshape(t.shape)
+        return torch.from_numpy(buffer).view(TORCH_DTYPES[t.dtype]).reshape(t.shape)
 
     def finish(self) -> None:
         """Read what nobody asked for, so that every model's hash is known.

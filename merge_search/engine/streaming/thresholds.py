@@ -12,7 +12,6 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,47 +20,78 @@ from torch import Tensor
 
 from merge_search.engine.codegen.compiler import CompilerError, library
 from merge_search.engine.codegen.render_c import CONVERSIONS
-from merge_search.engine.passes.order_statistics import _GOLDEN as GOLDEN
-from merge_search.engine.passes.order_statistics import EVERYTHING, NOTHING, Keep, Table
+from merge_search.engine.passes.order_statistics import (
+    BIN_SHIFT,
+    EVERYTHING,
+    GOLDEN_STRIDE,
+    NOTHING,
+    ZERO_BIN,
+    Cut,
+    Thresholds,
+    bin_edges,
+    cut_in_bin,
+    place_in_bins,
+)
 
-__all__ = ["LateTable", "keep_of_deltas", "largest_values"]
+__all__ = ["SweptThresholds", "cut_of_deltas", "largest_values"]
 
 _CHUNK = 2**17
 _SAMPLE = 2**14
 _RUN = 8  # neighbours that a sample takes together: one wait for memory
-_SHIFT = 12  # bins of a table: the upper 20 bits of a float32
 
 log = logging.getLogger(__name__)
 
 
-class LateTable(Table):
-    """A `Table` that finds single thresholds by itself and makes the whole histogram only if something else is asked.
+class SweptThresholds:
+    """`Thresholds` of |own - base| of one tensor, each cut found by a sweep; the whole histogram is made for anything else.
 
     Args:
-        n: Elements, above `EXACT_LIMIT`.
-        find: k -> the rule that keeps the k largest; None if it was not found.
-        whole: Makes the whole table.
+        n: Elements of the tensor, above `EXACT_LIMIT`.
+        maximum: The largest |own - base|.
+        tensors: Gives base and own, flat, finite, on the CPU; they are not held.
+        whole: Makes the thresholds from all scores.
     """
 
-    def __init__(self, n: int, find: Callable[[int], Keep | None], whole: Callable[[], Table]) -> None:
-        self.n = n
-        self._find, self._whole = find, whole
+    stride = GOLDEN_STRIDE
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("n", "_find", "_whole"):
-            raise AttributeError(name)
-        return getattr(self._whole(), name)
+    def __init__(
+        self, n: int, maximum: float, tensors: Callable[[], tuple[Tensor, Tensor]], whole: Callable[[], Thresholds]
+    ) -> None:
+        self.n, self.maximum = n, maximum
+        self._tensors, self._make_whole = tensors, whole
+        self._whole: Thresholds | None = None
 
-    @property
-    def stride(self) -> int:
-        return GOLDEN
-
-    def keep(self, k: int) -> Keep:
+    def cut(self, k: int) -> Cut:
+        """As `Thresholds.cut`. Cost: two sweeps over part of the tensor's memory, no histogram."""
         if k <= 0:
             return NOTHING
         if k >= self.n:
             return EVERYTHING
-        return self._find(k) or self._whole().keep(k)
+        if self._whole is not None:
+            return self._whole.cut(k)
+        return cut_of_deltas(*self._tensors(), k, self.maximum) or self._histogram().cut(k)
+
+    @property
+    def n_positive(self) -> int:
+        """Scores in bins whose lower edge is above zero."""
+        return self._histogram().n_positive
+
+    def value(self, k: int) -> float:
+        """As `Thresholds.value`."""
+        return self._histogram().value(k)
+
+    def count_for_mass(self, share: float) -> int:
+        """As `Thresholds.count_for_mass`."""
+        return self._histogram().count_for_mass(share)
+
+    def kappa(self, density: float) -> float:
+        """As `Thresholds.kappa`."""
+        return self._histogram().kappa(density)
+
+    def _histogram(self) -> Thresholds:
+        if self._whole is None:
+            self._whole = self._make_whole()
+        return self._whole
 
 
 # ------------------------------------------------------------------------------------------------ largest values
@@ -93,8 +123,8 @@ def _largest(base: Tensor | None, own: Tensor) -> float:
 # ------------------------------------------------------------------------------------------------ thresholds
 
 
-def keep_of_deltas(base: Tensor, own: Tensor, k: int, largest: float) -> Keep | None:
-    """The rule of `Table.keep` for the histogram of |own - base|, without the histogram.
+def cut_of_deltas(base: Tensor, own: Tensor, k: int, largest: float) -> Cut | None:
+    """The `OrderStatistics.cut` of the histogram of |own - base|, without the histogram.
 
     Args:
         base, own: Flat, finite, on the CPU.
@@ -109,10 +139,8 @@ def keep_of_deltas(base: Tensor, own: Tensor, k: int, largest: float) -> Keep | 
     reach = above + bins[::-1].cumsum()
     if above >= k or reach[-1] < k:
         return None
-    i = int(np.searchsorted(reach, k))
-    before = int(reach[i - 1]) if i else above
-    share = (k - before) / (int(reach[i]) - before)
-    return Keep(_edge(top - 1 - i), _edge(top - i), math.floor(share * 2**32) - 2**31 - 1)
+    i, share = place_in_bins(reach, k, above)
+    return cut_in_bin(_edge(top - 1 - i), _edge(top - i), share)
 
 
 def count(base: Tensor, own: Tensor, bottom: int, top: int) -> tuple[int, NDArray[np.int64]]:
@@ -123,7 +151,7 @@ def count(base: Tensor, own: Tensor, bottom: int, top: int) -> tuple[int, NDArra
         over, inside = size >= high, size >= low
         above += int(np.count_nonzero(over))
         taken.append(size[np.logical_xor(inside, over, out=inside)])
-    bins = (np.concatenate(taken).view(np.int32) >> _SHIFT) - bottom
+    bins = (np.concatenate(taken).view(np.int32) >> BIN_SHIFT) - bottom
     return above, np.bincount(bins, minlength=top - bottom)
 
 
@@ -157,12 +185,12 @@ def _places(n: int, rows: int) -> Tensor:
 
 
 def _bin(value: float) -> int:
-    return int(np.float32(value).view(np.int32)) >> _SHIFT
+    return int(np.float32(value).view(np.int32)) >> BIN_SHIFT
 
 
 def _edge(number: int) -> float:
-    """Smallest float32 of a bin."""
-    return float(np.int32(number << _SHIFT).view(np.float32))
+    """Smallest float32 of a bin; bins are counted from the one that begins at zero."""
+    return float(bin_edges(np.asarray(number + ZERO_BIN)))
 
 
 # ------------------------------------------------------------------------------------------------ in C
@@ -269,7 +297,7 @@ class _Swept:
         bins = np.zeros(top - bottom, dtype=np.int64)
         above = sweep(
             ctypes.c_void_p(base.data_ptr()), ctypes.c_void_p(own.data_ptr()), ctypes.c_int64(own.numel()),
-            ctypes.c_uint32(bottom << _SHIFT), ctypes.c_uint32(top << _SHIFT), ctypes.c_int32(_SHIFT),
+            ctypes.c_uint32(bottom << BIN_SHIFT), ctypes.c_uint32(top << BIN_SHIFT), ctypes.c_int32(BIN_SHIFT),
             ctypes.c_void_p(bins.ctypes.data),
         )  # fmt: skip
         return int(above), bins

@@ -1,9 +1,8 @@
-"""Samplers: what to try next, given what was tried.
+"""Samplers propose the next point, given the points that were tried.
 
-A sampler is an `optuna.samplers.BaseSampler`; its suggestion is a function of (seed, trial number, stored
-trials), so it can be repeated from the storage. A trial that was lost has a number, too: what comes after it is
-drawn anew. Loaded by name; torch and
-BoTorch are imported only when the sampler that needs them is made.
+A sampler is an `optuna.samplers.BaseSampler` whose suggestion is a function of (seed, trial number, stored trials), so
+it can be repeated from the storage. A lost trial keeps its number, so later trials are drawn anew. Samplers are loaded
+by name. Torch and BoTorch are imported only when a sampler that needs them is made.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ SAMPLERS: Mapping[str, tuple[str, str]] = {
     "nsga2": (f"{_HERE}.builtin", "nsga2"),
     "random": (f"{_HERE}.builtin", "random"),
 }
-"""Name in a study file: module and attribute, called as ``make(parameters, seed=..., n_objectives=..., **options)``."""
+"""Name in a study file -> module and function, called as ``make(parameters, seed=, n_objectives=, **options)``."""
 
 
 def make_sampler(
@@ -41,14 +40,14 @@ def make_sampler(
 
     Args:
         name: One of `SAMPLERS`.
-        parameters: Of the search space, in its order.
-        seed: Of the study; every trial's numbers are derived from it and the trial's number.
-        n_objectives: Objectives of the study.
-        options: Of the sampler: ``n_startup``, ``kernel``, ``multi_objective`` and ``cost_power`` for ``botorch``; those of
-            Optuna's class for the others.
+        parameters: Parameters of the search space, in its order.
+        seed: Seed of the study. Each trial's random numbers are derived from it and the trial's number.
+        n_objectives: Number of objectives of the study.
+        options: Options of the sampler. ``botorch`` has ``n_startup``, ``kernel``, ``multi_objective`` and
+            ``cost_power``; the others have those of Optuna's class.
 
     Raises:
-        StudyFileError: no such sampler, an option it does not have, more objectives than it can handle.
+        StudyFileError: No such sampler, an option that it does not have, or more objectives than it can handle.
     """
     if name not in SAMPLERS:
         raise StudyFileError(f"sampler must be a known name, got {name!r}{nearest(name, SAMPLERS)}")
@@ -57,10 +56,10 @@ def make_sampler(
 
 
 def check_sampler(name: str, options: Mapping[str, Any], *, n_objectives: int = 1) -> None:
-    """Whether a known sampler can be made so; torch is not loaded for it.
+    """Check the options of a known sampler without loading torch.
 
     Raises:
-        StudyFileError: options it does not have or cannot take, more objectives than it can handle.
+        StudyFileError: Options that it does not have or cannot take, or more objectives than it can handle.
     """
     if name == "botorch":
         check_options(BotorchOptions, options)

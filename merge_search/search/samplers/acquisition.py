@@ -1,11 +1,11 @@
-"""The next point: the one that is expected to improve most, over what was tried and is being tried.
+"""Find the next point: the one with the largest expected improvement over the points tried and being tried.
 
 Notation
     X        complete points (n, d); each quantity has its own Gaussian process, see `kernels`
     m        objectives, larger is better; constraints feasible where <= 0; crash model: +1 crashed, -1 ran
     B        the complete points with the best posterior means
-    S        raw candidates: steps from B, each in a random share of the directions and of a random width; in spaces
-             of few dimensions Sobol points too
+    S        raw candidates: steps from B, each in a random share of the directions and of a random width, and Sobol
+             points (the more, the fewer dimensions)
     a(x)     one objective     log noisy expected improvement (Ament et al. 2023, arXiv 2310.20708)
              several           log noisy expected hypervolume improvement, or a random Chebyshev scalarisation
                                (ParEGO, Knowles 2006)
@@ -13,10 +13,10 @@ Notation
 
 Running trials join the baseline as fantasies, so that several workers never get the same point.
 
-The maximum is sought near B alone, by sampling and by ever smaller steps from the best samples. Uncertainty grows with
-the distance from all trials: over a whole box of many dimensions the largest expected improvement lies in a far corner,
-where no merge is any good. Steps from good points in few directions are the candidates of TuRBO (Eriksson et al. 2019,
-arXiv 1910.01739); a wide mixture of widths stands in for its growing and shrinking box, so there is no state to restore.
+The maximum is sought near B, by sampling and by ever smaller steps from the best samples. Uncertainty grows with the
+distance from all trials. So over a whole box of many dimensions the largest expected improvement lies in a far corner,
+where all merges are bad. Steps from good points in few directions are the candidates of TuRBO (Eriksson et al. 2019,
+arXiv 1910.01739). A wide mixture of widths replaces its growing and shrinking box, so there is no state to restore.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from botorch.utils.multi_objective.scalarization import get_chebyshev_scalarizat
 from botorch.utils.sampling import sample_simplex
 from torch import Tensor
 
+from merge_search._compat.botorch import skip_compilation
 from merge_search.search.samplers.cost import log_cost
 from merge_search.search.samplers.history import History, Quantity
 from merge_search.search.samplers.kernels import Surrogate, fit, make_kernel
@@ -47,8 +48,7 @@ from merge_search.search.samplers.unit_cube import UnitCube
 
 __all__ = ["propose", "quasi_random"]
 
-# NOTE: otherwise the first use compiles C++ for minutes, for the same values at the same speed.
-multi_objective_logei._load_attempted = True
+skip_compilation()
 
 N_RAW = 768
 N_SOURCES = 5  # points of B
@@ -109,10 +109,12 @@ def propose(
 ) -> list[float]:
     """Coordinates of the most promising point that nobody has tried.
 
-    Determinism: a function of the arguments if torch's global generator is seeded by the caller (pruning of
-    the baseline draws from it). Sums differ in the last bit between numbers of threads.
+    Determinism: a function of the arguments if the caller seeds torch's global generator, from which the pruning of the
+        baseline draws. Sums differ in the last bit between numbers of threads.
+
     Raises:
-        RuntimeError, botorch errors: a fit or a factorisation failed.
+        RuntimeError: A fit or a factorisation failed.
+        BotorchError: BoTorch cannot fit a model.
     """
     models = _fit_all(history, cube, kernel)
     acquisition = _acquisition(models, history, seed=seed, multi_objective=multi_objective)
@@ -139,7 +141,7 @@ def propose(
 
 
 def _new_ones(points: Tensor, history: History, cube: UnitCube) -> Tensor:
-    """Snapped to the space, those that nobody has tried: the evaluator would only give the same answers again."""
+    """The points snapped to the space, without those tried before, which would only get the same answers again."""
     snapped = torch.tensor([cube.snap(x) for x in points.tolist()], dtype=torch.double)
     return snapped[(torch.cdist(snapped, history.visited, p=torch.inf) > SAME_POINT).all(1)]
 
@@ -187,7 +189,7 @@ def _acquisition(
 
 
 def _best_points(models: _Models, history: History, n: int = N_SOURCES) -> Tensor:
-    """Complete points with the best posterior means, feasible ones first; several objectives are summed."""
+    """Complete points with the best posterior means, feasible ones first. Several objectives are summed."""
     score = models.means(history.points).sum(1)
     for surrogate in models.limits:
         with torch.no_grad():
@@ -197,14 +199,14 @@ def _best_points(models: _Models, history: History, n: int = N_SOURCES) -> Tenso
 
 
 def _sobol(d: int, n: int, *, seed: int, skip: int = 0) -> Tensor:
-    """Rows `skip` to `skip` + n of a scrambled sequence. Shape (n, d), in [0, 1]."""
+    """Rows `skip` to `skip` + n of a scrambled Sobol sequence. Shape (n, d), in [0, 1]."""
     engine = torch.quasirandom.SobolEngine(d, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
     points: Tensor = engine.fast_forward(skip).draw(n, dtype=torch.double)  # type: ignore[no-untyped-call]
     return points
 
 
 def _with_choices(unit: Tensor, cube: UnitCube) -> Tensor:
-    """Turn the category columns of points of [0, 1]^d into indices of choices."""
+    """Turn the category columns of points in [0, 1]^d into indices of choices."""
     n = len(cube.numeric)
     counts = torch.tensor(cube.n_choices, dtype=unit.dtype)
     unit[:, n:] = (unit[:, n:] * counts).floor().minimum(counts - 1)
@@ -212,7 +214,7 @@ def _with_choices(unit: Tensor, cube: UnitCube) -> Tensor:
 
 
 class _Steps:
-    """Candidates near good points; all draws come from one generator."""
+    """Draws candidates near good points. All draws come from one generator."""
 
     def __init__(self, cube: UnitCube, seed: int) -> None:
         self._cube, self._seed = cube, seed
@@ -222,7 +224,7 @@ class _Steps:
         return torch.rand(*shape, generator=self._generator, dtype=torch.double)
 
     def raw(self, best: Tensor) -> Tensor:
-        """S. Shape (N_RAW, d)."""
+        """The raw candidates S. Shape (N_RAW, d)."""
         cube = self._cube
         n_sobol = int(N_RAW * min(0.5, SOBOL_DIMENSIONS / cube.n_columns))
         anywhere = _with_choices(_sobol(cube.n_columns, n_sobol, seed=self._seed), cube)
@@ -230,7 +232,11 @@ class _Steps:
         return torch.cat([anywhere, self.around(best, N_RAW - n_sobol, widths)])
 
     def around(self, sources: Tensor, count: int, width: Tensor | float) -> Tensor:
-        """Steps from random `sources`: normal, in a random share of the numbers; categories now and then. Shape (count, d)."""
+        """Normal steps from random `sources` in a random share of the numbers, sometimes with new choices.
+
+        Returns:
+            Shape (count, d).
+        """
         cube, n = self._cube, len(self._cube.numeric)
         points = sources[torch.randint(len(sources), (count,), generator=self._generator)]
         is_moved = self._uniform(count, n) < self._uniform(count, 1).clamp_min(1 / max(n, 1))

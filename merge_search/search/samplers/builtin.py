@@ -1,16 +1,15 @@
 """Optuna's own samplers by name, made safe for studies with baselines, restarts and several drivers.
 
-Left to themselves they model only the parameters that *all* complete trials share, so that one baseline outside
-the space would switch them off; and after a restart they repeat their first random draws. Here each of them is
-made afresh for every draw, with a seed derived from (study seed, trial number), and shown only the complete
-trials that belong to the space. Failed trials are invisible to all of them; constraints are used by ``tpe``,
-``gp`` and ``nsga2``.
+Optuna's samplers model only the parameters that *all* complete trials share, so one baseline outside the space would
+switch them off. After a restart they repeat their first random draws. Here each sampler is made afresh for every draw,
+with a seed derived from (study seed, trial number), and sees only the complete trials that belong to the space. No
+sampler sees failed trials. ``tpe``, ``gp`` and ``nsga2`` use constraints.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import optuna
@@ -19,6 +18,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from merge_search._compat.optuna import StudyView
 from merge_search.errors import StudyFileError
 from merge_search.search.samplers.options import check_options, optuna_options
 from merge_search.search.samplers.unit_cube import CUT_ATTRIBUTE, distributions, holds
@@ -30,47 +30,34 @@ __all__ = ["SeededSampler", "StudyOfSpace", "cmaes", "gp", "nsga2", "random", "t
 NSGA2_POPULATION = 20  # Optuna's 50 would be one random generation of most budgets here
 
 
-class StudyOfSpace:
-    """A study as an Optuna sampler should see it; everything but the list of trials is the study's own.
+class StudyOfSpace(StudyView):
+    """The trials of a study that an Optuna sampler can use.
 
     Left out are finished trials without a valid value for every parameter, trials that fitted fewer steps than their
-    points say, and complete ones that lack a constraint which others have (Optuna's Gaussian process refuses to go on
-    with them).
+    points say, and complete trials that lack a constraint which others have. Optuna's Gaussian process refuses to go on
+    with the last kind.
     """
 
     def __init__(self, study: Study, parameters: Mapping[str, Parameter]) -> None:
-        self._study = study
+        super().__init__(study)
         self._parameters = parameters
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._study, name)
-
-    @property
-    def trials(self) -> list[FrozenTrial]:
-        return self.get_trials()
-
-    def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
-        return self._get_trials(deepcopy, states)
-
-    def _get_trials(
-        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
-    ) -> list[FrozenTrial]:
-        found = self._study._get_trials(deepcopy=deepcopy, states=states, use_cache=use_cache)
+    def shown(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
         finished = (TrialState.COMPLETE, TrialState.PRUNED)
-        is_known = [t.state not in finished or holds(self._parameters, t.params) for t in found]
-        kept = [t for t, known in zip(found, is_known, strict=True) if known and CUT_ATTRIBUTE not in t.user_attrs]
+        is_of_space = [t.state not in finished or holds(self._parameters, t.params) for t in trials]
+        kept = [t for t, known in zip(trials, is_of_space, strict=True) if known and CUT_ATTRIBUTE not in t.user_attrs]
         constraints = {name for t in kept if t.state == TrialState.COMPLETE for name in t.constraints}
         return [t for t in kept if t.state != TrialState.COMPLETE or constraints <= t.constraints.keys()]
 
 
 class SeededSampler(BaseSampler):
-    """One of Optuna's samplers, made afresh per draw: a function of (seed, trial number, stored trials).
+    """One of Optuna's samplers, made afresh for each draw: a function of (seed, trial number, stored trials).
 
     Args:
-        parameters: Of the search space.
+        parameters: Parameters of the search space.
         make: Builds the inner sampler from a seed.
-        seed: Of the study.
-        numeric_only: The inner sampler cannot handle categories; they are drawn at random.
+        seed: Seed of the study.
+        numeric_only: Whether the inner sampler cannot handle categories. They are then drawn at random.
     """
 
     def __init__(
@@ -121,7 +108,7 @@ class SeededSampler(BaseSampler):
 
 
 def _checked(kind: type[BaseSampler], options: Mapping[str, Any]) -> Callable[[int], BaseSampler]:
-    """A builder of `kind`, tried once, so that wrong options are found before the first trial."""
+    """A function that builds `kind` from a seed. It is called once, to find wrong options before the first trial."""
     check_options(optuna_options(kind), options)
 
     def make(seed: int) -> BaseSampler:
@@ -147,7 +134,7 @@ def random(parameters: Mapping[str, Parameter], *, seed: int, n_objectives: int 
 
 
 def tpe(parameters: Mapping[str, Parameter], *, seed: int, n_objectives: int = 1, **options: Any) -> BaseSampler:
-    """Tree-structured Parzen estimator over all parameters jointly; running trials count as bad ones."""
+    """Tree-structured Parzen estimator over all parameters jointly. Running trials count as bad ones."""
     make = _checked(optuna.samplers.TPESampler, options)
     return SeededSampler(parameters, make, seed=seed)
 
@@ -158,9 +145,9 @@ def gp(parameters: Mapping[str, Parameter], *, seed: int, n_objectives: int = 1,
 
 
 def cmaes(parameters: Mapping[str, Parameter], *, seed: int, n_objectives: int = 1, **options: Any) -> BaseSampler:
-    """CMA-ES over the numeric parameters, from the middle of the box; categories are drawn at random.
+    """CMA-ES over the numeric parameters, from the middle of the box. Categories are drawn at random.
 
-    Its state is stored with the trials; constraints are ignored.
+    Its state is stored with the trials. It ignores constraints.
     """
     _one_objective("cmaes", n_objectives)
     make = _checked(optuna.samplers.CmaEsSampler, {"warn_independent_sampling": False, **options})

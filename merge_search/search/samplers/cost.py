@@ -1,7 +1,8 @@
-"""What a candidate will cost, so that improvement can be counted per question.
+"""Predict the questions of a candidate, so that improvement can be counted per question.
 
 A trial that fits its coefficients by gradient asks many times the questions of one that does not, in proportion to its
-steps: cost(x) = questions to score + questions per step * steps(x), a least-squares line through the finished trials.
+steps. The prediction is cost(x) = questions to score + questions per step * steps(x), a least-squares line through the
+finished trials.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ __all__ = ["log_cost"]
 def log_cost(history: History, cube: UnitCube, points: Tensor) -> Tensor:
     """Logarithm of the predicted questions of each point, up to a constant. Shape (n, d) -> (n,), float64.
 
-    Zero where all candidates cost alike: nothing is fitted, or no trial says what it asked. A number of steps that
-    nobody tried lies on the line; with one number of steps tried, all of them cost the same.
+    Zero if all candidates cost alike, since nothing is fitted or no trial has stored its questions. A number of steps
+    that no trial used lies on the line. If all trials used one number of steps, all numbers cost the same.
     """
-    known = history.questions > 0  # repeated recipes cost nothing, imported trials say nothing
+    known = history.questions > 0  # repeated recipes ask nothing, and imported trials have no record
     if FIT_STEPS not in cube.categories or not known.any():
         return torch.zeros(len(points), dtype=torch.double)
     parameter = cube.parameters[FIT_STEPS]

@@ -1,13 +1,13 @@
-"""What the stored trials say, as tensors.
+"""The stored trials as tensors.
 
-What the run loop stores with every COMPLETE trial:
+The search stores with every COMPLETE trial:
     user_attrs["noise"]       {"value": variance}, {"values": [variance, ...]} for several objectives, and
-                              {"constraint:NAME": variance} for every constraint; of the stored mean, in its
-                              own units squared
-    user_attrs["imported"]    true: came without a variance (so may {"value": None})
+                              {"constraint:NAME": variance} for every constraint: the variance of the stored mean,
+                              in its own units squared
+    user_attrs["imported"]    true if the trial came without a variance (or with {"value": None})
     user_attrs["fidelity"]    share of the questions asked; 1 where absent
     user_attrs["same_as"]     another trial of the same recipe, whose scores it took
-    user_attrs["outcome"]     an `Outcome`; decides whether a FAIL says something about its point
+    user_attrs["outcome"]     an `Outcome`; it decides whether a FAIL is evidence against its point
     user_attrs["cost"]        [seconds to merge, seconds to evaluate, questions asked]
 """
 
@@ -39,19 +39,19 @@ __all__ = [
 ]
 
 POINT_ATTRIBUTE = "merge_search:point"
-"""System attribute: coordinates of a running trial, there before its first parameter is stored."""
+"""System attribute: coordinates of a running trial, stored before its first parameter is."""
 
 REPEAT_ATTRIBUTE = "same_as"
-"""Number of the trial whose scores a trial of the same recipe took."""
+"""User attribute: number of the trial of the same recipe whose scores this trial took."""
 
 CRASHED = frozenset(
     {Outcome.NON_FINITE, Outcome.OUT_OF_MEMORY, Outcome.EVALUATOR_ERROR, Outcome.MERGE_ERROR, Outcome.DIED}
 )
-"""Failures that belong to the point. A lost worker says nothing about it."""
+"""Failures that are evidence against the point. A lost process is none."""
 
 
 FAR, VERY_NOISY, FEWEST_TO_TAME = 20.0, 100.0, 4
-"""When a value belongs to a broken model, see `_tamed`."""
+"""Limits beyond which a value belongs to a broken model (see `_tamed`)."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Quantity:
     """Noisy measurements of one quantity.
 
     Attributes:
-        points: Coordinates, see `UnitCube`. Shape (n, d), float64.
-        values: Shape (n,), float64, finite.
-        variances: Of the values' noise, shape (n,); None where no trial knows its own.
+        points: Coordinates (see `UnitCube`). Shape (n, d), float64.
+        values: Measured values. Shape (n,), float64, finite.
+        variances: Variances of the values' noise. Shape (n,). None if no trial has stored one.
     """
 
     points: Tensor
@@ -71,14 +71,15 @@ class Quantity:
 
 @dataclass(frozen=True)
 class History:
-    """Trials that belong to the space; the others (baselines, imported points out of bounds) are left out.
+    """The trials that belong to the space. Others (baselines, imported points out of bounds) are left out.
 
     Attributes:
-        numbers: Of the complete trials, in order.
-        objectives: One per objective, larger is better, at the points of `numbers`.
-        constraints: By name, feasible where <= 0; only trials that measured them.
-        failed, pending: Shape (n, d): crashed and running trials.
-        questions: Asked by each trial of `numbers`, 0 where nothing is known. Shape (n,), float64.
+        numbers: Numbers of the complete trials, in order.
+        objectives: A quantity per objective, where larger is better, at the points of `numbers`.
+        constraints: A quantity per constraint's name, feasible if <= 0, of the trials that measured it.
+        failed: Points of crashed trials. Shape (n, d).
+        pending: Points of running trials. Shape (n, d).
+        questions: Number of questions of each trial of `numbers`, 0 if unknown. Shape (n,), float64.
     """
 
     numbers: list[int]
@@ -94,29 +95,32 @@ class History:
 
     @property
     def visited(self) -> Tensor:
-        """Every point that was or is being tried. Shape (n, d)."""
+        """Every point that was tried or is being tried. Shape (n, d)."""
         return torch.cat([self.points, self.failed, self.pending])
 
 
 def signs(study: Study) -> list[float]:
-    """+1 for every objective that is maximised, else -1."""
+    """+1 for every objective that is maximised, -1 for the others."""
     return [1.0 if direction == StudyDirection.MAXIMIZE else -1.0 for direction in study.directions]
 
 
 def coordinates(cube: UnitCube, trial: FrozenTrial) -> list[float] | None:
-    """Where a trial is, or will be: from its parameters, the sampler's note, or what was enqueued."""
+    """A trial's coordinates: of its parameters, the sampler's note or the queued point. None if it has none."""
     stored: list[float] | None = trial.system_attrs.get(POINT_ATTRIBUTE)
     return cube.encode(trial.params) or stored or cube.encode(trial.system_attrs.get("fixed_params", {}))
 
 
 def read_history(study: Study, cube: UnitCube, *, without: int | None = None, with_cut_short: bool = False) -> History:
-    """Split the stored trials.
+    """Read the stored trials, split into complete, failed and running ones.
 
     Args:
-        without: Number of the trial that asks.
-        with_cut_short: Whether trials count that fitted fewer steps than their points say.
+        study: The stored study.
+        cube: The space.
+        without: Number of a trial to leave out: the one that asks for a point.
+        with_cut_short: Whether to include trials that fitted fewer steps than their points ask for.
+
     Raises:
-        StorageError: a complete trial of the space has no, or no usable, variance.
+        StorageError: A complete trial of the space has no usable variance.
     """
     complete: list[FrozenTrial] = []
     points: list[list[float]] = []
@@ -128,7 +132,7 @@ def read_history(study: Study, cube: UnitCube, *, without: int | None = None, wi
             continue
         if trial.state == TrialState.COMPLETE and all(map(math.isfinite, trial.values)):
             if REPEAT_ATTRIBUTE in trial.user_attrs and x in points:
-                continue  # the same answers once more: no second measurement
+                continue  # the same answers again are no second measurement
             complete.append(trial)
             points.append(x)
         elif trial.state == TrialState.FAIL and trial.user_attrs.get("outcome") in CRASHED:
@@ -152,11 +156,12 @@ def read_history(study: Study, cube: UnitCube, *, without: int | None = None, wi
 
 
 def _tamed(points: Tensor, values: Tensor, variances: Tensor | None) -> Quantity:
-    """The measurements (larger is better), those of broken models moved to where they say no more than that.
+    """The measurements (larger is better), with those of broken models moved closer.
 
-    A perplexity of 10^5 among those near 12 would be the whole scale of a process, and all the others its noise. With q the
-    value that a quarter is better than, and s^2 the usual variance of that quarter, what lies below
-    q - max(`FAR` (best - q), `VERY_NOISY` s) is put there, with variance s^2. Shares of right answers never lie so far; numbers without noise stay as they are.
+    One perplexity of 10^5 among values near 12 would dominate the standardisation and reduce every other difference to
+    noise. Let q be the value that a quarter of the trials exceeds, and s^2 the usual variance of that quarter. Values
+    below q - max(`FAR` (best - q), `VERY_NOISY` s) are moved to this bound and get the variance s^2. Shares of right
+    answers never lie so far away. Values without noise stay as they are.
     """
     if variances is None or len(values) < FEWEST_TO_TAME:
         return Quantity(points, values, variances)
@@ -178,10 +183,10 @@ def _constraints(complete: list[FrozenTrial], where: Tensor) -> dict[str, Quanti
 
 
 def objective_variances(trial: FrozenTrial, n_objectives: int) -> list[float | None]:
-    """Stored noise variance of every objective; None where the trial was imported without.
+    """Stored noise variance of every objective; None if the trial was imported without one.
 
     Raises:
-        StorageError: it has none.
+        StorageError: A trial that was not imported has none.
     """
     if n_objectives == 1:
         return [_variance(trial, "value")]
@@ -191,15 +196,15 @@ def objective_variances(trial: FrozenTrial, n_objectives: int) -> list[float | N
 def _variance(trial: FrozenTrial, key: str, position: int | None = None, length: int = 0) -> float | None:
     noise = trial.user_attrs.get("noise")
     imported = bool(trial.user_attrs.get("imported"))
-    found: Any = noise.get(key, None if imported else "nothing") if isinstance(noise, dict) else noise
-    if found is None and (imported or noise is not None):
+    value: Any = noise.get(key, None if imported else "nothing") if isinstance(noise, dict) else noise
+    if value is None and (imported or noise is not None):
         return None
-    if position is not None and isinstance(found, list) and len(found) == length:
-        found = found[position]
-        if found is None:
+    if position is not None and isinstance(value, list) and len(value) == length:
+        value = value[position]
+        if value is None:
             return None
-    if isinstance(found, (int, float)) and math.isfinite(found) and found >= 0:
-        return float(found)
+    if isinstance(value, (int, float)) and math.isfinite(value) and value >= 0:
+        return float(value)
     raise StorageError(
         f"every complete trial must have a noise variance >= 0 in user_attrs['noise'][{key!r}], "
         f"found noise={noise!r} in trial {trial.number}. Without it lucky trials win; store the squared standard "
@@ -208,7 +213,7 @@ def _variance(trial: FrozenTrial, key: str, position: int | None = None, length:
 
 
 def _known(variances: Sequence[float | None]) -> Tensor | None:
-    """Unknown variances become the median of the known ones; None if there are none."""
+    """The variances, with the median of the known ones for unknown ones. None if all are unknown."""
     known = [v for v in variances if v is not None]
     if not known:
         return None

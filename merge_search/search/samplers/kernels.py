@@ -1,4 +1,4 @@
-"""The Gaussian process behind the sampler: kernels over the unit cube, and the fit.
+"""The sampler's Gaussian process: kernels over the unit cube, and the fit.
 
 Notation
     x        coordinates, n numeric columns in [0, 1] and one column per category (index of the choice)
@@ -8,12 +8,13 @@ Notation
                                                  ``plain``  one per number
     k_cat    over categories                 exp(-mean_j [c_j != c'_j] / l_j)
     k        over both                       a k_num (1 + s k_cat) + t k_cat
-    a        1 where both trials fit their coefficients by gradient or neither does, else 0: what a fit makes of its
-             starting point says nothing about that point as it is
+    a        1 if both trials fit their coefficients by gradient or neither does, else 0: the result of a fit predicts
+             nothing about its starting point without a fit
 
-Fifty noisy trials cannot tell eighteen length scales apart. On recorded and synthetic merges one shared by all
-coefficients predicts better than one each, and better than parts that follow an expert's level or its trend over depth,
-which the search then over-exploits. Length scales carry the dimension-scaled prior of Hvarfner et al. 2024 (arXiv 2402.02229).
+Fifty noisy trials cannot determine eighteen length scales. On recorded and synthetic merges, one length scale for all
+coefficients predicts better than one for each. It also predicts better than components that follow an expert's level or
+its trend over depth, which the search then over-exploits. Length scales have the dimension-scaled prior of Hvarfner et
+al. 2024 (arXiv 2402.02229).
 """
 
 from __future__ import annotations
@@ -40,14 +41,18 @@ from merge_search.space import Categorical
 __all__ = ["FIT_STEPS", "Surrogate", "fit", "make_kernel", "shared_scales"]
 
 FIT_STEPS = "learner.steps"
-"""Category of learned spaces: gradient steps that a trial's coefficients are fitted by; 0 leaves them as they are."""
+"""Category of learned spaces: number of gradient steps that fit a trial's coefficients. 0 leaves them as they are."""
 START_MIXED = 0.3  # variance of a difference between choices, against what they share
 MIN_NOISE = 1e-6  # of standardised values; GPyTorch's floor in float64
 FIT_ITERATIONS = 60  # 2000 cost 50 % more and found nothing better
 
 
 class TiedRBF(Kernel):  # type: ignore[misc]  # GPyTorch is untyped
-    """Squared exponential over the first columns. `groups`: number of every column's length scale, from 0."""
+    """Squared exponential over the first columns.
+
+    Args:
+        groups: Number of every column's length scale, from 0.
+    """
 
     has_lengthscale = False
 
@@ -73,12 +78,14 @@ class TiedRBF(Kernel):  # type: ignore[misc]  # GPyTorch is untyped
 
 
 class Mixed(Kernel):  # type: ignore[misc]
-    """a k_num (1 + s k_cat) + t k_cat: what all choices share, how they differ in shape, how they differ in level.
+    """a k_num (1 + s k_cat) + t k_cat: a part that all choices share, and their differences in shape and in level.
 
-    NOTE: with the bare product k_num k_cat a choice that did badly at a few bad points is never tried at good ones.
+    NOTE: with the plain product k_num k_cat a choice that did badly at a few bad points is never tried at good ones.
 
     Args:
-        switch: Column of `FIT_STEPS` and its choice that fits nothing; None where the space has no such category.
+        numeric: Kernel over the numeric columns.
+        categorical: Kernel over the category columns.
+        switch: Column of `FIT_STEPS` and the index of its choice of no steps. None: the space has no such category.
     """
 
     has_lengthscale = False
@@ -110,7 +117,11 @@ class Mixed(Kernel):  # type: ignore[misc]
 
 
 def shared_scales(names: Sequence[str], kernel: KernelName = "tied") -> list[int]:
-    """Number of every column's length scale: for ``tied`` one per kind (``coefficient.maths.block.3`` is a coefficient)."""
+    """Number of every column's length scale. For ``tied`` each kind of number has one.
+
+    >>> shared_scales(["coefficient.maths.block.3", "coefficient.code.block.3", "density.maths"])
+    [0, 0, 1]
+    """
     if kernel == "plain":
         return list(range(len(names)))
     kinds = [name if name.startswith("learner.") else name.partition(".")[0] for name in names]
@@ -129,7 +140,7 @@ def make_kernel(name: KernelName, cube: UnitCube) -> Kernel:
 
 
 def _switch(cube: UnitCube) -> tuple[int, int] | None:
-    """Column of `FIT_STEPS` and its choice of no steps."""
+    """Column of `FIT_STEPS` and the index of its choice of no steps."""
     if FIT_STEPS not in cube.categories:
         return None
     parameter = cube.parameters[FIT_STEPS]
@@ -175,9 +186,9 @@ class Surrogate:
 
 
 def fit(quantity: Quantity, kernel: Kernel) -> Surrogate:
-    """Maximum a posteriori fit with known noise; noise is inferred where no variance is known.
+    """Maximum a posteriori fit with known noise. The noise is inferred if no variance is known.
 
-    Works from one measurement on; equal values get the noise (or 1) as their scale.
+    One measurement is enough. Equal values are scaled by their noise, or by 1.
 
     Determinism: no random numbers unless the optimiser must retry, which draws from torch's global generator.
     Raises:

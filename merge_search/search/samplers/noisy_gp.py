@@ -1,9 +1,9 @@
-"""`NoisyGPSampler`: the project's own sampler, a Gaussian process that knows how noisy every trial is.
+"""`NoisyGPSampler`: the project's own sampler, a Gaussian process with the known noise of every trial.
 
-Against Optuna's `GPSampler`: the noise variance of every trial is known instead of one being inferred (which
-costs 2 to 16 points of false optimism when trials differ in length), crashed points are avoided, coefficients share
-their length scale, candidates are sought near the best trials, improvement may be counted per question, and trials that
-are not of the space cannot shrink it.
+It differs from Optuna's `GPSampler` in these points. The noise variance of every trial is known; a single inferred one
+costs 2 to 16 points of false optimism when trials differ in length. Crashed points are avoided. Coefficients share
+their length scale. Candidates are sought near the best trials. Improvement may be counted per question. Trials outside
+the space cannot shrink it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
+from merge_search._compat.optuna import set_system_attribute, set_user_attribute
 from merge_search.errors import StudyFileError
 from merge_search.search.samplers.acquisition import propose, quasi_random
 from merge_search.search.samplers.history import POINT_ATTRIBUTE, History, read_history
@@ -33,32 +34,33 @@ __all__ = ["FALLBACK_ATTRIBUTE", "NoisyGPSampler", "default_n_startup"]
 log = logging.getLogger(__name__)
 
 FALLBACK_ATTRIBUTE = "sampler_fallback"
-"""User attribute of a trial whose model failed: the reason. Its point is quasi-random."""
+"""User attribute of a trial whose model failed, with the reason. Its point is quasi-random."""
 
 
 def default_n_startup(cube: UnitCube) -> int:
-    """Points before the first model: at least 6, and two more than the widest category has choices."""
+    """Number of points before the first model: at least 6, and two more than the largest category has choices."""
     return max(6, 2 + max(cube.n_choices, default=0))
 
 
 class NoisyGPSampler(BaseSampler):
-    """Optuna sampler over a fixed space; what it reads from trials stands in `history`.
+    """Optuna sampler over a fixed space. `history` says what it reads from trials.
 
-    The first `n_startup` complete trials of the space (enqueued ones count) are quasi-random; afterwards every
-    suggestion maximises a noisy expected improvement. Failed points count as half a trial, so that a space where
-    most points crash gets its crash model too.
+    The first `n_startup` complete trials of the space, queued ones included, are quasi-random. Later suggestions
+    maximise a noisy expected improvement. Failed points count as half a trial, so that a space where most points crash
+    gets its crash model too.
 
     Args:
-        parameters: Of the search space.
-        seed: Of the study.
-        n_objectives: Unused; the study knows.
-        n_startup: See above; `default_n_startup` if None.
+        parameters: Parameters of the search space.
+        seed: Seed of the study.
+        n_objectives: Unused, since the study has the number.
+        n_startup: Number of complete trials before the first model. None: `default_n_startup`.
         kernel: ``tied`` (one length scale per kind of number) or ``plain`` (one per number); see `kernels`.
         multi_objective: ``hypervolume``, ``parego`` or ``auto`` (hypervolume for up to three objectives).
-        cost_power: Improvement is divided by the predicted questions to this power: 0 ignores them, 1 counts
-            improvement per question. Matters only where trials may fit their coefficients; see `cost`.
+        cost_power: Improvement is divided by the predicted questions to this power. 0 ignores them, 1 counts
+            improvement per question. It matters only if trials may fit their coefficients; see `cost`.
+
     Determinism: bit for bit a function of (seed, trial number, stored trials) on one machine and number of torch
-        threads. One suggestion at a time: a lock guards torch's global generator.
+        threads. A lock guards torch's global generator, so suggestions are made one at a time.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class NoisyGPSampler(BaseSampler):
         """The point of a trial.
 
         Raises:
-            StorageError: a complete trial of the space has no noise variance.
+            StorageError: A complete trial of the space has no noise variance.
         """
         if self._cube.n_columns == 0:
             return {}
@@ -104,9 +106,9 @@ class NoisyGPSampler(BaseSampler):
             x = self._point(study, trial, history)
         point = self._cube.decode(x)
         point |= trial.system_attrs.get("fixed_params", {})  # of a trial that was enqueued in part
-        # Parameters are stored one by one: from here on other drivers see the whole point as pending.
+        # Parameters are stored one by one. From here on, other processes see the whole point as pending.
         noted = self._cube.encode({**_singles(self._space), **point}) or x
-        study._storage.set_trial_system_attr(trial._trial_id, POINT_ATTRIBUTE, noted)
+        set_system_attribute(study, trial, POINT_ATTRIBUTE, noted)
         return point
 
     def _point(self, study: Study, trial: FrozenTrial, history: History) -> list[float]:
@@ -127,7 +129,7 @@ class NoisyGPSampler(BaseSampler):
         except NUMERICAL_ERRORS as error:
             reason = f"{type(error).__name__}: {error}"[:500]
             log.warning("the model failed at trial %d, trying a quasi-random point instead: %s", trial.number, reason)
-            study._storage.set_trial_user_attr(trial._trial_id, FALLBACK_ATTRIBUTE, reason)
+            set_user_attribute(study, trial, FALLBACK_ATTRIBUTE, reason)
             return quasi_random(self._cube, seed=start, index=trial.number)
 
     def _is_started(self, history: History) -> bool:
@@ -135,17 +137,17 @@ class NoisyGPSampler(BaseSampler):
         return complete >= self._n_startup or (complete >= 3 and complete + failed / 2 >= self._n_startup)
 
     def recommend(self, study: Study) -> list[Recommendation]:
-        """Feasible trials at full fidelity, best posterior mean first; see `recommend.recommend`."""
+        """Feasible trials at full fidelity, the best posterior mean first (see `recommend.recommend`)."""
         with self._lock:
             return recommend(study, self._cube.parameters, seed=self._seed, kernel=self._kernel)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """A parameter that is not of the space.
+        """Refuse a parameter that is not in the space.
 
         Raises:
-            StudyFileError: always; the run loop asks for the space's parameters only.
+            StudyFileError: Always. The search asks for the space's parameters only.
         """
         known = ", ".join(self._space)
         raise StudyFileError(f"parameter {param_name!r} must be one of the search space, which has {known}")
@@ -154,7 +156,7 @@ class NoisyGPSampler(BaseSampler):
         """Nothing to do: every trial has its own seed."""
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: Any, values: Sequence[float] | None) -> None:
-        """Nothing to do: everything is read from the storage."""
+        """Nothing to do: the sampler reads everything from the storage."""
 
 
 def _singles(space: Mapping[str, BaseDistribution]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where numerical code runs: seeded, with its warnings in the log, and what it may raise."""
+"""Run numerical code with a seed and with its warnings in the log, and name the errors that it may raise."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NUMERICAL_ERRORS = (RuntimeError, ValueError, ArithmeticError, BotorchError, Mod
 
 @contextmanager
 def numerics(seed: int) -> Iterator[None]:
-    """Torch's global CPU generator seeded, and put back afterwards; warnings go to the log.
+    """Seed torch's global CPU generator, restore it afterwards, and send warnings to the log.
 
-    NOTE: BoTorch's optimiser resets the warning filters, so that neither ``ignore`` nor ``error`` would hold;
-    and an added jitter of 1e-8 ("not p.d.") is harmless and frequent.
+    NOTE: BoTorch's optimiser resets the warning filters, so neither ``ignore`` nor ``error`` would hold. Its warning of
+    an added jitter of 1e-8 ("not p.d.") is harmless and frequent.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

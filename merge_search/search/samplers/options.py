@@ -1,4 +1,4 @@
-"""``search.sampler_options`` as they stand in a study file: checked without torch, before any weight is loaded."""
+"""The study file's ``search.sampler_options``, checked without torch and before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KernelName = Literal["tied", "plain"]
 MultiObjective = Literal["auto", "hypervolume", "parego"]
 PLACE = "search.sampler_options"
 SAYABLE: dict[str, Any] = {"bool": bool, "int": int, "float": float, "str": str, "dict[str, Any]": dict[str, Any]}
-"""Types, as Optuna's signatures write them, whose values a YAML text can hold."""
+"""Types whose values a YAML text can hold, as Optuna's signatures write them."""
 
 
 class _Options(BaseModel):
@@ -27,7 +27,7 @@ class _Options(BaseModel):
 
 
 class BotorchOptions(_Options):
-    """Of ``botorch``; `NoisyGPSampler` says what they mean."""
+    """Options of ``botorch``. `NoisyGPSampler` says what they mean."""
 
     kernel: KernelName = "tied"
     multi_objective: MultiObjective = "auto"
@@ -36,7 +36,7 @@ class BotorchOptions(_Options):
 
 
 def optuna_options(kind: type[BaseSampler]) -> type[BaseModel]:
-    """What Optuna's class takes, as far as a study file can say it: no functions, samplers or trials, and no seed."""
+    """Options of an Optuna class that a study file can hold: no functions, samplers or trials, and not the seed."""
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(kind).parameters.items():
         text = str(parameter.annotation)
@@ -47,7 +47,7 @@ def optuna_options(kind: type[BaseSampler]) -> type[BaseModel]:
 
 
 def check_options(kind: type[BaseModel], options: Mapping[str, Any]) -> None:
-    """Raises `StudyFileError` with every unknown or wrong option, and the nearest known one."""
+    """Raise `StudyFileError` with every unknown or wrong option, and the nearest known one."""
     try:
         kind.model_validate(dict(options))
     except ValidationError as error:

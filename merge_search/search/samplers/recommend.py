@@ -1,6 +1,6 @@
-"""Which trial is best: by posterior mean, not by the luckiest measurement.
+"""Find the best trial by posterior mean and not by the luckiest measurement.
 
-The best of many noisy values is several points too good; the best posterior mean half a point.
+The best of many noisy values is several points too good, the best posterior mean half a point.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = ["Recommendation", "recommend"]
 
 log = logging.getLogger(__name__)
 
-MIN_TRIALS = 3  # fewer measurements say nothing about each other
+MIN_TRIALS = 3  # fewer measurements cannot predict each other
 N_DRAWS = 4096
 
 
 class Recommendation(NamedTuple):
-    """A trial, the posterior of its noise-free value in the objective's units, and the chance that it is the best."""
+    """A trial, the posterior of its noise-free value in the objective's units, and its chance of being the best."""
 
     number: int
     mean: float
@@ -46,20 +46,23 @@ def recommend(
 ) -> list[Recommendation]:
     """Feasible trials at full fidelity of a single-objective study, best posterior mean first.
 
-    The Gaussian process of the sampler is fitted to all complete trials of the space, short ones included with
-    their larger variance. Trials outside the space (base, experts, published presets), all trials while there are fewer
-    than three of the space, and those that share a point but not the recipe (fits that began elsewhere) keep their
-    measured value and its variance: nothing else is known of them.
+    The Gaussian process of the sampler is fitted to all complete trials of the space, with raced trials at their larger
+    variance. These trials keep their measured value and its variance, since nothing else is known of them: trials
+    outside the space (base, experts, published presets), trials that share a point but not the recipe (fits that began
+    elsewhere), and all trials while there are fewer than three of the space.
 
     Args:
-        study: One objective; see `history` for what its trials must hold.
-        parameters: Of the search space.
-        seed: Of the study.
-        kernel: Of the sampler.
+        study: A study with one objective. `history` says what its trials must hold.
+        parameters: Parameters of the search space.
+        seed: Seed of the study.
+        kernel: Kernel of the sampler.
+
     Returns:
         Empty if no feasible trial is complete at full fidelity. `p_best` sums to one.
+
     Raises:
-        StorageError: several objectives, or a complete trial without a noise variance.
+        StorageError: The study has several objectives, or a complete trial has no noise variance.
+
     Determinism: a function of the stored trials and `seed`.
     """
     if len(study.directions) != 1:
@@ -77,11 +80,11 @@ def recommend(
     mean[rows] = sign * modelled.mean[picked]
     covariance[np.ix_(rows, rows)] = modelled.covariance[np.ix_(picked, picked)]
     chance = _chance_best(sign * mean, covariance, derive_seed(seed, "recommend", "draws"))
-    found = [
+    recommendations = [
         Recommendation(t.number, float(m), float(np.sqrt(max(v, 0.0))), float(p))
         for t, m, v, p in zip(trials, mean, np.diag(covariance), chance, strict=True)
     ]
-    return sorted(found, key=lambda r: (-sign * r.mean, r.number))
+    return sorted(recommendations, key=lambda r: (-sign * r.mean, r.number))
 
 
 class _Modelled(NamedTuple):
@@ -91,7 +94,7 @@ class _Modelled(NamedTuple):
 
 
 def _posterior(study: Study, cube: UnitCube, kernel: KernelName, seed: int) -> _Modelled:
-    """Of the trials of the space, larger is better; empty where there is too little to model."""
+    """Posterior of the trials of the space, where larger is better. Empty if there are too few trials for a model."""
     nothing = _Modelled({}, np.zeros(0), np.zeros((0, 0)))
     history = read_history(study, cube, with_cut_short=True)
     if len(history.numbers) < MIN_TRIALS or cube.n_columns == 0:
@@ -107,7 +110,7 @@ def _posterior(study: Study, cube: UnitCube, kernel: KernelName, seed: int) -> _
 
 
 def _mixed(trials: Sequence[FrozenTrial]) -> set[int]:
-    """Numbers of trials at points where there are several recipes: the process knows no more than their mean."""
+    """Numbers of the trials at points with several recipes, of which the process models the mean only."""
     recipes: dict[str, set[str]] = {}
     for t in trials:
         recipes.setdefault(_point(t), set()).add(t.user_attrs.get("fingerprint", ""))
@@ -125,15 +128,15 @@ def _is_eligible(trial: FrozenTrial) -> bool:
 
 
 def _variances(trials: list[FrozenTrial]) -> NDArray[np.float64]:
-    """Noise of the measured values; the median of the known ones where a trial was imported without."""
-    found = [objective_variances(t, 1)[0] for t in trials]
-    known = [v for v in found if v is not None]
+    """Noise variances of the measured values. An imported trial without one gets the median of the others."""
+    variances = [objective_variances(t, 1)[0] for t in trials]
+    known = [v for v in variances if v is not None]
     median = float(np.median(known)) if known else 0.0
-    return np.array([median if v is None else v for v in found])
+    return np.array([median if v is None else v for v in variances])
 
 
 def _chance_best(mean: NDArray[np.float64], covariance: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Share of joint draws in which each trial has the largest value. Shape (n,); sums to one."""
+    """Share of joint draws in which each trial has the largest value. Shape (n,). It sums to one."""
     eigenvalues, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(eigenvalues.clip(min=0.0))
     normal = torch.randn(N_DRAWS, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.double)

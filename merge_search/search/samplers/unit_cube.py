@@ -1,8 +1,8 @@
 """Parameters as Optuna distributions and as coordinates of the unit cube.
 
-Coordinates: numeric parameters first, in [0, 1] (logarithmic where `log`), then one column per category
-holding the index of the choice. A whole number sits in the middle of its cell of width 1 / (high - low + 1),
-so that both ends are as likely as the rest. Parameters with a single value take no column.
+The numeric parameters come first, in [0, 1] (logarithmic if `log`), then one column per category with the index of the
+choice. A whole number lies in the middle of its cell of width 1 / (high - low + 1), so both ends are as likely as the
+rest. Parameters with a single value take no column.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ __all__ = ["CUT_ATTRIBUTE", "UnitCube", "Value", "distributions", "holds", "sugg
 Value = str | int | float | bool
 
 CUT_ATTRIBUTE = "cut_short"
-"""User attribute of a trial that fitted fewer steps than its point says, since the budget paid for no more: its score is
-one of the study's, and says nothing about its point."""
+"""User attribute of a trial that fitted fewer steps than its point asks for, since the budget paid for no more. Its
+score counts in the study but is no measurement of its point."""
 
 
 def distributions(parameters: Mapping[str, Parameter]) -> dict[str, BaseDistribution]:
     """Optuna's distribution of every parameter, in the same order.
 
     Raises:
-        SpaceError: bounds or choices that Optuna refuses; all of them at once.
+        SpaceError: Optuna refuses bounds or choices. It lists all of them.
     """
     result, problems = {}, []
     for name, parameter in parameters.items():
@@ -56,7 +56,7 @@ def _distribution(parameter: Parameter) -> BaseDistribution:
 
 
 def suggest(trial: Trial, parameters: Mapping[str, Parameter]) -> dict[str, Value]:
-    """A value for every parameter, asked in the space's order. Nothing is computed before the first is asked."""
+    """A value for every parameter, asked for in the space's order."""
     return {name: _suggest(trial, name, parameter) for name, parameter in parameters.items()}
 
 
@@ -72,7 +72,7 @@ def _suggest(trial: Trial, name: str, parameter: Parameter) -> Value:
 
 
 def holds(parameters: Mapping[str, Parameter], point: Mapping[str, Any]) -> bool:
-    """Whether `point` has a value of its domain for every parameter: trials without are not of this space."""
+    """Whether `point` has a value in the domain of every parameter. Trials without are not of this space."""
     return all(name in point and _contains(parameter, point[name]) for name, parameter in parameters.items())
 
 
@@ -85,7 +85,7 @@ def _contains(parameter: Parameter, value: Any) -> bool:
 
 
 def _index(parameter: Categorical, value: Any) -> int | None:
-    """Position of a choice; True and 1 are different choices."""
+    """Position of a choice, where True and 1 are different choices. None if it is not there."""
     same = (i for i, choice in enumerate(parameter.choices) if type(choice) is type(value) and choice == value)
     return next(same, None)
 
@@ -95,11 +95,12 @@ def _is_single(parameter: Parameter) -> bool:
 
 
 class UnitCube:
-    """Points of a space <-> coordinates.
+    """Converts points of a space to coordinates and back.
 
     Attributes:
-        numeric, categories: Names of the columns, numeric ones first.
-        n_choices: Choices of each category column.
+        numeric: Names of the numeric columns, which come first.
+        categories: Names of the category columns.
+        n_choices: Number of choices of each category column.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter]) -> None:
@@ -115,14 +116,14 @@ class UnitCube:
         return len(self.numeric) + len(self.categories)
 
     def encode(self, point: Mapping[str, Any]) -> list[float] | None:
-        """Coordinates, or None where a value is missing or outside its domain."""
+        """Coordinates of a point; None if a value is missing or outside its domain."""
         if not holds(self.parameters, point):
             return None
         numbers = [_to_unit(self.parameters[name], point[name]) for name in self.numeric]
         return numbers + [float(_index(p, point[name]) or 0) for name, p in self._categorical.items()]
 
     def decode(self, coordinates: Sequence[float]) -> dict[str, Value]:
-        """The point of the nearest valid coordinates, without the parameters that have a single value."""
+        """The point at the nearest valid coordinates, without the parameters that have a single value."""
         n = len(self.numeric)
         numbers = zip(self.numeric, coordinates[:n], strict=True)
         point: dict[str, Value] = {name: _from_unit(self.parameters[name], u) for name, u in numbers}
@@ -131,14 +132,14 @@ class UnitCube:
         return {name: point[name] for name in self.parameters if name in point}
 
     def snap(self, coordinates: Sequence[float]) -> list[float]:
-        """Coordinates that a trial at `coordinates` will have once its whole numbers are rounded."""
+        """The coordinates of a trial at `coordinates`, once its whole numbers are rounded."""
         point = self.decode(coordinates)
         numbers = [_to_unit(self.parameters[name], point[name]) for name in self.numeric]
         return numbers + [float(_index(p, point[name]) or 0) for name, p in self._categorical.items()]
 
 
 def _scale(parameter: Float | Integer) -> tuple[float, float]:
-    """Ends of the axis that [0, 1] stands for."""
+    """Both ends of the axis that is mapped to [0, 1]."""
     half = 0.5 if isinstance(parameter, Integer) else 0.0
     low, high = parameter.low - half, parameter.high + half
     return (math.log(low), math.log(high)) if parameter.log else (low, high)

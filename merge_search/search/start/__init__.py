@@ -1,1 +1,1 @@
-"""What a study tries first: baselines, earlier studies, fitted coefficients."""
+"""The points that a study tries first: baselines, the best of earlier studies, fitted coefficients."""

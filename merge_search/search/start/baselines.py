@@ -1,4 +1,4 @@
-"""What every search is compared with, and begins with: base, experts, average, task arithmetic, published presets."""
+"""Baselines of every search, which it begins with: base, experts, average, task arithmetic and published presets."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from merge_search.space import SpaceContext
 __all__ = ["ALWAYS", "baselines", "fits", "reference_recipes"]
 
 ALWAYS = ("average", "task_arithmetic")
-"""Baselines of every study."""
+"""Presets that every study tries, whatever its file names."""
 
 
 def reference_recipes(context: SpaceContext) -> dict[str, Recipe]:
-    """``base`` and each expert, as exact copies."""
+    """Recipes of exact copies of the base and of each expert, by name."""
     out = {"base": _preset("base", context)}
     return out | {expert: _preset("expert", context, expert=expert) for expert in context.experts}
 
@@ -24,10 +24,14 @@ def reference_recipes(context: SpaceContext) -> dict[str, Recipe]:
 def baselines(
     context: SpaceContext, names: list[str], *, can_measure: Callable[[], bool] = lambda: False
 ) -> dict[str, Recipe]:
-    """References, the average, task arithmetic, then the presets `names` at their published settings.
+    """Recipes of the references, the average and task arithmetic, then of the presets `names` at their published
+    settings.
 
     Args:
-        can_measure: Whether presets that need statistics from data can have them; asked only if one is named.
+        context: The models.
+        names: Names of presets. Those that do not take this many experts are left out.
+        can_measure: Says whether presets that need statistics from data can have them. It is called only if one is
+            named.
     """
     chosen = dict.fromkeys([*ALWAYS, *names])
     has_data = any(PRESETS[name].needs_data for name in chosen) and can_measure()
@@ -36,7 +40,7 @@ def baselines(
 
 
 def fits(name: str, context: SpaceContext, *, has_data: bool = False) -> bool:
-    """Whether a preset takes this many experts, and data if it needs any."""
+    """Whether a preset takes this many experts, and has data if it needs any."""
     low, high = PRESETS[name].experts
     n = len(context.experts)
     return low <= n and (high is None or n <= high) and (has_data or not PRESETS[name].needs_data)

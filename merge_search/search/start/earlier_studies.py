@@ -3,8 +3,8 @@
     search:
       learn_from: [old/study.yaml, {study: skills, storage: sqlite:///skills.db, best: 5}]
 
-Models are known by their hashes, so experts may have other names and lie elsewhere. Only recipes travel, never scores:
-the earlier study had other questions. What a recipe of an earlier study needs and this study does not have is said.
+Models are recognised by their hashes, so experts may have other names and lie elsewhere. Only recipes are taken over
+and never scores, since the earlier study had other questions. A note says which recipes cannot be used here, and why.
 """
 
 from __future__ import annotations
@@ -20,30 +20,35 @@ import optuna
 
 from merge_search.errors import MergeSearchError, StorageError, StudyFileError, nearest
 from merge_search.recipe import Models, PerGroup, Recipe
-from merge_search.search.records import objective_of
+from merge_search.search.records import candidates, objective_of
 from merge_search.search.storage import open_storage
-from merge_search.search.verdict.selection import candidates
 from merge_search.space import SearchSpace
 from merge_search.study_file import Earlier, StudyFile, read_study_file
 
-__all__ = ["Known", "best_recipes", "earlier_problems", "open_earlier", "renamed", "starts_from"]
+__all__ = ["EarlierPoint", "best_recipes", "earlier_problems", "open_earlier", "renamed", "starts_from"]
 
 SQLITE = "sqlite:///"
 
 
 @dataclass(frozen=True)
-class Known:
-    """A point worth trying first, and where it comes from."""
+class EarlierPoint:
+    """A point to try first.
+
+    Attributes:
+        source: The study and trial that it comes from.
+        point: Its values in this study's space.
+    """
 
     source: str
     point: dict[str, str | int | float | bool]
 
 
 def open_earlier(file: StudyFile, source: Earlier) -> optuna.Study:
-    """The stored study of an entry of ``search.learn_from``; paths are relative to `file`.
+    """The stored study of an entry of ``search.learn_from``. Paths are relative to `file`.
 
     Raises:
-        StudyFileError: no such study, or it is this one.
+        StudyFileError: There is no such study, or it is this one.
+        StorageError: Its storage cannot be opened.
     """
     name, url = _place_of(file, source)
     storage = open_storage(url, must_exist=True)
@@ -54,7 +59,7 @@ def open_earlier(file: StudyFile, source: Earlier) -> optuna.Study:
 
 
 def _place_of(file: StudyFile, source: Earlier) -> tuple[str, str]:
-    """Name and storage URL of an entry of ``search.learn_from``. Raises as `open_earlier`."""
+    """Name and storage URL of an entry of ``search.learn_from``. It raises as `open_earlier` does."""
     if source.file:
         other = read_study_file(file.folder / Path(source.file).expanduser())
         name, url = other.study.name, other.storage_url
@@ -70,9 +75,9 @@ def _no_study(name: str, url: str, known: Sequence[str] = ()) -> str:
 
 
 def earlier_problems(file: StudyFile) -> list[str]:
-    """Why entries of ``search.learn_from`` cannot be read; nothing is written.
+    """A sentence for each entry of ``search.learn_from`` that cannot be read. Nothing is written.
 
-    A database that is no SQLite file is not asked.
+    Only SQLite files are opened; other databases are not.
     """
     out = []
     for i, source in enumerate(file.search.learn_from):
@@ -86,7 +91,7 @@ def earlier_problems(file: StudyFile) -> list[str]:
 
 
 def _require_study(name: str, url: str) -> None:
-    """Raises `StudyFileError` unless the SQLite file is a storage with that study."""
+    """Raise `StudyFileError` unless the SQLite file is a storage with that study."""
     path = Path(url.removeprefix(SQLITE))
     if not path.is_file():
         raise StudyFileError(f"there is no database {path}")
@@ -100,25 +105,28 @@ def _require_study(name: str, url: str) -> None:
 
 
 def starts_from(
-    file: StudyFile, models: Models, space: SearchSpace, told: Sequence[str], note: Callable[[str], None]
-) -> Iterator[tuple[str, list[Known]]]:
-    """Place (`Earlier.place`) and points of this space for the best recipes of every earlier study.
+    file: StudyFile, models: Models, space: SearchSpace, done: Sequence[str], note: Callable[[str], None]
+) -> Iterator[tuple[str, list[EarlierPoint]]]:
+    """For every earlier study its place (`Earlier.place`) and the points of its best recipes in this space.
 
     Args:
-        models: Of this study, with their hashes.
-        told: Places of studies that are left out.
-        note: Told what does not match, and why; a study that cannot be read is said, too, and left out.
+        file: The study file of this study.
+        models: This study's models with their hashes.
+        space: This study's space.
+        done: Places of studies to leave out.
+        note: Called with a sentence about each study: what was taken, what does not match, or why it cannot be read.
     """
     for source in file.search.learn_from:
-        if source.place in told:
+        if source.place in done:
             continue
         try:
             study = open_earlier(file, source)
         except (StudyFileError, StorageError) as error:
             note(f"search.learn_from: {error}")
             continue
-        own = {"seed": file.study.seed, "dtype": file.models.dtype}  # a recipe is scored anew, so with this study's
-        recipes = [(number, recipe.model_copy(update=own)) for number, recipe in best_recipes(study)]
+        # A recipe is scored afresh, so with the seed and dtype of this study.
+        changes = {"seed": file.study.seed, "dtype": file.models.dtype}
+        recipes = [(number, recipe.model_copy(update=changes)) for number, recipe in best_recipes(study)]
         yield source.place, _points(study, recipes, source, models, space, note)
 
 
@@ -129,22 +137,21 @@ def _points(
     models: Models,
     space: SearchSpace,
     note: Callable[[str], None],
-) -> list[Known]:
-    out: list[Known] = []
+) -> list[EarlierPoint]:
+    out: list[EarlierPoint] = []
     reasons: list[str] = []
     for number, recipe in recipes:
         if len(out) == source.best:
             break
         try:
-            mine = renamed(recipe, models)
-            point = space.encode(mine)
+            point = space.encode(renamed(recipe, models))
         except MergeSearchError as error:
             reasons.append(f"trial {number}: {error}")
             continue
         if point is None:
             reasons.append(f"trial {number}: this study's space does not hold its recipe")
-        elif all(point != k.point for k in out):
-            out.append(Known(f"{source.place} trial {number}", point))
+        elif all(point != earlier.point for earlier in out):
+            out.append(EarlierPoint(f"{source.place} trial {number}", point))
     note(f"{len(out)} recipe(s) of study {study.study_name!r} are tried first" + ("" if out else " (none fits)"))
     if reasons and len(out) < source.best:
         note(f"left out of study {study.study_name!r}: {'; '.join(reasons[:3])}" + _more(len(reasons) - 3))
@@ -156,9 +163,10 @@ def _more(n: int) -> str:
 
 
 def best_recipes(study: optuna.Study) -> list[tuple[int, Recipe]]:
-    """Number and recipe of the searched candidates of a study, best by its own first objective first.
+    """Number and recipe of a study's searched candidates, the best by its own first objective first.
 
-    Empty where the study has not scored any.
+    Returns:
+        Empty if the study has not scored any.
     """
     if "identity" not in study.user_attrs or "metrics" not in study.user_attrs:
         return []
@@ -169,20 +177,22 @@ def best_recipes(study: optuna.Study) -> list[tuple[int, Recipe]]:
 
 
 def renamed(recipe: Recipe, models: Models) -> Recipe:
-    """`recipe` over `models`: experts take the names that their hashes have here; those it did not have begin at 0.
+    """`recipe` over this study's `models`. Its experts take the names that their hashes have here.
 
-    Deltas are added in the order of the experts' names (`Planner.processing_order`): under names that sort otherwise the
-    sums, and so the merged weights, may differ in their last bits.
+    Experts that it did not merge get the coefficient 0. Deltas are added in the order of the experts' names
+    (`Planner.processing_order`). If the new names sort in another order, the merged weights may differ in their last
+    bits.
 
     Raises:
-        StudyFileError: another base, an expert that is not here and not at coefficient 0, or a map of coefficients.
+        StudyFileError: It merges another base, an expert that is not here with a coefficient other than 0, or has a map
+            of coefficients.
     """
-    theirs, ours = recipe.models, {digest: name for name, digest in models.hashes.items() if name != "base"}
-    if theirs.hashes.get("base") != models.hashes.get("base") or "base" not in models.hashes:
+    merged, names_here = recipe.models, {digest: name for name, digest in models.hashes.items() if name != "base"}
+    if merged.hashes.get("base") != models.hashes.get("base") or "base" not in models.hashes:
         raise StudyFileError("it merges another base")
     if recipe.maps:
         raise StudyFileError("its coefficients per output row lie in a map, which no point of a space holds")
-    names = {e: ours.get(theirs.hashes.get(e, "")) for e in theirs.experts}
+    names = {e: names_here.get(merged.hashes.get(e, "")) for e in merged.experts}
     missing = [e for e, here in names.items() if here is None and not _is_zero(recipe.coefficients.get(e, 1.0))]
     if missing:
         raise StudyFileError(f"its expert(s) {', '.join(missing)} are not in this study")

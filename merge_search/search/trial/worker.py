@@ -1,13 +1,12 @@
-"""One live model, one engine, the evaluators: where a recipe becomes scores."""
+"""A worker: one live model, one engine and the evaluators, loaded once. It turns jobs into scores."""
 
 from __future__ import annotations
 
 import gc
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,58 +29,61 @@ from merge_search.engine.resident.pool import ModelPool
 from merge_search.engine.statistics.provider import DataStatistics
 from merge_search.errors import EvaluationError
 from merge_search.evaluation import Cost, Evaluation, Evaluator, Split, asking
-from merge_search.memory import is_memory_error
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
-from merge_search.search.prepare import Plan
+from merge_search.search.plan import Plan
+from merge_search.search.trial.job import Failed, Job, Learned, Reporter, Result, Scored, Spent, failure_of
+from merge_search.search.trial.racing import ask_in_parts
 from merge_search.study_file import StudyFile
 
-__all__ = ["Scored", "Workbench", "maps_of", "memory_errors_said", "statistics_of"]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A recipe's scores, and the hash of the weights that gave them."""
-
-    evaluation: Evaluation
-    weights_sha256: str
-    merge_s: float = 0.0
-    outcome: Outcome = Outcome.OK
-    extra: Cost = field(default_factory=Cost)
-    """Of the learner."""
+__all__ = ["Worker", "maps_of", "statistics_of"]
 
 
 def maps_of(file: StudyFile) -> Path:
-    """Where a study keeps its maps: beside the study file, by the study's name."""
+    """The folder of a study's coefficient maps: beside the study file, with the study's name."""
     return file.folder / f"{file.study.name}.{MAPS}"
 
 
-def statistics_of(plan: Plan, pool: ModelPool, owners: Mapping[str, str], live: LiveModel | None) -> DataStatistics:
-    """A study's statistics, kept beside the study file by its name.
+def statistics_of(plan: Plan, pool: ModelPool, teachers: Mapping[str, str], live: LiveModel | None) -> DataStatistics:
+    """A study's statistics, which are kept beside the study file under the study's name.
 
     Args:
-        owners: Task -> its best expert, or ``base``.
-        live: Bound to the plan's evaluators; None: only what the study measured can be had (an export).
+        plan: The checked study.
+        pool: Its models.
+        teachers: Task -> its best expert, or ``base``.
+        live: The live model that the plan's evaluators are bound to. None: nothing is measured, and only statistics
+            that the study measured before can be read (for an export).
     """
     file = plan.file
-    folder = file.folder / f"{file.study.name}.statistics"
-    section = file.statistics
     return DataStatistics(
-        pool, live, plan.evaluators, owners, folder=folder, n_rows=section.n_rows, seed=file.study.seed,
-        dtype=file.models.dtype, max_gib=section.max_gib,
-    )  # fmt: skip
+        pool,
+        live,
+        plan.evaluators,
+        teachers,
+        folder=file.folder / f"{file.study.name}.statistics",
+        n_rows=file.statistics.n_rows,
+        seed=file.study.seed,
+        dtype=file.models.dtype,
+        max_gib=file.statistics.max_gib,
+    )
 
 
-class Workbench:
-    """One live model, one engine, the evaluators: a recipe in, scores out.
+class Worker:
+    """The models of one study in memory, and what can be done with them.
+
+    Args:
+        plan: The checked study.
+        device: As in the study file.
 
     Attributes:
-        on_step: Called before each step of a fit, when `asked` holds its questions.
+        models: The study's models with their hashes.
+        on_step: Called before each step of a fit, when `asked` includes the step's questions.
     """
 
     def __init__(self, plan: Plan, *, device: str) -> None:
         self._plan = plan
         self._statistics: DataStatistics | None = None
+        self._teachers: Mapping[str, str] = {}
         self._answered = self._charged = 0
         self.on_step: Callable[[], None] = lambda: None
         self.map_folder = maps_of(plan.file)
@@ -92,38 +94,95 @@ class Workbench:
         self.views = {name: view for name, view in self.live.views.items() if name in self.pool.groups}
         self.evaluators: list[Evaluator] = plan.evaluators
         self._labels = ExpertLabels(plan.evaluators)
-        with memory_errors_said("while the evaluators prepare their questions"):
+        with _out_of_memory_explained("while the evaluators prepare their questions"):
             for evaluator in self.evaluators:
                 evaluator.bind(self.live.model, self.live.tokenizer, folder=str(self.pool.base_folder))
 
-    def offer_statistics(self, owners: Mapping[str, str]) -> None:
-        """Let recipes use measures and operators that need data; each statistic is measured when first asked for.
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about the models' memory and the live model, for the user."""
+        return [self.pool.placement_report, *self.pool.notes, *self.live.notes]
+
+    def run(self, job: Job, report: Reporter = lambda report: None) -> Result:
+        """Do a job. A failure that belongs to its recipe is a result, and leaves the worker ready for the next job.
 
         Args:
-            owners: Task -> its best expert. Nothing is read or measured here.
-        """
-        self._statistics = self.pool.statistics = statistics_of(self._plan, self.pool, owners, self.live)
-
-    def can_measure(self) -> bool:
-        """Whether statistics were offered and every expert has rows to measure them on."""
-        found = self._statistics
-        return found is not None and not any(found.problem("fisher", e) for e in self.models.experts)
-
-    def splice(self, recipe: Recipe) -> tuple[str, float]:
-        """Write `recipe` into the live model; the hash of its weights, and seconds.
+            job: The recipe to fit and score.
+            report: Called with the questions asked before each step of a fit and wherever the job ends early, and with
+                the fitted recipe before it is scored.
 
         Raises:
-            RecipeError, NonFiniteError, torch.OutOfMemoryError, MemoryError.
+            BaseException: Any error that says nothing about the recipe. The last report has the questions asked.
+        """
+        before = self.asked
+        self.on_step = lambda: report(Spent(self.asked - before))
+        failed: Failed | None
+        try:
+            return self._run(job, report)
+        except BaseException as error:
+            questions = self.asked - before
+            report(Spent(questions))
+            failed = failure_of(error, questions)
+            if failed is None:
+                raise
+        self.recover()  # after the except clause: until its end the traceback holds tensors
+        return failed
+
+    def _run(self, job: Job, report: Reporter) -> Scored:
+        recipe, extra = Recipe.from_json(job.recipe), Cost()
+        if job.fit is not None:
+            fitted = self.fit(recipe, FitSettings(**job.fit), self._teachers)
+            report(_learned(fitted))
+            recipe, extra = fitted.recipe, Cost(fitted.seconds, 0.0, fitted.questions)
+        digest, seconds = self.splice(recipe)
+        if job.race is None:
+            return Scored(self.ask(job.split, job.fidelity), digest, seconds, extra=extra)
+
+        def ask(share: float, after: float) -> Evaluation:
+            return self.ask(job.split, share * job.fidelity, after=after * job.fidelity)
+
+        evaluation, is_stopped = ask_in_parts(ask, job.race)
+        return Scored(evaluation, digest, seconds, Outcome.RACED if is_stopped else Outcome.OK, extra)
+
+    def set_teachers(self, teachers: Mapping[str, str]) -> None:
+        """Let recipes use measures and operators that need data, and fits use the experts' answers.
+
+        Nothing is read or measured here: each statistic is measured when a recipe first asks for it.
+
+        Args:
+            teachers: Task -> its best expert, or ``base``.
+        """
+        self._teachers = teachers
+        self._statistics = self.pool.statistics = statistics_of(self._plan, self.pool, teachers, self.live)
+
+    def can_measure(self) -> bool:
+        """Whether the teachers are known and every expert has rows to measure statistics on."""
+        statistics = self._statistics
+        return statistics is not None and not any(statistics.problem("fisher", e) for e in self.models.experts)
+
+    def splice(self, recipe: Recipe) -> tuple[str, float]:
+        """Write `recipe` into the live model.
+
+        Returns:
+            The hash of its weights, and the seconds that it took.
+
+        Raises:
+            RecipeError: The recipe does not fit the models.
+            NonFiniteError: Its weights have NaN or infinity.
+            torch.OutOfMemoryError: The device has too little memory.
+            MemoryError: The host has too little memory.
         """
         began = time.perf_counter()
         self.engine.apply(recipe, self.views)
         return self.live.hash(), time.perf_counter() - began
 
     def ask(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
-        """Put questions to the live model as it is now. The cost includes statistics that splicing it measured.
+        """Ask the live model questions. The cost includes statistics that splicing its recipe measured.
 
         Raises:
-            NonFiniteError, EvaluationError, MemoryError.
+            NonFiniteError: A score is NaN or infinity.
+            EvaluationError: An evaluator failed, or does not report a metric.
+            MemoryError: There is too little memory.
         """
         began, parts = time.perf_counter(), []
         for evaluator in self.evaluators:
@@ -138,8 +197,8 @@ class Workbench:
         scores = {name: s for part in parts for name, s in part.scores.items()}
         if missing := [m.name for m in self._plan.metrics if m.name not in scores]:
             raise EvaluationError(
-                f"an evaluator must report every metric that its metrics() names, found no {', '.join(missing)} on the {split} "
-                f"split among {', '.join(scores) or 'none'}"
+                f"an evaluator must report every metric that its metrics() names, found no {', '.join(missing)} on the "
+                f"{split} split among {', '.join(scores) or 'none'}"
             )
         cost = Cost(0.0, time.perf_counter() - began, self._uncharged())
         evaluation = Evaluation(split, fidelity, scores, cost)
@@ -148,12 +207,12 @@ class Workbench:
 
     @property
     def asked(self) -> int:
-        """Questions put to the live model so far: scores, statistics, experts' answers, fits, the unfinished ones, too."""
+        """Questions of the live model so far, for scores, statistics, teachers' answers and fits, completed or not."""
         measured = 0 if self._statistics is None else self._statistics.questions
         return self._answered + self._labels.asked + measured
 
     def _uncharged(self) -> int:
-        """Questions since the last call: charged to what ends now."""
+        """Questions since the last call. They are charged to the step that ends now."""
         new, self._charged = self.asked - self._charged, self.asked
         return new
 
@@ -162,32 +221,35 @@ class Workbench:
         self.on_step()
 
     def score(self, recipe: Recipe, split: Split, fidelity: float = 1.0) -> Scored:
-        """Splice and ask."""
+        """Write `recipe` into the live model and ask it questions. Raises as `splice` and `ask`."""
         digest, seconds = self.splice(recipe)
         return Scored(self.ask(split, fidelity), digest, merge_s=seconds)
 
-    def fit(self, recipe: Recipe, settings: FitSettings, owners: Mapping[str, str]) -> Fitted:
+    def fit(self, recipe: Recipe, settings: FitSettings, teachers: Mapping[str, str]) -> Fitted:
         """Fit the coefficients of `recipe`; the live model holds the result. It asks `fit_questions(settings)`.
 
-        `Fitted.questions` holds those of statistics, too, that the recipe needs and that are measured now.
+        `Fitted.questions` includes the questions of statistics that the recipe needs and that are measured now.
 
         Args:
-            owners: Task -> the expert whose answers are its labels, for all losses but ``gold``, ``choice`` and ``entropy``.
+            recipe: Where the fit begins.
+            settings: How it is run.
+            teachers: Task -> the expert whose answers are its labels. The losses ``gold``, ``choice`` and ``entropy``
+                do without.
         """
-        kind = _told_by_experts(settings.loss)
+        kind = _kind_on_rows(settings.loss)
         if kind in ("pseudo", "kl"):
-            self._labels.ask(self.engine, self.views, recipe, owners, kind, self._fit_rows(settings))
+            self._labels.ask(self.engine, self.views, recipe, teachers, kind, self._fit_rows(settings))
         losses, folder = task_losses(self.evaluators, kind), self.map_folder
         live = (self.engine, self.live.model, self.views)
         if settings.loss == "block_output":
-            fitted = fit_blocks(*live, recipe, losses, owners, settings, map_folder=folder, on_asked=self._count)
+            fitted = fit_blocks(*live, recipe, losses, teachers, settings, map_folder=folder, on_asked=self._count)
         else:
             fitted = fit(*live, recipe, losses, settings, map_folder=folder, on_asked=self._count)
         return replace(fitted, questions=self._uncharged())
 
     def fit_questions(self, settings: FitSettings) -> int:
-        """How many questions `fit` would ask now, of the experts too: more for more steps."""
-        kind, n_rows = _told_by_experts(settings.loss), self._n_fit_rows(settings)
+        """Number of questions that `fit` would ask now, with those of the teachers. It grows with the steps."""
+        kind, n_rows = _kind_on_rows(settings.loss), self._n_fit_rows(settings)
         asked = QUESTIONS_PER_ROW * settings.steps * sum(min(settings.batch_rows, n) for n in n_rows.values())
         if settings.loss == "block_output":
             asked += PASSES * sum(n_rows.values())
@@ -195,26 +257,21 @@ class Workbench:
             asked += self._labels.questions(kind, self._fit_rows(settings))
         return asked
 
-    def affordable_steps(self, settings: FitSettings, questions: int) -> int:
-        """The most steps, those of `settings` at most, that ask no more than `questions`; may be 0."""
-        steps = range(1, settings.steps + 1)
-        return bisect_right(steps, questions, key=lambda n: self.fit_questions(replace(settings, steps=n)))
-
     def _n_fit_rows(self, settings: FitSettings) -> dict[str, int]:
-        """How many rows of each task a fit chooses from."""
+        """Number of rows of each task that a fit chooses from."""
         most = MOST_INPUTS if settings.loss == "block_output" else None
-        losses = task_losses(self.evaluators, _told_by_experts(settings.loss))
+        losses = task_losses(self.evaluators, _kind_on_rows(settings.loss))
         return {task: loss.n_rows if most is None else min(loss.n_rows, most) for task, loss in losses.items()}
 
     def _fit_rows(self, settings: FitSettings) -> Mapping[str, Iterable[int]]:
-        """The rows of each task that a fit runs through the model: block outputs all they choose from."""
+        """The rows of each task that a fit runs through the model. For block outputs these are all it chooses from."""
         n_rows = self._n_fit_rows(settings)
         if settings.loss == "block_output":
             return {task: range(n) for task, n in n_rows.items()}
         return drawn_rows(settings, n_rows)
 
     def recover(self) -> None:
-        """Free what a failed trial left behind; what it asked is charged to it, and to nothing that follows."""
+        """Free the memory that a failed job left behind. Its questions are charged to it and not to the next job."""
         self._uncharged()
         self.engine.forget()
         gc.collect()
@@ -222,22 +279,26 @@ class Workbench:
             torch.cuda.empty_cache()
 
 
+def _learned(fitted: Fitted) -> Learned:
+    ends = zip(fitted.tasks, fitted.losses[0], fitted.losses[-1], strict=True)
+    losses = {task: [float(first), float(last)] for task, first, last in ends}
+    return Learned(fitted.recipe.to_json(), fitted.seconds, fitted.questions, losses, fitted.n_coefficients)
+
+
 @contextmanager
-def memory_errors_said(when: str) -> Iterator[None]:
-    """Out of memory inside becomes an `EvaluationError` that says `when`, and what to do."""
+def _out_of_memory_explained(when: str) -> Iterator[None]:
+    """Turn out-of-memory errors inside into an `EvaluationError` that says when it happened and what to do."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_memory_error(error):
+        failed = failure_of(error)
+        if failed is None:
             raise
-        raise EvaluationError(
-            f"out of memory {when} ({error or type(error).__name__}): give evaluate a smaller batch_size or max_length, "
-            "models a dtype of fewer bytes (bfloat16), or take a device with more memory"
-        ) from error
+        raise replace(failed, reason=failed.reason or type(error).__name__).to_error(when) from error
 
 
-def _told_by_experts(loss: str) -> str:
-    """The kind of loss on rows: block outputs are compared on the prompts with the experts' own answers."""
+def _kind_on_rows(loss: str) -> str:
+    """The kind of loss on rows. Block outputs are compared on the prompts with the experts' own answers."""
     return "pseudo" if loss == "block_output" else loss
 
 

@@ -1,1 +1,1 @@
-"""Which trial wins, and whether it is better: validation and sealed test."""
+"""The choice of the winner and its proof: validation and sealed test."""

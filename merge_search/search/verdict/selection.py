@@ -1,50 +1,46 @@
-"""After the search: the best few by posterior mean meet the baselines on questions the search never saw.
+"""Which trial wins: by posterior mean, and by scores on questions that the search never saw.
 
-The best of many noisy values is too good by several points (the winner's curse); the posterior mean of a model
-that knows the noise is nearly honest. So the finalists are chosen by posterior mean and scored again on the
-validation split beside the average and the best baseline. The winner meets the constraints there and is best by all
-answers: with m, s^2 the posterior of the search and y, v the value and variance on validation,
+The best of many noisy values is several points too good (the winner's curse). The posterior mean of a model that knows
+the noise is nearly honest. So the finalists are chosen by posterior mean and scored again on the validation split,
+beside the average and the best baseline. The winner meets the constraints there and is best by all answers. With m, s^2
+the posterior of the search and y, v the value and variance on validation,
 
-    expected = ((m + shift) / s^2 + y / v) / (1 / s^2 + 1 / v),    shift = mean(y - m) over base, experts and baselines,
+    expected = ((m + shift) / s^2 + y / v) / (1 / s^2 + 1 / v),    shift = mean(y - m) over base, experts and baselines.
 
-retention in y by base and experts on the search questions, as in m: few validation questions may see another gap between
-them, or none, and weigh the tasks otherwise. The shift is how much easier the validation questions are. By validation alone, often the smaller part of the questions, a lucky merge
-would win too often. A baseline outside the space has no posterior: its measured value and variance stand for m and s^2. That
-is fair for base, experts and average, which are compared whatever they scored; the best preset is compared because of its
-score, so outside the space, where its m is too good by luck, it has no say in the shift.
+The shift says how much easier the validation questions are. The retention in y is defined by base and experts on the
+search questions, as in m: the few validation questions may show another gap between them, or none, and would weight the
+tasks differently. Validation often has the smaller part of the questions, so by validation alone a lucky merge would
+win too often.
 
-With several objectives there is no winner but a front: the merges that no other merge beats in everything. Finalists are
-spread over the front of the search questions; what is handed over is the front of the validation questions.
+A baseline outside the space has no posterior: its measured value and variance stand for m and s^2. This is fair for
+base, experts and average, which are compared whatever they scored. The best preset is compared because of its score, so
+its m is too good by luck outside the space, and it does not count in the shift.
+
+With several objectives there is no winner but a front: the merges that no other merge beats in every objective. The
+finalists are spread over the front of the search questions. The front of the validation questions is handed over.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import optuna
 
-from merge_search.errors import EvaluationError, NonFiniteError, first_line
 from merge_search.evaluation import Evaluation
 from merge_search.objective import Estimate, Objective, References
 from merge_search.outcome import Outcome
-from merge_search.recipe import Recipe
 from merge_search.search.checks import nearest_miss
-from merge_search.search.records import Record, records, references_of, stored_references
+from merge_search.search.records import Record, best, candidates, records, references_of, stored_references
 from merge_search.space import Parameter
-
-if TYPE_CHECKING:
-    from merge_search.search.prepare import Plan
 
 __all__ = [
     "POSTERIOR_ATTRIBUTE",
     "Standing",
-    "best",
-    "best_expert",
-    "candidates",
+    "best_preset",
     "champions",
     "compared",
     "failures",
@@ -52,135 +48,65 @@ __all__ = [
     "front",
     "nothing_to_hand_over",
     "outdated_test",
-    "paired_difference",
+    "posterior",
     "references_on",
     "standings",
-    "store_failures",
     "tested",
-    "to_validate",
-    "validate",
     "winner",
 ]
 
-
 POSTERIOR_ATTRIBUTE = "search_posterior"
-"""Study attribute: trial -> [mean, sd] of the one objective by the search questions, for what has validation scores."""
-
-
-def best(study: optuna.Study, objective: Objective) -> Record | None:
-    """Feasible merge with the best observed first objective among those that were asked all questions."""
-    full = [r for r in candidates(study) if r.outcome is Outcome.OK]
-    return max(full, key=lambda r: objective.key(r.values), default=None)
-
-
-def best_expert(study: optuna.Study, objective: Objective, experts: Sequence[str], known: References) -> float:
-    """First objective of the expert that is best in it, on the search questions."""
-    stored = stored_references(study)
-    found = (Evaluation.from_attribute(stored[e]["evaluation"]) for e in experts)
-    return max((objective.values(e, known)[0].value for e in found), key=lambda v: objective.key([v]))
-
-
-def candidates(study: optuna.Study) -> list[Record]:
-    """Feasible scored trials that are merges: not the base, not an expert."""
-    references = stored_references(study)
-    return [
-        r
-        for r in records(study)
-        if r.is_scored and r.feasible and r.label not in references and "same_as" not in r.attributes
-    ]
+"""Study attribute: trial -> [mean, sd] of the one objective on the search questions, for validated trials."""
 
 
 def finalists(
     study: optuna.Study, objective: Objective, parameters: Mapping[str, Parameter], *, seed: int, n: int
 ) -> list[Record]:
-    """The `n` most promising searched candidates, the most promising first; baselines stand beside them anyway.
+    """The `n` most promising searched candidates, the most promising first. Baselines are compared besides.
 
-    One objective: by posterior mean over all trials. Several: evenly along the front, by the first objective.
+    With one objective they are chosen by posterior mean over all trials, with several evenly along the front.
     """
     merges = {r.number: r for r in candidates(study) if not r.label}
     if len(objective.names) > 1:
         return _spread(front([r for r in merges.values() if r.outcome is Outcome.OK], objective), n)
-    return [merges[number] for number in _posterior(study, parameters, seed) if number in merges][:n]
+    return [merges[number] for number in posterior(study, parameters, seed) if number in merges][:n]
 
 
-def _posterior(study: optuna.Study, parameters: Mapping[str, Parameter], seed: int) -> dict[int, tuple[float, float]]:
-    """Mean and standard deviation of the one objective by trial, the best mean first."""
+def posterior(study: optuna.Study, parameters: Mapping[str, Parameter], seed: int) -> dict[int, tuple[float, float]]:
+    """Posterior mean and standard deviation of the one objective by trial, the best mean first. Loads torch."""
     from merge_search.search.samplers.recommend import recommend
 
     return {r.number: (r.mean, r.sd) for r in recommend(study, parameters, seed=seed)}
 
 
-def front(found: Sequence[Record], objective: Objective) -> list[Record]:
-    """The records that no other one dominates, best in the first objective first."""
-    return sorted(objective.front(found), key=lambda r: (-objective.key(r.values), r.number))
+def front(merges: Sequence[Record], objective: Objective) -> list[Record]:
+    """The records that no other one dominates, the best in the first objective first."""
+    return sorted(objective.front(merges), key=lambda r: (-objective.key(r.values), r.number))
 
 
 def _spread(ordered: list[Record], n: int) -> list[Record]:
-    """`n` of them, evenly along the list: both ends first."""
+    """`n` records evenly along the list, with both ends."""
     if len(ordered) <= n:
         return ordered
     rows = np.linspace(0, len(ordered) - 1, n).round().astype(int)
     return [ordered[i] for i in dict.fromkeys(rows.tolist())]
 
 
-def to_validate(
-    study: optuna.Study, objective: Objective, parameters: Mapping[str, Parameter], *, seed: int, n: int
-) -> list[Record]:
-    """Finalists, then base, experts, the average and the baseline with the best search score."""
-    found = {r.number: r for r in finalists(study, objective, parameters, seed=seed, n=n)}
-    labels = {"average", *stored_references(study)}
-    top = _best_preset(study, objective)
-    kept = [r for r in records(study) if r.is_scored and (r.label in labels or (top and r.number == top.number))]
-    return list((found | {r.number: r for r in kept}).values())
-
-
-def validate(
-    study: optuna.Study, plan: Plan, score: Callable[[Recipe], Evaluation], *, note: Callable[[str], None]
-) -> None:
-    """Score what is `to_validate` on the validation split, each stored at once; then store what the search says of it."""
-    scored: dict[str, Any] = dict(study.user_attrs.get("validation", {}))
-    failed: dict[str, str] = {}
-    parameters, seed = plan.space.parameters, plan.file.study.seed
-    wanted = to_validate(study, plan.objective, parameters, seed=seed, n=plan.file.search.finalists)
-    if all(r.label for r in wanted) and (text := nearest_miss(study)):
-        note(text)
-    for record in wanted:
-        if str(record.number) in scored:
-            continue
-        try:
-            evaluation = score(record.recipe)
-        except (NonFiniteError, EvaluationError) as error:
-            note(f"{record.name} could not be scored on the validation questions: {error}")
-            failed[str(record.number)] = first_line(error)
-            continue
-        scored[str(record.number)] = evaluation.to_attribute()
-        study.set_user_attr("validation", scored)
-    store_failures(study, "validation", failed)
-    if len(plan.objective.names) == 1:
-        known = _posterior(study, parameters, seed)
-        study.set_user_attr(POSTERIOR_ATTRIBUTE, {n: list(known[int(n)]) for n in scored if int(n) in known})
-
-
-def store_failures(study: optuna.Study, split: str, failed: Mapping[str, str]) -> None:
-    """Keep why trials (by number) have no scores on `split`, in place of what was kept before."""
-    if failed or failures(study, split):
-        study.set_user_attr(f"{split}_failed", dict(failed))
-
-
 def failures(study: optuna.Study, split: str) -> dict[str, str]:
-    """What could not be scored on `split` when it was last tried, by name, and why."""
+    """Reasons why trials could not be scored on `split` when this was last tried, by the trial's name."""
     stored: Mapping[str, str] = study.user_attrs.get(f"{split}_failed", {})
     return {r.name: stored[str(r.number)] for r in records(study) if str(r.number) in stored}
 
 
-def _best_preset(study: optuna.Study, objective: Objective) -> Record | None:
+def best_preset(study: optuna.Study, objective: Objective) -> Record | None:
+    """The baseline with the best search score, among those that are merges."""
     return max((r for r in candidates(study) if r.label), key=lambda r: objective.key(r.values), default=None)
 
 
 def compared(study: optuna.Study, objective: Objective) -> list[Record]:
-    """What the sealed test is opened for: base, experts, average, best preset, and the winner."""
+    """The trials that the sealed test is opened for: base, experts, average, best preset and the winner."""
     chosen = {"average", *stored_references(study)}
-    top = _best_preset(study, objective)
+    top = best_preset(study, objective)
     numbers = {*tested(study), *([top.number] if top else [])}
     return [r for r in records(study) if r.is_scored and (r.label in chosen or r.number in numbers)]
 
@@ -190,12 +116,14 @@ class Standing:
     """A row of the final table: one model on the validation questions.
 
     Attributes:
+        record: The trial.
         role: ``base``, ``expert``, ``baseline`` or ``merge``.
-        values: Objective values; the references' scores on these questions define retention, those on the search
-            questions where no expert beats the base here or one of them has no scores here.
+        evaluation: Its scores on these questions.
+        values: Objective values. Retention is defined by the references' scores on these questions, or on the search
+            questions if no expert beats the base here or one of them has no scores here.
+        stderrs: Standard errors of the values.
         violations: Constraint -> amount by which it is violated on these questions (<= 0: it holds).
-        expected: First objective by all that is known: on validation with the search's answers and by its references (see the
-            module's notes).
+        expected: First objective by all answers, of search and validation (see the module's notes).
     """
 
     record: Record
@@ -219,17 +147,17 @@ class Standing:
 def standings(
     study: optuna.Study, objective: Objective, experts: tuple[str, ...], *, split: str = "validation"
 ) -> list[Standing]:
-    """All rows that have scores on `split` (``validation`` or ``test``): base, experts, baselines, merges by rank.
+    """All models with scores on `split` (``validation`` or ``test``): base, experts, baselines, then merges by rank.
 
-    None before base and experts were asked; one that could not be scored has no row.
+    Returns:
+        Empty until base and experts were asked. A model that could not be scored has no row.
     """
     references = references_on(study, objective, experts, split)
     if references is None:
         return []
     rows = []
     for record, evaluation in _scored_on(study, split):
-        label = record.label
-        role = "base" if label == "base" else "expert" if label in experts else "baseline" if label else "merge"
+        role = _role(record.label, experts)
         estimates = objective.values(evaluation, references)
         values, errors = tuple(e.value for e in estimates), tuple(e.stderr for e in estimates)
         violations = objective.violations(evaluation, references)
@@ -242,10 +170,20 @@ def standings(
     return sorted(rows, key=lambda s: (order.index(s.role), -objective.key([s.expected]), s.record.number))
 
 
-def references_on(study: optuna.Study, objective: Objective, experts: tuple[str, ...], split: str) -> References | None:
-    """What defines retention in the rows of `standings`; None before base and experts were asked.
+def _role(label: str, experts: tuple[str, ...]) -> str:
+    if label == "base":
+        return "base"
+    if label in experts:
+        return "expert"
+    return "baseline" if label else "merge"
 
-    Those of the search where no expert beats the base on `split`, or one of them has no scores there.
+
+def references_on(study: optuna.Study, objective: Objective, experts: tuple[str, ...], split: str) -> References | None:
+    """The scores of base and experts that define retention in the rows of `standings`.
+
+    Returns:
+        The scores on the search questions if no expert beats the base on `split`, or if one of them has no scores
+        there. None until base and experts were asked.
     """
     by_label = {r.label: e for r, e in _scored_on(study, split) if r.label}
     lacking = {"base", *experts} - by_label.keys()
@@ -253,9 +191,9 @@ def references_on(study: optuna.Study, objective: Objective, experts: tuple[str,
         return None
     metrics = list(objective.metrics.values())
     if not lacking:
-        found = References.from_evaluations(metrics, by_label["base"], {e: by_label[e] for e in experts})
-        if not objective.meaningless(found):
-            return found
+        references = References.from_evaluations(metrics, by_label["base"], {e: by_label[e] for e in experts})
+        if not objective.meaningless(references):
+            return references
     return references_of(study, metrics, experts)
 
 
@@ -268,32 +206,40 @@ def _scored_on(study: optuna.Study, split: str) -> list[tuple[Record, Evaluation
 def _with_search(
     rows: list[Standing], here: Mapping[int, Estimate], stored: Mapping[str, Sequence[float]]
 ) -> list[Standing]:
-    """The rows with `expected`: `here`, by number, with the stored posteriors of the search where there is one."""
-    known = {int(number): (mean, sd) for number, (mean, sd) in stored.items()}
-    fair = [s for s in rows if s.record.label and s.record.number in known]
-    fair = [s for s in fair if not _is_lucky(s, known[s.record.number][0])]
-    fixed = [here[s.record.number].value - known[s.record.number][0] for s in fair]
-    shift = float(np.mean(fixed)) if fixed else 0.0
+    """The rows with their `expected` values, by the formula in the module's notes.
+
+    Args:
+        rows: Models with validation scores.
+        here: Their first objective on the validation questions, by trial number.
+        stored: Their posterior mean and standard deviation on the search questions, by trial number. Some may be
+            missing.
+    """
+    posteriors = {int(number): (mean, sd) for number, (mean, sd) in stored.items()}
+    fair = [s for s in rows if s.record.label and s.record.number in posteriors]
+    fair = [s for s in fair if not _is_lucky(s, posteriors[s.record.number][0])]
+    shifts = [here[s.record.number].value - posteriors[s.record.number][0] for s in fair]
+    shift = float(np.mean(shifts)) if shifts else 0.0
 
     def expected(number: int) -> float:
-        (mean, sd), own = known.get(number, (0.0, math.inf)), here[number]
-        if not 0 < sd < math.inf or not 0 < own.stderr < math.inf:
-            return own.value
-        search, validation = 1 / sd**2, 1 / own.variance
-        return ((mean + shift) * search + own.value * validation) / (search + validation)
+        (mean, sd), measured = posteriors.get(number, (0.0, math.inf)), here[number]
+        if not 0 < sd < math.inf or not 0 < measured.stderr < math.inf:
+            return measured.value
+        search, validation = 1 / sd**2, 1 / measured.variance
+        return ((mean + shift) * search + measured.value * validation) / (search + validation)
 
     return [replace(s, expected=expected(s.record.number)) for s in rows]
 
 
 def _is_lucky(s: Standing, mean: float) -> bool:
-    """Whether `mean` is the measured value of a baseline that is compared because of it."""
+    """Whether `mean` is the measured value of a baseline, and the baseline is compared because of this value."""
     return s.role == "baseline" and s.record.label != "average" and mean == s.record.values[0]
 
 
 def winner(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> Record | None:
-    """The merge that is expected to be best, a published baseline if need be; before validation, the best observed.
+    """The merge with the best expected value, which may be a published baseline. Before validation, the best measured
+    one.
 
-    Constraints come first: where no merge meets them on the validation questions, the one that is nearest to it.
+    Constraints come first: if no merge meets them on the validation questions, the nearest one wins.
     """
     merges = [s for s in standings(study, objective, experts) if s.role in ("merge", "baseline")]
     if merges:
@@ -307,7 +253,7 @@ def nothing_to_hand_over(study: optuna.Study) -> str:
 
 
 def champions(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> list[Record]:
-    """What is handed over: the winner; with several objectives, the front of what has validation scores."""
+    """The merges to hand over: the winner, or with several objectives the front of the validation questions."""
     single = winner(study, objective, experts)
     if len(objective.names) == 1 or single is None:
         return [] if single is None else [single]
@@ -318,11 +264,13 @@ def champions(study: optuna.Study, objective: Objective, experts: tuple[str, ...
 def tested(study: optuna.Study) -> list[int]:
     """Numbers of the trials that the sealed test was opened for; empty while it is sealed."""
     opened = study.user_attrs.get("test_winner")
-    return [] if opened is None else list(opened) if isinstance(opened, list) else [opened]
+    if opened is None:
+        return []
+    return list(opened) if isinstance(opened, list) else [opened]
 
 
 def outdated_test(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> str:
-    """What to know and do where the sealed test was opened for another trial than the winner of now; else ''."""
+    """A text that says what to do if the sealed test was opened for another trial than the present winner; else ''."""
     opened, now = tested(study), sorted(r.number for r in champions(study, objective, experts))
     if not opened or not now or sorted(opened) == now:
         return ""
@@ -330,22 +278,13 @@ def outdated_test(study: optuna.Study, objective: Objective, experts: tuple[str,
     scored = study.user_attrs.get("test", {})
     score = "no test score" if any(str(n) not in scored for n in now) else "a test score only from standing beside it"
     return (
-        f"the sealed test questions were opened for {then}; the study went on, and its {best} is now {here}, which has {score}. "
-        "An honest one cannot be measured any more: the questions prove something once, for what was chosen before they were "
-        "opened, and another seed or study of the same tasks asks the same ones. Hand over what was tested (export with "
-        f"--trial {opened[0]}), or {here} on its validation score alone; a new proof needs questions that no study has opened"
+        f"the sealed test questions were opened for {then}; the study went on, and its {best} is now {here}, which has "
+        f"{score}. An honest one cannot be measured any more: the questions prove something once, for what was chosen "
+        "before they were opened, and another seed or study of the same tasks asks the same ones. Hand over what was "
+        f"tested (export with --trial {opened[0]}), or {here} on its validation score alone; a new proof needs "
+        "questions that no study has opened"
     )
 
 
 def _trials(numbers: Sequence[int]) -> str:
     return f"trial{'s' if len(numbers) > 1 else ''} {', '.join(map(str, sorted(numbers)))}"
-
-
-def paired_difference(a: Evaluation, b: Evaluation, weights: Mapping[str, float]) -> tuple[float, float]:
-    """sum_m w_m (a_m - b_m) over metrics that are means of their questions, and its standard error, from the same questions."""
-    mean = variance = 0.0
-    for name, weight in weights.items():
-        d = a.scores[name].values - b.scores[name].values
-        mean += weight * float(d.mean())
-        variance += weight**2 * (float(d.var(ddof=1)) / len(d) if len(d) > 1 else math.nan)
-    return mean, math.sqrt(variance)

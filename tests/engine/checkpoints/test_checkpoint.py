@@ -1,4 +1,4 @@
-"""Experts stand against a base tensor by tensor; adapters give peft's bits; the pool refuses what cannot be merged."""
+"""Experts are read against a base, tensor by tensor; adapters give peft's bits; the pool refuses unfit models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from merge_search.recipe import Models
 PEFT_WARNS = pytest.mark.filterwarnings(
     "ignore::UserWarning",
     "ignore:.*is_gradient_checkpointing:FutureWarning",
-    "ignore:.*_pattern keys did not match any targeted module:RuntimeWarning",  # of parameters, which it does match
+    "ignore:.*_pattern keys did not match any targeted module:RuntimeWarning",  # these patterns match parameters
 )
 
 
@@ -42,7 +42,7 @@ def models(base: Path, **experts: Path) -> Models:
 
 
 def make_adapter(folder: Path, out: Path, dtype: torch.dtype, **options: Any) -> dict[str, torch.Tensor]:
-    """A LoRA adapter with random factors in `out`, and what peft's merge_and_unload makes of the base with it."""
+    """Write a LoRA adapter with random factors into `out`. Return the base after peft's merge_and_unload with it."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -114,30 +114,70 @@ def test_an_adapter_of_gpt2_is_transposed(save_model, tmp_path: Path, use_dora: 
 
 
 RENAMED: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit, renamed modules": ("vit", {"r": 2, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "fc1"], "modules_to_save": ["classifier"]}),
+    "vit, renamed modules": (
+        "vit",
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "v_proj", "fc1"],
+            "modules_to_save": ["classifier"],
+        },
+    ),
     "vit, dora": ("vit", {"r": 2, "use_dora": True, "target_modules": ["q_proj", "fc2"]}),
     "vit, patterns of modules": (
         "vit",
-        {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "fc1"], "rank_pattern": {"layers.1.attention.q_proj": 3}, "alpha_pattern": {"fc1": 5}},
+        {
+            "r": 2,
+            "lora_alpha": 4,
+            "target_modules": ["q_proj", "fc1"],
+            "rank_pattern": {"layers.1.attention.q_proj": 3},
+            "alpha_pattern": {"fc1": 5},
+        },
     ),
-    "gpt_neox, head saved whole": ("gpt_neox", {"r": 2, "target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]}),
-    "mixtral, fused experts saved whole": ("mixtral", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
+    "gpt_neox, head saved whole": (
+        "gpt_neox",
+        {"r": 2, "target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]},
+    ),
+    "mixtral, fused experts saved whole": (
+        "mixtral",
+        {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["experts"]},
+    ),
     "mixtral, router saved whole": ("mixtral", {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["gate"]}),
     "mixtral, stacked experts and router": (
-        "mixtral", {"r": 2, "lora_alpha": 5, "target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]},
+        "mixtral",
+        {
+            "r": 2,
+            "lora_alpha": 5,
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"],
+        },
     ),
     "mixtral, one stack, patterns of parameters": (
         "mixtral",
         {
-            "r": 3, "target_modules": [], "target_parameters": ["gate_up_proj"],
-            "rank_pattern": {"layers.1.mlp.experts.gate_up_proj": 1}, "alpha_pattern": {"layers.0.mlp.experts.gate_up_proj": 7},
+            "r": 3,
+            "target_modules": [],
+            "target_parameters": ["gate_up_proj"],
+            "rank_pattern": {"layers.1.mlp.experts.gate_up_proj": 1},
+            "alpha_pattern": {"layers.0.mlp.experts.gate_up_proj": 7},
         },
     ),
     "gpt_oss, experts stored the other way": (
-        "gpt_oss", {"r": 2, "lora_alpha": 3, "use_rslora": True, "target_modules": ["v_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        "gpt_oss",
+        {
+            "r": 2,
+            "lora_alpha": 3,
+            "use_rslora": True,
+            "target_modules": ["v_proj"],
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        },
     ),
-    "llama, parameters of linear layers": ("llama", {"r": 2, "lora_alpha": 3, "target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"]}),
-}  # fmt: skip
+    "llama, parameters of linear layers": (
+        "llama",
+        {"r": 2, "lora_alpha": 3, "target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"]},
+    ),
+}
 
 
 @PEFT_WARNS
@@ -255,7 +295,8 @@ def test_rows_are_matched_by_token_and_the_rest_stays_the_bases(save_model, save
     assert embedding[62].tolist() == [5.0] * 16  # <pad> moved from row 64 to row 62
     assert torch.equal(embedding[63], ours[63])  # the base's own token: no delta
     assert found.notes == [
-        "expert 'x', tensor 'model.embed_tokens.weight': 63 of 64 rows are matched by token; 1 tokens that only the expert has are left out"
+        "expert 'x', tensor 'model.embed_tokens.weight': 63 of 64 rows are matched by token; "
+        "1 tokens that only the expert has are left out"
     ]
 
 
@@ -266,7 +307,7 @@ def test_the_pool_holds_the_bits_of_the_files(save_model) -> None:
     base = save_model("llama", shards="5KB")
     a, b = save_model("llama", name="a", seed=1), save_model("llama", name="b", seed=2, dtype="bfloat16")
     pool = ModelPool(models(base, a=a, b=b), device="cpu")
-    assert pool.plan.startswith("resident on cpu: base and 2 experts need 0.00 GiB, ")
+    assert pool.placement_report.startswith("resident on cpu: base and 2 experts need 0.00 GiB, ")
     assert list(pool.groups) == list(Checkpoint(base).info.tensors)
     for name in pool.groups:
         assert bits(pool.base(name)) == bits(weights(base)[name])
@@ -279,7 +320,7 @@ def test_the_pool_falls_back_to_mapped_files_with_the_same_bits(save_model) -> N
     base, a = save_model("llama"), save_model("llama", name="a", seed=1)
     pool = ModelPool(models(base, a=a), device="cpu", memory=1e-6)
     assert pool.placement == "mapped"
-    assert "0.00 GiB were allowed" in pool.plan
+    assert "0.00 GiB were allowed" in pool.placement_report
     for name in pool.groups:
         assert bits(pool.expert("a", name)) == bits(weights(a)[name])
 
@@ -335,7 +376,7 @@ def test_integers_and_masks_are_copied_from_the_base_and_not_merged(save_model) 
     mask = torch.ones(1, 1, 32, 32).tril()
     extra = {"transformer.h.0.attn.bias": mask, "transformer.ids": torch.arange(4)}
     save_file({**weights(base), **extra}, base / "model.safetensors")
-    pool = ModelPool(models(base, a=a), device="cpu")  # the expert need not have them
+    pool = ModelPool(models(base, a=a), device="cpu")  # the expert may lack them
     assert {n: bits(t) for n, t in pool.copied()} == {n: bits(t) for n, t in extra.items()}
     assert not set(extra) & set(pool.groups)
 

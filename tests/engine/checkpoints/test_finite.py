@@ -1,4 +1,4 @@
-"""NaN and infinity in checkpoints are refused before anything is merged, all of them, with their places."""
+"""NaN and infinity in checkpoints are refused before anything is merged, and all their positions are named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from merge_search.engine.checkpoints import finite, hashing
 from merge_search.engine.checkpoints.headers import read_checkpoint
 from merge_search.engine.resident import pool
 from merge_search.engine.resident.pool import ModelPool
-from merge_search.engine.streaming.engine import OneOffEngine
+from merge_search.engine.streaming.engine import StreamingEngine
 from merge_search.errors import WeightsError
 from merge_search.merge_recipe import merge_recipe
 from merge_search.presets import preset
@@ -33,7 +33,7 @@ def spoil(folder: Path, name: str, *bad: float) -> None:
 
 @pytest.fixture
 def spoiled(make_models: Callable[[], Any]) -> Models:
-    """Experts a and b with NaN and infinity in three tensors."""
+    """Experts a and b with NaN or infinity in three tensors."""
     models: Models = make_models()[0].models
     a, b = (Path(models.experts[e]) for e in "ab")
     spoil(a, FIRST, torch.nan, 1.0, torch.inf)
@@ -42,10 +42,10 @@ def spoiled(make_models: Callable[[], Any]) -> Models:
     return models
 
 
-@pytest.mark.parametrize("once", [True, False])
-def test_all_tensors_that_are_not_finite_are_named_at_once(spoiled: Models, once: bool) -> None:
+@pytest.mark.parametrize("streaming", [True, False])
+def test_all_tensors_that_are_not_finite_are_named_at_once(spoiled: Models, streaming: bool) -> None:
     with pytest.raises(WeightsError) as caught:
-        ModelPool(spoiled, device="cpu", once=once)
+        ModelPool(spoiled, device="cpu", streaming=streaming)
     text = str(caught.value)
     assert text.startswith("3 tensors are not finite:\n")
     for expert, name, n_bad in (("a", FIRST, 2), ("a", LAST, 1), ("b", FIRST, 1)):
@@ -57,7 +57,7 @@ def test_a_merge_of_bad_files_ends_before_the_first_tensor_and_writes_nothing(
     spoiled: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merged: list[str] = []
-    monkeypatch.setattr(OneOffEngine, "_merge", lambda *_: merged.append("a tensor"))
+    monkeypatch.setattr(StreamingEngine, "_merge", lambda *_: merged.append("a tensor"))
     file = tmp_path / "recipe.json"
     file.write_text(preset("task_arithmetic", spoiled).to_json())
     before = set(tmp_path.iterdir())
@@ -67,18 +67,18 @@ def test_a_merge_of_bad_files_ends_before_the_first_tensor_and_writes_nothing(
     assert set(tmp_path.iterdir()) == before
 
 
-def test_what_does_not_fit_in_free_memory_is_refused_when_its_turn_comes(
+def test_tensors_of_files_larger_than_free_memory_are_checked_when_they_are_merged(
     spoiled: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool, "free_bytes", lambda _: 1000)
-    engine = OneOffEngine(ModelPool(spoiled, device="cpu", once=True), threads=1)
+    engine = StreamingEngine(ModelPool(spoiled, device="cpu", streaming=True), threads=1)
     with pytest.raises(WeightsError, match=r"a/model\.safetensors: .* expert 'a', tensor 'model.embed_tokens.weight'"):
         list(engine.merged(preset("ties", spoiled)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_entries_are_counted_by_their_bits_in_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
-    n = 3 * hashing.CHUNK_BYTES // dtype.itemsize + 5  # pieces, and a shorter last one
+    n = 3 * hashing.CHUNK_BYTES // dtype.itemsize + 5  # whole pieces and a shorter last one
     weight = torch.linspace(-1, 1, n, dtype=torch.float64).to(dtype)
     weight[:4] = torch.tensor(
         [torch.finfo(dtype).max, torch.finfo(dtype).min, torch.finfo(dtype).tiny, -0.0], dtype=dtype

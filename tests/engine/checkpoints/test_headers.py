@@ -1,4 +1,4 @@
-"""Headers say what a checkpoint holds; a damaged one is refused with a sentence, before any tensor is read."""
+"""Headers give the contents of a checkpoint; a damaged one is refused with a sentence, before any tensor is read."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_what_safetensors_refuses_is_refused(tmp_path: Path, header: object, n_d
 
 
 def test_an_entry_with_an_unknown_field_is_refused(tmp_path: Path) -> None:
-    """Stricter than safetensors: a field of some later format would be ignored in silence."""
+    """This is stricter than safetensors, which would silently ignore a field of a later format."""
     file = write(tmp_path / "x.safetensors", {"a": {**F32, "data_offsets": [0, 4], "more": 1}}, bytes(4))
     with pytest.raises(WeightsError, match="exactly dtype, shape and data_offsets"):
         read_header(file)

@@ -1,4 +1,4 @@
-"""A tensor's block and module kind follow from its name, for every architecture people merge."""
+"""A tensor's block and module kind follow from its name, for every architecture that people merge."""
 
 from __future__ import annotations
 

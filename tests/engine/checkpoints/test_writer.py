@@ -1,4 +1,4 @@
-"""An exported folder is whole or not there; it loads as the model that was written and its files are canonical."""
+"""An exported folder is complete or absent; it loads as the model that was written, and its files are canonical."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def recipe(base: Path, **settings: Any) -> Recipe:
 
 
 def halved(base: Path) -> Tensors:
-    """Every tensor of a checkpoint, the last one first, halved where floating."""
+    """Yield every tensor of a checkpoint, the last one first, halved where floating."""
     checkpoint = Checkpoint(base)
     for name in reversed(list(checkpoint.info.tensors)):
         t = checkpoint.tensor(name)
@@ -62,7 +62,7 @@ def test_the_exported_folder_loads_as_the_live_model_bit_for_bit(save_model, tmp
         assert torch.equal(again.model(tokens).logits, live.model(tokens).logits)
 
 
-def test_auto_classes_load_it_without_a_word(save_model, tmp_path: Path) -> None:
+def test_auto_classes_load_it_without_a_warning(save_model, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     base = save_model("llama", dtype="bfloat16")
@@ -116,7 +116,7 @@ def test_exactly_the_bases_names_are_written_and_a_tied_head_once(save_model, tm
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_a_pooler_that_is_never_computed_stays_the_bases(save_model, tmp_path: Path, dtype: Any) -> None:
-    """Scored and exported weights hash alike although the model has no place for some of them."""
+    """Scored and exported weights have the same hash although the model does not use some of them."""
     base, expert = save_model("bert"), save_model("bert", name="expert", seed=1)
     held = load_file(base / "model.safetensors")
     save_file(
@@ -183,7 +183,7 @@ def test_an_existing_folder_is_never_touched_unless_it_is_empty(save_model, tmp_
         export(tmp_path / "file", base)
 
 
-def test_too_little_room_is_said_before_anything_is_written(
+def test_too_little_disk_space_is_reported_before_anything_is_written(
     save_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from shutil import _ntuple_diskusage

@@ -214,5 +214,5 @@ def test_dear_scores_are_kept_from_the_second_candidate_on_where_they_fit():
         made = preset("pcb", tensors.models, coefficients=coefficient)
         pairs = zip(roomy.merged(made), tight.merged(made), strict=True)
         assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
-    assert roomy._planner.facts.stored.held > 0
-    assert tight._planner.facts.stored.held == 0
+    assert roomy._measurements.stored.held > 0
+    assert tight._measurements.stored.held == 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from merge_search.engine.codegen import compiler
 from merge_search.engine.kernels import ranks
-from merge_search.engine.passes.order_statistics import EXACT_LIMIT, TableBuilder, table
+from merge_search.engine.passes.order_statistics import EXACT_LIMIT, OrderStatisticsBuilder, order_statistics
 
 needs_compiler = pytest.mark.skipif(compiler.find_compiler() is None, reason="needs a C++ compiler")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,13 +109,13 @@ def test_a_table_of_deltas_is_the_table_of_their_sizes(n: int, compiled: bool, m
         without_compiler(monkeypatch)
     base, own = draw((n,)).bfloat16(), draw((n,), 1).bfloat16()
     size = (own.float() - base.float()).abs()
-    builder = TableBuilder(2 * n)
+    builder = OrderStatisticsBuilder(2 * n)
     builder.add_deltas(base, own, float(size.max()))
     builder.add_deltas(own, base, float(size.max()))
-    whole = table([size, size])
+    whole = order_statistics([size, size])
     found = builder.finish()
     assert (found.n, found.maximum) == (2 * n, float(size.max()))
-    assert [found.keep(k) for k in (1, n // 3, n, 2 * n - 1)] == [whole.keep(k) for k in (1, n // 3, n, 2 * n - 1)]
+    assert [found.cut(k) for k in (1, n // 3, n, 2 * n - 1)] == [whole.cut(k) for k in (1, n // 3, n, 2 * n - 1)]
     by_hand = torch.sort(torch.cat([size, size]), descending=True).values
     for k in (1, n // 2, 2 * n):
         assert found.value(k) == pytest.approx(float(by_hand[k - 1]), rel=2**-10)

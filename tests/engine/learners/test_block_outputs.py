@@ -1,4 +1,4 @@
-"""Coefficients fitted block after block to the experts' hidden states."""
+"""Coefficients fitted block after block to the teachers' hidden states."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OWNERS = {"first": "a", "second": "b"}
 
 
 def rows_of(task: str) -> list[Tensor]:
-    """Token rows of three lengths."""
+    """Return token rows of three lengths."""
     draw = torch.Generator().manual_seed(len(task))
     return [torch.randint(0, 24, (1, 4 + i % 3), generator=draw) for i in range(N_ROWS)]
 
@@ -43,7 +43,7 @@ def learn(pool: ModelPool, live: LiveModel, recipe: Recipe, folder: Path, **sett
 
 
 def hidden_states(folder: str | Path, task: str) -> list[list[Tensor]]:
-    """What enters the first block and leaves every one, of each row; by a model loaded anew."""
+    """Return what enters the first block and leaves every block, for each row, by a newly loaded model."""
     model, found = LiveModel.load(folder).model, []
     for ids in rows_of(task):
         seen: list[Tensor] = []
@@ -75,8 +75,8 @@ def test_blocks_come_nearer_to_the_experts_and_the_recipe_alone_makes_the_live_m
         assert torch.equal(merged, live.views[name]), name
 
 
-def test_a_fit_that_fails_at_a_block_has_told_what_it_asked_until_then(make_models) -> None:
-    """All first hidden states, then a share for each block that was begun."""
+def test_a_fit_that_fails_at_a_block_has_reported_its_questions_until_then(make_models) -> None:
+    """It reports all first hidden states, then a share for each block that was begun."""
     pool, live = make_models()
     recipe = Recipe(models=pool.models, coefficients={"a": 0.2, "b": 0.2})
     asked: list[int] = []
@@ -100,7 +100,7 @@ def test_a_fit_that_fails_at_a_block_has_told_what_it_asked_until_then(make_mode
 def test_errors_are_distances_of_hidden_states_of_the_whole_models_relative_to_the_experts(
     make_models, tmp_path: Path
 ) -> None:
-    """With coefficients that cannot move: merge and expert each run through all blocks on a path of their own."""
+    """With coefficients that cannot move, merge and expert each run through all blocks separately."""
     pool, live = make_models()
     recipe = Recipe(models=pool.models, coefficients={"a": 0.3, "b": 0.4})
     fitted = learn(pool, live, recipe, tmp_path, per="block", steps=1, batch_rows=N_ROWS, step_size=1e-12)
@@ -127,7 +127,7 @@ def test_an_expert_alone_stays_where_it_is(make_models, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pull", [0.0, 0.5])
-def test_what_lies_outside_blocks_keeps_its_coefficients(make_models, tmp_path: Path, pull: float) -> None:
+def test_tensors_outside_blocks_keep_their_coefficients(make_models, tmp_path: Path, pull: float) -> None:
     pool, live = make_models()
     recipe = Recipe(models=pool.models, coefficients={"a": 0.2, "b": 0.7})
     found = learn(pool, live, recipe, tmp_path, per="block", pull=pull).recipe
@@ -148,7 +148,7 @@ def test_the_same_fit_twice_gives_the_same_bits(make_models, tmp_path: Path) -> 
 def test_requests_that_cannot_be_met_are_refused(make_models, tmp_path: Path) -> None:
     pool, live = make_models()
     recipe = Recipe(models=pool.models)
-    with pytest.raises(InputError, match="take a fineness of block or finer, not 'expert'"):
+    with pytest.raises(InputError, match="set per to block or finer, not 'expert'"):
         learn(pool, live, recipe, tmp_path, per="expert")
     engine, losses = MergeEngine(pool), forward_only(live)
     with pytest.raises(InputError, match="'second' needs a model that is best at it"):

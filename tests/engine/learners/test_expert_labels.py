@@ -1,4 +1,4 @@
-"""Losses without labels: experts answer the rows that a fit draws, each once, and what that costs is known before."""
+"""Losses without labels: teachers answer each row that a fit draws once, and the cost is known before."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from merge_search.engine.resident.live_model import LiveModel
 from merge_search.errors import InputError
 from merge_search.recipe import Recipe
 from merge_search.search.prepare import prepare
-from merge_search.search.trial.worker import Workbench
+from merge_search.search.trial.worker import Worker
 from merge_search.study_file import read_study_file
 
 N_ROWS = 300
@@ -27,7 +27,7 @@ OWNERS = {"next": "a"}
 
 
 class Answers:
-    """A `Differentiable` evaluator over the live model: predict the next token."""
+    """A `Differentiable` evaluator over the live model whose task is to predict the next token."""
 
     def __init__(self, live: LiveModel, n: int = N_ROWS) -> None:
         self.live, self.n = live, n
@@ -77,8 +77,8 @@ def test_experts_answer_for_their_tasks_and_learning_from_the_answers_makes_the_
     assert np.mean(np.array(evaluator.answers(range(N_ROWS))) == wanted) > before + 0.1
 
 
-def test_experts_that_fail_to_answer_are_asked_all_the_same(make_models) -> None:
-    """What one task's expert answered counts although the next one's fails, and is not asked again."""
+def test_questions_to_an_expert_that_fails_to_answer_count(make_models) -> None:
+    """The answers of one task's teacher are kept although the next task's teacher fails."""
     pool, live = make_models()
 
     class Fails(Answers):
@@ -142,11 +142,11 @@ def test_a_fit_asks_the_expert_for_its_own_rows_and_the_next_for_those_that_are_
     assert 0 < len(before) < N_ROWS
 
 
-def test_a_task_that_no_expert_masters_is_labelled_by_the_base(make_models) -> None:
+def test_a_task_that_no_expert_improves_is_labelled_by_the_base(make_models) -> None:
     pool, live = make_models()
     engine, recipe = MergeEngine(pool), Recipe(models=pool.models)
     answers = Answers(live)
-    engine.apply(recipe, live.views)  # what was live before does not matter
+    engine.apply(recipe, live.views)  # the weights before the fit do not matter
     ExpertLabels([answers]).ask(engine, live.views, recipe, {"next": "base"}, "pseudo", {"next": [3]})
     assert answers.asked == [[3]]
     for name, view in live.views.items():
@@ -172,7 +172,7 @@ DEMO_OWNERS = {f"demo_{e}": e for e in EXPERTS}
 N_FIT = 48
 
 
-def workbench(folder: Path, demo: Path) -> tuple[Workbench, Recipe]:
+def workbench(folder: Path, demo: Path) -> tuple[Worker, Recipe]:
     """As a new process makes it: evaluators without any labels."""
     data = {
         "study": {"name": "s", "seed": 1},
@@ -190,7 +190,7 @@ def workbench(folder: Path, demo: Path) -> tuple[Workbench, Recipe]:
     }  # fmt: skip
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(data, sort_keys=False))
-    bench = Workbench(prepare(read_study_file(path)), device="cpu")
+    bench = Worker(prepare(read_study_file(path)), device="cpu")
     return bench, Recipe(models=bench.models, coefficients=dict.fromkeys(EXPERTS, 0.3))
 
 

@@ -1,4 +1,4 @@
-"""Coefficients learned through the merge, and the maps that hold them: plain numbers that remake the model bit for bit."""
+"""Coefficients learned through the merge, and their maps: plain numbers that give the same model bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ N_ROWS = 20
 
 
 def distillation(pool: ModelPool, live: LiveModel) -> dict[str, TaskLoss]:
-    """Task ``a``: answer as expert a does, over random token rows; so for b. A real loss with a known way down."""
+    """Task ``a``: answer as expert a does, over random token rows; likewise ``b``. A real loss with a known minimum."""
     draw = torch.Generator().manual_seed(5)
     rows = torch.randint(0, 24, (N_ROWS, 6), generator=draw)
     tasks = {}
@@ -87,7 +87,7 @@ def test_the_same_fit_twice_gives_the_same_bits_and_another_seed_others(make_mod
 
 
 def test_the_live_weights_of_every_step_are_those_of_the_recipe_so_far(make_models, tmp_path: Path) -> None:
-    """Step losses are the losses of the engine's own merges, and a fit of k steps is the start of one of k + 1."""
+    """Step losses are the losses of the engine's own merges, and a fit of k steps is the beginning of one of k + 1."""
     pool, live = make_models()
     settings = {"select": {"kind": "top_k"}, "resolve": {"kind": "sum"}, "splice": {"kind": "mask"}, "scale": 0.9}
     recipe = Recipe(models=pool.models, densities={"a": 0.5, "b": 0.6}, **settings)
@@ -122,7 +122,7 @@ def test_the_coefficients_of_the_last_steps_are_averaged(make_models, tmp_path: 
 
 @pytest.mark.parametrize("per", ["expert", "row"])
 def test_a_fit_takes_the_steps_of_adam_through_a_merge_by_autograd(make_models, tmp_path: Path, per: str) -> None:
-    """Against AdaMerging written out: base + sum lambda delta by `functional_call`, torch's Adam, a pull to the start."""
+    """AdaMerging written out: base + sum lambda delta by `functional_call`, torch's Adam, a pull to the start."""
     pool, live = make_models()
     recipe = Recipe(models=pool.models, coefficients={"a": 0.1, "b": 0.3})
     options = {"per": per, "steps": 5, "batch_rows": N_ROWS, "pull": 0.2, "average": 0.0}
@@ -153,7 +153,9 @@ def test_a_fit_takes_the_steps_of_adam_through_a_merge_by_autograd(make_models, 
         for name in base:
             expected = leaves[id(start[name])][i].detach()
             found = rows_of_map.get(name, torch.tensor([fitted.recipe.coefficients[expert]]))
-            settled = (expected - start[name][i]).abs() > 0.02  # where a slope is near zero, Adam's steps have no sign
+            settled = (
+                expected - start[name][i]
+            ).abs() > 0.02  # the sign of Adam's steps is undefined where a slope is near zero
             torch.testing.assert_close(found[settled], expected[settled], rtol=0, atol=3e-3)
             assert per == "row" or bool(settled.all())
 
@@ -243,7 +245,7 @@ def test_recipes_and_settings_that_cannot_be_learned_are_refused(make_models, tm
         fit(engine, live.model, live.views, Recipe(models=pool.models), losses, FitSettings(per="row"))
     with pytest.raises(InputError, match="there must be a task"):
         fit(engine, live.model, live.views, Recipe(models=pool.models), {}, FitSettings())
-    with pytest.raises(InputError, match="no fineness is called 'rows'; did you mean 'row'") as error:
+    with pytest.raises(InputError, match="no granularity is called 'rows'; did you mean 'row'") as error:
         FitSettings(per="rows", batch_rows=0, step_size=0.0, pull=-1.0)  # type: ignore[arg-type]
     assert len(error.value.problems) == 4
 

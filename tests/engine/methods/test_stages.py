@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from merge_search.engine.contracts import Tensors
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.execute import runner as fused
 from merge_search.engine.reference import merge_tensor
@@ -360,13 +361,20 @@ def test_a_result_too_large_for_its_dtype_is_refused_by_name():
 
 
 def test_a_measure_that_needs_data_says_so():
-    class NoStatistics:
-        """The same tensors without the optional method."""
+    class NoStatistics(Tensors):
+        """The same tensors without the optional members."""
 
         def __init__(self, inner):
-            self.models, self.groups, self.device, self.base, self.expert = (
-                inner.models, inner.groups, inner.device, inner.base, inner.expert,
-            )  # fmt: skip
+            self.models, self.groups, self.device, self.inner = inner.models, inner.groups, inner.device, inner
+
+        def shape(self, name):
+            return self.inner.shape(name)
+
+        def base(self, name):
+            return self.inner.base(name)
+
+        def expert(self, expert, name):
+            return self.inner.expert(expert, name)
 
     tensors = models([(4, 4)])
     with pytest.raises(RecipeError, match="needs statistics from data"):

@@ -16,11 +16,13 @@ from merge_search.engine.kernels.n_m_masks import balanced_masks, counts_of
 from merge_search.engine.kernels.ranks import row_ranks
 from merge_search.engine.methods.assess import cki
 from merge_search.engine.methods.assess.cki import entropy
-from merge_search.engine.passes import measurements as facts
+from merge_search.engine.passes import measurements
 from merge_search.engine.passes.byte_cache import ByteCache
-from merge_search.engine.passes.measurements import Facts, Scope
+from merge_search.engine.passes.measurements import Measurements
+from merge_search.engine.passes.settings import Assessment, Scope
 from merge_search.engine.passes.survivors import MAJORITY_SAMPLE, Samples
 from merge_search.engine.resident.in_memory import MemoryTensors
+from merge_search.memory import MemoryBudget
 from merge_search.presets import preset
 from merge_search.recipe import Assess, Select
 
@@ -37,7 +39,7 @@ def tensors(shape, seed=0):
 def test_stored_ranks_are_exact(columns):
     models = tensors((3, columns))
     scope = Scope(("a", "b"), Select(kind="rank_probability", scope="row"), 0.0, 0)
-    (found, _) = Facts(models, cache_bytes=2**30).ranks(Assess(), scope, "w")
+    (found, _) = Measurements(models, cache_bytes=2**30).ranks(Assessment.resolve(Assess(), scope), "w")
     delta = models.expert("a", "w") - models.base("w")
     assert found.dtype == (torch.int16 if columns <= SHORT_RANKS else torch.float32)
     assert torch.equal(found.reshape(3, columns).int(), row_ranks(delta.abs()))
@@ -71,12 +73,13 @@ def test_masks_and_reductions_made_in_parts_are_those_of_the_whole(exclusive, mo
     scores = [models.expert(e, "w").abs() for e in ("a", "b")]
     whole = balanced_masks(scores, [0.3, 0.6], 4, exclusive=exclusive)
     scope = Scope(("a", "b"), Select(kind="soft_threshold"), 0.05, 0)
-    numbers = Facts(models, cache_bytes=0).numbers(Assess(measure="pcb"), scope, "w")
+    pcb = Assessment.resolve(Assess(measure="pcb"), scope)
+    numbers = Measurements(models, cache_bytes=0).numbers(pcb, "w")
     monkeypatch.setattr(balanced, "_PART", 100)  # three rows
-    monkeypatch.setattr(facts, "_CHUNK", 97)
+    monkeypatch.setattr(measurements, "_CHUNK", 97)
     in_parts = balanced_masks(scores, [0.3, 0.6], 4, exclusive=exclusive)
     assert all(map(torch.equal, in_parts, whole))
-    assert Facts(models, cache_bytes=0).numbers(Assess(measure="pcb"), scope, "w") == numbers
+    assert Measurements(models, cache_bytes=0).numbers(pcb, "w") == numbers
 
 
 @pytest.mark.parametrize("bins", [1, 3, 10, 256])
@@ -97,7 +100,7 @@ def test_the_entropy_counts_as_float64_comparisons_do(bins):
 
 
 def test_kept_tensors_are_counted_once_and_those_not_asked_for_go_first():
-    cache, entry = ByteCache(100), [torch.zeros(10)]
+    cache, entry = ByteCache(MemoryBudget(100)), [torch.zeros(10)]
     cache.put("a", entry)
     cache.put("a", [torch.zeros(15)])
     assert cache.held == 60
@@ -126,13 +129,13 @@ def test_of_scores_that_depend_on_the_coefficients_only_the_last_are_stored():
         delta = [(models.expert(e, "w") - models.base("w")).double() for e in ("a", "b")]
         mean = coefficient * (f[0] * delta[0] + f[1] * delta[1]) / (f[0] + f[1])
         assert torch.allclose(merged.double(), models.base("w").double() + 2 * mean, atol=1e-6)
-        assert engine._planner.facts.stored.held == 2 * 4 * 6 * 4
+        assert engine._measurements.stored.held == 2 * 4 * 6 * 4
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (MAJORITY_SAMPLE + 1, 2)])
 def test_samples_are_evenly_spaced_and_kept(shape):
     models = tensors(shape)
-    samples = Samples(Facts(models, cache_bytes=2**20))
+    samples = Samples(Measurements(models, cache_bytes=2**20))
     base, b = samples.entries("w", ["b"])
     step = 1 if models.base("w").numel() <= MAJORITY_SAMPLE else 3
     assert torch.equal(base, models.base("w").reshape(-1)[::step])
@@ -166,20 +169,21 @@ def test_of_what_does_not_fit_the_first_tensors_are_kept_and_the_others_pass_by(
     models = MemoryTensors(
         {n: models.base("w") for n in names}, {e: {n: models.expert(e, "w") for n in names} for e in ("a", "b")}
     )
-    made, each = Facts(models, cache_bytes=7000), 2 * 800 * 2  # int16
+    made, each = Measurements(models, cache_bytes=7000), 2 * 800 * 2  # int16
     scope = Scope(("a", "b"), Select(kind="rank_probability", scope="row"), 0.0, 0)
-    first = {n: made.ranks(Assess(), scope, n) for n in names}
+    assessment = Assessment.resolve(Assess(), scope)
+    first = {n: made.ranks(assessment, n) for n in names}
     assert made.stored.held == 2 * each
-    again = {n: made.ranks(Assess(), scope, n) for n in names}
+    again = {n: made.ranks(assessment, n) for n in names}
     assert [again[n] is first[n] for n in names] == [True, True, False, False, False]
-    assert made.ranks(Assess(), scope, "w4") is again["w4"]  # held until it is another tensor's turn
+    assert made.ranks(assessment, "w4") is again["w4"]  # held until it is another tensor's turn
     assert all(torch.equal(x, y) for n in names for x, y in zip(first[n], again[n], strict=True))
 
 
 def test_one_tensor_that_does_not_fit_is_not_held_for_every_candidate():
-    made = Facts(tensors((8, 100)), cache_bytes=100)
-    scopes = [Scope(("a", "b"), Select(kind="rank_probability", scope="row"), 0.0, seed) for seed in range(9)]
-    held = [[weakref.ref(t) for t in made.ranks(Assess(), scope, "w")] for scope in scopes]
+    made = Measurements(tensors((8, 100)), cache_bytes=100)
+    scopes = [Scope(("a", "b"), Select(kind="rank_probability", scope="row"), share / 100, 0) for share in range(9)]
+    held = [[weakref.ref(t) for t in made.ranks(Assessment.resolve(Assess(), scope), "w")] for scope in scopes]
     alive = [all(t() is not None for t in ranks) for ranks in held]
     assert alive == [False] * 5 + [True] * 4
 
@@ -192,7 +196,7 @@ def test_what_is_kept_is_decided_by_shapes_and_moves_no_tensor():
 
     names: list[str] = []
     base = {n: torch.zeros(2, 3) for n in "uvw"}
-    made = Facts(Read(base, {"a": base}), cache_bytes=48)
+    made = Measurements(Read(base, {"a": base}), cache_bytes=48)
     assert [made.has_room(n, 1) for n in "uvw"] == [True, True, False]
     assert names == []
 
@@ -216,7 +220,8 @@ def test_an_expert_that_left_a_tensor_alone_counts_in_the_variance(compile):
     models = MemoryTensors(base, {e: {"w": models.expert(e, "w")} for e in ("a", "b")} | alone)
     runner = Runner(torch.device("cpu"), compile=compile)
     scope = Scope(("a", "b", "c"), Select(), 0.0, 0)
-    made = Facts(models, cache_bytes=0, runner=runner).whole_scores(Assess(measure="variance"), scope, "w")
+    variance = Assessment.resolve(Assess(measure="variance"), scope)
+    made = Measurements(models, cache_bytes=0, runner=runner).whole_scores(variance, "w")
     deltas = torch.stack([models.expert(e, "w").double() - base["w"].double() for e in ("a", "b", "c")])
     expected = deltas.var(0, correction=0).reshape(-1)
     assert len(made) == 2  # of the active experts

@@ -1,4 +1,4 @@
-"""What is written through the views is what the model computes with, saves and hashes, for every architecture."""
+"""The model computes with, saves and hashes exactly the weights written through its views, for every architecture."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_live_model_does_not_see_its_files_change(save_model) -> None:
 
 
 def edit(folder: Path, **tensors: torch.Tensor | None) -> None:
-    """Replace, add or (None) remove tensors of a folder; ``__`` in a name stands for a dot."""
+    """Replace, add or (None) remove tensors of a folder. ``__`` in a name stands for a dot."""
     held = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
         held.pop(name.replace("__", "."), None)
@@ -125,7 +125,7 @@ def edit(folder: Path, **tensors: torch.Tensor | None) -> None:
         ),
     ],
 )
-def test_a_base_that_would_not_load_as_it_lies_on_disk_is_refused(
+def test_a_base_that_would_load_with_other_values_than_on_disk_is_refused(
     save_model, change: dict[str, Any], reason: str
 ) -> None:
     folder = save_model("llama")
@@ -148,7 +148,7 @@ def test_an_architecture_that_transformers_does_not_know_is_refused(save_model) 
         LiveModel.load(folder)
 
 
-def test_a_missing_pooler_is_zero_and_said(save_model) -> None:
+def test_a_missing_pooler_is_zero_and_noted(save_model) -> None:
     live = LiveModel.load(save_model("bert_encoder"))
     assert live.notes == [
         "the model has tensors that the files lack, which is left as it is: pooler.dense.bias, pooler.dense.weight"

@@ -1,4 +1,4 @@
-"""Tensors of host memory reach the device once each, two names at a time, and change no bit."""
+"""Tensors of host memory reach the device once each, two names at a time, without a changed bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class Host:
-    """Tensors by name, and which were asked for."""
+    """Tensors by name, and the names that were read."""
 
     def __init__(self, names: str) -> None:
         self.tensors = {n: [torch.full((3,), float(i)), torch.full((3,), i + 0.5)] for i, n in enumerate(names)}
@@ -29,7 +29,7 @@ class Host:
         return self.tensors[name]
 
 
-def test_names_asked_for_in_the_order_expected_move_once_each_the_next_one_ahead() -> None:
+def test_names_in_the_expected_order_are_moved_once_each_and_the_next_one_ahead() -> None:
     host = Host("abcd")
     transfers = Transfers(host, CPU)
     transfers.expect("abcd")
@@ -41,29 +41,29 @@ def test_names_asked_for_in_the_order_expected_move_once_each_the_next_one_ahead
             assert not {t.data_ptr() for t in found} & {t.data_ptr() for t in host.tensors[name]}
         moved.append("".join(host.read))
         assert moved[-1] == ahead
-        assert len(transfers._there) <= 2
+        assert len(transfers._moved) <= 2
 
 
-def test_names_asked_for_otherwise_are_moved_when_they_are_and_never_more_than_two_are_held() -> None:
+def test_names_outside_the_expected_order_are_moved_on_request_and_at_most_two_are_held() -> None:
     host = Host("abcd")
     transfers = Transfers(host, CPU)
     transfers.expect("abc")
     for name in "adcab":
         assert all(map(torch.equal, transfers.get(name), host.tensors[name]))
-        assert set(transfers._there) <= {name, *{"a": "b", "b": "c"}.get(name, "")}
+        assert set(transfers._moved) <= {name, *{"a": "b", "b": "c"}.get(name, "")}
     transfers.expect("")
     del host.read[:]
     for name in "cd":
         transfers.get(name)
-    assert host.read == ["c", "d"]  # when they are asked for, and nothing ahead
+    assert host.read == ["c", "d"]  # each on request, nothing ahead
 
 
-def test_what_was_moved_is_let_go_when_a_pass_ends_and_kept_where_the_next_one_begins_with_it() -> None:
+def test_moved_tensors_are_freed_at_the_end_of_a_pass_unless_the_next_pass_begins_with_them() -> None:
     host = Host("abc")
     transfers = Transfers(host, CPU)
     transfers.expect("abc")
     held = [weakref.ref(t) for name in "ab" for t in transfers.get(name)]
-    held += [weakref.ref(t) for t in transfers._there["c"].tensors]  # it has come ahead
+    held += [weakref.ref(t) for t in transfers._moved["c"].tensors]  # moved ahead
     transfers.expect("")
     assert not [t for t in held if t() is not None]
     mine = transfers.get("b")
@@ -71,11 +71,11 @@ def test_what_was_moved_is_let_go_when_a_pass_ends_and_kept_where_the_next_one_b
     assert transfers.get("b")[0] is mine[0]
     transfers.expect("cb")
     assert torch.equal(transfers.get("c")[1], host.tensors["c"][1])
-    assert torch.equal(mine[0], host.tensors["b"][0])  # whoever holds it still has it
+    assert torch.equal(mine[0], host.tensors["b"][0])  # tensors in use stay alive
     assert host.read == [*"abc", "b", "c", "b"]
 
 
-def test_a_name_that_does_not_fit_ahead_moves_when_it_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_name_that_does_not_fit_ahead_is_moved_on_request(caplog: pytest.LogCaptureFixture) -> None:
     host = Host("abcd")
     fitting = host.tensors.copy()
 
@@ -91,16 +91,16 @@ def test_a_name_that_does_not_fit_ahead_moves_when_it_is_asked_for(caplog: pytes
         for name in "abcd":
             host.tensors[name] = fitting[name]
             assert all(map(torch.equal, transfers.get(name), fitting[name]))
-            assert list(transfers._there) == [name]
+            assert list(transfers._moved) == [name]
     assert host.read == ["a", "b", "b", "c", "c", "d", "d"]
     assert [r.message for r in caplog.records] == [
-        "cpu: no room for two tensors at a time, so some are copied when their turn comes"
+        "cpu: too little memory for two tensors at a time; some are copied only when they are needed"
     ]
     full()
     transfers.expect("ab")
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        transfers.get("b")  # there is no room for it alone
-    assert transfers._there == {}
+        transfers.get("b")  # there is no room even for it alone
+    assert transfers._moved == {}
     assert torch.equal(transfers.get("a")[0], fitting["a"][0])
 
 
@@ -117,7 +117,7 @@ def test_a_transfer_that_fails_can_be_asked_for_again() -> None:
     transfers = Transfers(host, CPU)
     transfers.expect("ab")
     with pytest.raises(KeyError):
-        transfers.get("a")  # b, which comes ahead, is not there
+        transfers.get("a")  # b, which is moved ahead, does not exist
     assert torch.equal(transfers.get("a")[0], torch.zeros(3))
 
 
@@ -134,7 +134,7 @@ def test_an_engine_moves_every_tensor_once_a_candidate_and_merges_the_same_bits(
     streamed._transfers = Transfers(read, CPU)
     engine = MergeEngine(streamed, compile=False)
     views = [{n: torch.empty_like(pool.base(n)) for n in pool.groups} for _ in range(2)]
-    for coefficient in (0.3, 0.4):  # the second candidate has all its facts
+    for coefficient in (0.3, 0.4):  # the second candidate finds all measurements in the cache
         del host[:]
         recipe = preset("ties", pool.models, coefficients=coefficient)
         resident.apply(recipe, views[0])
@@ -142,7 +142,7 @@ def test_an_engine_moves_every_tensor_once_a_candidate_and_merges_the_same_bits(
         assert all(torch.equal(views[0][n], views[1][n]) for n in pool.groups)
     assert host == [*pool.groups]
     assert [(n, t.tolist()) for n, t in engine.merged(recipe)] == [(n, t.tolist()) for n, t in resident.merged(recipe)]
-    assert not streamed._transfers._after  # what follows the last pass is not moved ahead
+    assert not streamed._transfers._next  # nothing is moved ahead after the last pass
 
 
 @pytest.mark.cuda
@@ -162,7 +162,7 @@ def test_a_pool_in_pinned_memory_merges_the_bits_of_one_on_the_gpu(make_models: 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_what_is_used_is_whole_and_two_names_of_memory_are_all_that_is_taken() -> None:
+def test_tensors_in_use_are_complete_and_at_most_two_names_are_in_memory() -> None:
     n, names = 2**24, [str(i) for i in range(12)]
     held = {name: [torch.full((n,), float(i)).pin_memory()] for i, name in enumerate(names)}
     transfers = Transfers(held.__getitem__, torch.device("cuda"))
@@ -171,7 +171,7 @@ def test_what_is_used_is_whole_and_two_names_of_memory_are_all_that_is_taken() -
     torch.cuda.reset_peak_memory_stats()
     totals = torch.zeros(len(names), device="cuda", dtype=torch.float64)
     for i, name in enumerate(names):
-        for _ in range(20):  # the host runs ahead of this
+        for _ in range(20):  # slow work that the host runs ahead of
             totals[i] = transfers.get(name)[0].sum(dtype=torch.float64)
     assert totals.tolist() == [float(i) * n for i in range(len(names))]
     assert torch.cuda.max_memory_allocated() - before <= 2 * 4 * n + 2**22

@@ -48,13 +48,13 @@ def test_gradient_statistics_are_means_over_rows_then_over_tasks(
 
 
 def test_the_fisher_of_a_batch_of_rows_would_be_another_number(bench: Bench) -> None:
-    """Squares of each row, not the square of their mean: the two differ, so the test above can tell them apart."""
+    """The squares of each row differ from the square of their mean, so the test above can tell them apart."""
     gradients = bench.gradients("a")["one"]["lm_head.weight"]
     assert not torch.allclose(gradients.square().mean(0), gradients.mean(0).square(), rtol=0.1)
 
 
 def inputs_of(bench: Bench, expert: str, task: str, module: str) -> Tensor:
-    """All inputs of a module over the rows of a task, by torch's own hooks: shape (tokens, in)."""
+    """Return all inputs of a module over the rows of a task, by torch's own hooks: shape (tokens, in)."""
     model, seen = bench.model(expert), []
     handle = model.get_submodule(module).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     for ids in bench.tasks.rows[task]:
@@ -134,7 +134,7 @@ def test_fisher_merging_is_the_fisher_weighted_mean(bench: Bench) -> None:
     fishers = [mean_over_tasks(bench.gradients(e), torch.square) for e in "ab"]
     for name in bench.pool.groups:
         if any(not bool(d.any()) for d in deltas(bench, name)):
-            continue  # an expert that left the tensor has no vote
+            continue  # an expert that did not change the tensor has no weight
         weights = [f[name] / f[name].norm() + 1e-6 for f in fishers]
         experts = [bench.pool.expert(e, name) for e in "ab"]
         wanted = (weights[0] * experts[0] + weights[1] * experts[1]) / (weights[0] + weights[1])
@@ -176,7 +176,7 @@ def test_regmean_is_the_least_squares_match_of_the_experts_outputs(bench: Bench)
 
 
 def test_apl_ranks_tensors_by_the_cosine_of_gradient_and_delta(bench: Bench) -> None:
-    """The tensor whose delta points most along the gradient keeps most."""
+    """The tensor whose delta points most along the gradient keeps the largest share."""
     recipe = preset("apl", bench.pool.models)
     engine = MergeEngine(bench.pool)
     g = mean_over_tasks(bench.gradients("a", 0.0), lambda x: x)

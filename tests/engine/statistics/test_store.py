@@ -1,4 +1,4 @@
-"""Statistics from data: the live model given back, what was measured found again, files bounded."""
+"""Statistics from data: the live model is restored, measured files are found again and stay bounded."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_measurement_that_fails_says_so_and_gives_the_model_back(bench: Bench)
 
 
 @pytest.mark.parametrize("kind", ["fisher", "gradient", "absolute_gradient", "activation_norm", "gram"])
-def test_what_is_found_is_bit_for_bit_what_was_measured(bench: Bench, kind: str) -> None:
+def test_a_statistic_from_the_cache_has_the_bits_that_were_measured(bench: Bench, kind: str) -> None:
     warm = Bench(bench.pool, bench.live, bench.folder)
     for name in bench.pool.groups:
         cold, found = bench.statistics.get(kind, "b", name), warm.statistics.get(kind, "b", name)
@@ -104,7 +104,7 @@ def test_a_damaged_file_is_measured_again_with_a_warning(
     (path,) = bench.folder.iterdir()
     data = path.read_bytes()
     bad = {"cut": data[: len(data) // 2], "empty": b"", "flipped": data[:-8] + bytes([data[-8] ^ 1]) + data[-7:]}
-    path.unlink()  # the old one is mapped
+    path.unlink()  # the old file is memory-mapped
     path.write_bytes(bad[damage])
     warm = Bench(bench.pool, bench.live, bench.folder)
     with caplog.at_level(logging.WARNING):
@@ -115,7 +115,7 @@ def test_a_damaged_file_is_measured_again_with_a_warning(
     assert path.read_bytes() == data
 
 
-def test_files_beyond_the_bound_go_the_longest_unused_first_and_are_measured_again(bench: Bench) -> None:
+def test_files_beyond_the_bound_are_removed_the_longest_unused_first_and_measured_again(bench: Bench) -> None:
     first = bench.statistics.get("fisher@0.25", "a", NAME)
     (path,) = bench.folder.glob("*.safetensors")
     os.utime(path, ns=(1, 1))
@@ -129,7 +129,9 @@ def test_files_beyond_the_bound_go_the_longest_unused_first_and_are_measured_aga
         small.get(kind, expert, NAME)
     assert not path.exists()
     assert given.is_file()
-    assert len(list(bench.folder.glob("*.safetensors"))) == len(kept)  # in use by this process, whatever they take
+    assert len(list(bench.folder.glob("*.safetensors"))) == len(
+        kept
+    )  # files that this process uses stay, whatever they take
     again = small.get("fisher@0.25", "a", NAME)
     assert torch.equal(first, again)
 

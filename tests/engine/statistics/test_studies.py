@@ -1,4 +1,4 @@
-"""Statistics from data: checks before work, files of others, exports, their part in a study."""
+"""Statistics from data: checks before any work, files made elsewhere, exports, and their use in a study."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from merge_search.presets import preset
 from merge_search.recipe import Models, Recipe
 from merge_search.search.prepare import prepare
 from merge_search.search.start.baselines import baselines
-from merge_search.search.trial.worker import Workbench, statistics_of
+from merge_search.search.trial.worker import Worker, statistics_of
 from merge_search.study_file import read_study_file
 
 # --- checks before work, files of others, exports
 
 
-def test_a_recipe_that_cannot_have_its_data_is_refused_before_any_weight(bench: Bench) -> None:
+def test_a_recipe_whose_data_are_unavailable_is_refused_before_any_weight_is_read(bench: Bench) -> None:
     fisher = preset("fisher", bench.pool.models)
     regmean = Recipe.model_validate(
         {"models": bench.pool.models, "operator": {"name": "regmean"}, "coefficients": {"a": 1.0, "b": 1.0}}
@@ -47,7 +47,7 @@ def test_a_recipe_that_cannot_have_its_data_is_refused_before_any_weight(bench: 
     assert "none were measured" in engine.check(regmean)[0]
 
 
-def test_scores_of_others_are_read_from_the_studys_folder(bench: Bench) -> None:
+def test_scores_made_elsewhere_are_read_from_the_studys_folder(bench: Bench) -> None:
     recipe = preset("external", bench.pool.models)
     engine = MergeEngine(bench.pool)
     assert len(engine.check(recipe)) == 2
@@ -70,7 +70,7 @@ def test_scores_of_others_are_read_from_the_studys_folder(bench: Bench) -> None:
         FolderStatistics(bench.folder).get("external", "b", "lm_head.weight")
 
 
-def test_a_recipe_names_no_place_outside_the_folder(bench: Bench) -> None:
+def test_a_recipe_cannot_name_a_file_outside_the_folder(bench: Bench) -> None:
     assert FolderStatistics(bench.folder).path("../external", "a") is None
     assert "there is no file" in bench.statistics.problem("fisher@nan", "a")
 
@@ -86,7 +86,10 @@ def test_an_export_merges_again_from_its_own_files_and_a_study_from_its_cache(be
     with pytest.raises(RecipeError, match="none were measured"):
         list(MergeEngine(pool).merged(recipe))
     cached = DataStatistics(pool, None, [bench.tasks], OWNERS, folder=bench.folder)
-    for source in (FolderStatistics(tmp_path / "export" / FOLDER), cached):  # cached last: the check below asks it
+    for source in (
+        FolderStatistics(tmp_path / "export" / FOLDER),
+        cached,
+    ):  # the cache comes last, because the check below reads it
         pool.statistics = source
         assert MergeEngine(pool).check(recipe) == []
         assert all(torch.equal(t, merged[n]) for n, t in MergeEngine(pool).merged(recipe))
@@ -95,7 +98,7 @@ def test_an_export_merges_again_from_its_own_files_and_a_study_from_its_cache(be
 
 
 def test_matrices_stored_the_other_way_round_keep_their_inputs(tmp_path: Path) -> None:
-    """GPT-2 stores (in, out): the Gram matrix is (in, in), RegMean's gradient is zero there too."""
+    """GPT-2 stores (in, out): the Gram matrix is (in, in), and RegMean's gradient is zero there too."""
     config = transformers.GPT2Config(
         vocab_size=24, n_embd=16, n_layer=1, n_head=2, n_inner=40, n_positions=16, bos_token_id=1, eos_token_id=2
     )
@@ -126,7 +129,7 @@ def test_matrices_stored_the_other_way_round_keep_their_inputs(tmp_path: Path) -
 def test_a_study_measures_on_its_fit_rows_charges_for_them_and_starts_from_presets_with_data(
     demo: Path, tmp_path: Path
 ) -> None:
-    """The demo's real models and tasks, through lm-eval."""
+    """Runs the demo's real models and tasks through lm-eval."""
     tasks = {"demo_maths": "maths", "demo_spelling": "spelling"}
     experts = {e: str(demo / "models" / e) for e in tasks.values()}
     lm_eval = {
@@ -144,9 +147,9 @@ def test_a_study_measures_on_its_fit_rows_charges_for_them_and_starts_from_prese
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     plan = prepare(read_study_file(tmp_path / "study.yaml"))
-    bench = Workbench(plan, device="cpu")
+    bench = Worker(plan, device="cpu")
     assert "fisher" not in baselines(plan.context, plan.baselines, can_measure=bench.can_measure)
-    bench.offer_statistics(tasks)
+    bench.set_teachers(tasks)
     recipe = baselines(plan.context, plan.baselines, can_measure=bench.can_measure)["fisher"]
     plain = bench.score(preset("average", plan.context.models), Split.SEARCH)
     first = bench.score(recipe, Split.SEARCH)
@@ -158,6 +161,6 @@ def test_a_study_measures_on_its_fit_rows_charges_for_them_and_starts_from_prese
     assert first.weights_sha256 == second.weights_sha256 != plain.weights_sha256
     assert len(list((tmp_path / "tiny.statistics").glob("*.safetensors"))) == 2
     pool = ModelPool(plan.context.models, device="cpu")
-    pool.statistics = statistics_of(plan, pool, tasks, None)  # an export: nothing is bound
+    pool.statistics = statistics_of(plan, pool, tasks, None)  # as in an export, without a live model
     exported = dict(MergeEngine(pool).merged(recipe))
     assert all(torch.equal(exported[n], bench.views[n]) for n in exported)

@@ -25,12 +25,12 @@ from merge_search.engine.codegen import render_c as native
 from merge_search.engine.codegen.trace import Untraceable, trace
 from merge_search.engine.methods import stages
 from merge_search.engine.passes.byte_cache import ByteCache
-from merge_search.engine.passes.order_statistics import EXACT_LIMIT, table
+from merge_search.engine.passes.order_statistics import EXACT_LIMIT, order_statistics
 from merge_search.engine.resident.pool import ModelPool
 from merge_search.engine.streaming import engine as one_off
 from merge_search.engine.streaming import thresholds
 from merge_search.engine.streaming.buffers import Buffers
-from merge_search.engine.streaming.engine import OneOffEngine
+from merge_search.engine.streaming.engine import StreamingEngine
 from merge_search.engine.streaming.reader import Feed
 from merge_search.errors import WeightsError
 from merge_search.merge_recipe import merge_recipe
@@ -84,14 +84,14 @@ def recipe_file(tmp_path: Path) -> Path:
 
 def during(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], name: str = FIRST) -> None:  # fmt: skip
     """Have something happen while one tensor is being merged."""
-    merge = OneOffEngine._merge
+    merge = StreamingEngine._merge
 
-    def merged(self: OneOffEngine, recipe, tensor, asked) -> Tensor:
+    def merged(self: StreamingEngine, recipe, tensor, asked) -> Tensor:
         if tensor == name:
             act()
         return merge(self, recipe, tensor, asked)
 
-    monkeypatch.setattr(OneOffEngine, "_merge", merged)
+    monkeypatch.setattr(StreamingEngine, "_merge", merged)
 
 
 def merge_and_fail(file: Path, error: type[BaseException], match: str | None = None) -> None:
@@ -140,16 +140,16 @@ def test_thresholds_counted_in_c_are_those_of_numpy_and_of_the_whole_histogram(
     base = (coarse * (kind != "tiny")).to(dtype)
     own = deltas(kind, base, dtype)
     size = (own.float() - base.float()).abs()
-    whole, largest = table(size), float(size.max())
+    whole, largest = order_statistics(size), float(size.max())
     counts = [1, 2, n // 1000, n // 3, n - 1]
-    in_c = [thresholds.keep_of_deltas(base, own, k, largest) for k in counts]
+    in_c = [thresholds.cut_of_deltas(base, own, k, largest) for k in counts]
     assert thresholds._loaded() is not None
     monkeypatch.setattr(compiler, "find_compiler", lambda: None)
     thresholds._loaded.cache_clear()
-    assert [thresholds.keep_of_deltas(base, own, k, largest) for k in counts] == in_c
+    assert [thresholds.cut_of_deltas(base, own, k, largest) for k in counts] == in_c
     assert thresholds._loaded() is None
-    late = thresholds.LateTable(n, lambda k: thresholds.keep_of_deltas(base, own, k, largest), lambda: whole)
-    assert [late.keep(k) for k in (0, *counts, n)] == [whole.keep(k) for k in (0, *counts, n)]  # n: density 1.0
+    swept = thresholds.SweptThresholds(n, largest, lambda: (base, own), lambda: whole)
+    assert [swept.cut(k) for k in (0, *counts, n)] == [whole.cut(k) for k in (0, *counts, n)]  # n: density 1.0
     assert [found for found in in_c if found is None] == []
 
 
@@ -238,8 +238,8 @@ def test_the_engine_merges_in_chunks_what_cannot_be_traced(
 ) -> None:
     recipe = Recipe.from_json(recipe_file.read_text())
 
-    def merged() -> tuple[OneOffEngine, dict[str, Tensor]]:
-        engine = OneOffEngine(ModelPool(recipe.models, device="cpu", once=True), threads=threads)
+    def merged() -> tuple[StreamingEngine, dict[str, Tensor]]:
+        engine = StreamingEngine(ModelPool(recipe.models, device="cpu", streaming=True), threads=threads)
         return engine, dict(engine.merged(recipe))
 
     _, expected = merged()
@@ -332,7 +332,7 @@ def test_ctrl_c_in_the_middle_leaves_nothing_behind(
 
 
 def test_a_stopped_reader_ends_and_memory_that_nobody_holds_is_used_again(recipe_file: Path) -> None:
-    pool = ModelPool(Recipe.from_json(recipe_file.read_text()).models, device="cpu", once=True)
+    pool = ModelPool(Recipe.from_json(recipe_file.read_text()).models, device="cpu", streaming=True)
     reading = Feed(pool, Buffers())
     places, kept = set(), []
     for name in sorted(pool.groups):
@@ -356,7 +356,7 @@ def caches_in_use() -> list[ByteCache]:
 def test_an_engine_that_streams_keeps_no_weights_of_a_softmax(recipe_file: Path) -> None:
     recipe = Recipe.from_json(recipe_file.read_text())
     recipe = preset("cki_recommender", recipe.models, splice={"kind": "softmax", "score": {"measure": "magnitude"}})
-    engine = OneOffEngine(ModelPool(recipe.models, once=True, device="cpu"), threads=1)
+    engine = StreamingEngine(ModelPool(recipe.models, streaming=True, device="cpu"), threads=1)
     before = caches_in_use()
     (first, second) = (dict(engine.merged(recipe)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in engine.tensors.groups)

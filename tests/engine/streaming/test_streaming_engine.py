@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from merge_search.cli import main
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.passes.order_statistics import table
+from merge_search.engine.passes.order_statistics import OrderStatistics, order_statistics
 from merge_search.engine.resident.pool import ModelPool
-from merge_search.engine.streaming.engine import OneOffEngine
-from merge_search.engine.streaming.thresholds import LateTable, keep_of_deltas
+from merge_search.engine.streaming import thresholds
+from merge_search.engine.streaming.engine import StreamingEngine
+from merge_search.engine.streaming.thresholds import SweptThresholds, cut_of_deltas
 from merge_search.merge_recipe import merge_recipe
 from merge_search.presets import preset
 from merge_search.recipe import Models, Recipe
@@ -60,7 +61,7 @@ def write_file(folder: Path, method: str = "ties") -> Path:
 def assert_same_bits(models: Models, recipe: Recipe) -> None:
     resident = dict(MergeEngine(ModelPool(models, device="cpu"), compile=False).merged(recipe))
     for threads in (1, 2):
-        streamed = OneOffEngine(ModelPool(models, device="cpu", once=True), threads=threads).merged(recipe)
+        streamed = StreamingEngine(ModelPool(models, device="cpu", streaming=True), threads=threads).merged(recipe)
         found = dict(streamed)
         assert list(found) == list(resident)
         assert [n for n in found if not torch.equal(found[n], resident[n])] == []
@@ -90,19 +91,31 @@ def test_one_threshold_is_that_of_the_whole_histogram(kind: str, density: float)
     own = (base.float() + 0.1 * delta[kind]).bfloat16()
     size = (own.float() - base.float()).abs()
     k = round(density * size.numel())
-    found = keep_of_deltas(base, own, k, float(size.max()))
-    assert found is None or found == table(size).keep(k)
+    found = cut_of_deltas(base, own, k, float(size.max()))
+    assert found is None or found == order_statistics(size).cut(k)
     assert found is not None  # these distributions are not too hard for the sample
 
 
-def test_a_table_made_late_answers_everything_else_from_the_whole_one() -> None:
+@pytest.mark.parametrize("is_found", [True, False], ids=["cuts are found", "the bracket misses"])
+def test_swept_thresholds_are_those_of_all_scores(is_found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_found:
+        monkeypatch.setattr(thresholds, "cut_of_deltas", lambda *_: None)
     scores = torch.rand(100_000, generator=torch.Generator().manual_seed(4))
-    whole = table(scores)
-    late = LateTable(len(scores), lambda k: None, lambda: whole)
-    assert (late.n_positive, late.maximum, late.stride) == (whole.n_positive, whole.maximum, whole.stride)
-    assert late.keep(777) == whole.keep(777)
-    assert late.value(777) == whole.value(777)
-    assert late.count_for_mass(0.5) == whole.count_for_mass(0.5)
+    whole, made = order_statistics(scores), []
+
+    def make() -> OrderStatistics:
+        made.append(1)
+        return whole
+
+    swept = SweptThresholds(len(scores), whole.maximum, lambda: (torch.zeros_like(scores), scores), make)
+    assert [swept.cut(k) for k in (0, 1, 777, 99_999, 100_000)] == [whole.cut(k) for k in (0, 1, 777, 99_999, 100_000)]
+    assert len(made) == (not is_found)
+    assert (swept.n, swept.n_positive, swept.stride) == (whole.n, whole.n_positive, whole.stride)
+    assert swept.maximum == whole.maximum
+    assert swept.value(777) == whole.value(777)
+    assert swept.count_for_mass(0.5) == whole.count_for_mass(0.5)
+    assert swept.kappa(0.3) == whole.kappa(0.3)
+    assert len(made) == 1
 
 
 # ------------------------------------------------------------------------------------------------ memory

@@ -183,7 +183,8 @@ LEARNED: dict[str, Parameter] = {**LINE, "learner.steps": Categorical((0, 100))}
 
 
 class TestFittedTrials:
-    """A trial with `learner.steps` has a value that its coefficients alone would not have, and costs 50 times as much."""
+    """A trial with `learner.steps` has a value that its coefficients alone would not have, and costs 50 times as
+    much."""
 
     def study(self, *, bonus: float, **options) -> optuna.Study:
         """3 x 3 plain and fitted trials of a hill at (0.5, 0.5); fitting adds `bonus`."""

@@ -95,7 +95,8 @@ class TestEverySampler:
 
     @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"random", "cmaes", "nsga2"}))
     def test_every_parameter_is_modelled_although_a_baseline_has_none(self, name):
-        """After 40 noise-free trials the suggestions lie nearer to the optimum than random ones, in both coordinates."""
+        """After 40 noise-free trials the suggestions lie nearer to the optimum than random ones, in both
+        coordinates."""
         parameters: dict[str, Parameter] = {"a": Float(0, 1), "b": Float(0, 1), "c": Categorical(("x", "y", "z"))}
 
         def score(point):

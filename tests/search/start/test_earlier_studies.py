@@ -57,7 +57,8 @@ def file(tmp_path: Path) -> StudyFile:
     path = tmp_path / "study.yaml"
     path.write_text(
         "study: {name: new}\nmodels: {base: b, experts: {m: m}}\nevaluate: [{evaluator: x}]\n"
-        "search: {learn_from: [{study: old, storage: 'sqlite:///old.db', best: 2}, {study: none, storage: 'sqlite:///old.db'}, gone.yaml]}\n"
+        "search: {learn_from: [{study: old, storage: 'sqlite:///old.db', best: 2}, "
+        "{study: none, storage: 'sqlite:///old.db'}, gone.yaml]}\n"
     )
     study = optuna.create_study(
         study_name="old", storage=open_storage(f"sqlite:///{tmp_path / 'old.db'}"), direction="maximize"
@@ -115,7 +116,8 @@ def test_two_earlier_studies_of_one_name_are_two(file: StudyFile) -> None:
 def test_studies_that_are_not_there_are_told_apart_without_writing_anything(file: StudyFile) -> None:
     (file.folder / "notes.db").write_text("no database at all, but a text that is long enough for a header " * 20)
     (file.folder / "old.yaml").write_text(
-        "study: {name: olt, storage: 'sqlite:///old.db'}\nmodels: {base: b, experts: {m: m}}\nevaluate: [{evaluator: x}]\n"
+        "study: {name: olt, storage: 'sqlite:///old.db'}\nmodels: {base: b, experts: {m: m}}\n"
+        "evaluate: [{evaluator: x}]\n"
     )
     before = (file.folder / "old.db").read_bytes()
     entries: list[Any] = [
@@ -156,7 +158,8 @@ def test_baselines_do_not_travel(file: StudyFile) -> None:
 def test_an_earlier_study_is_named_in_one_way(tmp_path: Path, entry: str) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(
-        f"study: {{name: n}}\nmodels: {{base: b, experts: {{m: m}}}}\nevaluate: [{{evaluator: x}}]\nsearch: {{learn_from: [{entry}]}}\n"
+        f"study: {{name: n}}\nmodels: {{base: b, experts: {{m: m}}}}\nevaluate: [{{evaluator: x}}]\n"
+        f"search: {{learn_from: [{entry}]}}\n"
     )
     with pytest.raises(StudyFileError, match="name either a study file"):
         read_study_file(path)

@@ -6,14 +6,11 @@ import math
 from dataclasses import replace
 
 import numpy as np
-import optuna
 import pytest
-from failing_studies import Quiet
 
 from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split, window
 from merge_search.objective import Objective, References
-from merge_search.search.run import _Driver
-from merge_search.search.trial.racing import carried_to_all, is_hopeless, panel_of
+from merge_search.search.trial.racing import carried_to_all, comparable_weights, is_hopeless, panel_of
 
 LOOKS = (0.2, 0.5)
 
@@ -123,11 +120,5 @@ def test_a_metric_that_is_a_mean_for_the_base_alone_is_not_raced() -> None:
     half = Scores((), np.array([1.0] * 5 + [0.0] * 5), 0.67, 0.1)
     metric = MetricInfo("t", "acc", True, {Split.SEARCH: 10})
     for expert, weights in ((right, {"t/acc": 1.0}), (replace(right, scores={"t/acc": half}), None)):
-        study = optuna.create_study()
-        for name, found in (("base", wrong), ("x", expert)):
-            study.set_user_attr(f"reference.{name}", {"evaluation": found.to_attribute()})
-        driver, notes = object.__new__(_Driver), Quiet()
-        driver.study, driver.listener, driver.objective = study, notes, Objective(["t"], [], [], [metric])
-        driver.references = References.from_evaluations([metric], wrong, {"x": expert})
-        assert driver._race_weights() == weights
-        assert bool(notes.notes) == (weights is None)
+        references = References.from_evaluations([metric], wrong, {"x": expert})
+        assert comparable_weights(Objective(["t"], [], [], [metric]), references, [wrong, expert]) == weights

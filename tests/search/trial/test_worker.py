@@ -19,8 +19,9 @@ from merge_search.engine.engine import MergeEngine
 from merge_search.engine.learners.slopes import Parts
 from merge_search.errors import EvaluationError, MergeSearchError
 from merge_search.evaluation import Evaluation
+from merge_search.search.budget import questions_asked
 from merge_search.search.prepare import prepare
-from merge_search.search.records import finished_records, questions_asked
+from merge_search.search.records import finished_records
 from merge_search.search.run import run
 from merge_search.search.verdict.sealed import open_test
 from merge_search.study_file import read_study_file

@@ -11,10 +11,12 @@ import pytest
 
 from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split
 from merge_search.objective import Objective, References
-from merge_search.report.table import card, front_table, sealed_table, summary_table, trials_table
-from merge_search.search.records import records
+from merge_search.report.model_card import card
+from merge_search.report.table import front_table, sealed_table, summary_table, trials_table
+from merge_search.search.records import best, candidates, records
 from merge_search.search.storage import open_storage
 from merge_search.search.verdict import selection
+from merge_search.search.verdict.validation import to_validate
 from merge_search.space import Float
 
 METRIC = MetricInfo("t", "acc", True, {Split.SEARCH: 100, Split.VALIDATION: 100})
@@ -51,9 +53,9 @@ def study(tmp_path: Path) -> optuna.Study:
 
 
 def test_the_progress_line_names_the_best_merge_not_the_best_expert(study: optuna.Study) -> None:
-    best = selection.best(study, OBJECTIVE)
-    assert best is not None
-    assert best.number == 4
+    incumbent = best(study, OBJECTIVE)
+    assert incumbent is not None
+    assert incumbent.number == 4
 
 
 def test_the_winner_is_best_on_validation_not_the_luckiest(study: optuna.Study) -> None:
@@ -78,8 +80,8 @@ def test_rows_are_ordered_by_role_then_score(study: optuna.Study) -> None:
 def test_a_merge_that_is_lucky_on_validation_alone_does_not_win(study: optuna.Study) -> None:
     """The search's own error equals that of a score of 74 here, so trial 5 lies halfway: (0.74 + m + shift) / 2.
 
-    Validation is 0.01 harder for the baselines: shift = mean(0.50 - 0.51, 0.60 - 0.61, 0.66 - 0.67). Trial 5 is expected at
-    (0.74 + 0.69) / 2 = 0.715, trial 3 at about (0.71 + 0.77) / 2 = 0.74.
+    Validation is 0.01 harder for the baselines: shift = mean(0.50 - 0.51, 0.60 - 0.61, 0.66 - 0.67). Trial 5 is
+    expected at (0.74 + 0.69) / 2 = 0.715, trial 3 at about (0.71 + 0.77) / 2 = 0.74.
     """
     error = next(s for s in selection.standings(study, OBJECTIVE, ("x",)) if s.record.number == 5).stderrs[0]
     means = {"0": 0.51, "1": 0.61, "2": 0.67, "3": 0.78, "5": 0.70}
@@ -101,7 +103,8 @@ def test_a_merge_that_is_lucky_on_validation_alone_does_not_win(study: optuna.St
 def test_the_best_preset_has_a_say_in_the_shift_only_where_a_process_took_its_luck_out(
     study: optuna.Study, m: float, shift: float
 ) -> None:
-    """Scored 0.80 in the search and chosen for it, 0.70 on validation; base, experts and average are compared anyhow."""
+    """Scored 0.80 in the search and chosen for it, 0.70 on validation; base, experts and average are compared
+    anyhow."""
     trial = study.ask()
     for key, value in {
         "label": "ties", "evaluation": evaluation(80), "noise": {"value": 0.002}, "outcome": "ok",
@@ -131,7 +134,7 @@ def test_finalists_meet_base_experts_average_and_the_best_baseline(study: optuna
         trial.set_user_attr("noise", {"value": 0.002})
         trial.set_user_attr("outcome", "ok")
         study.tell(trial, search / 100)
-    found = selection.to_validate(study, OBJECTIVE, {"c": Float(0, 1)}, seed=0, n=1)
+    found = to_validate(study, OBJECTIVE, {"c": Float(0, 1)}, seed=0, n=1)
     assert [r.label for r in found] == ["", "base", "x", "average", "ties"]
 
 
@@ -301,7 +304,7 @@ TWO = Objective(["t"], ["drift/kl"], [], [METRIC, KL])
 
 
 def test_the_front_leaves_out_what_another_merge_beats_in_everything(trade_off: optuna.Study) -> None:
-    merges = selection.candidates(trade_off)
+    merges = candidates(trade_off)
     assert [r.number for r in selection.front(merges, TWO)] == [3, 4, 5, 7]
     assert TWO.dominates((0.8, 0.5), (0.7, 0.6))
     assert not TWO.dominates((0.8, 0.5), (0.8, 0.5))

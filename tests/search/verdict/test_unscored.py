@@ -81,8 +81,8 @@ def test_a_baseline_named_after_the_start_is_tried_before_the_search_goes_on(dem
     late = [t.user_attrs["label"] for t in study.trials[10:]]
     assert late == ["ties", "dare"]
     assert any(
-        "search.baselines names ties, dare only since the start of this study, and 10 of n_trials 10 are finished: at least 12"
-        in n
+        "search.baselines names ties, dare only since the start of this study, and 10 of n_trials 10 are finished: "
+        "at least 12" in n
         for n in full.notes
     )
     path.write_text(path.read_text().replace("n_trials: 10", "n_trials: 13"))

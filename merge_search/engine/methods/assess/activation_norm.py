@@ -1,4 +1,4 @@
-"""|delta| x L2 norm of the input feature it meets, per parameter. The statistic has shape (in,) for weights (out, in).
+"""|delta| x L2 norm of the weight's input feature, per parameter. The statistic has shape (in,) for weights (out, in).
 
 Source: Wanda, arXiv 2306.11695, applied to deltas.
 """
@@ -15,6 +15,11 @@ __all__ = ["scores"]
 
 
 def scores(context: AssessContext) -> list[Tensor]:
+    """Return |delta| x norm of each expert, float32.
+
+    Raises:
+        RecipeError: The statistic ``activation_norm`` was not measured.
+    """
     assert context.group is not None
     name, device = context.group.tensor, context.base.device
     norms = [

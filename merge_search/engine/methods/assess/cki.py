@@ -1,15 +1,16 @@
 """Compatibility of every parameter, from local disagreement and global information content, without training.
 
-Two experts i, j: D = |W_i - W_j|, w_loc = sigmoid(gain z(D) + bias), z standardises over the tensor;
-H(W) histogram entropy over `bins` equal, half-open bins; w_glo = a / pi arctan(c sign (H_i - H_j)) + 1/2. Scores (i, j):
+For two experts i, j: D = |W_i - W_j| and w_loc = sigmoid(gain z(D) + bias), where z standardises over the tensor. H(W)
+is the entropy of a histogram with `bins` equal, half-open bins, and w_glo = a / pi arctan(c sign (H_i - H_j)) + 1/2.
+The option ``kind`` selects the scores of (i, j):
 
     dual         w = 1 - w_glo (1 - w_loc), 1 - w          local   w_loc, 1 - w_loc          global  w_glo, 1 - w_glo
     recommender  exp(u_i), exp(u_j), u_i = w_glo (1 - exp(-w_glo w_loc)), u_j the same with 1 - w_glo, 1 - w_loc
 
-Another number of experts: exp(u_i), u_i = sign a z(H_i) - gain z(|W_i - mean W|), for ``softmax`` or ``score`` splicing.
-Since the dual and the global rule prefer opposite entropies in the released code, `sign` (1 or -1) is an option.
-Source: CKI, arXiv 2501.07596, released code. Differs: the learned map is replaced by standardisation, gain and bias; the
-merge is on deltas, which is the same since the two weights sum to one; constant tensors have H = 0.
+For any other number of experts: exp(u_i), u_i = sign a z(H_i) - gain z(|W_i - mean W|), for ``softmax`` or ``score``
+splicing. The dual and the global rule prefer opposite entropies in the released code, so `sign` (1 or -1) is an option.
+Source: CKI, arXiv 2501.07596, released code. Differs: standardisation, gain and bias replace the learned map. The merge
+is on deltas, which is the same because the two weights sum to one. Constant tensors have H = 0.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _CHUNK = 2**18
 
 
 def entropy(weights: Tensor, bins: int) -> float:
-    """Entropy in nats of a histogram of `bins` equal half-open bins between minimum and maximum.
+    """Return the entropy, in nats, of a histogram with `bins` equal half-open bins between minimum and maximum.
 
     The maximum itself falls outside, as in the released code. Edges are float64, and comparisons with them exact.
     """
@@ -52,7 +53,10 @@ def entropy(weights: Tensor, bins: int) -> float:
 
 
 def _not_below(edges: Tensor) -> Tensor:
-    """The smallest float32 that is not below each edge: float32 numbers lie on the same side of it as of the edge."""
+    """Return the smallest float32 that is not below each edge.
+
+    A float32 number is on the same side of it as of the edge.
+    """
     nearest = edges.to(torch.float32)
     above = torch.nextafter(nearest, torch.tensor(math.inf, device=edges.device))
     return torch.where(nearest.to(torch.float64) < edges, above, nearest)
@@ -69,21 +73,21 @@ def _local(deltas: Sequence[Tensor]) -> list[Tensor]:
 
 
 def reduce(context: AssessContext) -> list[tuple[float, ...]]:
-    """(entropy of the weights, mean and standard deviation of the disagreement) of each expert."""
+    """Return (entropy of the weights, mean and standard deviation of the disagreement) of each expert."""
     bins = int(context.options["bins"])
     spreads = _spreads(context.deltas)
     return [(entropy(context.base + t, bins), *spread) for t, spread in zip(context.deltas, spreads, strict=True)]
 
 
 def _spreads(deltas: Sequence[Tensor]) -> list[tuple[float, float]]:
-    """Mean and standard deviation of the disagreement of each expert, chunk by chunk in float64."""
+    """Return mean and standard deviation of the disagreement of each expert, computed chunk by chunk in float64."""
     count, mean = 0, [0.0] * len(deltas)
-    squares = [0.0] * len(deltas)  # of the distances from the mean, summed
+    squares = [0.0] * len(deltas)  # sums of squared distances from the mean
     for parts in zip(*(torch.split(t.reshape(-1), _CHUNK) for t in deltas), strict=True):
         before, n = count, parts[0].numel()
         count += n
         for i, d in enumerate(_local(parts)):
-            first = float(d[0])  # what is summed is near zero, and zero where all are the same
+            first = float(d[0])  # subtracted so that the terms are near zero, and exactly zero if all are equal
             x = d.to(torch.float64).sub_(first)
             total = float(x.sum())
             apart = first - mean[i] + total / n
@@ -95,7 +99,7 @@ def _spreads(deltas: Sequence[Tensor]) -> list[tuple[float, float]]:
 def numbers(
     options: Mapping[str, Scalar], reduced: Sequence[tuple[float, ...]], n_experts: int, n_active: int
 ) -> list[float]:
-    """gain, bias, then (global term, mean, 1 / standard deviation) of each expert."""
+    """Return gain, bias, then (global term, mean, 1 / standard deviation) of each expert."""
     sign, a, c = float(options["sign"]), float(options["a"]), float(options["c"])
     entropies = [r[0] for r in reduced]
     if len(reduced) == 2:
@@ -112,6 +116,7 @@ def numbers(
 
 
 def scores(context: AssessContext) -> list[Tensor]:
+    """Return the scores of each expert, float32."""
     kind, n = context.options["kind"], context.numbers
     disagreement = [(d - n[3 + 3 * i]) * n[4 + 3 * i] for i, d in enumerate(_local(context.deltas))]
     if len(context.deltas) == 2:

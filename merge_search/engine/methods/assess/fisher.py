@@ -1,7 +1,7 @@
 """Diagonal Fisher information F_i^power + floor, from data.
 
-`at` says where it was measured: ``expert`` (Fisher merging) or ``scaled``, at base + coefficient x delta (DF-Merge: the
-statistic is then asked for as "fisher@<coefficient>"). `normalise` divides by the norm of F over the tensor.
+The option ``at`` selects where it was measured: ``expert`` (Fisher merging), or ``scaled`` for base + coefficient x
+delta (DF-Merge), which is the statistic "fisher@<coefficient>". ``normalise`` divides by the norm of F over the tensor.
 Sources: Fisher merging, arXiv 2111.09832; DF-Merge, arXiv 2504.18992.
 """
 
@@ -17,6 +17,11 @@ __all__ = ["scores"]
 
 
 def scores(context: AssessContext) -> list[Tensor]:
+    """Return F_i^power + floor of each expert, float32, shape of the tensor.
+
+    Raises:
+        RecipeError: The statistic was not measured.
+    """
     assert context.group is not None
     result = []
     for i, expert in enumerate(context.experts):

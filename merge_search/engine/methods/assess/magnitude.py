@@ -1,4 +1,4 @@
-"""|delta|: large changes matter. TIES-Merging, arXiv 2306.01708; MagMax, arXiv 2407.06322."""
+"""|delta|: large changes matter. Sources: TIES-Merging, arXiv 2306.01708; MagMax, arXiv 2407.06322."""
 
 from __future__ import annotations
 
@@ -10,4 +10,5 @@ __all__ = ["scores"]
 
 
 def scores(context: AssessContext) -> list[Tensor]:
+    """Return |delta| of each expert, float32."""
     return [t.abs() for t in context.deltas]

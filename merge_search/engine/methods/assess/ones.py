@@ -11,4 +11,5 @@ __all__ = ["scores"]
 
 
 def scores(context: AssessContext) -> list[Tensor]:
+    """Return ones for each expert, float32."""
     return [torch.ones_like(context.base)] * len(context.deltas)

@@ -1,4 +1,4 @@
-"""Uniform numbers from the recipe's seed, the expert and the element: what any assessment must beat."""
+"""Uniform numbers from the recipe's seed, the expert and the element: a control that any assessment must beat."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ __all__ = ["scores"]
 
 
 def scores(context: AssessContext) -> list[Tensor]:
+    """Return uniform numbers in [0, 1) for each expert, float32."""
     assert context.group is not None
     index = indices(context.base.numel(), device=context.base.device).reshape(context.base.shape)
     return [

@@ -14,6 +14,7 @@ __all__ = ["scores"]
 
 
 def scores(context: AssessContext) -> list[Tensor]:
+    """Return the ratio of each expert, float32."""
     total = context.deltas[0]
     for t in context.deltas[1:]:
         total = total + t

@@ -1,4 +1,4 @@
-"""Population variance of the deltas over all experts; an expert that left the tensor alone counts as a zero delta.
+"""Population variance of the deltas over all experts. An expert that did not change the tensor counts as a zero delta.
 
 Source: SCE (FuseChat), arXiv 2408.07990.
 """
@@ -18,12 +18,13 @@ __all__ = ["numbers", "scores"]
 def numbers(
     options: Mapping[str, Scalar], reduced: Sequence[tuple[float, ...]], n_experts: int, n_active: int
 ) -> list[float]:
-    """1 / number of experts; then, if there are any, how many left the tensor alone."""
+    """Return 1 / number of experts; then, if there are any, the number of experts that did not change the tensor."""
     absent = n_experts - n_active
     return [1.0 / n_experts, float(absent)] if absent else [1.0 / n_experts]
 
 
 def scores(context: AssessContext) -> list[Tensor]:
+    """Return the variance for each expert, float32."""
     share, *absent = context.numbers
     total = context.deltas[0]
     for t in context.deltas[1:]:

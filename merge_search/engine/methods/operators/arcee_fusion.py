@@ -1,4 +1,4 @@
-"""Arcee Fusion: only the changes that matter most, by size and by what they do to their row's softmax."""
+"""Arcee Fusion: keeps only the changes that matter most, by size and by effect on the softmax of their row."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["importance", "parts", "quantile"]
 def parts(context: OperatorContext) -> list[Tensor]:
     """processed_i = tau_i where its importance is at least median + ``multiple`` * (Q_3/4 - Q_1/4), else 0.
 
-    Importance is |tau| * KL(softmax(row of theta_i) || softmax(row of theta_0)); a row belongs to one output, a vector is one
-    row. Published for one expert; several are treated each alone and added up.
-    Differs: quantiles of all elements, where mergekit draws a million; no 1e-8 is added to probabilities.
+    Importance is |tau| * KL(softmax(row of theta_i) || softmax(row of theta_0)). A row belongs to one output; a vector
+    is one row. The method was published for one expert. Several experts are treated separately and added up.
+    Differs: quantiles of all elements, where mergekit samples a million; no 1e-8 is added to probabilities.
 
     Returns:
-        float32, one per expert.
+        float32, one tensor per expert.
     Source: mergekit's ``arcee_fusion``.
     """
     result = []
@@ -37,7 +37,14 @@ def parts(context: OperatorContext) -> list[Tensor]:
 
 
 def importance(base: Tensor, delta: Tensor) -> Tensor:
-    """|delta| times the divergence of its row. Shape (..., rows, columns), float32; KL in float64, it is tiny."""
+    """Return |delta| times the divergence of its row.
+
+    Args:
+        base: Shape (..., rows, columns), float32.
+        delta: Same shape, float32.
+    Returns:
+        Same shape, float32. The KL divergence is computed in float64, because it is tiny.
+    """
     log_q = torch.log_softmax(base, -1, dtype=torch.float64)
     log_p = torch.log_softmax(base + delta, -1, dtype=torch.float64)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1, keepdim=True).clamp_min(0.0)
@@ -45,10 +52,15 @@ def importance(base: Tensor, delta: Tensor) -> Tensor:
 
 
 def quantile(ordered: Tensor, q: float) -> float:
-    """Linear between neighbours; `torch.quantile` refuses more than 2**24 elements. `ordered` ascends."""
+    """Return a quantile, linear between neighbours. `torch.quantile` refuses more than 2**24 elements.
+
+    Args:
+        ordered: Shape (n,), ascending.
+        q: In [0, 1].
+    """
     if not ordered.numel():
         return 0.0
-    place = q * (ordered.numel() - 1)
-    low = int(place)
+    position = q * (ordered.numel() - 1)
+    low = int(position)
     high = min(low + 1, ordered.numel() - 1)
-    return float(ordered[low]) + (place - low) * (float(ordered[high]) - float(ordered[low]))
+    return float(ordered[low]) + (position - low) * (float(ordered[high]) - float(ordered[low]))

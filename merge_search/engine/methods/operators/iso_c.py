@@ -1,4 +1,4 @@
-"""Iso-C: the summed delta, all its singular values made equal."""
+"""Iso-C: the summed delta with all its singular values made equal."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ __all__ = ["parts"]
 
 @remembered("iso_c")
 def parts(context: OperatorContext) -> list[Tensor]:
-    """processed_i = P tau_i with P = U diag(f) U^T; they sum to mean(S) U V^T, where sum_i tau_i = U diag(S) V^T and f = mean(S) / S.
+    """processed_i = P tau_i with P = U diag(f) U^T and f = mean(S) / S, where sum_i tau_i = U diag(S) V^T.
 
-    Options: ``power`` a: singular values become S**a at the same sum (0 as published; 1 gives the deltas back: task
-    arithmetic); ``tolerance``: S up to this share of the largest count as noise and become 0; ``embeddings``: treat embedding
-    and head too. Other tensors are averaged. Differs: the tolerance (the released code lifts noise to the mean as well).
-    Single parts can be much longer than their sum where the deltas nearly cancel (S small): mind that in fitting coefficients.
+    The parts sum to mean(S) U V^T. Where the deltas nearly cancel (small S), single parts can be much longer than their
+    sum; consider this when coefficients are fitted. Tensors that are no matrices are averaged.
+
+    Options: ``power`` a: singular values become S**a with the same sum (0 as published; 1 gives the deltas back: task
+    arithmetic). ``tolerance``: S up to this share of the largest count as noise and become 0. ``embeddings``: treat
+    embedding and head as well.
+    Differs: the tolerance (the released code raises noise to the mean as well).
 
     Returns:
-        float32, one per expert.
+        float32, one tensor per expert.
     Raises:
-        NonFiniteError: NaN in a delta.
+        NonFiniteError: A delta holds NaN or infinity.
     Cost: one SVD per matrix; none per candidate when cached.
     Source: Marczak et al. 2025, arXiv 2502.04959.
     """

@@ -1,4 +1,4 @@
-"""Iso-CTS: a flat spectrum over the directions that experts share and those that each has for itself."""
+"""Iso-CTS: a flat spectrum over the directions that experts share and the directions that each has for itself."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ __all__ = ["parts", "split_ranks"]
 
 @remembered("iso_cts")
 def parts(context: OperatorContext) -> list[Tensor]:
-    """Parts of mean(S) U_perp V_perp^T, frames of common and task-specific directions side by side, made orthogonal.
+    """Parts of mean(S) U_perp V_perp^T: frames of common and task-specific directions side by side, made orthogonal.
 
-    Common: the leading singular triples of sum_i tau_i = U diag(S) V^T. Task-specific: the leading triples of what is left of
-    each delta, tau_i - U_c U_c^T tau_i. mean(S) is over all of them.
-    Expert i gets its own directions whole and of each common direction r the share u_r^T tau_i v_r / S_r that it contributed,
-    shares that sum to one (a choice of ours: the paper has no parts).
+    The common directions are the leading singular triples of sum_i tau_i = U diag(S) V^T. The task-specific directions
+    are the leading triples of the rest of each delta, tau_i - U_c U_c^T tau_i. mean(S) is over all of them. Expert i
+    gets its own directions whole, and of each common direction r the share u_r^T tau_i v_r / S_r that it contributed.
+    These shares sum to one. They are a choice of this implementation, as the paper has no parts. M counts the experts
+    that changed the tensor. Tensors that are no matrices are averaged.
 
-    Options: ``common``: fraction of directions that are common; ``tolerance``: singular values up to this share of the
-    largest are noise, left out of frames and mean; ``embeddings``. M counts experts that changed the tensor. Other tensors
-    are averaged. Differs: the tolerance.
+    Options: ``common``: fraction of directions that are common. ``tolerance``: singular values up to this share of the
+    largest count as noise and are left out of frames and mean. ``embeddings``: treat embedding and head as well.
+    Differs: the tolerance.
 
     Returns:
-        float32, one per expert.
+        float32, one tensor per expert.
     Raises:
-        RecipeError: ``common`` outside [0, 1]. NonFiniteError: NaN in a delta.
+        RecipeError: ``common`` is outside [0, 1].
+        NonFiniteError: A delta holds NaN or infinity.
     Cost: M + 3 SVDs per matrix; none per candidate when cached.
     Source: Marczak et al. 2025, arXiv 2502.04959.
     """
@@ -58,25 +60,28 @@ def parts(context: OperatorContext) -> list[Tensor]:
     kept = values > 0
     level = values.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_min(1)
     u, s, v = (frames[0][0], frames[0][1], frames[0][2])
-    for place, i in enumerate(alive):
+    for position, i in enumerate(alive):
         given = torch.zeros_like(values)
-        share = (u * (taus[place] @ v)).sum(-2) / torch.where(s > 0, s, 1.0)
+        share = (u * (taus[position] @ v)).sum(-2) / torch.where(s > 0, s, 1.0)
         given[..., :n_common] = torch.where(s > 0, share, 0.0)
-        own = slice(n_common + place * n_own, n_common + (place + 1) * n_own)
-        given[..., own] = kept[..., own].to(values.dtype)
+        specific = slice(n_common + position * n_own, n_common + (position + 1) * n_own)
+        given[..., specific] = kept[..., specific].to(values.dtype)
         part = (left * (level * given)[..., None, :]) @ right.mT
         result[i] = oriented(context, part).to(torch.float32).contiguous()
     return result
 
 
 def split_ranks(n: int, n_experts: int, common: float) -> tuple[int, int]:
-    """Number of common directions, and of directions of each expert: together n, as near to `common` as divides evenly."""
-    own = min(round((n - int(n * common)) / n_experts), n // n_experts)
-    return n - own * n_experts, own
+    """Return the number of common directions and the number of each expert's own directions.
+
+    Together they are `n`, as near to the share `common` as divides evenly.
+    """
+    n_own = min(round((n - int(n * common)) / n_experts), n // n_experts)
+    return n - n_own * n_experts, n_own
 
 
 def _frames(taus: list[Tensor], n_common: int, n_own: int, tolerance: float) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(U, S, V) of the common directions, then of each expert's own; noise directions are zero."""
+    """Return (U, S, V) of the common directions, then of each expert's own. Directions of noise are zero."""
     frames = [_leading(torch.stack(taus).sum(0), n_common, tolerance, None)]
     common = frames[0][0]
     for tau in taus:
@@ -86,7 +91,10 @@ def _frames(taus: list[Tensor], n_common: int, n_own: int, tolerance: float) -> 
 
 
 def _leading(x: Tensor, k: int, tolerance: float, size: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading k triples with singular values above `tolerance` times `size` (None: the largest); zeros for the others."""
+    """Return the leading `k` singular triples. Those with singular values up to the limit are zero.
+
+    The limit is `tolerance` times `size`, or times the largest singular value if `size` is None.
+    """
     u, s, vh = svd(x)
     limit = tolerance * (s[..., :1] if size is None else size[..., None])
     kept = ((s > limit) & (s > 0)).to(s.dtype)[..., :k]

@@ -1,4 +1,4 @@
-"""Karcher mean: the point of the sphere with the least squared angles to all experts."""
+"""Karcher mean: the point of the sphere with the least sum of squared angles to all experts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from merge_search.engine.methods.operators.sphere import angle, merged_weights, 
 __all__ = ["karcher_mean", "merge"]
 
 _OPPOSED = 1e-6
+"""Length of a mean of unit vectors, or distance of an angle from pi, below which there is no direction."""
 
 
 def merge(context: OperatorContext) -> Tensor:
     """Karcher mean of the directions, weighted by the coefficients, times the mean norm.
 
-    Zero vectors are left out with their weights; where directions cancel, the weighted mean of the vectors is taken.
-    Options: ``space``, ``steps`` and ``tolerance`` of the iteration. Differs: mergekit weighs all experts alike.
+    Zero vectors and their weights are left out. Where the directions cancel, the weighted mean of the vectors is used
+    instead.
+    Options: ``space``, and ``steps`` and ``tolerance`` of the iteration.
+    Differs: mergekit weighs all experts alike.
 
     Returns:
         float32 weights, moved by `scale` from the base.
     Raises:
-        RecipeError: a coefficient is negative.
+        RecipeError: A coefficient is negative.
     Source: Karcher 1977; mergekit's ``karcher``.
     """
     shares = weights(context)
@@ -44,10 +47,13 @@ def merge(context: OperatorContext) -> Tensor:
 
 
 def karcher_mean(directions: list[Tensor], w: list[float], *, steps: int, tolerance: float) -> Tensor | None:
-    """u <- exp_u( sum_i w_i log_u(u_i) ) until the step is shorter than `tolerance`.
+    """Iterate u <- exp_u( sum_i w_i log_u(u_i) ) until the step is shorter than `tolerance`.
 
     Args:
-        directions: Unit vectors of one shape. w: Weights that sum to one.
+        directions: Unit vectors of one shape.
+        w: Weights that sum to one.
+        steps: Most iterations.
+        tolerance: Length of the last step.
     Returns:
         A unit vector, or None where the directions cancel and there is no unique mean.
     """
@@ -59,7 +65,7 @@ def karcher_mean(directions: list[Tensor], w: list[float], *, steps: int, tolera
         step = torch.zeros_like(u)
         for w_i, d in zip(w, directions, strict=True):
             theta = float(angle(u, d))
-            if theta < math.pi - _OPPOSED:  # the antipode can be reached by any way: no step
+            if theta < math.pi - _OPPOSED:  # all ways to the antipode are equally long: no step
                 across = d - math.cos(theta) * u
                 step += w_i * theta * unit(across)
         length = float(norm(step))

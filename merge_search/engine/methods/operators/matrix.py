@@ -1,7 +1,7 @@
-"""What the matrix operators share: which tensors are matrices, safe decompositions, the fallback of the papers.
+"""Functions that the matrix operators share: recognising matrices, safe decompositions, the papers' fallback.
 
 Matrices are (..., out, in); a 3-D tensor is a stack of them. Decompositions run in float32, small ones in float64, and
-retry in float64 where float32 does not converge; half precision has none.
+are repeated in float64 if float32 does not converge. No decomposition runs in half precision.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ __all__ = [
 ]
 
 SMALL = 2**16
-"""Up to so many elements float64 costs nothing worth saving."""
+"""Most elements of a matrix that is decomposed in float64, where its extra cost does not matter."""
 _POLAR_TOLERANCE = 1e-5
-"""Directions that the stacked frames share to this relative size are one direction: below it float32 has only noise."""
+"""Relative singular value below which directions of the stacked frames count as shared: the noise of float32."""
 
 _SINGULAR = 1e-7
-"""Ratio of Cholesky pivots, a square root: below it float64 has about two digits left."""
+"""Ratio of Cholesky pivots (a square root) below which float64 has about two digits left."""
 
 
 def is_matrix(context: OperatorContext) -> bool:
     """Whether the tensor is a matrix or a stack of them, and not an embedding that the options leave out.
 
-    Single rows and columns (a head with one output, depthwise convolutions) have no spectrum to speak of.
+    Single rows and columns (a head with one output, depthwise convolutions) have no useful spectrum and do not count.
     """
     shape = context.base.shape
     if len(shape) not in (2, 3) or min(shape[-2:]) < 2:
@@ -47,46 +47,46 @@ def is_matrix(context: OperatorContext) -> bool:
 
 
 def active(context: OperatorContext) -> list[int]:
-    """Experts that changed the tensor.
+    """Return the indices of the experts that changed the tensor.
 
     Raises:
-        NonFiniteError: a delta has NaN or infinity.
+        NonFiniteError: A delta holds NaN or infinity.
     """
-    found = [i for i, is_active in enumerate(context.active) if is_active]
-    for i in found:
+    indices = [i for i, is_active in enumerate(context.active) if is_active]
+    for i in indices:
         if not bool(torch.isfinite(context.deltas[i]).all()):
             raise NonFiniteError(
                 f"deltas must be finite, found NaN or infinity in {context.where()} of expert {context.experts[i]!r}; "
                 "check its checkpoint"
             )
-    return found
+    return indices
 
 
 def mean_parts(context: OperatorContext) -> list[Tensor]:
-    """processed_i = tau_i / M, M the number of experts that changed the tensor, as the engine does for other tensors."""
+    """processed_i = tau_i / M, as the engine does for other tensors. M counts the experts that changed the tensor."""
     return [delta / max(1, sum(context.active)) for delta in context.deltas]
 
 
 def zero_parts(context: OperatorContext) -> list[Tensor]:
-    """No expert changed the tensor: processed deltas of zeros."""
+    """Return processed deltas of zeros."""
     return [torch.zeros_like(delta) for delta in context.deltas]
 
 
 def oriented(context: OperatorContext, x: Tensor) -> Tensor:
-    """x as (..., out, in), and back: a view."""
+    """Return `x` as (..., out, in), or back: a view."""
     return x.mT if context.transposed else x
 
 
 def working(x: Tensor) -> Tensor:
-    """x in the precision in which its decomposition runs."""
+    """Return `x` in the precision in which it is decomposed."""
     return x.to(torch.float64 if x.numel() <= SMALL else torch.float32)
 
 
 def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD x = U diag(S) Vh, batched, in the dtype of x (float32 or float64).
+    """Return the thin SVD x = U diag(S) Vh, batched, in the dtype of `x` (float32 or float64).
 
     Raises:
-        TrialError: float64 did not converge either.
+        TrialError: It did not converge in float64 either.
     """
     for dtype in dict.fromkeys((x.dtype, torch.float64)):
         try:
@@ -95,15 +95,16 @@ def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             continue
         return u.to(x.dtype), s.to(x.dtype), vh.to(x.dtype)
     raise TrialError(
-        f"the singular value decomposition of a matrix of shape {tuple(x.shape)} did not converge in float64; use another operator"
+        f"the singular value decomposition of a matrix of shape {tuple(x.shape)} did not converge in float64; "
+        "use another operator"
     )
 
 
 def polar(frame: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns (rows if wide): P Q^T of the SVD P S Q^T.
+    """Return the nearest matrix with orthonormal columns (rows if wide): P Q^T of the SVD P S Q^T.
 
-    Columns of zeros stay zero, and directions with S = 0 are left out: the released codes keep them, with whatever vectors the
-    SVD happens to return, which differ from machine to machine.
+    Columns of zeros stay zero, and directions with S = 0 are left out. The released codes keep such directions, with
+    arbitrary vectors of the SVD that differ from machine to machine.
 
     Args:
         frame: Shape (..., n, k).
@@ -114,15 +115,17 @@ def polar(frame: Tensor) -> Tensor:
 
 
 def spectrum_factors(s: Tensor, *, power: float, tolerance: float) -> Tensor:
-    """What singular values are multiplied by to become c * s**power with the same sum.
+    """Return the factors that turn singular values into c * s**power with the same sum.
 
-    Power 1 changes nothing, power 0 makes them all equal to their mean. Values up to `tolerance` times the largest count as
+    Power 1 changes nothing, power 0 makes all equal to their mean. Values up to `tolerance` times the largest count as
     noise: they become zero and do not enter the mean (deltas of low rank have many).
 
     Args:
         s: Shape (..., k), descending, >= 0.
+        power: Exponent.
+        tolerance: In [0, 1].
     Returns:
-        Same shape and dtype.
+        Shape and dtype of `s`.
     """
     kept = (s > tolerance * s[..., :1]) & (s > 0)
     safe = torch.where(kept, s, 1.0)
@@ -133,10 +136,11 @@ def spectrum_factors(s: Tensor, *, power: float, tolerance: float) -> Tensor:
 
 
 def right_divide(top: Tensor, bottom: Tensor) -> Tensor:
-    """top @ bottom^-1 for a symmetric, positive (semi-)definite bottom; with its pseudo-inverse where it is singular.
+    """Return top @ bottom^-1 for a symmetric, positive (semi-)definite bottom; its pseudo-inverse where it is singular.
 
     Args:
-        top: Shape (..., m, n). bottom: Shape (..., n, n). Both float64.
+        top: Shape (..., m, n), float64.
+        bottom: Shape (..., n, n), float64.
     """
     factor, failed = torch.linalg.cholesky_ex(bottom)
     pivots = factor.diagonal(dim1=-2, dim2=-1)

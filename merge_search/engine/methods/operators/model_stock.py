@@ -13,18 +13,22 @@ __all__ = ["parts", "ratio"]
 
 
 def parts(context: OperatorContext) -> list[Tensor]:
-    """processed_i = t tau_i / M with t = M cos / (1 + (M - 1) cos), cos the mean cosine over pairs of deltas.
+    """processed_i = t tau_i / M with t = M cos / (1 + (M - 1) cos), where cos is the mean cosine over pairs of deltas.
 
-    M counts experts that changed the tensor (``scope="layer"``: any tensor of the block, whose deltas are taken as one long
-    vector; ``scope="row"``: that row of the matrix). With one such expert t = 1. Options: ``scope``; ``clamp``: cos into
-    [0, 1] first, without which opposed deltas lead away from the average, and t is undefined at cos = -1 / (M - 1) (taken
-    as 0 there); ``count="all"``: M counts all experts, a zero delta has cosine 0 to the others (mergekit). The factor on t
-    that one may want to search is the recipe's scale. Differs: the paper leaves cos unclamped and works per tensor.
+    M counts the experts that changed the tensor. With one such expert t = 1. To vary the factor t, use the recipe's
+    scale.
+
+    Options: ``scope``: with ``layer``, M counts the experts that changed any tensor of the block, and the block's
+    deltas are taken as one long vector; with ``row``, cos and M are those of each row of the matrix. ``clamp``: clamp
+    cos to [0, 1] first. Without it, opposed deltas lead away from the average, and t is undefined at cos = -1 / (M -
+    1), where it is set to 0. ``count="all"``: M counts all experts, and a zero delta has cosine 0 to the others
+    (mergekit).
+    Differs: the paper leaves cos unclamped and works per tensor.
 
     Returns:
-        float32, one per expert.
+        float32, one tensor per expert.
     Raises:
-        RecipeError: scope ``layer`` where the block's other tensors are not given.
+        RecipeError: The scope is ``layer`` and the block's other tensors are not given.
     Source: Jang et al. 2024, arXiv 2403.19522.
     """
     if context.options["scope"] == "row" and context.base.ndim > 1:
@@ -35,10 +39,12 @@ def parts(context: OperatorContext) -> list[Tensor]:
 
 
 def ratio(gram: Tensor, *, clamp: bool, everyone: bool = False) -> tuple[float, int]:
-    """t, and the number of experts that count: those with a delta, or all.
+    """Return t, and the number of experts that count: those with a delta, or all.
 
     Args:
         gram: Inner products of the deltas. Shape (M, M), float64.
+        clamp: Clamp the mean cosine to [0, 1].
+        everyone: Count all experts.
     """
     alive = torch.nonzero(gram.diagonal() > 0).reshape(-1)
     n = len(gram) if everyone else len(alive)
@@ -54,7 +60,7 @@ def ratio(gram: Tensor, *, clamp: bool, everyone: bool = False) -> tuple[float, 
 
 
 def _by_row(context: OperatorContext) -> list[Tensor]:
-    """`ratio` for every row."""
+    """As `parts`, with `ratio` computed for every row."""
     deltas = torch.stack([oriented(context, delta) for delta in context.deltas]).to(torch.float64)
     length = torch.linalg.vector_norm(deltas, dim=-1, keepdim=True)
     alive = (length > 0).sum(0)
@@ -70,13 +76,14 @@ def _by_row(context: OperatorContext) -> list[Tensor]:
 
 
 def _pooled(context: OperatorContext) -> Tensor:
-    """Inner products of the deltas over the scope; made once per tensor or block."""
+    """Return the inner products of the deltas over the scope, computed once per tensor or block."""
     by_layer = context.options["scope"] == "layer" and context.group.block is not None
     key = ("model_stock", context.group.block if by_layer else context.name, context.experts)
     if key not in context.memory:
         if by_layer and context.siblings is None:
             raise RecipeError(
-                f"model_stock: scope 'layer' needs the other tensors of the block of {context.where()}; use scope 'tensor'"
+                f"model_stock: scope 'layer' needs the other tensors of the block of {context.where()}; "
+                "use scope 'tensor'"
             )
         groups = context.siblings() if by_layer and context.siblings is not None else [context.deltas]
         context.memory[key] = torch.stack([_gram(deltas) for deltas in groups]).sum(0)

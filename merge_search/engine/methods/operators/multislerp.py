@@ -15,16 +15,16 @@ _OPPOSED = 1e-6
 
 
 def merge(context: OperatorContext) -> Tensor:
-    """m / |m| * sum_i w_i |v_i| with m = sum_i w_i v_i / |v_i|, w the normalised coefficients.
+    """m / |m| * sum_i w_i |v_i| with m = sum_i w_i v_i / |v_i|, where w are the normalised coefficients.
 
-    mergekit goes on from there with a weighted sum of tangents at m, by the same weights: that sum is zero, so it is left out.
-    Zero vectors have no direction and are left out with their weights. Where directions cancel, the weighted mean of the
-    vectors is taken (mergekit refuses for more than two).
+    mergekit then adds a weighted sum of tangents at m, by the same weights. That sum is zero, so it is left out here.
+    Zero vectors have no direction; they and their weights are left out. Where the directions cancel, the weighted mean
+    of the vectors is used instead (mergekit refuses this for more than two).
 
     Returns:
         float32 weights, moved by `scale` from the base.
     Raises:
-        RecipeError: a coefficient is negative.
+        RecipeError: A coefficient is negative.
     Source: mergekit's ``multislerp``.
     """
     shares = weights(context)

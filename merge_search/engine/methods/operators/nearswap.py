@@ -15,12 +15,13 @@ _FLOOR = 1e-6
 def parts(context: OperatorContext) -> list[Tensor]:
     """processed_i = w_i tau_i with w_i = min(1, t / max(|tau_i|, 1e-6)): deltas clipped to [-t, t].
 
-    Published for one expert; several are treated each alone and added up. Option ``t`` > 0; 1e-5 to 1e-2 are worth a try.
+    The method was published for one expert. Several experts are treated separately and added up.
+    Options: ``t`` > 0; values from 1e-5 to 1e-2 are worth trying.
 
     Returns:
-        float32, one per expert.
+        float32, one tensor per expert.
     Raises:
-        RecipeError: t is not positive.
+        RecipeError: ``t`` is not positive.
     Source: mergekit's ``nearswap``.
     """
     t = context.number("t")

@@ -1,4 +1,4 @@
-"""Norm matching: the combined delta as long as the experts' deltas are on average."""
+"""Norm matching: scales the combined delta to the mean length of the experts' deltas."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ __all__ = ["post"]
 
 
 def post(context: OperatorContext, combined: Tensor) -> Tensor:
-    """D * mean_i ||tau_i|| / ||D||, the mean over experts that changed the tensor; a D of zeros stays.
+    """D * mean_i ||tau_i|| / ||D||, with the mean over the experts that changed the tensor. A D of zeros stays.
 
+    Args:
+        context: The tensor and its deltas.
+        combined: The combined delta D, float32.
     Returns:
         float32, shape of `combined`.
     Raises:
-        NonFiniteError: NaN in a delta.
+        NonFiniteError: A delta holds NaN or infinity.
     """
     alive = active(context)
     length = float(torch.linalg.vector_norm(combined))
     if not alive or length == 0:
         return combined
-    wanted = sum(float(torch.linalg.vector_norm(context.deltas[i])) for i in alive) / len(alive)
-    return combined * (wanted / length)
+    mean_length = sum(float(torch.linalg.vector_norm(context.deltas[i])) for i in alive) / len(alive)
+    return combined * (mean_length / length)

@@ -11,31 +11,32 @@ from merge_search.engine.methods.operators.sphere import interpolate, merged_wei
 __all__ = ["merge"]
 
 _LERP_ABOVE = 1 - 1e-7
-"""Only where the sine has no digits left: the angle is computed without loss."""
+"""|cos| above which the path is a straight line: the sine has no digits left there. The angle itself is exact."""
 
 
 def merge(context: OperatorContext) -> Tensor:
     """SLERP with t = c_2 / (c_1 + c_2), on deltas (as published where a base is given) or weights.
 
-    With one expert in the space ``weights``, from the base with t = c_1.
+    With a single expert the path starts at the base, with t = c_1.
 
-    Option ``axis``: the vectors are the whole tensor, the rows (one per output) or the columns of a matrix; tensors of one
-    dimension are taken whole. Stacks and transposed storage are followed.
+    Options: ``space``: join weights or deltas. ``axis``: the vectors are the whole tensor, the rows (one per output) or
+    the columns of a matrix. Tensors of one dimension are taken whole. Stacks and transposed storage are taken into
+    account.
 
     Returns:
         float32 weights, moved by `scale` from the base; the base where both coefficients are zero.
     Raises:
-        RecipeError: a coefficient is negative.
+        RecipeError: A coefficient is negative.
     Source: mergekit's ``nuslerp``.
     """
     if not any(context.active):
         return context.base.clone()
-    found = points(context)
-    if len(found) == 1:
+    experts = points(context)
+    if len(experts) == 1:
         start = context.base if context.options["space"] == "weights" else torch.zeros_like(context.base)
-        (a, b), shares = (start, found[0]), [0.0, context.coefficients[0]]
+        (a, b), shares = (start, experts[0]), [0.0, context.coefficients[0]]
     else:
-        a, b = found
+        a, b = experts
         shares = weights(context)
     if not shares:
         return context.base.clone()

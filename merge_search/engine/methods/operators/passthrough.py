@@ -1,4 +1,4 @@
-"""Passthrough: the base, or one expert, copied."""
+"""Passthrough: a copy of the base or of one expert."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["merge"]
 
 
 def merge(context: OperatorContext) -> Tensor:
-    """theta = theta_0, or theta_i of the option ``expert``; coefficients and scale play no part.
+    """theta = theta_0, or theta_i of the option ``expert``. Coefficients and scale play no part.
 
     Returns:
-        float32: the values that are stored, exactly, where `OperatorContext.stored` is given.
+        float32: exactly the stored values where `OperatorContext.stored` is given.
     Raises:
-        RecipeError: no such expert.
+        RecipeError: There is no such expert.
     Source: mergekit's ``passthrough``.
     """
     expert = str(context.options["expert"])

@@ -1,6 +1,6 @@
-"""Processed deltas that do not depend on the candidate are made once: a search that varies coefficients pays one SVD per tensor.
+"""Cache processed deltas that do not depend on the candidate: a search over coefficients pays for one SVD per tensor.
 
-What is kept changes no bit: it is what would be computed again.
+A cached result has the bits that would be computed again.
 """
 
 from __future__ import annotations
@@ -11,49 +11,36 @@ from functools import wraps
 from torch import Tensor
 
 from merge_search.engine.methods.operators import OperatorContext
-from merge_search.engine.passes.byte_cache import room
 
 __all__ = ["remembered"]
 
 Parts = Callable[[OperatorContext], list[Tensor]]
-_LEDGER = ("operators", "bytes")
 
 
 def remembered(name: str) -> Callable[[Parts], Parts]:
-    """Decorator: keep an operator's result per tensor and experts, for the options it was last asked for.
+    """Decorate an operator: its result is kept per tensor and experts, for the options it was last called with.
 
-    Kept in `OperatorContext.memory`, on the device of the deltas, up to a third of the memory that is free when the first is
-    kept; beyond that results are made anew every time. Callers must not write to them.
+    Results are kept in `OperatorContext.cache`, on the device of the deltas, while there is room. The others are
+    computed every time: a merge asks for every tensor once, so dropping another tensor's result would gain nothing.
+    Callers must not write to them.
+
+    Args:
+        name: Name of the operator, part of the key.
     """
 
     def decorate(parts: Parts) -> Parts:
         @wraps(parts)
         def cached(context: OperatorContext) -> list[Tensor]:
+            if context.cache is None:
+                return parts(context)
             key, options = (name, context.name, context.experts), tuple(sorted(context.options.items()))
-            known = context.memory.get(key)
+            known = context.cache.get(key)
             if known is not None and known[0] == options:
-                kept: list[Tensor] = known[1]
-                return list(kept)
+                return list(known[1])
             result = parts(context)
-            _keep(context, key, options, result)
+            context.cache.put(key, (options, result), sum(t.numel() * t.element_size() for t in result))
             return list(result)
 
         return cached
 
     return decorate
-
-
-def _keep(context: OperatorContext, key: tuple[object, ...], options: tuple[object, ...], result: list[Tensor]) -> None:
-    left = context.memory.get(_LEDGER)
-    if left is None:
-        left = room(context.base.device)
-    dropped = context.memory.pop(key, None)
-    left += _size(dropped[1]) if dropped is not None else 0
-    if _size(result) <= left:
-        context.memory[key] = (options, result)
-        left -= _size(result)
-    context.memory[_LEDGER] = left
-
-
-def _size(tensors: list[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)

@@ -10,27 +10,30 @@ from merge_search.engine.methods.operators.sphere import interpolate, merged_wei
 __all__ = ["merge"]
 
 _LERP_ABOVE = 0.9995
-"""|cos| beyond which mergekit goes straight."""
+"""|cos| above which mergekit goes along a straight line."""
 
 
 def merge(context: OperatorContext) -> Tensor:
-    """sin((1-t) w)/sin(w) a + sin(t w)/sin(w) b, w the angle between the flattened tensors.
+    """sin((1-t) w)/sin(w) a + sin(t w)/sin(w) b, where w is the angle between the flattened tensors.
 
-    With two experts a, b are those; with one, base and expert. Options: ``t``, by default taken from the coefficients
-    (c_2 / (c_1 + c_2), or c_1 of a single expert), which may vary by group; ``space``: join weights (as published) or deltas.
+    With two experts a and b are these; with one they are base and expert.
+
+    Options: ``t``, taken from the coefficients by default (c_2 / (c_1 + c_2), or c_1 of a single expert), which may
+    vary by group. ``space``: join weights (as published) or deltas.
 
     Returns:
-        float32 weights, moved by `scale` from the base. Straight line where |cos w| > 0.9995 or a vector is zero.
+        float32 weights, moved by `scale` from the base. The path is straight where |cos w| > 0.9995 or a vector is
+        zero.
     Raises:
-        RecipeError: a coefficient is negative.
+        RecipeError: A coefficient is negative.
     Source: Shoemake 1985; mergekit's ``slerp``.
     """
     if not any(context.active):
         return context.base.clone()
-    found = points(context)
-    if len(found) == 1:
+    ends = points(context)
+    if len(ends) == 1:
         start = context.base if context.options["space"] == "weights" else context.base.new_zeros(context.base.shape)
-        found, t = [start, found[0]], context.coefficients[0]
+        ends, t = [start, ends[0]], context.coefficients[0]
     else:
         shares = weights(context)
         if not shares and "t" not in context.options:
@@ -38,4 +41,4 @@ def merge(context: OperatorContext) -> Tensor:
         t = shares[1] if shares else 0.0
     if "t" in context.options:
         t = context.number("t")
-    return merged_weights(context, interpolate(found[0], found[1], t, lerp_above=_LERP_ABOVE))
+    return merged_weights(context, interpolate(ends[0], ends[1], t, lerp_above=_LERP_ABOVE))

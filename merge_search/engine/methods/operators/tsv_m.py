@@ -22,23 +22,28 @@ from merge_search.errors import RecipeError
 __all__ = ["parts"]
 
 _NOISE = 1e-5
-"""Singular values up to this share of the largest have directions of rounding noise: left out."""
+"""Singular values up to this share of the largest have directions of rounding noise, which are left out."""
 
 
 @remembered("tsv_m")
 def parts(context: OperatorContext) -> list[Tensor]:
-    """processed_i = U_perp[:, idx_i] diag(S_i) V_perp[:, idx_i]^T: the share of expert i's singular triples; they sum to TSV-M's delta.
+    """processed_i = U_perp[:, idx_i] diag(S_i) V_perp[:, idx_i]^T: expert i's share of TSV-M's delta.
 
-    Each delta is cut to its k = rank_share * min(out, in) / M leading singular triples (at least one), U_perp and V_perp are
-    the polar factors of all U_i, V_i side by side, idx_i are expert i's columns. M counts experts that changed the tensor: one
-    alone keeps its whole delta. Options: ``rank_share``, 1 as published (0.2 to 1.5 are worth a try); ``embeddings``: treat
-    embedding and head too. Other tensors are averaged. alpha of the paper is the recipe's scale.
-    Differs: directions without singular value, or shared by experts to the last digit, are left out instead of filled up.
+    Each delta is cut to its k = rank_share * min(out, in) / M leading singular triples (at least one). U_perp and
+    V_perp are the polar factors of all U_i, V_i side by side. idx_i are expert i's columns. The parts sum to TSV-M's
+    delta. M counts the experts that changed the tensor; a single one keeps its whole delta. Tensors that are no
+    matrices are averaged. The paper's alpha is the recipe's scale.
+
+    Options: ``rank_share``, 1 as published (0.2 to 1.5 are worth trying). ``embeddings``: treat embedding and head as
+    well.
+    Differs: directions without a singular value, or shared by experts to the last digit, are left out instead of filled
+    up.
 
     Returns:
-        float32, one per expert.
+        float32, one tensor per expert.
     Raises:
-        RecipeError: rank_share is not positive. NonFiniteError: NaN in a delta.
+        RecipeError: ``rank_share`` is not positive.
+        NonFiniteError: A delta holds NaN or infinity.
     Cost: M + 2 SVDs per matrix; none per candidate when cached.
     Source: Gargiulo et al. 2024, arXiv 2412.00081.
     """
@@ -60,8 +65,8 @@ def parts(context: OperatorContext) -> list[Tensor]:
         values.append(s[..., :rank] * kept)
         rights.append(vh[..., :rank, :].mT * kept[..., None, :])
     left, right = polar(torch.cat(lefts, -1)), polar(torch.cat(rights, -1))
-    for place, i in enumerate(alive):
-        own = slice(place * rank, (place + 1) * rank)
-        part = (left[..., own] * values[place][..., None, :]) @ right[..., own].mT
+    for position, i in enumerate(alive):
+        columns = slice(position * rank, (position + 1) * rank)
+        part = (left[..., columns] * values[position][..., None, :]) @ right[..., columns].mT
         result[i] = oriented(context, part).to(torch.float32).contiguous()
     return result

@@ -1,4 +1,4 @@
-"""WUDI-Merging: the merged delta that disturbs least what every expert's delta does to its own inputs."""
+"""WUDI-Merging: the merged delta that interferes least with what every expert's delta does to its own inputs."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 @remembered("wudi")
 def parts(context: OperatorContext) -> list[Tensor]:
-    """Parts of the minimiser of sum_i || (D - tau_i) tau_i^T ||_F^2 / || tau_i ||_F^2; rows of tau_i stand in for inputs.
+    """Parts of the minimiser of sum_i || (D - tau_i) tau_i^T ||_F^2 / || tau_i ||_F^2.
 
-    With A_i = tau_i^T tau_i / ||tau_i||^2 and A = sum_i A_i:
+    The rows of tau_i take the place of inputs. With A_i = tau_i^T tau_i / ||tau_i||^2 and A = sum_i A_i:
 
-    solver ``adam``    ``steps`` steps of Adam from sum_i tau_i, as released; few and small steps are its regulariser.
-                       processed_i = tau_i + (what Adam added) / M. ``relative_lr``: ``lr`` times the RMS of the sum;
-                       as published ``lr`` is absolute, hence depends on the size of the deltas.
+    solver ``adam``    ``steps`` steps of Adam from sum_i tau_i, as released; few, small steps act as its regulariser.
+                       processed_i = tau_i + (change by Adam) / M. With ``relative_lr``, ``lr`` is a multiple of the
+                       RMS of the sum. As published, ``lr`` is absolute and so depends on the size of the deltas.
     solver ``closed``  the stationary point, pulled to sum_i tau_i by ``ridge`` times the mean diagonal of A:
                        processed_i = tau_i + tau_i (A_i - A)(A + ridge m I)^-1. Ridge 0: the optimum nearest to the sum.
 
-    ``norm="plain"`` divides by ||tau_i|| as the authors' vision code does. ``embeddings``: treat embedding and head too.
-    M counts experts that changed the tensor. Other tensors are averaged.
-    Differs: the gradient 2 (D A - sum_i tau_i A_i) is written out, one product a step whatever M is.
+    ``norm="plain"`` divides by ||tau_i||, as the authors' vision code does. ``embeddings``: treat embedding and head as
+    well. M counts the experts that changed the tensor. Tensors that are no matrices are averaged.
+    Differs: the gradient 2 (D A - sum_i tau_i A_i) is written out, with one product a step whatever M is.
 
     Returns:
-        float32, one per expert; they sum to D.
+        float32, one tensor per expert; they sum to D.
     Raises:
-        RecipeError: negative ridge, steps or lr. NonFiniteError: NaN in a delta.
+        RecipeError: ``ridge``, ``steps`` or ``lr`` is negative.
+        NonFiniteError: A delta holds NaN or infinity.
     Cost: M products for A, then ``steps`` products, or one Cholesky factor and M solves of (in, in) in float64.
     Source: Cheng et al. 2025, arXiv 2503.08099.
     """

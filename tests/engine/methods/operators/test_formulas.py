@@ -229,7 +229,7 @@ def test_svc_gamma_obeys_its_cap() -> None:
     near((u.T @ capped @ vh.T).diagonal() / s, [0.7821, 1.0], atol=6e-5)
 
 
-def test_norm_match_gives_the_mean_length_of_the_deltas_that_are_there() -> None:
+def test_norm_match_gives_the_mean_length_of_the_deltas_that_are_not_zero() -> None:
     deltas = [3.0 * torch.ones(4), torch.zeros(4), 5.0 * torch.ones(4)]
     near(run("norm_match", deltas, combined=torch.tensor([2.0, 0.0, 0.0, 0.0])), [8.0, 0.0, 0.0, 0.0])
     assert not run("norm_match", deltas, combined=torch.zeros(4)).any()

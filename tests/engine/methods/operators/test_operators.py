@@ -1,4 +1,4 @@
-"""What holds for all tensor operators and post rules: shapes, stacks, zero deltas, options; the engine's use of them."""
+"""Properties of all tensor operators and post rules: shapes, stacks, zero deltas, options, use by the engine."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from merge_search.engine.methods.operators import (
 )
 from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.errors import NonFiniteError, RecipeError
+from merge_search.memory import BudgetedCache, MemoryBudget
 from merge_search.recipe import Group, Models, Operator, Recipe
 
 SHAPES = [(7,), (5, 9), (9, 5), (3, 4, 6), (1, 8), (6, 1, 4)]
@@ -135,13 +136,13 @@ def test_a_delta_with_nan_is_named() -> None:
 
 
 def test_parts_are_made_once_per_tensor_and_options() -> None:
-    deltas, memory = random_deltas(2, (6, 8)), {}
-    first = run("tsv_m", deltas, memory=memory)
-    again = run("tsv_m", deltas, memory=memory, coefficients=(0.2, 0.3), scale=2.0)
+    deltas, cache = random_deltas(2, (6, 8)), BudgetedCache(MemoryBudget(10**6))
+    first = run("tsv_m", deltas, cache=cache)
+    again = run("tsv_m", deltas, cache=cache, coefficients=(0.2, 0.3), scale=2.0)
     assert all(a is b for a, b in zip(first, again, strict=True))
-    other = run("tsv_m", deltas, memory=memory, options={"rank_share": 0.5})
+    other = run("tsv_m", deltas, cache=cache, options={"rank_share": 0.5})
     assert not torch.equal(total(other), total(first))
-    back = run("tsv_m", deltas, memory=memory)
+    back = run("tsv_m", deltas, cache=cache)
     assert all(torch.equal(a, b) for a, b in zip(first, back, strict=True))
 
 
@@ -167,7 +168,7 @@ def test_large_matrices_are_worked_in_float32_with_the_same_result() -> None:
         (Operator(name="nuslerp"), "takes 1 to 2 experts, the recipe has 3"),
     ],
 )
-def test_what_is_wrong_with_an_operator_is_said(operator: Operator, message: str) -> None:
+def test_problems_with_an_operator_are_named(operator: Operator, message: str) -> None:
     (problem,) = operator_problems(operator, OPERATORS, "operator", 3)
     with pytest.raises(RecipeError, match=message):
         raise RecipeError(problem)

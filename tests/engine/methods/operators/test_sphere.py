@@ -17,7 +17,7 @@ from merge_search.recipe import Group, Operator
 
 
 def run(name: str, deltas: Sequence[Tensor], base: Tensor | None = None, **rest: Any) -> Tensor:
-    """Merged weights; `options` over the defaults, every coefficient 1 unless given."""
+    """Return merged weights, with `options` over the defaults and every coefficient 1 unless given."""
     operator = Operator(name=name, options=rest.pop("options", {}))
     fields: dict[str, Any] = {
         "experts": tuple(f"e{i}" for i in range(len(deltas))),

@@ -1,0 +1,44 @@
+"""Every rule that a recipe may name, in tables: measures, selections, splices, operators, post rules. torch-free.
+
+A row says what the rest of the code asks about a rule. The engine has the formulas of the built-in ones; a rule from
+outside is one decorated function and is the same thing (`decorators`). Rule files are run where a study file or a
+recipe names them (`files`).
+
+    >>> from merge_search.rules import SELECTIONS
+    >>> SELECTIONS["bernoulli"].is_random, SELECTIONS["bernoulli"].uses_scores
+    (True, False)
+"""
+
+from merge_search.rules.decorators import measure, operator, post, selection, splice
+from merge_search.rules.files import RuleFile, find_rule_files, in_use, use_rule_files
+from merge_search.rules.measures import MEASURES, Measure, measure_problems
+from merge_search.rules.operators import OPERATORS, POSTS, OperatorInfo, operator_problems
+from merge_search.rules.stages import SELECTIONS, SPLICES, Selection, Splicing
+from merge_search.rules.table import Origin, Rule, RuleTable, option_problems
+
+__all__ = [
+    "MEASURES",
+    "OPERATORS",
+    "POSTS",
+    "SELECTIONS",
+    "SPLICES",
+    "Measure",
+    "OperatorInfo",
+    "Origin",
+    "Rule",
+    "RuleFile",
+    "RuleTable",
+    "Selection",
+    "Splicing",
+    "find_rule_files",
+    "in_use",
+    "measure",
+    "measure_problems",
+    "operator",
+    "operator_problems",
+    "option_problems",
+    "post",
+    "selection",
+    "splice",
+    "use_rule_files",
+]

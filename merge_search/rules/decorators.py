@@ -1,0 +1,272 @@
+"""Rules from outside: one decorated function each.
+
+    # my_rules.py
+    import torch
+    from merge_search.rules import measure, operator
+
+    @measure("log_size")
+    def log_size(context, *, eps: float = 1e-3):
+        "log(1 + |delta| / eps)"
+        return [torch.log1p(delta.abs() / eps) for delta in context.deltas]
+
+    @operator("median")
+    def median(context):
+        "entry-wise median of the experts' weights"
+        return context.base + torch.stack(context.deltas).median(0).values
+
+The function takes one context (a post rule also the combined delta). Its keyword-only parameters are the rule's
+options: each has a default, whose type a recipe's value must have; ``Literal["a", "b"]`` allows these words only. The
+first line of its docstring is the rule's line in lists. A function does not change what it is given. What it returns is
+checked: the number of tensors, their shapes, their dtype, and that every number is finite.
+
+A function sees the experts in alphabetical order, unless it is declared `ordered`; it sees the recipe's seed and
+coefficients only if it is declared to depend on them. torch-free: a context is made where the rule runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+from merge_search.errors import RuleError
+from merge_search.rules.measures import MEASURES, Measure
+from merge_search.rules.operators import OPERATORS, POSTS, OperatorInfo
+from merge_search.rules.stages import SELECTIONS, SPLICES, Selection, Splicing
+from merge_search.rules.table import Origin, Scalar, register
+
+__all__ = ["measure", "operator", "post", "selection", "splice"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def measure(
+    name: str = "",
+    *,
+    summary: str = "",
+    statistics: tuple[str, ...] = (),
+    needs_data: bool = False,
+    shared: bool = False,
+    per_tensor: bool = False,
+    bounded: bool = False,
+    ordered: bool = False,
+    is_random: bool = False,
+    depends_on_coefficients: bool = False,
+) -> Callable[[F], F]:
+    """Register ``function(context) -> list of float32 tensors``: one score per parameter of each expert.
+
+    The context is an `engine.methods.assess.AssessContext`: ``context.deltas``, ``context.base``,
+    ``context.statistic(kind, expert)``. Scores have the shape of the tensor, or one that broadcasts to it.
+
+    Args:
+        name: The name that recipes use; the function's own if not given.
+        summary: One line; the docstring's first if not given.
+        statistics: Kinds of statistics that it reads (``gradient``, ``fisher``, ...).
+        needs_data: It reads statistics whose kinds are not known beforehand.
+        shared: It returns the same scores for all experts.
+        per_tensor: It returns one number per tensor.
+        bounded: Scores are never negative; checked.
+        ordered: It depends on the order of the experts in the recipe.
+        is_random: It reads ``context.seed``.
+        depends_on_coefficients: It reads ``context.coefficients``.
+    """
+
+    def add(function: F) -> F:
+        row = Measure(
+            **_described(function, name, summary, 1), function=function, needs_data=needs_data or bool(statistics),
+            statistics=tuple(statistics), shared=shared, per_tensor=per_tensor, bounded=bounded, ordered=ordered,
+            is_random=is_random, at_coefficients=("", "") if depends_on_coefficients else None,
+        )  # fmt: skip
+        register(MEASURES, row)
+        return function
+
+    return add
+
+
+def selection(
+    name: str = "",
+    *,
+    summary: str = "",
+    uses_scores: bool = True,
+    uses_density: bool = True,
+    is_random: bool = False,
+    compares: bool = True,
+    scopes: tuple[str, ...] = ("tensor",),
+    rescale: Literal["none", "inverse_density"] = "none",
+    usual: Mapping[str, Scalar] | None = None,
+) -> Callable[[F], F]:
+    """Register ``function(context) -> list of boolean tensors``: which parameters of each expert are kept.
+
+    The context is an `engine.methods.outside.SelectContext`: ``context.scores``, ``context.densities``,
+    ``context.uniform(expert)``. Masks have the shape of the tensor.
+
+    Args:
+        name: The name that recipes use; the function's own if not given.
+        summary: One line; the docstring's first if not given.
+        uses_scores: It reads ``context.scores``, those of the recipe's measure.
+        uses_density: It reads ``context.densities``.
+        is_random: It reads ``context.uniform``.
+        compares: It compares scores with each other.
+        scopes: What it can rank together: ``tensor``, ``row``.
+        rescale: How a search space scales what is kept: ``inverse_density`` for random masks.
+        usual: Fields of `Select` for a search space that names the rule alone.
+    """
+
+    def add(function: F) -> F:
+        described = _described(function, name, summary, 1)
+        if not scopes or not set(scopes) <= {"tensor", "row"}:
+            raise RuleError(
+                f"{described['origin']}: scopes must be among tensor, row, got {', '.join(scopes) or 'none'}"
+            )
+        row = Selection(
+            **described, function=function, uses_scores=uses_scores, uses_density=uses_density, is_random=is_random,
+            compares=compares and uses_scores, scopes=tuple(scopes), rescale=rescale, usual=dict(usual or {}),
+        )  # fmt: skip
+        register(SELECTIONS, row)
+        return function
+
+    return add
+
+
+def splice(
+    name: str = "",
+    *,
+    summary: str = "",
+    is_scored: bool = False,
+    is_linear: bool = False,
+    ordered: bool = False,
+) -> Callable[[F], F]:
+    """Register ``function(context) -> tensor``: the combined delta, entry by entry.
+
+    The context is an `engine.methods.outside.SpliceContext`: ``context.deltas`` (what survived, zero elsewhere),
+    ``context.masks``, ``context.coefficients``, ``context.scores``. The function is called for pieces of a tensor and
+    must treat every entry alike.
+
+    Args:
+        name: The name that recipes use; the function's own if not given.
+        summary: One line; the docstring's first if not given.
+        is_scored: It reads ``context.scores``, the mixing scores.
+        is_linear: The result is linear in the coefficients. A learner needs that.
+        ordered: It depends on the order of the experts in the recipe.
+    """
+
+    def add(function: F) -> F:
+        described = _described(function, name, summary, 1)
+        row = Splicing(**described, function=function, is_scored=is_scored, is_linear=is_linear, ordered=ordered)
+        register(SPLICES, row)
+        return function
+
+    return add
+
+
+def operator(
+    name: str = "",
+    *,
+    summary: str = "",
+    decomposing: bool = False,
+    ndim: tuple[int, ...] = (),
+    experts: tuple[int, int | None] = (1, None),
+    exact: bool = False,
+    statistics: tuple[str, ...] = (),
+    paper: str = "-",
+    scales: tuple[float, ...] = (1.0,),
+) -> Callable[[F], F]:
+    """Register ``function(context) -> tensor or list of tensors``: a rule on whole tensors in place of the stages.
+
+    The context is an `engine.methods.operators.OperatorContext`. A tensor is the merged weights, coefficients and scale
+    included. A list has one processed delta per expert: the engine applies coefficients, scale and post rules.
+
+    Args:
+        name: The name that recipes use; the function's own if not given.
+        summary: One line; the docstring's first if not given.
+        decomposing: It returns a list. Coefficients per group, learners and search spaces apply to it.
+        ndim: Numbers of axes it handles, () for all; other tensors get the mean of the deltas times their coefficients.
+        experts: Smallest and largest number of experts; None for no bound.
+        exact: It must run even where no expert changed the tensor.
+        statistics: Kinds of statistics that it reads through ``context.statistic``.
+        paper: Where it was published.
+        scales: Values of the recipe's scale that are usually tried.
+    """
+    return _whole(OPERATORS, name, summary, 1, decomposing=decomposing, ndim=tuple(ndim), experts=tuple(experts),
+                  exact=exact, statistics=tuple(statistics), paper=paper, scales=tuple(scales))  # fmt: skip
+
+
+def post(name: str = "", *, summary: str = "", ndim: tuple[int, ...] = (), paper: str = "-") -> Callable[[F], F]:
+    """Register ``function(context, delta) -> tensor``: a rule on the combined delta of each tensor.
+
+    Args:
+        name: The name that recipes use; the function's own if not given.
+        summary: One line; the docstring's first if not given.
+        ndim: Numbers of axes it handles, () for all; other tensors keep their combined delta.
+        paper: Where it was published.
+    """
+    return _whole(POSTS, name, summary, 2, ndim=tuple(ndim), paper=paper)
+
+
+def _whole(table: Any, name: str, summary: str, n_arguments: int, **rest: Any) -> Callable[[F], F]:
+    def add(function: F) -> F:
+        register(table, OperatorInfo(**_described(function, name, summary, n_arguments), function=function, **rest))
+        return function
+
+    return add
+
+
+# ------------------------------------------------------------------------------------------- reading a function
+
+
+def _described(function: Any, name: str, summary: str, n_arguments: int) -> dict[str, Any]:
+    """Name, summary, options, choices and origin of a decorated function.
+
+    Raises:
+        RuleError: it is no function, or has the wrong signature, with its file and line.
+    """
+    if not inspect.isfunction(function):
+        frame = sys._getframe(2)
+        raise RuleError(f"{frame.f_code.co_filename}:{frame.f_lineno}: a rule must be a function, got {function!r}")
+    code = function.__code__
+    origin = Origin(code.co_filename, code.co_firstlineno)
+    options = _options(function, origin, n_arguments)
+    lines = (summary or inspect.getdoc(function) or "").strip().splitlines()
+    if not lines:
+        raise RuleError(f"{origin}: {function.__name__} needs one line on what it does: a docstring, or summary=")
+    return {
+        "name": name or function.__name__, "summary": lines[0].rstrip("."), "options": options,
+        "choices": _choices(function), "origin": origin,
+    }  # fmt: skip
+
+
+_TAKES = {1: "(context, *, option=default)", 2: "(context, delta, *, option=default)"}
+
+
+def _options(function: Callable[..., Any], origin: Origin, n_arguments: int) -> dict[str, Scalar | None]:
+    """Keyword-only parameters and their defaults."""
+    options: dict[str, Scalar | None] = {}
+    n_given = 0
+    wanted = f"must take {_TAKES[n_arguments]}"
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            n_given += 1
+        elif parameter.kind != parameter.KEYWORD_ONLY:
+            raise RuleError(f"{origin}: {function.__name__} {wanted}, found {parameter}")
+        elif parameter.default is not None and not isinstance(parameter.default, Scalar):
+            raise RuleError(
+                f"{origin}: option {parameter.name!r} of {function.__name__} needs a default that is a number, a text "
+                "or a switch"
+            )
+        else:
+            options[parameter.name] = parameter.default
+    if n_given != n_arguments:
+        found = str(inspect.signature(function))
+        raise RuleError(f"{origin}: {function.__name__} {wanted}, found {found}")
+    return options
+
+
+def _choices(function: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
+    """Options whose annotation is ``Literal["a", "b"]``, and these words."""
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception:  # annotations are a help, not a duty
+        return {}
+    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}

@@ -1,0 +1,68 @@
+"""A checked study: what `prepare` hands to the search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from merge_search.evaluation import Evaluator, MetricInfo
+from merge_search.objective import Objective
+from merge_search.rules import RuleFile
+from merge_search.space import SearchSpace, SpaceContext
+from merge_search.study_file import StatisticsSection, StudyFile
+
+__all__ = ["N_ROWS", "Plan"]
+
+N_ROWS = StatisticsSection().n_rows
+"""The default number of rows for statistics. An identity leaves it out, so that studies stored before the setting
+existed keep their identity."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study file that fits its models, tasks and metrics.
+
+    Attributes:
+        file: The study file.
+        context: The models and their groups.
+        space: The search space, with the learner's parameters if trials may fit their coefficients.
+        evaluators: In the order of the study file.
+        metrics: Metrics of all evaluators, in order.
+        objective: What is maximised or minimised, and the constraints.
+        baselines: Names of presets tried before the search.
+        rules: Rule files in use.
+    """
+
+    file: StudyFile
+    context: SpaceContext
+    space: SearchSpace
+    evaluators: list[Evaluator]
+    metrics: list[MetricInfo]
+    objective: Objective
+    baselines: list[str]
+    rules: tuple[RuleFile, ...] = ()
+
+    def identity(self, hashes: Mapping[str, str]) -> dict[str, Any]:
+        """The settings that must not change between runs of one study, as JSON.
+
+        Args:
+            hashes: Hashes of the models by name.
+        """
+        file = self.file
+        return {
+            "models": dict(hashes),
+            "dtype": file.models.dtype,
+            "seed": file.study.seed,
+            "space": file.space.model_dump(mode="json"),
+            "evaluate": {
+                f"{i}.{entry.evaluator}": {"options": entry.options, "questions": evaluator.fingerprint()}
+                for i, (entry, evaluator) in enumerate(zip(file.evaluate, self.evaluators, strict=True))
+            },
+            "splits": file.splits.model_dump(mode="json"),
+            "fidelity": file.search.fidelity,
+            "objective": file.objective.model_dump(mode="json"),
+            "learner": file.search.learner.model_dump(mode="json") if file.search.learner else None,
+            **({} if file.statistics.n_rows == N_ROWS else {"statistics_rows": file.statistics.n_rows}),
+            **({"rules": {rules.name: rules.sha256 for rules in self.rules}} if self.rules else {}),
+        }
