@@ -32,7 +32,7 @@ def isolated_generators(seed: int | None = None) -> Iterator[None]:
             random.seed(seed)
             np.random.seed(seed % 2**32)
             if torch is not None:
-                # NOTE: While no GPU is in use, torch.manual_seed keeps a stack trace of every call until the process ends.
+                # NOTE: While no GPU is in use, torch.manual_seed keeps a stack trace of every call in memory.
                 torch.default_generator.manual_seed(seed)
             if devices:
                 torch.cuda.manual_seed_all(seed)

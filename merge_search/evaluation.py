@@ -1,8 +1,8 @@
 """The contract of evaluators: an evaluator scores a live model on a split of the questions, at a fidelity.
 
 A hash of each document decides which split its question belongs to and where it stands in the order of questions. A
-fidelity of 0.5 asks the first half of that order. So the questions of a smaller fidelity are a subset of those of a larger
-one, and every comparison between candidates is paired.
+fidelity of 0.5 asks the first half of that order. So the questions of a smaller fidelity are a subset of those of a
+larger one, and every comparison between candidates is paired.
 
     >>> split_of("a document's hash", SplitShares())
     <Split.VALIDATION: 'validation'>
@@ -153,8 +153,8 @@ class Scores:
         stderr: The standard error of `score`.
         probability: The probability that the model gives to the right answer of each question; None unless the task is
             multiple choice. Shape (n,).
-        is_corrected: Whether `score` was extrapolated from a prefix of the questions to all of them. `stderr` includes the
-            uncertainty of that.
+        is_corrected: Whether `score` was extrapolated from a prefix of the questions to all of them. `stderr` includes
+            the uncertainty of that.
     """
 
     ids: tuple[str, ...]
@@ -305,7 +305,8 @@ class Evaluator(Protocol):
 
     Attributes:
         n_asked: Number of questions that all calls of `evaluate` have put to the model so far, failed calls included.
-            A failed call is charged the difference. An evaluator that leaves it at 0 is charged for completed calls only.
+            A failed call is charged the difference. An evaluator that leaves it at 0 is charged for completed calls
+            only.
     """
 
     n_asked: int = 0
@@ -380,7 +381,7 @@ class Differentiable(Protocol):
 
 @runtime_checkable
 class Teachable(Differentiable, Protocol):
-    """A `Differentiable` with the loss ``kl``: the divergence from a teacher's outputs to the live model's. No labels."""
+    """A `Differentiable` with the loss ``kl``: the divergence from a teacher's outputs to the live model's."""
 
     def cache_teacher(self, task: str, rows: Sequence[int]) -> None:
         """Store the live model's outputs on these rows of `task`. The teacher's weights are loaded at this moment.

@@ -12,10 +12,10 @@ composites.
 
 Constraints are text: ``zoo_qtype >= 0.6``, ``zoo_qtype >= base - 0.01``, ``wiki/perplexity <= expert + 0.2``.
 
-Noise: a score's variance is that of a mean of n per-question values. For 0/1 answers it is p(1 - p)/n, with p smoothed to
-(k + 1/2)/(n + 1), so that 0 of n and n of n do not claim certainty. `References.pairing` is the share of the variance that
-remains when candidates answer the same questions: the mean over pairs of var(y_i - y_j) / 2 relative to the mean of
-var(y_i). The references' own noise shifts all candidates alike and is left out.
+Noise: a score's variance is that of a mean of n per-question values. For 0/1 answers it is p(1 - p)/n, with p smoothed
+to (k + 1/2)/(n + 1), so that 0 of n and n of n do not claim certainty. `References.pairing` is the share of the
+variance that remains when candidates answer the same questions: the mean over pairs of var(y_i - y_j) / 2 relative to
+the mean of var(y_i). The references' own noise shifts all candidates alike and is left out.
 
     >>> from merge_search.evaluation import Split
     >>> maths = MetricInfo("maths", "acc", True, {Split.SEARCH: 100})
@@ -101,7 +101,8 @@ class Constraint:
                 offset = float(match["value"])
         except ValueError:
             raise StudyFileError(
-                f"constraint {text!r} must read like 'TASK >= 0.6', 'TASK >= base - 0.01' or 'TASK/METRIC <= expert + 0.2'"
+                f"constraint {text!r} must read like 'TASK >= 0.6', 'TASK >= base - 0.01' or "
+                "'TASK/METRIC <= expert + 0.2'"
             ) from None
         return cls(text, match["name"], match["sign"], match["anchor"], offset)
 
@@ -245,7 +246,8 @@ class Objective:
             if m is not None and m.higher_is_better != (direction == "maximize"):
                 better, other = ("higher", "maximise") if m.higher_is_better else ("lower", "minimise")
                 out.append(
-                    f"objective: the worst {name!r} is searched for, as {better} is better by its evaluator; if that is not meant, "
+                    f"objective: the worst {name!r} is searched for, as {better} is better by its evaluator; "
+                    "if that is not meant, "
                     f"put it under {other}"
                 )
         return out
@@ -258,7 +260,8 @@ class Objective:
                 for m in self.skills.values()
             )
             raise StudyFileError(
-                f"objective: {', '.join(meaningless)} needs a task on which an expert beats the base; found {rows}. Maximise "
+                f"objective: {', '.join(meaningless)} needs a task on which an expert beats the base; found {rows}. "
+                "Maximise "
                 "'mean' instead, or check the experts"
             )
 
@@ -309,7 +312,7 @@ class Objective:
         return [self.estimate(n, evaluation, references) for n in self.names]
 
     def weights(self, references: References) -> dict[str, float] | None:
-        """Weights w_m with first objective = constant + sum_m w_m score_m, larger is better. None if it is not linear."""
+        """w_m with first objective = constant + sum_m w_m score_m, larger is better; None if it is not linear."""
         name = self.names[0]
         if name in self.metrics or name in self.main:
             metrics = {name if name in self.metrics else self.main[name].name: 1.0}

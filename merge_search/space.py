@@ -1,7 +1,7 @@
 """The contract of search spaces: a search space says what may vary and decodes a point into a recipe.
 
-Parameters are flat, bounded and identifiable: different points mean different merges, and no value is folded by ``abs`` or
-clamped. A space imports no torch and knows the models only through `SpaceContext`.
+Parameters are flat, bounded and identifiable: different points mean different merges, and no value is folded by ``abs``
+or clamped. A space imports no torch and knows the models only through `SpaceContext`.
 
     >>> from merge_search.recipe import Group, Models
     >>> class Strength(SearchSpace):
@@ -105,8 +105,8 @@ class SpaceContext:
 class SearchSpace(Protocol):
     """What may vary: the contract of a family in ``search_spaces/`` or in a user's own file.
 
-    The class is built as ``Family(options, context, folder=...)``. The constructor raises every problem with the options
-    at once, as one `SpaceError`.
+    The class is built as ``Family(options, context, folder=...)``. The constructor raises every problem with the
+    options at once, as one `SpaceError`.
 
     Inherit from this class to get its defaults. A class with the same members that does not inherit is accepted, too:
     `merge_search.catalogue.build_space` adds the defaults.
@@ -134,7 +134,7 @@ class SearchSpace(Protocol):
 
     @abstractmethod
     def initial_points(self) -> list[dict[str, str | int | float | bool]]:
-        """Points worth trying before the sampler has a model of the objective, such as uniform recipes. May be empty."""
+        """Points to try before the sampler has a model of the objective, such as uniform recipes. May be empty."""
 
 
 def decoded(space: SearchSpace, point: Point) -> Recipe:

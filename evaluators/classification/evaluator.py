@@ -52,15 +52,16 @@ class Classification(Evaluator):
 
     Args:
         options: See the module's docstring.
-        shares: Shares of the splits. The fit share of a task with ``train`` rows is scored with the rest of its search split.
+        shares: Shares of the splits. The fit share of a task with ``train`` rows is scored with the rest of its search
+            split.
         seed: Not used. Splits and orders are functions of the documents.
         folder: The folder that relative paths are relative to; None: the current directory.
 
     Raises:
         StudyFileError: Everything that is wrong with options, files, labels, rows, heads and the sizes of the splits.
 
-    Determinism: Equal weights on one device give equal answers. Batches depend on the questions alone, dropout is off, and
-    global random generators are not used.
+    Determinism: Equal weights on one device give equal answers. Batches depend on the questions alone, dropout is off,
+    and global random generators are not used.
     """
 
     def __init__(
@@ -276,7 +277,8 @@ class Classification(Evaluator):
         if not rows or not 0 <= min(rows) <= max(rows) < n:
             asked = f"{min(rows)} to {max(rows)}" if rows else "none"
             raise EvaluationError(
-                f"task {task!r} has {n} rows to fit on (its train file, or the fit share of its data), asked for {asked}"
+                f"task {task!r} has {n} rows to fit on (its train file, or the fit share of its data), "
+                f"asked for {asked}"
             )
         return self._tasks[task]
 

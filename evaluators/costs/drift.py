@@ -5,14 +5,14 @@
       - {evaluator: drift, include_path: texts/, texts: [wiki.txt, chat.jsonl], limit: 100}
     objective: {maximise: mean_retention, minimise: drift/kl}        # or constraints: ["drift/kl <= 0.2"]
 
-A text file has one text a line. A JSON-lines file has one object a line, its text under `key` (default ``text``). Each text
-is cut to `max_length` tokens. Its value is the mean over `positions` evenly spaced positions of
+A text file has one text a line. A JSON-lines file has one object a line, its text under `key` (default ``text``). Each
+text is cut to `max_length` tokens. Its value is the mean over `positions` evenly spaced positions of
 
     KL(base || merge) = sum_w p_base(w) (log p_base(w) - log p_merge(w))        in nats
 
 The base itself has 0, up to rounding. The base's distributions are computed when the model is bound, because it has the
-base's weights then. They are stored in half precision in main memory: 2 bytes x texts x positions x vocabulary. If that is
-more than is free, the study is refused.
+base's weights then. They are stored in half precision in main memory: 2 bytes x texts x positions x vocabulary. If that
+is more than is free, the study is refused.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class Drift(Evaluator):
             folder: Not used.
 
         Raises:
-            StudyFileError: The model has no logits over a vocabulary (an encoder), a text has fewer than two tokens, or the
-                base's answers do not fit into memory.
+            StudyFileError: The model has no logits over a vocabulary (an encoder), a text has fewer than two tokens, or
+                the base's answers do not fit into memory.
         """
         import torch
 
@@ -121,15 +121,15 @@ class Drift(Evaluator):
             self._rows[split] = list(zip(asked, places, base, strict=True))
 
     def _require_memory(self, rows: Mapping[Split, tuple[list[Tensor], list[Tensor]]]) -> None:
-        """Raise `StudyFileError` if the base's answers to all texts would take more than `MARGIN` of the free memory."""
+        """Raise `StudyFileError` if the base's answers would take more than `MARGIN` of the free memory."""
         asked, places = next(iter(rows.values()))
         vocabulary = next(self._answers(asked[:1], places[:1])).shape[1]
         counts = [len(at) for _, all_places in rows.values() for at in all_places]
         need, free = HALF * vocabulary * sum(counts), free_host_bytes()
         if need > MARGIN * free:
             raise StudyFileError(
-                f"evaluator drift: the base's answers to {len(counts)} texts at {max(counts)} positions each over {vocabulary} "
-                f"outcomes take {need / GIB:.3g} GiB of memory, and {free / GIB:.3g} GiB are free; "
+                f"evaluator drift: the base's answers to {len(counts)} texts at {max(counts)} positions each "
+                f"over {vocabulary} outcomes take {need / GIB:.3g} GiB of memory, and {free / GIB:.3g} GiB are free; "
                 + self._what_fits(free, vocabulary, max(counts), len(counts))
             )
 
@@ -147,8 +147,8 @@ class Drift(Evaluator):
             return " or ".join(ways) + " would fit"
         least = HALF * vocabulary * fewest / MARGIN
         return (
-            f"the fewest texts that every split can be measured on, limit: {fewest}, need {least / GIB:.3g} GiB free at one "
-            "position each: leave drift out, or take a machine with more memory"
+            f"the fewest texts that every split can be measured on, limit: {fewest}, need {least / GIB:.3g} GiB free "
+            "at one position each: leave drift out, or take a machine with more memory"
         )
 
     def evaluate(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
@@ -204,7 +204,8 @@ class Drift(Evaluator):
             logits = getattr(answer, "logits", None)
             if logits is None:
                 raise StudyFileError(
-                    "evaluator drift: needs a model with logits over its vocabulary, and this one is an encoder; leave it out"
+                    "evaluator drift: needs a model with logits over its vocabulary, and this one is an encoder; "
+                    "leave it out"
                 )
             for row, at in enumerate(places[start : start + size]):
                 yield logits[row, at.to(device)].float().log_softmax(-1).cpu()

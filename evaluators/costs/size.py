@@ -9,8 +9,8 @@
 differences would have to store them. Densities, sign elections and coefficients of zero make it smaller.
 ``size/parameters`` is the same for all merges of one base. It is a number for reports, not an objective.
 
-The base's weights are copied to main memory when the model is bound, because it has the base's weights then. The copy takes
-as many bytes as the model.
+The base's weights are copied to main memory when the model is bound, because it has the base's weights then. The copy
+takes as many bytes as the model.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Size(Evaluator):
         need, free = sum(p.numel() * p.element_size() for p in live), free_host_bytes()
         if need > free:
             raise StudyFileError(
-                f"evaluator size: a copy of the base takes {need / GIB:.3g} GiB of main memory, and {free / GIB:.3g} GiB are "
-                "free; leave it out, or take a machine with more"
+                f"evaluator size: a copy of the base takes {need / GIB:.3g} GiB of main memory, "
+                f"and {free / GIB:.3g} GiB are free; leave it out, or take a machine with more"
             )
         self._pairs = [(p, p.to("cpu", copy=True)) for p in live]
 

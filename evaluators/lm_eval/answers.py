@@ -90,7 +90,8 @@ def choices_of(task: Any, doc: Any, requests: list[Any]) -> list[Answer]:
 def gold_answer(task: Any, doc: Any, requests: list[Any], options: LmEvalOptions) -> Answer:
     """The right answer; the first if there are several.
 
-    In a generation task it is the delimiter and the target, as in lm-eval's shots, and then the text that ends an answer.
+    In a generation task it is the delimiter and the target, as in lm-eval's shots, and then the text that ends an
+    answer.
     """
     match task.OUTPUT_TYPE:
         case "multiple_choice":

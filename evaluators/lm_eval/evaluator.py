@@ -33,10 +33,10 @@ __all__ = ["LmEval"]
 class LmEval(Evaluator):
     """Tasks of lm-eval 0.4.13 with its Hugging Face backend: an `Evaluator` that is `Teachable`. `bind` imports torch.
 
-    Scores are those of `lm_eval.simple_evaluate` on the same documents with ``fewshot_random_seed=seed``, which is what the
-    command line computes. Prompts, batches, filters, metrics and aggregations are lm-eval's own and are kept between
-    candidates. Only `tree_packing` computes differently: in float32 it changes a log-likelihood by less than 1e-4. As in
-    lm-eval, the model's own generation settings apply where a task does not override them.
+    Scores are those of `lm_eval.simple_evaluate` on the same documents with ``fewshot_random_seed=seed``, which is what
+    the command line computes. Prompts, batches, filters, metrics and aggregations are lm-eval's own and are kept
+    between candidates. Only `tree_packing` computes differently: in float32 it changes a log-likelihood by less than
+    1e-4. As in lm-eval, the model's own generation settings apply where a task does not override them.
 
     Metrics are named ``task/metric``, and under a task's second and further filters ``task/metric,filter``.
 
@@ -152,8 +152,8 @@ class LmEval(Evaluator):
     def fit_tasks(self) -> dict[str, int]:
         """Number of rows to fit on by task. None of them is ever scored.
 
-        The rows come from the task's training split (option `fit`), or else from the fit share of its questions. There are
-        `fit_limit` at most, chosen by hash.
+        The rows come from the task's training split (option `fit`), or else from the fit share of its questions. There
+        are `fit_limit` at most, chosen by hash.
 
         Raises:
             StudyFileError: The task's own code cannot read or render them.
@@ -166,8 +166,8 @@ class LmEval(Evaluator):
         """The answers of the bound model, as it is now, to these rows to fit on.
 
         Returns:
-            In multiple choice the number of the likeliest choice. In generation the text up to the first stop string, as
-            lm-eval generates it (greedily, unless the task samples).
+            In multiple choice the number of the likeliest choice. In generation the text up to the first stop string,
+            as lm-eval generates it (greedily, unless the task samples).
 
         Raises:
             EvaluationError: As `evaluate`, and for an unknown task or row.
@@ -193,8 +193,8 @@ class LmEval(Evaluator):
     def cache_teacher(self, task: str, rows: Sequence[int]) -> None:
         """Store how the bound model, as it is now, answers these rows of `task`, for the loss ``kl``.
 
-        In multiple choice the softmax over the choices is stored. In generation the model's own answer is stored and, at
-        each of its tokens, the distribution over the `distillation.TOP` likeliest tokens. For a given text the same
+        In multiple choice the softmax over the choices is stored. In generation the model's own answer is stored and,
+        at each of its tokens, the distribution over the `distillation.TOP` likeliest tokens. For a given text the same
         distributions are stored at each of its tokens. Rows that are not named keep what was stored for them.
 
         Raises:
@@ -224,8 +224,8 @@ class LmEval(Evaluator):
                 ``pseudo``: the same for the answers of `set_pseudo_labels`.
                 ``kl``: mean over rows of KL(teacher || live) in nats, over the choices or, as a mean over the answer's
                 tokens, over the vocabulary (as SELF-PARAM distils, arXiv 2410.00487. Differs: from teacher to merge).
-                ``entropy``: entropy of the softmax over the choices' summed log-likelihoods, divided by log(n_choices), in
-                [0, 1] (AdaMerging, arXiv 2310.02575. Differs: over choices, not over the classes of a head).
+                ``entropy``: entropy of the softmax over the choices' summed log-likelihoods, divided by log(n_choices),
+                in [0, 1] (AdaMerging, arXiv 2310.02575. Differs: over choices, not over the classes of a head).
                 ``choice``: -log of the right choice's share in that softmax. Accuracy follows this loss.
 
         Returns:

@@ -1,8 +1,8 @@
 """Differentiable losses of lm-eval's tasks on one live model.
 
-Every row becomes pieces: tokens whose last positions should predict an answer. All pieces of a call run in one forward pass
-(see `packing`), and the head runs only at the positions that predict something. With one pass in place of several smaller
-ones, the backward pass can finish one tensor's gradient after the other.
+Every row becomes pieces: tokens whose last positions should predict an answer. All pieces of a call run in one forward
+pass (see `packing`), and the head runs only at the positions that predict something. With one pass in place of several
+smaller ones, the backward pass can finish one tensor's gradient after the other.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class LiveLoss:
             raise EvaluationError(f"task {fit.name!r}: the {kind} loss failed: {reason(error)}") from error
         if not torch.isfinite(value):
             raise NonFiniteError(
-                f"the {kind} loss of task {fit.name!r} must be finite, got {value.item()}: the merged weights are broken"
+                f"the {kind} loss of task {fit.name!r} must be finite, got {value.item()}: "
+                "the merged weights are broken"
             )
         return value
 
@@ -343,8 +344,8 @@ def _cut(context: Sequence[int], target: Sequence[int], max_length: int) -> Piec
 def _logits_at(model: Any, tokens: torch.Tensor, positions: torch.Tensor, **settings: torch.Tensor) -> torch.Tensor:
     """The model's logits at some flat positions.
 
-    The model's own forward pass runs, so whatever it does to logits is done. A hook before its head leaves out all other
-    positions.
+    The model's own forward pass runs, so whatever it does to logits is done. A hook before its head leaves out all
+    other positions.
 
     Returns:
         Shape (positions, vocabulary).

@@ -31,9 +31,9 @@ class LmEvalOptions(BaseModel):
         max_length: Most tokens of a prompt with its answer; None: the model's own limit.
         softmax_dtype: ``float32`` prevents ties between choices of a half-precision model.
         tree_packing: Whether to score the choices of a question in one row where that gives the same numbers.
-        fit: The source of the rows to fit on. ``train``: the task's own training split. ``search``: the fit share of the
-            questions. ``auto``: the training split where the task has one, else the fit share. With a training split the
-            fit share is scored.
+        fit: The source of the rows to fit on. ``train``: the task's own training split. ``search``: the fit share of
+            the questions. ``auto``: the training split where the task has one, else the fit share. With a training
+            split the fit share is scored.
         fit_limit: Most rows of a task to fit on, chosen by hash.
         confirm_run_unsafe_code: Whether tasks may execute code that the model wrote.
     """

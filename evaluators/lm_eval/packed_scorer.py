@@ -1,12 +1,12 @@
 """Tree packing: the choices of a question are scored in one row behind their common context.
 
 A row is ``context, choice 1 without its last token, choice 2 without its last token, ...``. Positions restart after the
-context, and an attention mask lets each token see only the context and its own choice. So every log-likelihood equals that
-of a row of its own. The context runs once instead of once per choice, and the head runs only at the positions that are
-scored.
+context, and an attention mask lets each token see only the context and its own choice. So every log-likelihood equals
+that of a row of its own. The context runs once instead of once per choice, and the head runs only at the positions that
+are scored.
 
-Packing is used where it is known to be the same function (`MODEL_TYPES`, full attention, float32) and where it gives the
-same numbers as lm-eval's own path on the questions at hand. Otherwise lm-eval's path is used.
+Packing is used where it is known to be the same function (`MODEL_TYPES`, full attention, float32) and where it gives
+the same numbers as lm-eval's own path on the questions at hand. Otherwise lm-eval's path is used.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class _Batch:
 
 
 def packed_scorer(lm: Any, questions: Sequence[Sequence[Request]]) -> PackedScorer | None:
-    """A scorer for these questions; None if packing is not known to be exact, saves little or differs from lm-eval's path.
+    """A scorer for these questions, or None.
+
+    It is None if packing is not known to be exact, if it saves little, or if it differs from lm-eval's path.
 
     Args:
         lm: lm-eval's model.
@@ -127,7 +129,7 @@ def obstacle(lm: Any) -> str | None:
 
 
 def _difference(groups: Sequence[Sequence[Request]], packed: Sequence[Answer], alone: Sequence[Answer]) -> float:
-    """Largest difference of a log-likelihood. Infinite if a question's best choice changes or a number is not finite."""
+    """Largest difference of a log-likelihood; infinite if a best choice changes or a number is not finite."""
     a, b = (np.array([x[0] for x in answers]) for answers in (packed, alone))
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return np.inf

@@ -159,8 +159,8 @@ class TaskQuestions:
 def build_requests(task: Any, questions: Sequence[Question], options: LmEvalOptions, seed: int, lm: Any = None) -> None:
     """Render every prompt and store lm-eval's requests in their questions.
 
-    All documents are rendered, including those beyond `limit`. Shots come from one running generator in the order of the
-    documents, and a question must not change with the number of other questions.
+    All documents are rendered, including those beyond `limit`. Shots come from one running generator in the order of
+    the documents, and a question must not change with the number of other questions.
 
     Args:
         task: lm-eval's task.
@@ -278,7 +278,8 @@ def _too_few(name: str, questions: Sequence[Question], shares: SplitShares) -> l
     }
     return [
         f"task {name!r}: the {split} split needs at least 2 questions, got {counts[split]} of {len(questions)} "
-        f"(share {share:.2g}); about {math.ceil(8 / share)} questions would do: raise limit or the share, or take a larger task"
+        f"(share {share:.2g}); about {math.ceil(8 / share)} questions would do: "
+        "raise limit or the share, or take a larger task"
         for split, share in size.items()
         if share > 1e-9 and counts[split] < 2
     ]

@@ -46,8 +46,8 @@ class LiveRequests:
 
     Args:
         model: A Hugging Face model. Its device and class must not change afterwards.
-        tokenizer: A Hugging Face tokenizer. It is copied, because lm-eval gives it a padding token. None: the tokenizer in
-            `folder` is loaded.
+        tokenizer: A Hugging Face tokenizer. It is copied, because lm-eval gives it a padding token. None: the tokenizer
+            in `folder` is loaded.
         folder: The folder of the checkpoint.
         options: The evaluator's options.
         tasks: The tasks with their questions.
@@ -137,7 +137,7 @@ class LiveRequests:
         return [(None, *make_disjoint_window(w)) for w in windows]
 
     def _is_cut(self, instance: Any) -> bool:
-        """Whether the prompt of a generation request loses its beginning. Raises `ValueError` if nothing of it would stay."""
+        """Whether a generation request's prompt loses its beginning. Raises `ValueError` if nothing would stay."""
         n_new: int = normalize_gen_kwargs(instance.args[1], self.lm.max_gen_toks)["max_gen_toks"]
         if n_new >= self.lm.max_length:
             raise ValueError(
@@ -191,8 +191,8 @@ class LiveRequests:
     def generate(self, instances: list[Any]) -> Sequence[Any]:
         """The texts that the model, as it is now, generates for these requests. Raises the errors of `ask`.
 
-        A text begins with a space if its first token does. Some tokenizers (SentencePiece and its like) lose that space in
-        decoding. lm-eval scores such texts without it, but a learner would learn other tokens from them.
+        A text begins with a space if its first token does. Some tokenizers (SentencePiece and its like) lose that space
+        in decoding. lm-eval scores such texts without it, but a learner would learn other tokens from them.
         """
         with decoding(self.lm, self._decoded_whole):
             return self._guarded(self._generate, instances)

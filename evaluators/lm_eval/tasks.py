@@ -1,8 +1,8 @@
 """Find and load lm-eval's tasks without a model, and report what is wrong with them.
 
-lm-eval 0.4.13 silently skips a broken task file, reads relative data files from the current directory and needs six seconds
-to index its own tasks. This module reports broken files, finds data files also beside the task file, and builds the index
-only when a task is not found in the user's own folders.
+lm-eval 0.4.13 silently skips a broken task file, reads relative data files from the current directory and needs six
+seconds to index its own tasks. This module reports broken files, finds data files also beside the task file, and builds
+the index only when a task is not found in the user's own folders.
 """
 
 from __future__ import annotations

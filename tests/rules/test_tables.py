@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from command_line import here
+from merge_search.engine.passes.scope import Scope
 from torch import Tensor
 
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.passes.measurements import Facts
-from merge_search.engine.passes.scope import Scope
 from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.errors import RecipeError
 from merge_search.presets import PRESETS, preset
