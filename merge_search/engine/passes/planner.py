@@ -10,6 +10,7 @@ import torch
 
 from merge_search.engine.contracts import Numbers, Pass, Source, Structure, Tensors
 from merge_search.engine.execute.runner import Runner
+from merge_search.engine.kernels.random_bits import wrapped
 from merge_search.engine.methods.allocate import Allocation, allocate
 from merge_search.engine.passes.measurements import Measurements
 from merge_search.engine.passes.selections import Selections, largest_factors
@@ -159,7 +160,7 @@ class Planner:
             rows = torch.ones(n, device=self.tensors.device) if rows is None else rows
             maps.append(rows if n > 1 else rows.expand(2).contiguous())  # the compiler takes lengths of 1 for fixed
         p.given["rows"] = maps
-        p.numbers["start"] = [(p.index + 2**31) % 2**32 - 2**31]
+        p.numbers["start"] = [wrapped(p.index)]
         p.numbers["columns"] = [max(1, math.prod(p.shape) // max(1, n))]
         return replace(p, structure=p.structure._replace(rows=True))
 
