@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from command_line import here
-from merge_search.engine.passes.scope import Scope
 from torch import Tensor
 
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.passes.measurements import Facts
+from merge_search.engine.passes.measurements import Measurements
+from merge_search.engine.passes.settings import Assessment, Scope
 from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.errors import RecipeError
 from merge_search.presets import PRESETS, preset
@@ -225,12 +225,9 @@ BEFORE_MASKS = [name for name, m in MEASURES.items() if not m.after_mask]
 
 def scores(name: str, tensors: Recorded = TENSORS, seed: int = 0, **options: Any) -> list[Tensor]:
     experts = tuple(tensors.models.experts)
-    facts = Facts(tensors)
     coefficients = options.pop("coefficients", (0.5,) * len(experts))
-    found = facts.whole_scores(
-        Assess(measure=name, options=options), Scope(experts, Select(), 0.0, seed), "w", coefficients
-    )
-    return [t.expand(24 * 16) for t in found]
+    assessment = Assessment.resolve(Assess(measure=name, options=options), Scope(experts, Select(), 0.0, seed))
+    return [t.expand(24 * 16) for t in Measurements(tensors).whole_scores(assessment, "w", coefficients)]
 
 
 @pytest.mark.parametrize("name", BEFORE_MASKS)
