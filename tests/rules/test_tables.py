@@ -225,9 +225,11 @@ BEFORE_MASKS = [name for name, m in MEASURES.items() if not m.after_mask]
 
 def scores(name: str, tensors: Recorded = TENSORS, seed: int = 0, **options: Any) -> list[Tensor]:
     experts = tuple(tensors.models.experts)
+    measurements = Measurements(tensors)
     coefficients = options.pop("coefficients", (0.5,) * len(experts))
     assessment = Assessment.resolve(Assess(measure=name, options=options), Scope(experts, Select(), 0.0, seed))
-    return [t.expand(24 * 16) for t in Measurements(tensors).whole_scores(assessment, "w", coefficients)]
+    found = measurements.whole_scores(assessment, "w", coefficients)
+    return [t.expand(24 * 16) for t in found]
 
 
 @pytest.mark.parametrize("name", BEFORE_MASKS)
