@@ -237,10 +237,10 @@ def run_worker(
     command += [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
     command += ["--warm"] * warm + ["--no-compile"] * (not options.compile)
     environment = {
-    if options.march:
-        environment[TARGET_VARIABLE] = options.march
         **(os.environ if checkout is None else beside.environment(checkout)), "TORCHINDUCTOR_CACHE_DIR": cache,
     }  # fmt: skip
+    if options.march:
+        environment[TARGET_VARIABLE] = options.march
     process = subprocess.Popen(command, env=environment, cwd=checkout, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
