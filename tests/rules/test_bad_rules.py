@@ -1,4 +1,4 @@
-"""Mistakes in rules from outside are refused with file and line: when the file is read, or when the function has run."""
+"""Mistakes in rules from outside are refused with file and line: when the file is read or when the function runs."""
 
 from __future__ import annotations
 
@@ -116,24 +116,59 @@ POST = {"post": [{"name": "f"}]}
 @pytest.mark.parametrize(
     ("decorator", "body", "settings", "message"),
     [
-        ("measure()", "return context.deltas[0]", MEASURE, "must be a list of 2 tensors, one per expert, got one tensor"),
-        ("measure()", "return context.deltas[:1]", MEASURE, "must be a list of 2 tensors, one per expert, got a list of 1"),
+        (
+            "measure()",
+            "return context.deltas[0]",
+            MEASURE,
+            "must be a list of 2 tensors, one per expert, got one tensor",
+        ),
+        (
+            "measure()",
+            "return context.deltas[:1]",
+            MEASURE,
+            "must be a list of 2 tensors, one per expert, got a list of 1",
+        ),
         ("measure()", "return [1.0, 2.0]", MEASURE, "got a list of 2 with float"),
         ("measure()", "return None", MEASURE, "got NoneType"),
-        ("measure()", "return [t[:3] for t in context.deltas]", MEASURE, "expert 'code' must have the tensor's shape (8, 6), got (3, 6)"),
+        (
+            "measure()",
+            "return [t[:3] for t in context.deltas]",
+            MEASURE,
+            "expert 'code' must have the tensor's shape (8, 6), got (3, 6)",
+        ),
         ("measure()", "return [t > 0 for t in context.deltas]", MEASURE, "must be a floating dtype, got torch.bool"),
-        ("measure(bounded=True)", "return list(context.deltas)", MEASURE, "is declared bounded and must not be negative"),
+        (
+            "measure(bounded=True)",
+            "return list(context.deltas)",
+            MEASURE,
+            "is declared bounded and must not be negative",
+        ),
         ("selection()", "return list(context.scores)", SELECTION, "must be boolean, got torch.float32"),
-        ("selection()", "return [t.ravel() > 0 for t in context.scores]", SELECTION, "must have the tensor's shape (8, 6), got (48,)"),
-        ("selection()", "return [context.uniform(e) > 0 for e in context.experts]", SELECTION, "must be declared with is_random=True"),
+        (
+            "selection()",
+            "return [t.ravel() > 0 for t in context.scores]",
+            SELECTION,
+            "must have the tensor's shape (8, 6), got (48,)",
+        ),
+        (
+            "selection()",
+            "return [context.uniform(e) > 0 for e in context.experts]",
+            SELECTION,
+            "must be declared with is_random=True",
+        ),
         ("splice()", "return list(context.deltas)", SPLICE, "must be one tensor, got a list of 2"),
         ("splice()", "return context.deltas[0].sum()", SPLICE, "must have the tensor's shape (48,), got ()"),
         ("operator()", "return list(context.deltas)", OPERATOR, "must be one tensor, got a list of 2"),
-        ("operator(decomposing=True)", "return context.base", OPERATOR, "must be a list of 2 tensors, one per expert, got one tensor"),
+        (
+            "operator(decomposing=True)",
+            "return context.base",
+            OPERATOR,
+            "must be a list of 2 tensors, one per expert, got one tensor",
+        ),
         ("operator()", "return context.base.T", OPERATOR, "must have the tensor's shape (8, 6), got (6, 8)"),
         ("post()", "return delta.int()", POST, "must be a floating dtype, got torch.int32"),
     ],
-)  # fmt: skip
+)
 def test_what_a_rule_returns_is_checked(
     decorator: str, body: str, settings: dict[str, Any], message: str, tensors: MemoryTensors, use: Any
 ) -> None:
@@ -157,7 +192,8 @@ def test_nan_is_named_with_its_expert(
     decorator: str, settings: dict[str, Any], expert: str, tensors: MemoryTensors, use: Any
 ) -> None:
     path = use(
-        f"@{decorator}\ndef f(context):\n    'x'\n    last = context.deltas[-1].clone()\n    last[0, 0] = float('nan')\n"
+        f"@{decorator}\ndef f(context):\n    'x'\n"
+        "    last = context.deltas[-1].clone()\n    last[0, 0] = float('nan')\n"
         "    return [*context.deltas[:-1], last]\n"
     )
     with pytest.raises(NonFiniteError) as refused:
@@ -203,12 +239,15 @@ def test_memory_that_is_used_up_stays_what_it_is(tensors: MemoryTensors, use: An
     [
         ({"select": {"kind": "f", "options": {"share": 0.5}}}, "select: 'f' has no option 'share'; known: kind, times"),
         ({"select": {"kind": "f", "options": {"times": "two"}}}, "option 'times' of 'f' must be a number, got 'two'"),
-        ({"select": {"kind": "f", "options": {"kind": "odd"}}}, "option 'kind' of 'f' must be one of even, round, got 'odd'"),
+        (
+            {"select": {"kind": "f", "options": {"kind": "odd"}}},
+            "option 'kind' of 'f' must be one of even, round, got 'odd'",
+        ),
         ({"select": {"kind": "f", "scope": "model"}}, "select: f ranks by tensor, not by model"),
         ({"select": {"kind": "top_k", "options": {"times": 1}}}, "select: 'top_k' has no option 'times'"),
         ({"splice": {"kind": "sum", "options": {"times": 1}}}, "splice: 'sum' has no option 'times'"),
     ],
-)  # fmt: skip
+)
 def test_options_are_checked_before_the_merge(
     settings: dict[str, Any], message: str, tensors: MemoryTensors, use: Any
 ) -> None:
