@@ -5,7 +5,7 @@
     python benchmarks/engine.py --device cuda --size 7b
     python benchmarks/engine.py --size 80m --threads 1 --presets ties della --beside /path/to/another/checkout
 
-The program makes a synthetic Llama and three experts in memory (bfloat16, fixed seeds). It runs two worker processes,
+The program makes a synthetic Llama and three experts in memory (fixed seeds). It runs two worker processes,
 one after the other: the first starts with an empty compile cache, the second with the cache that the first one filled.
 Each worker makes a new engine for every preset and times its first candidate. The second worker then times warm
 candidates, first with new coefficients and then with new densities. Each of them alternates with a copy, from base and
@@ -47,6 +47,7 @@ import machine
 import torch
 from torch import Tensor
 
+from merge_search.engine.codegen.compiler import TARGET_VARIABLE
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.presets import PRESETS, preset
@@ -60,7 +61,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 NAMES = [name for name, p in PRESETS.items() if "operator" not in p.settings and "post" not in p.settings]
 """Every element-wise preset."""
-PASSED_ON = ("device", "size", "layers", "repeats", "threads", "cache-bytes")
+PASSED_ON = ("device", "size", "layers", "repeats", "threads", "cache-bytes", "dtype")
 """Options that each worker gets as they are."""
 FIELDS = [
     "date", "commit", "machine", "device", "threads", "preset", "size", "parameters", "experts", "dtype", "compiled",
@@ -76,7 +77,7 @@ LARGE = ["ties", "dare_ties", "task_arithmetic"]
 # ------------------------------------------------------------------------------------------------ weights
 
 
-def make(shape: Mapping[str, int], device: torch.device) -> MemoryTensors:
+def make(shape: Mapping[str, int], device: torch.device, dtype: torch.dtype = torch.bfloat16) -> MemoryTensors:
     """Make base and experts in memory. On a CPU they are the weights of `cold_merge`, on a GPU weights like them."""
     cold_merge.SHAPE.update(shape)
     base: dict[str, Tensor] = {}
@@ -85,9 +86,9 @@ def make(shape: Mapping[str, int], device: torch.device) -> MemoryTensors:
     of_expert = [torch.Generator(device).manual_seed(i + 1) for i in range(len(EXPERTS))]
     for name, size in cold_merge.shapes(shape["num_hidden_layers"]):
         weight = torch.randn(size, generator=shared, device=device) * 0.02 + (1.0 if len(size) == 1 else 0.0)
-        base[name] = weight.bfloat16()
+        base[name] = weight.to(dtype)
         for e, generator in zip(EXPERTS, of_expert, strict=True):
-            experts[e][name] = (weight + torch.randn(size, generator=generator, device=device) * 0.002).bfloat16()
+            experts[e][name] = (weight + torch.randn(size, generator=generator, device=device) * 0.002).to(dtype)
     return MemoryTensors(base, experts, statistics=_Squares(experts))
 
 
@@ -190,7 +191,8 @@ def worker(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device, clock = torch.device(options.device), Clock(torch.device(options.device))
-    tensors = make(SIZES[options.size] | {"num_hidden_layers": options.layers}, device)
+    dtype = getattr(torch, options.dtype or "bfloat16")
+    tensors = make(SIZES[options.size] | {"num_hidden_layers": options.layers}, device, dtype)
     views = {name: torch.empty_like(tensors.base(name)) for name in tensors.groups}
     for view in views.values():
         view.zero_()
@@ -237,6 +239,8 @@ def run_worker(
     environment = {
         **(os.environ if checkout is None else beside.environment(checkout)), "TORCHINDUCTOR_CACHE_DIR": cache,
     }  # fmt: skip
+    if options.march:
+        environment[TARGET_VARIABLE] = options.march
     process = subprocess.Popen(command, env=environment, cwd=checkout, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
@@ -310,7 +314,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     mergekit_costs = mergekit(options)
     options.method, options.drop_cache, options.cores = "", False, os.cpu_count()
     known = cold_merge.describe(options)
-    known |= {"size": options.size, "device": options.device, "threads": options.threads or torch.get_num_threads()}
+    known |= {"dtype": options.dtype or "bfloat16", "size": options.size}
+    known |= {"device": options.device, "threads": options.threads or torch.get_num_threads()}
     rows: list[dict[str, Any]] = []
     ties: list[float] = []
     with tempfile.TemporaryDirectory() as cache:
@@ -370,6 +375,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes")
     parser.add_argument("--cache-bytes", type=int, help="for what the engine stores per element; default: its own")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of the weights; default: bfloat16")
+    parser.add_argument("--march", help="compile loops for this processor, such as x86-64-v3; default: this machine's")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--mergekit", help="the program; with --work")
     parser.add_argument("--work", type=Path, help="folder for models on disk, about six times their size")

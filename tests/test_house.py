@@ -65,6 +65,9 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path: Path) -> 
     packages = {t for t in tops if not t.endswith(".dist-info")}
     assert packages == set(PACKAGES)
     assert {f"{p}/py.typed" for p in packages} <= set(names)
+    c_files = {str(f.relative_to(ROOT)) for kind in ("*.cpp", "*.h") for f in (ROOT / "merge_search").rglob(kind)}
+    assert c_files <= set(names)
+    assert len(c_files) > 3
 
 
 def test_public_names_exist() -> None:

@@ -36,7 +36,7 @@ __all__ = [
 
 
 class AnswerHook(Protocol):
-    """What lm-eval's model calls with every request as soon as the request's batch is answered. Its own hook is a cache."""
+    """A listener that lm-eval's model calls with every request as soon as its batch is answered; by default a cache."""
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None: ...
 
@@ -68,8 +68,8 @@ def task_manager(
     Args:
         folders: Folders with task files.
         defaults: Whether lm-eval's own tasks are indexed, too.
-        change: Called with the path and the whole content of each task file before the task is made. Returns the content
-            to use.
+        change: Called with the path and the whole content of each task file before the task is made. Returns the
+            content to use.
     """
     manager = TaskManager(include_path=list(folders) or None, include_defaults=defaults)
     factory = manager._factory
@@ -108,7 +108,8 @@ def sampling_shots(task: Any, draw: Callable[[Callable[..., list[Any]], int, int
 
     Args:
         task: A task; one without shots is left alone.
-        draw: Called with lm-eval's own sampling function, the number of shots wanted and the number of documents there are.
+        draw: Called with lm-eval's own sampling function, the number of shots wanted and the number of documents there
+            are.
     """
     sampler = getattr(task, "sampler", None)
     if sampler is None:

@@ -1,6 +1,6 @@
-"""The definition: one tensor merged step by step in plain torch, in its own shape, without chunks or compiler.
+"""The definition of a merge: one tensor, step by step in plain torch, in its own shape, without chunks or compiler.
 
-`fused` must give the same bits. Read `stages` for what each step does.
+`execute.runner` must give the same bits. The formulas of the steps are in `methods.stages`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from merge_search.engine.contracts import Pass, Tensors, output_dtype
 from merge_search.engine.execute.runner import WHOLE, scalars
+from merge_search.engine.kernels.random_bits import wrapped
 from merge_search.engine.methods import stages
+from merge_search.engine.methods.primitives import EAGER
 from merge_search.engine.passes.planner import Planner
 from merge_search.recipe import Recipe
 
@@ -37,5 +39,5 @@ def run_pass(p: Pass, tensors: Tensors) -> Tensor:
     base = tensors.base(p.name).to(device)
     experts = [tensors.expert(e, p.name).to(device) for e in p.experts]
     given = {k: v if k in WHOLE else [t.reshape(base.shape) for t in v] for k, v in p.given.items()}
-    index = torch.tensor((p.index + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)
-    return stages.merge(p.structure, base, experts, given, scalars(p.numbers, device), index)
+    index = torch.tensor(wrapped(p.index), dtype=torch.int32, device=device)
+    return stages.merge(p.structure, base, experts, given, scalars(p.numbers, device), index, EAGER)

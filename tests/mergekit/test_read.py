@@ -192,7 +192,7 @@ class TestMethods:
         assert read(llama_folders, task_arithmetic(model("a", weight=1), parameters={"int8_mask": True})) == plain
 
     def test_sce_weighs_experts_alike_where_their_deltas_are_tiny(self, llama_folders: Path) -> None:
-        """Below a sum of energies of 1e-6, mergekit's limit. One sign and nothing dropped: the mean of the deltas."""
+        """Below mergekit's limit of 1e-6 for the sum of energies, and with nothing dropped: the mean of the deltas."""
         from merge_search.engine.resident.in_memory import MemoryTensors
 
         data = {"merge_method": "sce", "base_model": "base", "models": [model("a"), model("b")]}
@@ -206,7 +206,7 @@ class TestMethods:
             )
 
     def test_counts_are_rounded_down_and_a_band_gives_way_at_the_top(self) -> None:
-        """Measured: density 0.85 keeps 54 of 64 entries; 0.9999 with gamma 0.1 keeps 63 and drops one at the top."""
+        """Measured: of 64 entries density 0.85 keeps 54; density 0.9999 and gamma 0.1 keep 63 and drop the top one."""
         from merge_search.engine.resident.in_memory import MemoryTensors
 
         ramp = torch.randperm(64, generator=torch.Generator().manual_seed(0)).float() + 1

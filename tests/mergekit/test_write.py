@@ -99,11 +99,9 @@ class TestWriting:
 
     @settings(max_examples=40, deadline=None)
     @given(
-        table=st.dictionaries(
-            st.sampled_from(KEYS), st.sampled_from([0.0, 0.5, 1.25]), max_size=8
-        ),
+        table=st.dictionaries(st.sampled_from(KEYS), st.sampled_from([0.0, 0.5, 1.25]), max_size=8),
         rest=st.sampled_from([0.0, 0.5]),
-    )  # fmt: skip
+    )
     def test_any_numbers_by_group_survive_as_filters(self, table: dict[str, float], rest: float) -> None:
         wanted = {n: value_for({**table, "*": rest}, g) for n, g in GROUPS.items()}
         value = as_value(wanted, GROUPS)

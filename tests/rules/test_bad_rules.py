@@ -1,4 +1,4 @@
-"""Mistakes in rules from outside are refused with file and line: when the file is read or when the function runs."""
+"""Mistakes in rules from outside are refused with file and line: as the file is read, or once the function has run."""
 
 from __future__ import annotations
 
@@ -192,8 +192,8 @@ def test_nan_is_named_with_its_expert(
     decorator: str, settings: dict[str, Any], expert: str, tensors: MemoryTensors, use: Any
 ) -> None:
     path = use(
-        f"@{decorator}\ndef f(context):\n    'x'\n"
-        "    last = context.deltas[-1].clone()\n    last[0, 0] = float('nan')\n"
+        f"@{decorator}\ndef f(context):\n    'x'\n    last = context.deltas[-1].clone()\n"
+        "    last[0, 0] = float('nan')\n"
         "    return [*context.deltas[:-1], last]\n"
     )
     with pytest.raises(NonFiniteError) as refused:

@@ -19,7 +19,7 @@ from merge_search.engine.execute.runner import has_compiler
 from merge_search.engine.reference import merge_tensor
 from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.engine.resident.pool import ModelPool
-from merge_search.engine.streaming.engine import OneOffEngine
+from merge_search.engine.streaming.engine import StreamingEngine
 from merge_search.errors import RecipeError, RuleError
 from merge_search.merge_recipe import merge_recipe
 from merge_search.mergekit import to_mergekit
@@ -111,7 +111,7 @@ def test_every_kind_of_rule_has_the_same_bits_on_every_path(
     if r.operator is None and not r.post:
         assert equal({name: merge_tensor(r, tensors, name) for name in SHAPES}, in_chunks)
     models = Models(base=str(folders / "base"), experts={e: str(folders / e) for e in "abc"})
-    streamed = OneOffEngine(ModelPool(models, device="cpu", once=True))
+    streamed = StreamingEngine(ModelPool(models, device="cpu", streaming=True))
     assert equal(merged(streamed, r.model_copy(update={"models": models})), in_chunks)
 
 
@@ -239,7 +239,7 @@ def test_a_merge_refuses_other_rules_than_those_of_the_recipe(folders: Path, tmp
 def test_the_rules_in_use_are_those_of_the_last_files_named(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(
-        "from merge_search.rules import measure\n\n"
+        "from merge_search.rules import measure\n"
         "@measure()\ndef mine(context):\n    'mine'\n    return context.deltas\n"
     )
     use_rule_files([own])
@@ -255,8 +255,7 @@ def test_the_rules_in_use_are_those_of_the_last_files_named(tmp_path: Path) -> N
 def test_an_edited_file_is_run_again(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     text = (
-        "from merge_search.rules import measure\n\n"
-        "@measure()\ndef mine(context):\n    '{}'\n    return context.deltas\n"
+        "from merge_search.rules import measure\n@measure()\ndef mine(context):\n    '{}'\n    return context.deltas\n"
     )
     for summary in ("one", "two"):
         own.write_text(text.format(summary))

@@ -1,4 +1,4 @@
-"""A study over rules from outside, from the command line: searched, exported, merged again, or refused."""
+"""A study over rules from outside, from the command line: searched, exported, merged again, refused where it must."""
 
 from __future__ import annotations
 

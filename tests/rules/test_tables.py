@@ -13,8 +13,8 @@ from command_line import here
 from torch import Tensor
 
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.passes.measurements import Facts
-from merge_search.engine.passes.scope import Scope
+from merge_search.engine.passes.measurements import Measurements
+from merge_search.engine.passes.settings import Assessment, Scope
 from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.errors import RecipeError
 from merge_search.presets import PRESETS, preset
@@ -225,11 +225,10 @@ BEFORE_MASKS = [name for name, m in MEASURES.items() if not m.after_mask]
 
 def scores(name: str, tensors: Recorded = TENSORS, seed: int = 0, **options: Any) -> list[Tensor]:
     experts = tuple(tensors.models.experts)
-    facts = Facts(tensors)
+    measurements = Measurements(tensors)
     coefficients = options.pop("coefficients", (0.5,) * len(experts))
-    found = facts.whole_scores(
-        Assess(measure=name, options=options), Scope(experts, Select(), 0.0, seed), "w", coefficients
-    )
+    assessment = Assessment.resolve(Assess(measure=name, options=options), Scope(experts, Select(), 0.0, seed))
+    found = measurements.whole_scores(assessment, "w", coefficients)
     return [t.expand(24 * 16) for t in found]
 
 

@@ -15,7 +15,7 @@ from merge_search.engine.checkpoints.checkpoint import Checkpoint, Expert
 from merge_search.engine.checkpoints.dtypes import FLOATING
 from merge_search.engine.checkpoints.hashing import CHUNK_BYTES, pieces
 from merge_search.engine.checkpoints.headers import TensorHeader
-from merge_search.engine.execute.runner import is_finite
+from merge_search.engine.kernels.numerics import is_finite
 from merge_search.errors import WeightsError
 
 __all__ = ["file_problems", "refuse", "tensor_problem"]

@@ -26,7 +26,7 @@ from merge_search.engine.checkpoints.dtypes import DTYPES, RECIPE_NAMES
 from merge_search.engine.checkpoints.hashing import CHUNK_BYTES, HashInTurn
 from merge_search.engine.checkpoints.headers import CheckpointInfo, natural_key, read_checkpoint, read_json
 from merge_search.engine.checkpoints.layout import is_mergeable
-from merge_search.engine.execute.runner import is_finite
+from merge_search.engine.kernels.numerics import is_finite
 from merge_search.errors import InputError, NonFiniteError, WeightsError
 from merge_search.recipe import Recipe
 

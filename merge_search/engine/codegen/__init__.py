@@ -1,1 +1,1 @@
-"""One compiled loop from a traced element-wise function."""
+"""Compiled loops: a traced element-wise function becomes one C++ loop. `kernel.compile_kernel` is the door."""

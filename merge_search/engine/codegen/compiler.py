@@ -10,13 +10,16 @@ import functools
 import hashlib
 import os
 import platform
+import posixpath
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from importlib import resources
 from pathlib import Path
 
-__all__ = ["CompilerError", "find_compiler", "library"]
+__all__ = ["TARGET_VARIABLE", "CompilerError", "compile_flags", "find_compiler", "library", "read_source"]
 
 
 class CompilerError(Exception):
@@ -28,11 +31,23 @@ _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fwrapv", "-ffp-contract=off
 # the flag.
 _GCC_ALONE = "-fno-thread-jumps"
 
+TARGET_VARIABLE = "MERGE_SEARCH_MARCH"
+"""Environment variable: a processor to compile for in place of this machine's, such as ``x86-64-v3``."""
 
-def _flags() -> list[str]:
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        return [*_FLAGS, _GCC_ALONE, "-march=native", "-mprefer-vector-width=512"]
-    return [*_FLAGS, _GCC_ALONE, "-mcpu=native"]
+
+def compile_flags(target: str | None = None) -> list[str]:
+    """Flags for one target.
+
+    Args:
+        target: A name that ``-march`` takes; None: the one of the environment, else this machine's processor.
+    """
+    target = target or os.environ.get(TARGET_VARIABLE) or "native"
+    is_x86 = target.startswith("x86") or (
+        not target.startswith("arm") and platform.machine().lower() in ("x86_64", "amd64")
+    )
+    if is_x86:
+        return [*_FLAGS, _GCC_ALONE, f"-march={target}", "-mprefer-vector-width=512"]
+    return [*_FLAGS, _GCC_ALONE, "-mcpu=native" if target == "native" else f"-march={target}"]
 
 
 def find_compiler() -> str | None:
@@ -43,9 +58,9 @@ def find_compiler() -> str | None:
 
 
 @functools.cache
-def _target(compiler: str) -> tuple[list[str], str]:
+def _target(compiler: str, march: str | None) -> tuple[list[str], str]:
     """The flags that the compiler takes; its version and what it takes this processor for."""
-    flags = _flags()
+    flags = compile_flags(march)
     try:
         return flags, _said(compiler, flags)
     except subprocess.CalledProcessError:
@@ -65,6 +80,20 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "merge-search")
 
 
+def read_source(path: str) -> str:
+    """A C++ file of the engine, with every header that it includes by a relative path written out.
+
+    Args:
+        path: From the engine's folder, such as ``kernels/ranks.cpp``.
+    """
+    text = resources.files("merge_search.engine").joinpath(path).read_text(encoding="utf-8")
+
+    def included(match: re.Match[str]) -> str:
+        return read_source(posixpath.normpath(posixpath.join(posixpath.dirname(path), match[1])))
+
+    return re.sub(r'^#include "(.*)"$', included, text, flags=re.MULTILINE)
+
+
 def library(source: str) -> ctypes.CDLL:
     """Compile and load; what was compiled before for this processor by this compiler is found again.
 
@@ -75,7 +104,7 @@ def library(source: str) -> ctypes.CDLL:
     if compiler is None:
         raise CompilerError("there is no C++ compiler (g++, clang++ or what CXX names)")
     try:
-        flags, target = _target(compiler)
+        flags, target = _target(compiler, os.environ.get(TARGET_VARIABLE))
         key = hashlib.sha256("\n".join([source, *flags, target]).encode()).hexdigest()
         file = _cache() / f"{key}.so"
         if not file.is_file():

@@ -16,6 +16,7 @@ from torch import Tensor
 from merge_search.engine.contracts import Pass
 from merge_search.engine.execute.runner import scalars, sweep
 from merge_search.engine.methods.assess import measure_of
+from merge_search.engine.methods.primitives import EAGER
 from merge_search.engine.methods.stages import combine, elect, survivors
 from merge_search.errors import RecipeError
 from merge_search.recipe import Recipe
@@ -73,9 +74,9 @@ def pass_parts(p: Pass, base: Tensor, experts: Sequence[Tensor], device: torch.d
     nothing = torch.zeros((), device=device)
     for where, b, e, given, index in sweep(p, base, experts, device):
         origin = b.to(torch.float32)
-        left = survivors(s, origin, e, given, n, index)
-        agreed = elect(s, left.x, n)
+        left = survivors(s, origin, e, given, n, index, EAGER)
+        agreed = elect(s, left.x, n, EAGER)
         for i, unit in enumerate(n["coefficient"]):
             alone = [unit if j == i else nothing for j in range(s.experts)]
-            out[i, where] = n["scale"][0] * combine(s, origin, left, agreed, given, {**n, "coefficient": alone})
+            out[i, where] = n["scale"][0] * combine(s, origin, left, agreed, given, {**n, "coefficient": alone}, EAGER)
     return out.reshape(len(p.experts), *p.shape)

@@ -1,48 +1,54 @@
 """Runs a pass over flattened tensors: in chunks that fit the cache, or as one compiled loop per structure.
 
-Chunks give the bits of `reference`, five times faster than whole tensors. Compiled, load, subtract, mask, scale, elect,
-mix, add and cast become one loop, and one loop serves every length and every candidate: all numbers are inputs.
-On a CPU the loop is C (`native`) and gives the same bits, whatever the threads; torch.compile makes what `native` cannot
-(coefficients per output row) and all that runs on a GPU, which may contract a multiplication and an addition into one
-rounding.
+Chunks give the bits of `reference`, five times faster than whole tensors. Compiled, load, subtract, mask, scale, elect, mix,
+add and cast become one loop, and one loop serves every length and every candidate: all numbers are inputs. On a CPU the loop
+is C++ (`codegen`) and gives the same bits, whatever the number of threads. torch.compile makes all that runs on a GPU, and on
+a CPU the passes that have no C++ form (coefficients per output row). It may contract a multiplication and an addition into
+one rounding.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import types
+import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from merge_search._compat.torch import Graph, compile_apart, mark_lengths_dynamic
 from merge_search.engine.codegen.compiler import CompilerError, library
-from merge_search.engine.codegen.render_c import Loop, Unsupported, compile_loop
+from merge_search.engine.codegen.kernel import Loop, Unsupported, compile_kernel
+from merge_search.engine.codegen.primitives import TRACED
 from merge_search.engine.contracts import Given, Numbers, Pass, Structure
 from merge_search.engine.execute.sums import survivor_sum_list, survivor_sums, votes
+from merge_search.engine.kernels.numerics import is_finite
+from merge_search.engine.kernels.random_bits import wrapped
 from merge_search.engine.methods import stages
 from merge_search.engine.methods.assess import load
+from merge_search.engine.methods.primitives import EAGER
 
-__all__ = ["CHUNK", "WHOLE", "Runner", "has_compiler", "is_finite", "scalars", "sweep"]
+__all__ = ["CHUNK", "WHOLE", "LoopRunner", "Runner", "has_compiler", "scalars", "sweep"]
 
 CHUNK = 2**18
-_COMPILE_FROM = 2**14  # shorter tensors: a call costs more than the pass
+WHOLE = frozenset({"rows"})
+"""Given tensors that are not one value per element."""
+
 _INTEGERS = frozenset({"stride", "cut", "cut2", "key1", "key2", "limit", "gate", "start", "columns"})
-_LOOP_FROM = 2**8
+_GRAPH_FROM = 2**14  # elements: the call of a graph costs more than a pass over a shorter tensor
+_LOOP_FROM = 2**8  # the same for a loop
+_NEW_LOOP_FROM = 2**14  # the same for a loop that may have to be compiled first, of a merge that runs once
 _VOTES = "votes"
 _SCORES = "scores"
-WHOLE = frozenset({"rows"})  # given tensors that are not one value per element
 
 log = logging.getLogger(__name__)
 Layout = tuple[tuple[str, int], ...]
-Graph = Callable[..., Tensor]
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether passes can be compiled here; on a CPU the system's C++ compiler must be there, even if its cache is warm."""
+    """Whether passes can be compiled here. On a CPU this needs the system's C++ compiler, even if its cache is warm."""
     if device.type == "cuda":
         return True
     try:
@@ -92,19 +98,11 @@ Chunk = tuple[slice, Tensor, list[Tensor], dict[str, list[Tensor]], Tensor]
 
 def sweep(p: Pass, base: Tensor, experts: Sequence[Tensor], device: torch.device) -> Iterator[Chunk]:
     """(where, base, experts, given, index of the first element) of every chunk, on `device`."""
-    first = torch.tensor((p.index + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)
+    first = torch.tensor(wrapped(p.index), dtype=torch.int32, device=device)
     for start in range(0, base.numel(), CHUNK):
         part = slice(start, min(start + CHUNK, base.numel()))
         given = {k: list(v) if k in WHOLE else [t[part] for t in v] for k, v in p.given.items()}
         yield part, base[part].to(device), [e[part].to(device) for e in experts], given, first + start
-
-
-def is_finite(x: Tensor) -> bool:
-    """Whether there is no NaN and no infinity; one read of memory, where `torch.isfinite` makes three."""
-    if not x.numel():
-        return True
-    low, high = torch.aminmax(x)
-    return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
 class Runner:
@@ -137,12 +135,12 @@ class Runner:
         return p.bound < torch.finfo(out.dtype).max or is_finite(out)
 
     def _is_long(self, x: Tensor) -> bool:
-        return self.compile and x.numel() >= (_LOOP_FROM if self.device.type == "cpu" else _COMPILE_FROM)
+        return self.compile and x.numel() >= (_LOOP_FROM if self.device.type == "cpu" else _GRAPH_FROM)
 
     def _run_chunks(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> None:
         n = scalars(p.numbers, self.device)
         for part, b, e, given, index in sweep(p, base, experts, self.device):
-            out[part] = stages.merge(p.structure, b, e, given, n, index)
+            out[part] = stages.merge(p.structure, b, e, given, n, index, EAGER)
 
     def scores(self, p: Pass, base: Tensor, experts: Sequence[Tensor], form: str = "") -> Iterator[tuple[int, list[Tensor]]]:  # fmt: skip
         """(position, `stages.assessed`, new and float32) of chunk after chunk."""
@@ -154,13 +152,13 @@ class Runner:
         if not has_loop:
             n = scalars(p.numbers, self.device)
             for part, b, e, given, index in sweep(p, base, experts, self.device):
-                yield part.start, stages.assessed(p.structure, b, e, given, n, index, form)
+                yield part.start, stages.assessed(p.structure, b, e, given, n, index, form, EAGER)
             return
         for start in range(0, base.numel(), size):
             part = slice(start, start + size)
-            mine = replace(p, given={k: [t[part] for t in v] for k, v in p.given.items()})
+            piece = replace(p, given={k: [t[part] for t in v] for k, v in p.given.items()})
             made = [torch.empty(base[part].numel()) for _ in p.experts]
-            self._call(mine, [*made, base[part], *(e[part] for e in experts)], wanted)
+            self._call(piece, [*made, base[part], *(e[part] for e in experts)], wanted)
             yield start, made
 
     def sums(self, p: Pass, base: Tensor, experts: Sequence[Tensor], wanted: tuple[str, ...]) -> Tensor:
@@ -170,14 +168,15 @@ class Runner:
         n = scalars(p.numbers, self.device)
         total = torch.zeros(len(wanted), len(p.experts), dtype=torch.float64, device=self.device)
         for _, b, e, given, index in sweep(p, base, experts, self.device):
-            total += survivor_sums(p.structure, b, e, given, n, index, wanted)
+            total += survivor_sums(p.structure, b, e, given, n, index, wanted, EAGER)
         return total.cpu()
 
     def votes(self, p: Pass, base: Tensor, experts: Sequence[Tensor], where: Tensor) -> float:
         """`sums.votes` of a few entries, at the positions `where`."""
         if self.compile and self.device.type == "cpu":
             return float(self._call(p, [base, *experts, where], (_VOTES,)))
-        return float(votes(p.structure, base, experts, p.given, scalars(p.numbers, self.device), where))
+        n = scalars(p.numbers, self.device)
+        return float(votes(p.structure, base, experts, p.given, n, where, EAGER))
 
     def _key(self, p: Pass, wanted: tuple[str, ...], tensors: Sequence[Tensor]) -> tuple[Layout, Hashable]:
         """Names of the given tensors, and what loops and graphs are kept by; `tensors` with the given ones."""
@@ -189,7 +188,7 @@ class Runner:
         return [t.to(self.device) for _, values in sorted(p.given.items()) for t in values]
 
     def _loop(self, p: Pass, wanted: tuple[str, ...], tensors: Sequence[Tensor]) -> Loop | None:
-        """The C loop of a pass on a CPU; None where it has none."""
+        """The C++ loop of a pass on a CPU; None where it has none."""
         names, key = self._key(p, wanted, tensors)
         if key not in self._loops:
             self._loops[key] = _loop(p, names, wanted, [t.dtype for t in tensors])
@@ -211,10 +210,8 @@ class Runner:
         layout, floats, integers = _pack(p.numbers, self.device)
         if key not in self._graphs:
             self._graphs[key] = _graph(p.structure, layout, names, wanted)
-        index = torch.tensor((p.index + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=self.device)
-        for t in tensors + given:
-            if t.numel() > 1:
-                torch._dynamo.mark_dynamic(t, 0)
+        index = torch.tensor(wrapped(p.index), dtype=torch.int32, device=self.device)
+        mark_lengths_dynamic(tensors + given)
         with warnings.catch_warnings():  # the compiler's; the result is the same
             warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
             return self._graphs[key](tensors, given, floats, integers, index)
@@ -234,8 +231,27 @@ def _load_measures(s: Structure) -> None:
             load(source.measure)
 
 
+def _pass(
+    s: Structure,
+    wanted: tuple[str, ...],
+    tensors: Sequence[Tensor],
+    given: Given,
+    n: dict[str, list[Tensor]],
+    index: Tensor,
+) -> list[Tensor]:
+    """The function that is compiled for a pass: its result, or the scores or sums that are `wanted`."""
+    base, experts = tensors[0], tensors[1 : 1 + s.experts]
+    if wanted == (_VOTES,):
+        return [votes(s, base, experts, given, n, tensors[1 + s.experts], TRACED)]
+    if wanted[:1] == (_SCORES,):
+        return stages.assessed(s, base, experts, given, n, index, wanted[1], TRACED)
+    if wanted:
+        return survivor_sum_list(s, base, experts, given, n, index, wanted, TRACED)
+    return [stages.merge(s, base, experts, given, n, index, TRACED)]
+
+
 def _loop(p: Pass, names: Layout, wanted: tuple[str, ...], dtypes: list[torch.dtype]) -> Loop | None:
-    """The C loop of a pass; None where it has none."""
+    """The C++ loop of a pass; None where it has none."""
     s, layout = p.structure, tuple((name, len(values)) for name, values in sorted(p.numbers.items()))
     _load_measures(s)
     floats, integers = _numbers(p.numbers)
@@ -243,20 +259,13 @@ def _loop(p: Pass, names: Layout, wanted: tuple[str, ...], dtypes: list[torch.dt
     reads, n_given = dtypes[written:], sum(count for _, count in names)
 
     def body(tensors: Sequence[Tensor], f: Tensor, i: Tensor, index: Tensor) -> Sequence[Tensor]:
-        base, experts, given = tensors[0], tensors[1 : 1 + s.experts], tensors[len(tensors) - n_given :]
-        named, n = _unpacked(layout, names, given, f, i)
-        if wanted == (_VOTES,):
-            return [votes(s, base, experts, named, n, tensors[1 + s.experts])]
-        if wanted[:1] == (_SCORES,):
-            return stages.assessed(s, base, experts, named, n, index, wanted[1])
-        if wanted:
-            return survivor_sum_list(s, base, experts, named, n, index, wanted)
-        return [stages.merge(s, base, experts, named, n, index)]
+        given, n = _unpacked(layout, names, tensors[len(tensors) - n_given :], f, i)
+        return _pass(s, wanted, tensors, given, n, index)
 
     try:
-        return compile_loop(body, reads, dtypes[0] if written else None, len(floats), len(integers))
+        return compile_kernel(body, reads, dtypes[0] if written else None, len(floats), len(integers))
     except Unsupported as error:
-        log.info("no loop of one's own for %s, torch.compile makes one: %s", s, error)
+        log.info("no C++ loop for %s, torch.compile makes one: %s", s, error)
         return None
 
 
@@ -266,14 +275,54 @@ def _graph(s: Structure, layout: Layout, names: Layout, wanted: tuple[str, ...])
     def run(tensors: list[Tensor], given: list[Tensor], floats: Tensor, integers: Tensor, index: Tensor) -> Tensor:
         named, n = _unpacked(layout, names, given, floats, integers)
         if wanted == (_VOTES,):
-            return votes(s, tensors[0], tensors[1:-1], named, n, tensors[-1])
+            return votes(s, tensors[0], tensors[1:-1], named, n, tensors[-1], TRACED)
         if wanted:
-            return survivor_sums(s, tensors[0], tensors[1:], named, n, index, wanted)
-        tensors[0].copy_(stages.merge(s, tensors[1], tensors[2:], named, n, index))
+            return survivor_sums(s, tensors[0], tensors[1:], named, n, index, wanted, TRACED)
+        tensors[0].copy_(stages.merge(s, tensors[1], tensors[2:], named, n, index, TRACED))
         return index
 
-    # The compiler keeps its graphs, eight at most, by code object: each structure gets its own.
-    label = f"merge_{abs(hash((s, layout, names, wanted))):x}"
-    own = types.FunctionType(run.__code__.replace(co_name=label), run.__globals__, label, None, run.__closure__)
-    graph: Graph = torch.compile(own, fullgraph=True)
-    return graph
+    return compile_apart(run, f"merge_{abs(hash((s, layout, names, wanted))):x}")
+
+
+class _NoLoopError(Exception):
+    """A pass that has no C++ form, or no compiler."""
+
+
+class _Loops(Runner):
+    """A `Runner` that makes C++ loops, and no graphs. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), compile=True)
+        self._ready: set[object] = set()
+        self._lock = threading.Lock()
+
+    def run(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> bool:
+        key = (p.structure, out.dtype)
+        if key in self._ready:
+            return super().run(p, base, experts, out)
+        with self._lock:  # one thread traces and compiles
+            finite = super().run(p, base, experts, out)
+        self._ready.add(key)
+        return finite
+
+    def _call_graph(self, *_: object) -> Tensor:
+        raise _NoLoopError
+
+
+class LoopRunner(Runner):
+    """A `Runner` on the CPU that compiles C++ loops for passes over long tensors and runs all else in chunks.
+
+    The bits are those of chunks. The first loop of a structure takes half a second, and less if it was compiled before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), compile=False)
+        self._compiled = _Loops()
+
+    def run(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> bool:
+        if base.numel() >= _NEW_LOOP_FROM:
+            try:
+                return self._compiled.run(p, base, experts, out)
+            except _NoLoopError:
+                pass
+        return super().run(p, base, experts, out)

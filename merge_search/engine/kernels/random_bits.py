@@ -13,7 +13,7 @@ from torch import Tensor
 
 from merge_search.seeding import derive_seed
 
-__all__ = ["draw", "draw_limit", "indices", "mask_keys", "mix", "uniform"]
+__all__ = ["draw", "draw_limit", "indices", "mask_keys", "mix", "uniform", "wrapped"]
 
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
 """Odd 32-bit constants: those of the public-domain hash `lowbias32`."""
@@ -25,10 +25,15 @@ def mask_keys(seed: int, expert: str, tensor: str) -> tuple[int, int]:
     return (bits & 0xFFFFFFFF) - 2**31, (bits >> 32) - 2**29
 
 
+def wrapped(position: int) -> int:
+    """A position as a signed 32-bit number: positions repeat after 2**32 elements, which repeats random patterns."""
+    return (position + 2**31) % 2**32 - 2**31
+
+
 def indices(n: int, offset: int | Tensor = 0, *, device: torch.device | str = "cpu") -> Tensor:
-    """Positions offset .. offset + n - 1 as int32; they wrap at 2**32, which repeats the pattern and harms nothing."""
+    """Positions offset .. offset + n - 1 as int32, wrapped at 2**32."""
     if isinstance(offset, int):
-        offset = (offset + 2**31) % 2**32 - 2**31
+        offset = wrapped(offset)
     return torch.arange(n, dtype=torch.int32, device=device) + offset
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merge_search.engine.codegen.compiler import CompilerError, library
-from merge_search.engine.codegen.render_c import CONVERSIONS
+from merge_search.engine.codegen.compiler import CompilerError, library, read_source
+from merge_search.engine.codegen.dtypes import C_TYPES
 
 __all__ = ["BITS", "count_deltas", "count_scores", "counts_at_once", "counts_from", "delta_ranks", "row_ranks"]
 
@@ -26,8 +26,7 @@ BITS = 20  # of a key, where it is counted
 
 _PART = 2**18  # elements worth a thread, or made at a time
 _LONGEST = 2**31  # of a row: positions are 32 bits of what is sorted
-_STORED = {torch.float32: "float", torch.bfloat16: "uint16_t", torch.float16: "uint16_t"}
-_LOADS = {torch.float32: "", torch.bfloat16: "from_bf16", torch.float16: "from_f16"}
+_READ = (torch.float32, torch.bfloat16, torch.float16)
 _RANKS = {torch.int16: "short", torch.int32: "int", torch.float32: "float"}
 
 log = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def delta_ranks(base: Tensor, own: Tensor, dtype: torch.dtype = torch.int32) -> 
 
 def _is_plain(t: Tensor) -> bool:
     fits = t.ndim > 0 and 0 < t.shape[-1] < _LONGEST and t.numel() > 0
-    return fits and t.device.type == "cpu" and t.is_contiguous() and t.dtype in _STORED
+    return fits and t.device.type == "cpu" and t.is_contiguous() and t.dtype in _READ
 
 
 def _sorted(scores: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,7 +117,7 @@ def counts_from(x: Tensor, edges: Tensor) -> list[int]:
     Args:
         x: Flat, no NaN. edges: Rising, of the dtype and on the device of `x`.
     """
-    loaded = _steps() if _is_plain(x) and x.dtype == torch.float32 else None
+    loaded = _counter() if _is_plain(x) and x.dtype == torch.float32 else None
     if loaded is not None:
         found, edges = np.zeros(len(edges), dtype=np.int64), edges.contiguous()
         n, last = ctypes.c_int64(x.numel()), ctypes.c_int32(len(edges))
@@ -155,119 +154,29 @@ def _place(t: Tensor | None) -> ctypes.c_void_p:
 
 # ------------------------------------------------------------------------------------------------ in C
 
-_SOURCE = """\
-static const int64_t SHORT = 64;  /* entries of a row that are compared pair by pair */
-static const int DIGIT = 11;
-static const int64_t BLOCK = 4096;
-
-/* Keys over positions, ascending: the largest score first, and of equal ones the first. */
-static uint32_t load(const B *__restrict base, const O *__restrict own, uint32_t n, uint64_t *__restrict pairs) {
-    const uint32_t first = KEY(0);
-    uint32_t differ = 0;
-    for (uint32_t i = 0; i < n; i++) {
-        const uint32_t key = KEY(i);
-        differ |= key ^ first;
-        pairs[i] = (uint64_t)key << 32 | i;
-    }
-    return differ;
-}
-
-template <class R>
-static void rank_row(const B *base, const O *own, uint32_t n, R *__restrict out, uint64_t *from, uint64_t *to) {
-    const uint32_t differ = load(base, own, n, from);
-    if (n <= SHORT) {
-        for (uint32_t i = 0; i < n; i++) {
-            uint32_t before = 0;
-            for (uint32_t j = 0; j < n; j++) before += from[j] < from[i];
-            out[i] = (R)before;
-        }
-        return;
-    }
-    if (!differ) for (uint32_t i = 0; i < n; i++) out[i] = (R)i;
-    const int end = differ ? 64 - __builtin_clz(differ) : 0;
-    for (int shift = 32 + (differ ? __builtin_ctz(differ) : 0); shift < end; shift += DIGIT) {
-        const int last = shift + DIGIT >= end, width = last ? end - shift : DIGIT;
-        const uint32_t mask = (1u << width) - 1;
-        uint32_t places[1 << DIGIT];
-        memset(places, 0, sizeof(uint32_t) << width);
-        for (uint32_t i = 0; i < n; i++) places[(uint32_t)(from[i] >> shift) & mask]++;
-        for (uint32_t d = 0, total = 0; d <= mask; d++) { const uint32_t count = places[d]; places[d] = total; total += count; }
-        if (last) for (uint32_t i = 0; i < n; i++) out[(uint32_t)from[i]] = (R)(int32_t)places[(uint32_t)(from[i] >> shift) & mask]++;
-        else for (uint32_t i = 0; i < n; i++) to[places[(uint32_t)(from[i] >> shift) & mask]++] = from[i];
-        uint64_t *swap = from; from = to; to = swap;
-    }
-}
-
-template <class R>
-static void rank(const B *base, const O *own, int64_t first, int64_t last, int64_t n, R *out, uint64_t *work) {
-    for (int64_t row = first; row < last; row++)
-        rank_row(base ? base + row * n : base, own + row * n, (uint32_t)n, out + row * n, work, work + n);
-}
-
-#define RANK(R) \\
-    extern "C" void rank_##R(const B *base, const O *own, int64_t first, int64_t last, int64_t n, R *out, uint64_t *work) \\
-    { rank(base, own, first, last, n, out, work); }
-RANK(short)
-RANK(int)
-RANK(float)
-
-/* Keys are made block by block, so that the counting, one by one, does not keep them from being made side by side. */
-extern "C" void count(const B *base, const O *own, int64_t n, int32_t shift, int64_t *bins) {
-    const uint32_t last = 0xffffffffu >> shift;
-    uint32_t keys[BLOCK];
-    for (int64_t at = 0; at < n; at += BLOCK, own += BLOCK, base = base ? base + BLOCK : base) {
-        const uint32_t m = (uint32_t)(n - at < BLOCK ? n - at : BLOCK);
-        for (uint32_t i = 0; i < m; i++) keys[i] = last - (KEY(i) >> shift);
-        for (uint32_t i = 0; i < m; i++) bins[keys[i]]++;
-    }
-}
-"""
-
-_SCORE_KEY = """\
-/* NaN above all, both zeros alike. */
-static inline uint32_t key_of(float x) {
-    const uint32_t u = (uint32_t)as_int(x + 0.0f), up = u & 0x80000000u ? ~u : u | 0x80000000u;
-    return x != x ? 0 : ~up;
-}
-"""
-_DELTA_KEY = "static inline uint32_t key_of(float x) { return 0x7fffffffu - ((uint32_t)as_int(x) & 0x7fffffffu); }"
-
 
 @functools.cache
 def _loaded(base: torch.dtype | None, own: torch.dtype) -> ctypes.CDLL | None:
-    """The functions for these dtypes; None where there is no compiler."""
-    value = f"{_LOADS[own]}(own[i])" + (f" - {_LOADS[base]}(base[i])" if base else "")
-    named = [f"typedef {_STORED[base or own]} B;", f"typedef {_STORED[own]} O;", f"#define KEY(i) key_of({value})"]
+    """The functions of `ranks.cpp` for these dtypes; None where there is no compiler."""
+    value = C_TYPES[own].load("own[i]") + (f" - {C_TYPES[base].load('base[i]')}" if base else "")
+    named = [f"typedef {C_TYPES[base or own].stored} B;", f"typedef {C_TYPES[own].stored} O;"]
+    named += [f"#define KEY_VALUE(i) {value}", f"#define IS_DELTA {int(base is not None)}"]
     try:
-        found = library("\n".join([CONVERSIONS, _DELTA_KEY if base else _SCORE_KEY, *named, _SOURCE]))
+        loaded = library("\n".join(["#include <stdint.h>", *named, read_source("kernels/ranks.cpp")]))
     except CompilerError as error:
         log.info("ranks and histograms are made without a compiler: %s", error)
         return None
-    found.count.restype = None
-    return found
-
-
-_STEPS = """\
-#include <stdint.h>
-extern "C" void counts_from(const float *x, int64_t n, const float *edges, int32_t last, int64_t *found) {
-    for (int64_t at = 0; at < n; at += 4096, x += 4096)
-        for (int32_t e = 0; e < last; e++) {
-            const int32_t m = (int32_t)(n - at < 4096 ? n - at : 4096);
-            int32_t count = 0;
-            for (int32_t i = 0; i < m; i++) count += x[i] >= edges[e];
-            found[e] += count;
-        }
-}
-"""
+    loaded.count.restype = None
+    return loaded
 
 
 @functools.cache
-def _steps() -> Callable[..., None] | None:
+def _counter() -> Callable[..., None] | None:
     """`counts_from` in C; None where there is no compiler."""
     try:
-        found = library(_STEPS).counts_from
+        counter = library(read_source("kernels/counts_from.cpp")).counts_from
     except CompilerError as error:
         log.info("histograms are made without a compiler: %s", error)
         return None
-    found.restype = None
-    return found
+    counter.restype = None
+    return counter

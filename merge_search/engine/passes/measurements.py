@@ -110,6 +110,10 @@ class Measurements:
             self._largest[key] = largest
         return self._largest[key]
 
+    def largest_deltas(self, experts: Sequence[str], name: str) -> list[float]:
+        """`largest_delta` of each expert."""
+        return [self.largest_delta(e, name) for e in experts]
+
     def offset(self, name: str, *, vectors: bool) -> int:
         """Position of a tensor's first element in the whole model, as ranked together."""
         if vectors not in self._offsets:

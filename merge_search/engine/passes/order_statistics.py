@@ -164,13 +164,9 @@ class OrderStatistics:
         self._values, self._highs, self._reach, self._order = values, highs, reach, order
         self.n = int(reach[-1]) if len(reach) else 0
         self.maximum = maximum
+        self.stride = 1 if order is not None else GOLDEN_STRIDE
         positive = int(np.searchsorted(-values, 0.0, side="left"))  # entries whose lower edge is above zero
         self.n_positive = int(reach[positive - 1]) if positive else 0
-
-    @property
-    def stride(self) -> int:
-        """1 for sorted scores, golden for a histogram."""
-        return 1 if self._order is not None else GOLDEN_STRIDE
 
     def cut(self, k: int) -> Cut:
         """The rule that keeps the k largest scores."""

@@ -10,6 +10,7 @@ import torch
 
 from merge_search.engine.contracts import Numbers, Pass, Source, Structure, Tensors
 from merge_search.engine.execute.runner import Runner
+from merge_search.engine.kernels.random_bits import wrapped
 from merge_search.engine.methods.allocate import Allocation, allocate
 from merge_search.engine.passes.measurements import Measurements
 from merge_search.engine.passes.selections import Selections, largest_factors
@@ -17,7 +18,7 @@ from merge_search.engine.passes.settings import Assessment, ResolvedRecipe, Scop
 from merge_search.engine.passes.softmax_weights import SoftmaxWeights
 from merge_search.engine.passes.survivors import SurvivorNumbers
 from merge_search.engine.resident.coefficient_maps import n_rows, rows_of
-from merge_search.recipe import Assess, Recipe, value_for
+from merge_search.recipe import Assess, Recipe
 
 __all__ = ["Planner", "TensorSettings"]
 
@@ -60,15 +61,13 @@ class Planner:
         return resolved.settings[name]
 
     def _make_settings(self, resolved: ResolvedRecipe, name: str) -> TensorSettings:
-        recipe, experts, group = resolved.recipe, resolved.scope.experts, self.tensors.groups[name]
-        if recipe.allocate.kind == "constant":
-            coefficients = tuple(recipe.coefficient(e, group) for e in experts)
-            densities = tuple(recipe.density(e, group) for e in experts)
-        else:
+        recipe, experts = resolved.recipe, resolved.scope.experts
+        coefficients, densities, scale = recipe.numbers_of(experts, self.tensors.groups[name])
+        if recipe.allocate.kind != "constant":
             table = self._allocation(resolved)
             coefficients = tuple(table.coefficient[e, name] for e in experts)
             densities = tuple(table.density[e, name] for e in experts)
-        return TensorSettings(experts, coefficients, densities, value_for(recipe.scale, group))
+        return TensorSettings(experts, coefficients, densities, scale)
 
     def _allocation(self, resolved: ResolvedRecipe) -> Allocation:
         recipe = resolved.recipe
@@ -106,7 +105,9 @@ class Planner:
         active = self.measurements.active(name, resolved.scope.experts)
         if not active:
             return None
-        settings = self.settings(recipe, name).of(active)
+        settings = self.settings(recipe, name)
+        if active != settings.experts:
+            settings = settings.of(active)
         numbers: Numbers = {"coefficient": list(settings.coefficients), "scale": [settings.scale]}
         structure = Structure(
             experts=len(active), resolve=recipe.resolve.kind, weighted=recipe.resolve.weighted, tie=recipe.resolve.tie,
@@ -159,7 +160,7 @@ class Planner:
             rows = torch.ones(n, device=self.tensors.device) if rows is None else rows
             maps.append(rows if n > 1 else rows.expand(2).contiguous())  # the compiler takes lengths of 1 for fixed
         p.given["rows"] = maps
-        p.numbers["start"] = [(p.index + 2**31) % 2**32 - 2**31]
+        p.numbers["start"] = [wrapped(p.index)]
         p.numbers["columns"] = [max(1, math.prod(p.shape) // max(1, n))]
         return replace(p, structure=p.structure._replace(rows=True))
 
@@ -206,8 +207,8 @@ class Planner:
         if s.rescale == "probability":
             rho = largest_factors(resolved, p)
         boost = n.get("boost", [1.0] * s.experts)
-        parts = zip(n["coefficient"], rho, boost, p.experts, strict=True)
-        delta = sum(abs(c * r * b) * self.measurements.largest_delta(e, p.name) for c, r, b, e in parts)
+        largest = self.measurements.largest_deltas(p.experts, p.name)
+        delta = sum(abs(c * r * b) * x for c, r, b, x in zip(n["coefficient"], rho, boost, largest, strict=True))
         return self.measurements.largest_base(p.name) + abs(n["scale"][0]) * delta * 1.0001
 
 

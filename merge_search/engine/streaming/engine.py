@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,9 +19,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from merge_search.engine.contracts import Pass, output_dtype
+from merge_search.engine.contracts import output_dtype
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.execute.runner import Runner
+from merge_search.engine.execute.runner import LoopRunner, Runner
 from merge_search.engine.methods.assess import load, measure_of
 from merge_search.engine.passes.measurements import Measurements
 from merge_search.engine.passes.order_statistics import EXACT_LIMIT, Thresholds
@@ -37,13 +36,12 @@ from merge_search.rules import SELECTIONS, SPLICES
 
 T = TypeVar("T")
 
-__all__ = ["LoopRunner", "StreamingEngine", "StreamingMeasurements", "is_element_wise"]
+__all__ = ["StreamingEngine", "StreamingMeasurements", "is_element_wise"]
 
 _WORKERS = 4  # at most: each holds a tensor of every model
 _AHEAD = 1  # tensors read before their turn, or merged and not taken yet
 _CACHE_BYTES = 2**30
 _LOOPS_FROM = 2**23  # parameters: below, a loop that was never compiled costs more than it saves
-_LONG = 2**14  # elements
 _NEARLY = 0.9  # of the tensors are no longer than one that is nearly the longest
 
 
@@ -139,50 +137,6 @@ def _ahead(names: Iterable[str], take: Callable[[str], T], n: int, sizes: Mappin
         waiting.append((name, take(name)))
     while waiting:
         yield waiting.popleft()
-
-
-class _NoLoopError(Exception):
-    """A pass that `native` does not write out, or no compiler."""
-
-
-class _Loops(Runner):
-    """A `Runner` that makes C loops, and no graphs. Safe to use from several threads."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"), compile=True)
-        self._ready: set[object] = set()
-        self._lock = threading.Lock()
-
-    def run(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> bool:
-        key = (p.structure, out.dtype)
-        if key in self._ready:
-            return super().run(p, base, experts, out)
-        with self._lock:  # one thread traces and compiles
-            finite = super().run(p, base, experts, out)
-        self._ready.add(key)
-        return finite
-
-    def _call_graph(self, *_: object) -> Tensor:
-        raise _NoLoopError
-
-
-class LoopRunner(Runner):
-    """A `Runner` on the CPU that compiles C loops for passes over long tensors and runs all else in chunks.
-
-    The bits are those of chunks. A structure's first loop takes half a second, and less if it was compiled before.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"), compile=False)
-        self._compiled = _Loops()
-
-    def run(self, p: Pass, base: Tensor, experts: Sequence[Tensor], out: Tensor) -> bool:
-        if base.numel() >= _LONG:
-            try:
-                return self._compiled.run(p, base, experts, out)
-            except _NoLoopError:
-                pass
-        return super().run(p, base, experts, out)
 
 
 def is_element_wise(recipe: Recipe) -> bool:
