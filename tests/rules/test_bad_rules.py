@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from merge_search.engine.contracts import Tensors
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.errors import InputError, NonFiniteError, RecipeError, RuleError
@@ -267,16 +269,24 @@ def test_statistics_that_a_measure_names_must_be_there(tensors: MemoryTensors, u
     r = Recipe.from_dict({"models": tensors.models, **MEASURE})
     with pytest.raises(RecipeError, match="the statistic 'gradient' of expert 'code' is needed for tensor 'w'"):
         list(MergeEngine(tensors, compile=False).merged(r))
-    bare = MergeEngine(_Bare(tensors), compile=False)  # type: ignore[arg-type]
+    bare = MergeEngine(_Bare(tensors), compile=False)
     assert any("measure 'f' needs statistics from data" in p for p in bare.check(r))
 
 
-class _Bare:
+class _Bare(Tensors):
     """Tensors without statistics."""
 
     def __init__(self, tensors: MemoryTensors) -> None:
-        self.models, self.groups, self.device = tensors.models, tensors.groups, tensors.device
-        self.shape, self.base, self.expert = tensors.shape, tensors.base, tensors.expert
+        self.models, self.groups, self.device, self._tensors = tensors.models, tensors.groups, tensors.device, tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors.shape(name)
+
+    def base(self, name: str) -> Tensor:
+        return self._tensors.base(name)
+
+    def expert(self, expert: str, name: str) -> Tensor:
+        return self._tensors.expert(expert, name)
 
 
 # ------------------------------------------------------------------------------------------------ other doors

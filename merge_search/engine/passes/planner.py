@@ -164,10 +164,10 @@ class Planner:
         p.numbers["columns"] = [max(1, math.prod(p.shape) // max(1, n))]
         return replace(p, structure=p.structure._replace(rows=True))
 
-    # --- numbers of the survivors
+    # --- numbers that depend on the survivors
 
     def _survivor_numbers(self, resolved: ResolvedRecipe, p: Pass) -> Pass:
-        """The pass with numbers that only its masks tell: mean energies, factors that keep norms, boosts of lone survivors."""
+        """The pass with numbers that its masks decide: energies, factors that keep norms, boosts of lone survivors."""
         recipe, is_masked = resolved.recipe, p.structure.select != "all"
         has_energy = p.structure.mixing.kind == "number"
         keeps_norm = is_masked and recipe.rescale.kind in ("match_l1", "match_l2")

@@ -1,7 +1,7 @@
-"""Adds a recipe's selection to a pass: which form of it runs, its scores, and every number that its masks need.
+"""Adds a recipe's selection to a pass: the form of it that runs, its scores, and every number that its masks need.
 
-One function a case. Selections that rank whole rows and selections in blocks read ranks or masks that are stored; the others
-compare scores with numbers inside the pass.
+There is one function a case. Selections that rank rows or work in blocks read stored ranks or masks. The others compare
+scores with numbers inside the pass.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A recipe, resolved for the engine: its experts in order, its measures as rows with complete options, its numbers by tensor.
+"""A recipe, resolved for the engine: experts in order, measures as rows with complete options, numbers by tensor.
 
-A name in a recipe is looked up and checked once. Planner and measurements carry what was found: an `Assessment` for a
+Every name in a recipe is looked up and checked once. Planner and measurements carry the results: an `Assessment` for a
 measure, a `ResolvedRecipe` for a recipe, `TensorSettings` for the numbers of one tensor.
 """
 
@@ -69,7 +69,7 @@ class Assessment:
         scores: The measure's function.
         reduce: What the measure needs of whole tensors, one tuple per expert; None: nothing.
         pool: Combines one expert's tuples over parts or tensors; None: it cannot be done.
-        numbers: Scalars of a pass from options, reductions and the numbers of experts and active experts; None: no scalars.
+        numbers: Scalars of a pass from options, reductions and the counts of experts and active experts; None: none.
     """
 
     measure: Measure
@@ -90,7 +90,7 @@ class Assessment:
         """The assessment of a recipe's measure.
 
         Raises:
-            RecipeError: unknown name or options, all at once.
+            RecipeError: The name or options are unknown. Reported all at once.
         """
         return cls.of(measure_of(assess), assess, scope)
 
@@ -154,8 +154,8 @@ class TensorSettings:
 def processing_order(recipe: Recipe, splice: Splicing, measures: Sequence[Measure]) -> tuple[str, ...]:
     """Experts in the order in which they are added up.
 
-    By name, so that listing them otherwise changes no bit; as listed where the order means something. Under names
-    that sort otherwise the sums, and so the weights, may differ in their last bits.
+    They are sorted by name, so that the order in the recipe changes no bit. Where that order has a meaning, it is kept.
+    Under names that sort differently the sums, and so the weights, may differ in their last bits.
 
     Args:
         splice: The row of the recipe's splice.
@@ -194,7 +194,7 @@ class ResolvedRecipe:
         """Look up everything that a recipe names.
 
         Raises:
-            RecipeError: a measure is unknown, or has no such option.
+            RecipeError: A measure is unknown, or has no such option.
         """
         selection, splice = SELECTIONS[recipe.select.kind], SPLICES[recipe.splice.kind]
         measure, score = measure_of(recipe.assess), recipe.splice.score
