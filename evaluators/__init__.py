@@ -1,4 +1,4 @@
-"""What counts as good: one file a family. Importing this package loads nothing heavy."""
+"""The built-in evaluators, one folder or file a family. Importing this package loads nothing heavy."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ class TeacherOutputs:
     """A teacher's output distributions, one a row.
 
     Attributes:
-        log_p: Shape (n, k), float16. Where `outcomes` are given, the last column stands for all other outcomes together.
+        log_p: Shape (n, k), float16. Where `outcomes` are given, the last column stands for all other outcomes
+            together.
         outcomes: The stored outcomes, shape (n, k - 1), int32. None: all outcomes, in their order.
     """
 
@@ -74,7 +75,8 @@ def divergence(outputs: TeacherOutputs, log_q: Tensor) -> Tensor:
 
     Args:
         outputs: The teacher's, n rows.
-        log_q: The live model's, normalised. Shape (n, outcomes), float32 or float64. -inf where an outcome cannot happen.
+        log_q: The live model's, normalised. Shape (n, outcomes), float32 or float64. -inf where an outcome cannot
+            happen.
 
     Returns:
         Shape (n,), the dtype of `log_q`. Never negative, except by rounding.

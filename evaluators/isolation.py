@@ -1,4 +1,4 @@
-"""Running other people's code without side effects: random generators, loggers, warnings, progress bars."""
+"""Keep code of other libraries from changing random generators and from writing to the terminal."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["isolated_generators", "quiet"]
 
 @contextmanager
 def isolated_generators(seed: int | None = None) -> Iterator[None]:
-    """The global generators of `random`, numpy and torch are afterwards as they were before.
+    """Restore the global generators of `random`, numpy and torch on leaving.
 
     Args:
-        seed: If given, all three are seeded with it on entry, so that what is drawn inside repeats.
+        seed: Seeds all three on entry, so that draws inside can be repeated; None: they go on as they are.
     """
     states = random.getstate(), np.random.get_state()
-    torch: Any = sys.modules.get("torch")  # not imported yet: nothing can have drawn from it
+    torch: Any = sys.modules.get("torch")  # if torch is not imported, its generator cannot have been used
     devices = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
     torch_state = None if torch is None else torch.get_rng_state()
     device_states = torch.cuda.get_rng_state_all() if devices else None
@@ -32,7 +32,7 @@ def isolated_generators(seed: int | None = None) -> Iterator[None]:
             random.seed(seed)
             np.random.seed(seed % 2**32)
             if torch is not None:
-                # NOTE: torch.manual_seed, while no GPU is in use, keeps a stack trace of every call for ever.
+                # NOTE: While no GPU is in use, torch.manual_seed keeps a stack trace of every call in memory.
                 torch.default_generator.manual_seed(seed)
             if devices:
                 torch.cuda.manual_seed_all(seed)
@@ -48,7 +48,11 @@ def isolated_generators(seed: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def quiet(names: Sequence[str]) -> Iterator[None]:
-    """Python warnings and, below the level of an error, the loggers `names` and their children are silent."""
+    """Silence Python warnings and some loggers inside.
+
+    Args:
+        names: Loggers that, with their children, log nothing below the level of an error.
+    """
     loggers = [logging.getLogger(n) for n in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

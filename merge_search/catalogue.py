@@ -1,11 +1,11 @@
 """Find search spaces and evaluators by name, check them and build them.
 
 Built-in classes and a user's own come through the same door. An entry point of the group ``merge_search.search_spaces``
-or ``merge_search.evaluators`` names a table ``{name: "module:Class"}``. A name of the form ``path/to/file.py:Class`` loads
-the user's own file. Loading runs the code of that file, so it happens only when the study file names it.
+or ``merge_search.evaluators`` names a table ``{name: "module:Class"}``. A name of the form ``path/to/file.py:Class``
+loads the user's own file. Loading runs the code of that file, so it happens only when the study file names it.
 
-`build_space` and `build_evaluator` are the only places that ask what a class has. Everything behind them can rely on every
-member of `SearchSpace` and `Evaluator`.
+`build_space` and `build_evaluator` are the only places that ask what a class has. Everything behind them can rely on
+every member of `SearchSpace` and `Evaluator`.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def load(kind: str, name: str, *, folder: Path | None = None) -> Any:
         The class, or the function that builds an object.
 
     Raises:
-        InputError: No such name (with the nearest known one), file or class, a file that fails when it is run, or a class
-            that lacks methods.
+        InputError: No such name (with the nearest known one), file or class, a file that fails when it is run, or a
+            class that lacks methods.
     """
     noun = _KINDS[kind].noun
     if ".py:" in name:
@@ -180,7 +180,7 @@ def _build(kind: str, name: str, options: dict[str, Any], folder: Path, *argumen
 
 
 def _make_absolute(options: dict[str, Any], key: str, folder: Path) -> None:
-    """Give a class that does not resolve its own paths absolute ones. Values that are no paths are left to the class."""
+    """Make paths absolute for a class that does not resolve its own. Other values are left to the class."""
     value = options.get(key)
     if isinstance(value, str) and value:
         options[key] = str(absolute(value, folder)) if key == "file" else [str(absolute(value, folder))]

@@ -1,4 +1,4 @@
-"""What can go wrong, by what the one who catches it can do.
+"""The errors that this package raises on purpose, sorted by what the caller can do about them.
 
     MergeSearchError
     ├── InputError            (also ValueError) fix what was given; carries *all* the problems found
@@ -13,7 +13,14 @@
         ├── NonFiniteError    NaN or infinity in weights or scores
         └── EvaluationError   the evaluator failed
 
-A message says what must hold, what was found, where, and what to do.
+A message says what must hold, what was found instead, where it was found, and what to do.
+
+    >>> raise InputError(["limit: must be positive, got 0", "taks: unknown key"], where="study.yaml")
+    Traceback (most recent call last):
+        ...
+    merge_search.errors.InputError: study.yaml: 2 problems
+      - limit: must be positive, got 0
+      - taks: unknown key
 """
 
 from __future__ import annotations
@@ -45,11 +52,16 @@ __all__ = [
 
 
 class MergeSearchError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base class of every error that this package raises on purpose."""
 
 
 class InputError(MergeSearchError, ValueError):
-    """The input must be changed; `problems` lists everything that was found wrong with it."""
+    """The input must be changed.
+
+    Attributes:
+        problems: Everything that is wrong with the input, one sentence each.
+        where: The name of the input, such as a file name; empty if it is clear.
+    """
 
     def __init__(self, problems: str | Iterable[str], *, where: str = "") -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -71,7 +83,7 @@ class RecipeError(InputError):
 
 
 class SpaceError(InputError):
-    """The search space is empty, too large or does not fit the models."""
+    """The search space is empty, too large, or does not fit the models."""
 
 
 class RuleError(InputError):
@@ -79,7 +91,7 @@ class RuleError(InputError):
 
 
 class WeightsError(MergeSearchError):
-    """A checkpoint cannot be used as it lies on disk."""
+    """A checkpoint on disk cannot be used."""
 
 
 class StudyChangedError(MergeSearchError):
@@ -91,11 +103,11 @@ class StorageError(MergeSearchError):
 
 
 class TrialError(MergeSearchError):
-    """One trial cannot be finished; it is recorded with its reason and the study goes on."""
+    """One trial cannot be finished. It is recorded with its reason, and the study goes on."""
 
 
 class NonFiniteError(TrialError):
-    """NaN or infinity where a finite number must be."""
+    """NaN or infinity stands where a number must be finite."""
 
 
 class EvaluationError(TrialError):
@@ -103,13 +115,22 @@ class EvaluationError(TrialError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line, without the full stop; of a database's what its driver said, without the SQL."""
+    """The first line of an error's message, without a full stop.
+
+    For an error of a database it is the message of the driver, without the SQL.
+    """
     text = str(getattr(error, "orig", None) or getattr(error, "strerror", None) or error)
     return (text or type(error).__name__).splitlines()[0].removesuffix(".")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint naming the closest known word, or all of them when they are few, or ''."""
+    """A hint with the closest known word, with all known words if none is close and they are few, or an empty text.
+
+    >>> nearest("magnitud", ["magnitude", "variance"])
+    "; did you mean 'magnitude'?"
+    >>> nearest("x", ["magnitude", "variance"])
+    '; known: magnitude, variance'
+    """
     words = sorted(known)
     close = difflib.get_close_matches(name, words, n=1, cutoff=0.6)
     if close:
@@ -118,7 +139,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 _SHOWN = 70
-"""Characters of a wrong value that are worth repeating: a whole section is not."""
+"""Longest wrong value that a message repeats, in characters."""
 
 
 def sentences(
@@ -128,12 +149,13 @@ def sentences(
     root: str = "options",
     at: Callable[[tuple[str | int, ...]], str] | None = None,
 ) -> list[str]:
-    """One sentence per problem that pydantic found: the place, what is wrong, what was found, the nearest known key.
+    """One sentence per problem that pydantic found: the place, what is wrong, the value, and the nearest known key.
 
     Args:
-        kind: The model that was validated; unknown keys are compared with those of its section.
-        root: What to call the whole.
-        at: What to call a place (keys and indices from the outside in); None: these, joined with dots.
+        error: What pydantic raised.
+        kind: The model that was validated. Unknown keys are compared with the keys of their section.
+        root: The name of the whole.
+        at: Names a place from its keys and indices, outermost first; None: they are joined with dots.
     """
     out: list[str] = []
     for e in error.errors():
@@ -144,25 +166,25 @@ def sentences(
         elif e["type"] == "missing":
             text = "is missing"
         else:
-            found = repr(e["input"])
-            shown = "" if "got" in message or len(found) > _SHOWN else f", got {found}"
+            value = repr(e["input"])
+            shown = "" if "got" in message or len(value) > _SHOWN else f", got {value}"
             text = message[0].lower() + message[1:] + shown
         where = ".".join(map(str, place)) or root if at is None else at(place)
         out.append(f"{where}: {text}")
-    return list(dict.fromkeys(out))  # a choice between models reports what they share once for each
+    return list(dict.fromkeys(out))  # pydantic reports a problem once for each model of a union
 
 
 def _keys(kind: Any, place: tuple[str | int, ...]) -> list[str]:
-    """Names that the section of `kind` at `place` knows."""
+    """The keys of the section of `kind` at `place`."""
     for part in place:
         fields = getattr(kind, "model_fields", {})
-        found = _models_in(fields[part].annotation if part in fields else kind)
-        kind = next((m for m in found if m.__name__ == part), found[0] if found else None)
+        models = _models_in(fields[part].annotation if part in fields else kind)
+        kind = next((m for m in models if m.__name__ == part), models[0] if models else None)
     return [name for name, field in getattr(kind, "model_fields", {}).items() if not field.exclude]
 
 
 def _models_in(annotation: Any) -> list[Any]:
-    """Models in ``Model``, ``Model | None``, ``dict[str, list[Model]]``."""
+    """The models in an annotation such as ``Model``, ``Model | None`` or ``dict[str, list[Model]]``."""
     if hasattr(annotation, "model_fields"):
         return [annotation]
     return [m for a in get_args(annotation) for m in _models_in(a)]

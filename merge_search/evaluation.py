@@ -1,8 +1,13 @@
-"""Contract: an evaluator scores a live model on a split of the questions, at a fidelity.
+"""The contract of evaluators: an evaluator scores a live model on a split of the questions, at a fidelity.
 
-Questions are split once, by a hash of the document, into search / validation / test, and put into one order,
-also by hash: a fidelity of 0.5 asks the first half of that order, so questions of smaller fidelities are a
-subset of those of larger ones and every comparison between candidates is paired.
+A hash of each document decides which split its question belongs to and where it stands in the order of questions. A
+fidelity of 0.5 asks the first half of that order. So the questions of a smaller fidelity are a subset of those of a
+larger one, and every comparison between candidates is paired.
+
+    >>> split_of("a document's hash", SplitShares())
+    <Split.VALIDATION: 'validation'>
+    >>> window(10, fidelity=0.5), window(10, fidelity=1.0, after=0.5)
+    (slice(0, 5, None), slice(5, 10, None))
 """
 
 from __future__ import annotations
@@ -46,7 +51,7 @@ __all__ = [
 
 
 class Split(StrEnum):
-    """What a question is used for; each question belongs to exactly one."""
+    """What a question is used for. Each question belongs to exactly one split."""
 
     FIT = "fit"  #: a learner fits its coefficients on these; never scored
     SEARCH = "search"  #: candidates are scored on these during the search
@@ -56,7 +61,12 @@ class Split(StrEnum):
 
 @dataclass(frozen=True)
 class SplitShares:
-    """Shares of the questions; they sum to one. `fit` is 0 unless a learner needs part of the search split."""
+    """Shares of the questions.
+
+    Attributes:
+        search, validation, test: They sum to one.
+        fit: The part of the search share that a learner fits on; 0 unless a learner needs it.
+    """
 
     search: float = 0.6
     validation: float = 0.2
@@ -65,7 +75,11 @@ class SplitShares:
 
 
 def split_of(document_hash: str, shares: SplitShares) -> Split:
-    """The split of a document: a function of its content alone, so equal documents share a split."""
+    """The split of a document. It depends on the document's content alone, so equal documents share a split.
+
+    >>> all(split_of(f"document {i}", SplitShares(search=1.0, fit=1.0)) is Split.FIT for i in range(100))
+    True
+    """
     u = unit_interval("split", document_hash)
     if u < shares.search:
         return Split.FIT if u < shares.fit else Split.SEARCH
@@ -73,17 +87,25 @@ def split_of(document_hash: str, shares: SplitShares) -> Split:
 
 
 def question_order(document_hash: str) -> float:
-    """Sort key of the nested order of questions, independent of the split."""
+    """Sort key of the order of questions. It is independent of the split."""
     return unit_interval("order", document_hash)
 
 
 def window(n: int, fidelity: float, after: float = 0.0) -> slice:
-    """Of n ordered questions, the first share `fidelity` without the first share `after`.
+    """The first share `fidelity` of n ordered questions, without the first share `after`.
 
-    Shares are rounded up, and to at least two questions, so that every score has an error bar.
+    Shares are rounded up to whole questions, and to at least two, so that every score has an error bar.
+
+    >>> window(100, fidelity=0.25), window(100, fidelity=0.001)
+    (slice(0, 25, None), slice(0, 2, None))
+
+    Args:
+        n: The number of questions.
+        fidelity: The share at which the window ends.
+        after: The share at which it begins.
 
     Raises:
-        EvaluationError: unless 0 <= after < fidelity <= 1.
+        EvaluationError: Unless 0 <= after < fidelity <= 1.
     """
     if not 0 <= after < fidelity <= 1:
         raise EvaluationError(f"must be 0 <= after < fidelity <= 1, got fidelity={fidelity}, after={after}")
@@ -93,10 +115,19 @@ def window(n: int, fidelity: float, after: float = 0.0) -> slice:
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """A metric of a task: ``task/metric`` is its name in objectives.
+    """A metric of a task. Its name in objectives is ``task/metric``.
+
+    >>> MetricInfo("maths", "acc", True, {Split.SEARCH: 60}, chance=0.25).name
+    'maths/acc'
 
     Attributes:
-        is_cost: A price and no skill (drift, seconds): no part of means over tasks or of retention, has no owner.
+        task: The task's name, without a slash.
+        metric: The metric's name within the task.
+        higher_is_better: The metric's direction.
+        n_questions: The number of questions in each split.
+        chance: The expected score of a uniform guess; None if it is not known.
+        is_cost: The metric is a price, not a skill (drift, seconds). Costs are no part of means over tasks or of
+            retention, and no expert is the teacher of a cost.
     """
 
     task: str
@@ -116,12 +147,14 @@ class Scores:
     """Per-question values of one metric.
 
     Attributes:
-        ids: Document hashes, in the nested order of questions. Shape (n,).
-        values: Score of each question. Shape (n,), float64, finite.
-        probability: Probability given to the right answer, where the task is multiple choice. Shape (n,).
-        score: The metric over all questions (a mean unless the metric aggregates otherwise).
-        stderr: Its standard error.
-        is_corrected: `score` was carried from a prefix of the questions to all of them; `stderr` says how surely.
+        ids: Document hashes, in the order of questions. Shape (n,).
+        values: The score of each question. Shape (n,), float64, finite.
+        score: The metric over all questions: a mean, unless the metric aggregates otherwise.
+        stderr: The standard error of `score`.
+        probability: The probability that the model gives to the right answer of each question; None unless the task is
+            multiple choice. Shape (n,).
+        is_corrected: Whether `score` was extrapolated from a prefix of the questions to all of them. `stderr` includes
+            the uncertainty of that.
     """
 
     ids: tuple[str, ...]
@@ -133,11 +166,11 @@ class Scores:
 
     @property
     def is_mean(self) -> bool:
-        """Whether `score` is the mean of `values` (up to how `pack` rounds them), so that parts can be joined."""
+        """Whether `score` is the mean of `values`, up to the rounding of `pack`. Only means can be joined."""
         return math.isclose(self.score, float(self.values.mean()), rel_tol=1e-3, abs_tol=1e-4)
 
     def joined(self, more: Scores) -> Scores:
-        """These questions and `more` that come after them, for metrics that are means."""
+        """The scores of these questions and of those in `more`, which follow them. For metrics that are means only."""
         values = np.concatenate([self.values, more.values])
         both = self.probability is not None and more.probability is not None
         return Scores(
@@ -151,7 +184,16 @@ class Scores:
 
 @dataclass(frozen=True)
 class Cost:
-    """What was spent: seconds of wall time, questions asked (a backward pass counts as two forwards)."""
+    """What was spent.
+
+    >>> Cost(merge_s=1.0, questions=10) + Cost(evaluate_s=2.0, questions=5)
+    Cost(merge_s=1.0, evaluate_s=2.0, questions=15)
+
+    Attributes:
+        merge_s: Seconds of wall time spent on merging.
+        evaluate_s: Seconds of wall time spent on evaluating.
+        questions: The number of questions asked. A backward pass counts as two forward passes.
+    """
 
     merge_s: float = 0.0
     evaluate_s: float = 0.0
@@ -171,12 +213,12 @@ class Evaluation:
     cost: Cost = field(default_factory=Cost)
 
     def joined(self, more: Evaluation) -> Evaluation:
-        """This prefix and the questions after it, as one evaluation; all its metrics must be means."""
+        """The evaluation of this prefix and of the questions in `more`, which follow it. All metrics must be means."""
         scores = {name: s.joined(more.scores[name]) for name, s in self.scores.items()}
         return Evaluation(self.split, more.fidelity, scores, self.cost + more.cost)
 
     def check_finite(self) -> None:
-        """Raises `NonFiniteError` naming every metric whose score is not finite."""
+        """Raise `NonFiniteError` with every metric whose score or values are not finite."""
         bad = [name for name, s in self.scores.items() if not (math.isfinite(s.score) and np.isfinite(s.values).all())]
         if bad:
             raise NonFiniteError(
@@ -184,7 +226,7 @@ class Evaluation:
             )
 
     def to_attribute(self) -> dict[str, Any]:
-        """Compact JSON for a trial's user attribute; `from_attribute` restores all but the question ids."""
+        """Compact JSON for a trial's user attribute. `from_attribute` restores everything except the question ids."""
         return {
             "split": str(self.split),
             "fidelity": self.fidelity,
@@ -204,7 +246,7 @@ class Evaluation:
 
     @classmethod
     def from_attribute(cls, data: Mapping[str, Any]) -> Evaluation:
-        """Inverse of `to_attribute`; `Scores.ids` come back empty (they are the evaluator's fixed order)."""
+        """Inverse of `to_attribute`. `Scores.ids` are empty: they are the evaluator's fixed order of questions."""
         scores = {
             name: Scores(
                 ids=(),
@@ -220,9 +262,14 @@ class Evaluation:
 
 
 def pack(values: NDArray[np.float64]) -> str:
-    """Numbers as text: ``b<n>:<base64>`` one bit each where all are 0 or 1, else ``e``/``f``: float16/float32.
+    """Numbers as text: a letter, their count, a colon and base64.
 
-    float16 is used for probabilities-like values in [0, 1] that are not all 0 or 1, float32 otherwise.
+    The letter says how the numbers are stored: ``b`` for one bit each, where all of them are 0 or 1; ``e`` for float16,
+    where all of them lie in [0, 1]; ``f`` for float32 otherwise.
+
+    >>> text = pack(np.array([1.0, 0.0, 1.0]))
+    >>> text, unpack(text).tolist()
+    ('b3:oA==', [1.0, 0.0, 1.0])
     """
     values = np.asarray(values, dtype=np.float64)
     if np.isin(values, (0.0, 1.0)).all():
@@ -258,7 +305,8 @@ class Evaluator(Protocol):
 
     Attributes:
         n_asked: Number of questions that all calls of `evaluate` have put to the model so far, failed calls included.
-            A failed call is charged the difference. An evaluator that leaves it at 0 is charged for completed calls only.
+            A failed call is charged the difference. An evaluator that leaves it at 0 is charged for completed calls
+            only.
     """
 
     n_asked: int = 0
@@ -333,7 +381,7 @@ class Differentiable(Protocol):
 
 @runtime_checkable
 class Teachable(Differentiable, Protocol):
-    """A `Differentiable` with the loss ``kl``: the divergence from a teacher's outputs to the live model's. No labels."""
+    """A `Differentiable` with the loss ``kl``: the divergence from a teacher's outputs to the live model's."""
 
     def cache_teacher(self, task: str, rows: Sequence[int]) -> None:
         """Store the live model's outputs on these rows of `task`. The teacher's weights are loaded at this moment.
@@ -349,12 +397,15 @@ class Teachable(Differentiable, Protocol):
 
 @contextmanager
 def asking(what: str) -> Iterator[None]:
-    """Whatever an evaluator throws inside, a user's own too, ends the trial and not the study.
+    """Turn an exception of an evaluator, a user's own included, into one that ends the trial and not the study.
+
+    Args:
+        what: The subject of the message: what failed.
 
     Raises:
-        EvaluationError: `what` failed, and how.
-        MemoryError: for all ways in which torch says that there is none left.
-        MergeSearchError: as it is.
+        EvaluationError: In place of an exception of any other kind.
+        MemoryError: In place of every error by which torch reports that no memory is left.
+        MergeSearchError: An exception of this kind passes unchanged.
     """
     try:
         yield
@@ -367,7 +418,7 @@ def asking(what: str) -> Iterator[None]:
 
 
 def loss_of(evaluator: Differentiable, task: str, kind: str = "gold") -> Callable[[Sequence[int]], Any]:
-    """`Differentiable.loss` of a task as a function of the rows, inside `asking`."""
+    """`Differentiable.loss` of a task as a function of the rows. Its exceptions are those of `asking`."""
 
     def loss(rows: Sequence[int]) -> Any:
         with asking(f"task {task!r}: its loss"):

@@ -1,4 +1,4 @@
-"""From a stored trial to a Hugging Face folder with the very weights that were scored."""
+"""Writes a stored trial as a Hugging Face folder with the very weights that were scored, or as a mergekit file."""
 
 from __future__ import annotations
 
@@ -29,11 +29,20 @@ __all__ = ["export_mergekit", "export_trial"]
 
 
 def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
-    """Write trial `number`, or the study's best merge, to `out`; its weights are checked against the stored hash.
+    """Write a trial to `out`. Its weights are checked against the hash that was stored when it was scored.
+
+    Args:
+        plan: The prepared study.
+        out: A new or empty folder.
+        number: The trial's number; None: the study's best merge.
+
+    Returns:
+        The trial.
 
     Raises:
-        StudyFileError: no study, no such trial, or it was never scored.
-        WeightsError: `out` is in use; or the weights differ from the scored ones, and nothing is written.
+        StudyFileError: there is no study or no such trial, or the trial was never scored.
+        InputError: `out` is in use.
+        WeightsError: the weights differ from the scored ones; nothing is written.
     """
     check_destination(out)
     use_rule_files(plan.file.rule_files)
@@ -57,16 +66,16 @@ def _wanted(study: optuna.Study, number: int | None) -> Record:
     if number is not None:
         return _choose(records(study), number)
     objective, experts = objective_of(study)
-    found = champions(study, objective, experts)
-    if not found:
+    winners = champions(study, objective, experts)
+    if not winners:
         raise StudyFileError(nothing_to_hand_over(study))
-    if len(found) > 1:
-        names = "; ".join(_named_values(r, objective.names) for r in found)
+    if len(winners) > 1:
+        names = "; ".join(_named_values(r, objective.names) for r in winners)
         raise StudyFileError(
-            f"the study has {len(objective.names)} objectives and {len(found)} merges that none of the others beats in "
-            f"everything; choose one with --trial (search scores): {names}"
+            f"the study has {len(objective.names)} objectives and {len(winners)} merges that none of the others beats "
+            f"in everything; choose one with --trial (search scores): {names}"
         )
-    return found[0]
+    return winners[0]
 
 
 def _named_values(record: Record, names: list[str]) -> str:
@@ -86,10 +95,10 @@ def _choose(all_records: list[Record], number: int) -> Record:
 
 
 def _local(stored: Models, here: Models) -> Models:
-    """The models' places on this machine, with the hashes of the scored ones.
+    """The trial's models at their places on this machine, with the hashes of the scored ones.
 
     Raises:
-        StudyFileError: the study file does not name one of them any more.
+        StudyFileError: the study file no longer names one of them.
     """
     if missing := stored.experts.keys() - here.experts.keys():
         raise StudyFileError(
@@ -99,7 +108,15 @@ def _local(stored: Models, here: Models) -> Models:
 
 
 def export_mergekit(plan: Plan, out: Path, *, number: int | None = None) -> Record:
-    """Write trial `number`, or the study's best merge, as a mergekit YAML file; models as the study file names them.
+    """Write a trial as a mergekit YAML file. Models are written as the study file names them.
+
+    Args:
+        plan: The prepared study.
+        out: A new file.
+        number: The trial's number; None: the study's best merge.
+
+    Returns:
+        The trial.
 
     Raises:
         RecipeError: mergekit cannot express this recipe, with every reason.

@@ -1,7 +1,7 @@
-"""Free memory, one budget for all caches of an engine, and recognising out-of-memory errors. Imports no torch.
+"""Free memory, one budget for the caches of an engine, and recognising out-of-memory errors. Imports no torch.
 
-Several caches keep what candidates have in common: scores and ranks, results of operators, parts of a fit. They share one
-`MemoryBudget`:
+Several caches keep results that candidates have in common: scores and ranks, results of operators, parts of a fit.
+They share one `MemoryBudget`:
 
 - One cache holds at most a third of the memory that was free when the budget was made, all together at most half of it.
 - A cache gets what the others leave. A cache that nobody asked during the last `IDLE_TURNS` merges is idle: it gives up
@@ -80,7 +80,11 @@ class MemoryBudget:
 
     @classmethod
     def of_free_memory(cls, device: torch.device, *, at_least: int = 0) -> MemoryBudget:
-        """A third of the free memory of a device for one cache, half for all together; for all `at_least` so many bytes."""
+        """A budget of half of a device's free memory, of which one cache may take two thirds.
+
+        Args:
+            at_least: Bytes of the budget, even where less is free.
+        """
         free = free_bytes(device)
         return cls(max(int(_ALL_CACHES * free), at_least), each=int(_ONE_CACHE * free))
 
@@ -149,12 +153,15 @@ class BudgetedCache(Generic[V]):
         return entry[0]
 
     def put(self, key: Hashable, value: V, n_bytes: int, *, evict: bool = False) -> bool:
-        """Keep an entry in place of the one with the same key; whether it is kept.
+        """Keep an entry in place of the one with the same key.
 
-        A cyclic scan larger than the cache evicts every entry before it is used again: callers that scan leave `evict` off.
+        A cyclic scan larger than the cache evicts every entry before it is used again: callers that scan leave `evict`
+        off.
 
         Args:
             evict: Drop own entries that were used longest ago, where room is short.
+        Returns:
+            Whether the entry is kept.
         """
         self._last_turn = self._budget.turn
         self.drop(key)

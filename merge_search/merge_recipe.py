@@ -1,4 +1,4 @@
-"""From a recipe alone, ours or mergekit's, to a Hugging Face folder: files in, files out."""
+"""Makes a Hugging Face folder from a recipe, or from a mergekit file, without a study."""
 
 from __future__ import annotations
 
@@ -30,17 +30,23 @@ __all__ = ["merge_recipe", "write_merge"]
 def merge_recipe(
     path: Path, out: Path, *, device: str = "auto", note: Callable[[str], None] = lambda text: None
 ) -> str:
-    """Make the folder `out` from a ``recipe.json`` or a mergekit YAML file; returns the sha256 of the weights.
+    """Make the folder `out` from a ``recipe.json`` or a mergekit YAML file.
 
     Relative model paths are relative to the file. Rule files that the recipe names are looked for beside it.
 
     Args:
-        note: Called with the path of every rule file before it is run.
+        path: The recipe, or the mergekit file.
+        out: A new or empty folder.
+        device: The device that merges; ``auto`` takes a GPU where there is one.
+        note: Called with a sentence for every rule file before it is run.
+
+    Returns:
+        The sha256 of the weights.
 
     Raises:
-        RecipeError: the file is no recipe, or says what cannot be expressed.
+        RecipeError: the file is no recipe, or a mergekit file that a recipe cannot express.
         RuleError: a rule file is missing, has other bytes than the recipe says, or cannot be used.
-        WeightsError: models missing or different from those of the recipe.
+        WeightsError: a model is missing or differs from the recipe's.
         InputError: `out` is in use.
     """
     if not path.is_file():
@@ -61,7 +67,7 @@ def merge_recipe(
 
 
 def _beside(path: Path, models: Models) -> Models:
-    """Models whose relative places are relative to a file."""
+    """`models` with places that are relative to a file made absolute."""
 
     def place(text: str) -> str:
         folder = (path.parent / Path(text).expanduser()).resolve()
@@ -81,31 +87,36 @@ def write_merge(
     device: str,
     expected: str = "",
 ) -> str:
-    """Merge once and export; maps, statistics and rule files that the recipe needs travel with it.
+    """Merge once and export. Maps, statistics and rule files that the recipe needs are copied beside it.
+
+    Args:
+        recipe: What to merge; its rule files are in use.
+        out: A new or empty folder.
+        text: Text of README.md.
+        maps: The folder with the recipe's maps.
+        statistics: Makes the source of statistics for a pool.
+        device: The device that merges.
+        expected: sha256 of the weights that were scored; '' if none were.
 
     Returns:
         The sha256 of the weights.
 
-    Args:
-        text: Of README.md. maps: Folder where the recipe's maps are looked for. statistics: Makes the pool's.
-        expected: sha256 of weights that were scored; '' if none were.
     Raises:
-        WeightsError: the weights are not those; nothing is written.
+        WeightsError: the weights are not the expected ones; nothing is written.
     """
     pool = ModelPool(recipe.models, device=device, map_folders=[maps], streaming=not expected)
     source = pool.statistics = statistics(pool)
-    # Bits that were scored are made again by the engine that made them, which may have been compiled.
+    # The engine that made the scored bits makes them again: it may have been compiled.
     engine = MergeEngine(pool) if expected else StreamingEngine(pool)
 
     def others() -> dict[str, str | bytes | Path]:
-        models = recipe.models.model_copy(update={"hashes": pool.hashes()})  # known once the tensors have been read
+        models = recipe.models.model_copy(update={"hashes": pool.hashes()})  # known now that the tensors were read
         whole = recipe.model_copy(update={"models": models})
-        brought = {
-            f"{RULES}/{f.name}": f.source for f in (in_use(*pair) for pair in recipe.rules.items()) if f is not None
-        }
-        return {"recipe.json": whole.to_json() + "\n", **map_files([maps], recipe), **source.files(), **brought}
+        rules = [in_use(name, digest) for name, digest in recipe.rules.items()]
+        sources = {f"{RULES}/{file.name}": file.source for file in rules if file is not None}
+        return {"recipe.json": whole.to_json() + "\n", **map_files([maps], recipe), **source.files(), **sources}
 
-    with closing(engine.merged(recipe)) as merged:  # its threads end, whatever happens while tensors are written
+    with closing(engine.merged(recipe)) as merged:  # ends the engine's threads if writing fails
         return export_folder(
             out,
             base_folder=pool.base_folder,

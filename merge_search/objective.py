@@ -1,4 +1,4 @@
-"""Metrics -> objectives and constraints. The only place where directions are flipped.
+"""From metrics to objectives and constraints. Directions are flipped here and nowhere else.
 
 Names:
     TASK/METRIC          a metric as the evaluator reports it (or TASK alone: its main metric)
@@ -7,14 +7,26 @@ Names:
     worst_retention      their minimum
     mean, worst          mean and minimum of the main metrics (each flipped so that larger is better)
 
-Costs (``MetricInfo.is_cost``: drift, seconds) are objectives and constraints by name and no part of the composites.
+Costs (`MetricInfo.is_cost`: drift, seconds) can be named as objectives and in constraints. They are no part of the
+composites.
 
 Constraints are text: ``zoo_qtype >= 0.6``, ``zoo_qtype >= base - 0.01``, ``wiki/perplexity <= expert + 0.2``.
 
-Noise: the variance of a mean of n per-question values; for 0/1 answers p(1 - p)/n with p smoothed to
-(k + 1/2)/(n + 1), so that 0 of n and n of n do not claim certainty. `References.pairing` scales it by what is
-left when candidates answer the same questions: mean over pairs of var(y_i - y_j) / 2 relative to mean var(y_i).
-The references' own noise shifts all candidates alike and is left out.
+Noise: a score's variance is that of a mean of n per-question values. For 0/1 answers it is p(1 - p)/n, with p smoothed
+to (k + 1/2)/(n + 1), so that 0 of n and n of n do not claim certainty. `References.pairing` is the share of the
+variance that remains when candidates answer the same questions: the mean over pairs of var(y_i - y_j) / 2 relative to
+the mean of var(y_i). The references' own noise shifts all candidates alike and is left out.
+
+    >>> from merge_search.evaluation import Split
+    >>> maths = MetricInfo("maths", "acc", True, {Split.SEARCH: 100})
+    >>> objective = Objective(["mean_retention"], [], ["maths >= base + 0.1"], [maths])
+    >>> references = References({"maths/acc": 0.4}, {"maths/acc": 0.8}, {"maths/acc": "expert"}, pairing=1.0)
+    >>> right = np.repeat([1.0, 0.0], [60, 40])
+    >>> merge = Evaluation(Split.SEARCH, 1.0, {"maths/acc": Scores((), right, 0.6, 0.05)})
+    >>> [round(estimate.value, 3) for estimate in objective.values(merge, references)]
+    [0.5]
+    >>> {text: round(excess.value, 3) for text, excess in objective.violations(merge, references).items()}
+    {'maths >= base + 0.1': -0.1}
 """
 
 from __future__ import annotations
@@ -36,7 +48,7 @@ __all__ = ["Constraint", "Estimate", "Objective", "References", "paired_differen
 
 
 class Valued(Protocol):
-    """Something with one value per objective."""
+    """A result with one value per objective."""
 
     @property
     def values(self) -> Sequence[float]: ...
@@ -65,7 +77,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Constraint:
-    """``name sign (value | base +- offset | expert +- offset)``."""
+    """A bound on a metric: ``name sign (value | base +- offset | expert +- offset)``.
+
+    >>> Constraint.parse("maths >= base - 0.01")
+    Constraint(text='maths >= base - 0.01', name='maths', sign='>=', anchor='base', offset=-0.01)
+    """
 
     text: str
     name: str
@@ -85,7 +101,8 @@ class Constraint:
                 offset = float(match["value"])
         except ValueError:
             raise StudyFileError(
-                f"constraint {text!r} must read like 'TASK >= 0.6', 'TASK >= base - 0.01' or 'TASK/METRIC <= expert + 0.2'"
+                f"constraint {text!r} must read like 'TASK >= 0.6', 'TASK >= base - 0.01' or "
+                "'TASK/METRIC <= expert + 0.2'"
             ) from None
         return cls(text, match["name"], match["sign"], match["anchor"], offset)
 
@@ -95,10 +112,10 @@ class References:
     """Scores of base and experts on the search split at full fidelity.
 
     Attributes:
-        base: Score by metric name.
-        expert: Best expert's score by metric name (best in the metric's own direction).
-        best_expert: Its name, by metric name.
-        pairing: Share of the variance that remains between candidates on the same questions, in (0, 1].
+        base: The base's score by metric name.
+        expert: The best expert's score by metric name. Best is meant in the metric's own direction.
+        best_expert: The name of that expert by metric name.
+        pairing: The share of the variance that remains between candidates on the same questions, in (0, 1].
     """
 
     base: Mapping[str, float]
@@ -110,7 +127,13 @@ class References:
     def from_evaluations(
         cls, metrics: Sequence[MetricInfo], base: Evaluation, experts: Mapping[str, Evaluation]
     ) -> References:
-        """Collect from the evaluations of the base and of every expert, all on the same questions."""
+        """Collect the scores of the base and of every expert.
+
+        Args:
+            metrics: What the evaluators report.
+            base: The base's evaluation.
+            experts: Each expert's evaluation, on the same questions.
+        """
         expert, names = {}, {}
         for m in metrics:
             sign = 1 if m.higher_is_better else -1
@@ -121,7 +144,7 @@ class References:
 
 
 def _pairing(evaluations: Sequence[Evaluation]) -> float:
-    """Mean over metrics of what pairing leaves of the variance; each on its own scale."""
+    """Mean over metrics of the share of the variance that pairing leaves. Each metric counts on its own scale."""
     left = []
     for name in evaluations[0].scores:
         rows = [e.scores[name].values for e in evaluations]
@@ -133,9 +156,9 @@ def _pairing(evaluations: Sequence[Evaluation]) -> float:
 
 
 def variance_of(scores: Scores) -> float:
-    """Variance of a mean of per-question values (see the module's notes)."""
+    """Variance of a mean of per-question values; see the module's docstring."""
     n = len(scores.values)
-    if scores.is_corrected or (n == 1 and scores.stderr == 0):  # the latter is counted: no sample, no noise
+    if scores.is_corrected or (n == 1 and scores.stderr == 0):  # a count of the whole model has no noise
         return scores.stderr**2
     if np.isin(scores.values, (0.0, 1.0)).all():
         p = (scores.values.sum() + 0.5) / (n + 1)
@@ -146,15 +169,16 @@ def variance_of(scores: Scores) -> float:
 
 
 class Objective:
-    """What is maximised or minimised, and what must hold.
+    """What is maximised or minimised, and which constraints must hold.
 
     Args:
-        maximise, minimise: Names; together at least one.
-        constraints: Texts as in the module's notes.
+        maximise: Names of quantities to maximise.
+        minimise: Names of quantities to minimise. Together with `maximise` at least one.
+        constraints: Texts; see the module's docstring.
         metrics: What the evaluators report.
 
     Raises:
-        StudyFileError: unknown names, malformed constraints: all of them at once.
+        StudyFileError: Every unknown name and every malformed constraint, all at once.
     """
 
     def __init__(
@@ -185,7 +209,7 @@ class Objective:
         self.directions = [up] * len(maximise) + [down] * len(minimise)
 
     def _problems(self, maximise: Sequence[str], minimise: Sequence[str]) -> list[str]:
-        """What is wrong with the names of goals and constraints."""
+        """One sentence per wrong name of an objective or a constraint."""
         known = [*COMPOSITES, *self.metrics, *self.main, *(f"retention/{t}" for t in self.skills)]
         goals = [*maximise, *minimise]
         named = [*goals, *(c.name for c in self.constraints)]
@@ -222,7 +246,8 @@ class Objective:
             if m is not None and m.higher_is_better != (direction == "maximize"):
                 better, other = ("higher", "maximise") if m.higher_is_better else ("lower", "minimise")
                 out.append(
-                    f"objective: the worst {name!r} is searched for, as {better} is better by its evaluator; if that is not meant, "
+                    f"objective: the worst {name!r} is searched for, as {better} is better by its evaluator; "
+                    "if that is not meant, "
                     f"put it under {other}"
                 )
         return out
@@ -235,12 +260,13 @@ class Objective:
                 for m in self.skills.values()
             )
             raise StudyFileError(
-                f"objective: {', '.join(meaningless)} needs a task on which an expert beats the base; found {rows}. Maximise "
+                f"objective: {', '.join(meaningless)} needs a task on which an expert beats the base; found {rows}. "
+                "Maximise "
                 "'mean' instead, or check the experts"
             )
 
     def meaningless(self, references: References) -> list[str]:
-        """Goals and bounds that divide by what no expert has: a retention where none beats the base."""
+        """Names of retentions that are not defined because no expert beats the base."""
         useful = self._tasks(references)
         defined = {f"retention/{m.task}" for m in useful} | (set(COMPOSITES) if useful else set())
         named = [*self.names, *(c.name for c in self.constraints)]
@@ -251,7 +277,7 @@ class Objective:
 
     @staticmethod
     def gap(m: MetricInfo, references: References) -> float:
-        """By how much the best expert beats the base; negative where none does."""
+        """The amount by which the best expert beats the base. Negative if none does."""
         gap = references.expert[m.name] - references.base[m.name]
         return gap if m.higher_is_better else -gap
 
@@ -286,7 +312,7 @@ class Objective:
         return [self.estimate(n, evaluation, references) for n in self.names]
 
     def weights(self, references: References) -> dict[str, float] | None:
-        """Weights w_m with first objective = constant + sum_m w_m score_m, larger better; None if it is not linear."""
+        """w_m with first objective = constant + sum_m w_m score_m, larger is better; None if it is not linear."""
         name = self.names[0]
         if name in self.metrics or name in self.main:
             metrics = {name if name in self.metrics else self.main[name].name: 1.0}
@@ -310,7 +336,7 @@ class Objective:
         return 1 / gap if gap else 0.0
 
     def violations(self, evaluation: Evaluation, references: References) -> dict[str, Estimate]:
-        """Constraint text -> amount by which it is violated (<= 0: it holds)."""
+        """Constraint text -> the amount by which it is violated. It holds if that is at most 0."""
         out = {}
         for c in self.constraints:
             e = self.estimate(c.name, evaluation, references)
@@ -319,34 +345,39 @@ class Objective:
         return out
 
     def anchor(self, c: Constraint, references: References) -> float:
-        """What a constraint's offset counts from: the base's or the best expert's score, or 0."""
+        """The number that a constraint's offset is added to: the base's or the best expert's score, or 0."""
         if c.anchor is None:
             return 0.0
         metric = c.name if c.name in self.metrics else self.main[c.name].name
         return (references.base if c.anchor == "base" else references.expert)[metric]
 
     def key(self, values: Sequence[float]) -> float:
-        """First objective with larger-is-better sign: for ordering single-objective results."""
+        """The first objective, with the sign that makes larger better. Orders results of one objective."""
         return values[0] if self.directions[0] == "maximize" else -values[0]
 
     def keys(self, values: Sequence[float]) -> tuple[float, ...]:
-        """All objectives with larger-is-better signs."""
+        """All objectives, each with the sign that makes larger better."""
         return tuple(v if d == "maximize" else -v for v, d in zip(values, self.directions, strict=True))
 
     def dominates(self, a: Sequence[float], b: Sequence[float]) -> bool:
-        """Whether objective values `a` are nowhere worse than `b` and somewhere better."""
-        mine, theirs = self.keys(a), self.keys(b)
-        return all(x >= y for x, y in zip(mine, theirs, strict=True)) and mine != theirs
+        """Whether objective values `a` are at least as good as `b` in every objective and better in one."""
+        one, two = self.keys(a), self.keys(b)
+        return all(x >= y for x, y in zip(one, two, strict=True)) and one != two
 
-    def front(self, found: Sequence[T]) -> list[T]:
-        """Those that no other one dominates, in their order."""
-        return [r for r in found if not any(self.dominates(other.values, r.values) for other in found)]
+    def front(self, results: Sequence[T]) -> list[T]:
+        """The results that no other one dominates, in their order."""
+        return [r for r in results if not any(self.dominates(other.values, r.values) for other in results)]
 
 
 def paired_difference(a: Evaluation, b: Evaluation, weights: Mapping[str, float]) -> tuple[float, float]:
-    """Weighted difference of two evaluations on the same questions, and its standard error.
+    """The weighted difference of two evaluations on the same questions, and its standard error.
 
     The difference is sum_m w_m (a_m - b_m) over metrics m that are means of their questions.
+
+    Args:
+        a: The first evaluation.
+        b: The second evaluation.
+        weights: Metric -> weight, as `Objective.weights` returns them.
     """
     mean = variance = 0.0
     for name, weight in weights.items():

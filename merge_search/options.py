@@ -70,7 +70,12 @@ def sentences_at(error: ValidationError, kind: type[BaseModel], at: tuple[str, .
 
 
 def absolute(path: str, folder: Path | None) -> Path:
-    """`path` as an absolute path; a relative one is relative to `folder`, or to the current directory if that is None."""
+    """`path` as an absolute path.
+
+    Args:
+        path: An absolute path or a relative one.
+        folder: The folder that a relative path is relative to; None: the current directory.
+    """
     return ((folder or Path()) / Path(path).expanduser()).resolve()
 
 

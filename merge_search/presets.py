@@ -84,7 +84,10 @@ def _each(key: str, *values: float) -> tuple[Mapping[str, Any], ...]:
 
 _ALL: tuple[Preset, ...] = (
     Preset("base", "the base itself", "-", {"operator": {"name": "passthrough"}}),
-    Preset("expert", "one expert itself: preset('expert', models, expert='math')", "-", {"operator": {"name": "passthrough"}}),
+    Preset(
+        "expert", "one expert itself: preset('expert', models, expert='math')", "-",
+        {"operator": {"name": "passthrough"}},
+    ),
     Preset(
         "average", "mean of the experts (uniform soup)", "Wortsman et al. 2022, Model Soups, arXiv 2203.05482",
         differs="An expert that left a tensor as it is pulls it towards the base, as in a mean of weights.",
@@ -102,7 +105,7 @@ _ALL: tuple[Preset, ...] = (
     Preset(
         "ties", "trim over the model, elect signs, mean of those that agree", _TIES,
         {"assess": _MAGNITUDE, "select": _TOP_MODEL, "resolve": _SUM_SIGN, "splice": {"kind": "count"}},
-        differs="The majority sign that settles exact ties is taken per tensor. Vectors (norms, biases) are not trimmed.",
+        differs="The majority sign of exact ties is taken per tensor. Vectors (norms, biases) are not trimmed.",
         density=0.2, grid=_each("scale", 0.7, 1.0, 1.3),
     ),
     Preset(
@@ -111,7 +114,8 @@ _ALL: tuple[Preset, ...] = (
         differs="As `ties`.", density=0.2, scale=0.3, grid=_each("scale", 0.2, 0.3, 0.5),
     ),
     Preset(
-        "ties_mergekit", "TIES trimmed per tensor, coefficients in the election and the denominator, as mergekit has it", _TIES,
+        "ties_mergekit",
+        "TIES trimmed per tensor, coefficients in the election and the denominator, as mergekit has it", _TIES,
         {
             "assess": _MAGNITUDE, "select": {"kind": "top_k", "vectors": True},
             "resolve": {"kind": "sum", "weighted": True, "tie": "plus"}, "splice": {"kind": "coefficient"},
@@ -142,7 +146,8 @@ _ALL: tuple[Preset, ...] = (
             "rescale": {"kind": "inverse_probability"}, "resolve": {"kind": "sum"}, "splice": {"kind": "count"},
         },
         differs="epsilon is cut to what the density leaves room for. mergekit: epsilon 0.15, rescale match_l1.",
-        density=0.7, scale=1.1, grid=({"density": 0.7, "scale": 1.1}, {"density": 0.5, "scale": 1.0}, {"density": 0.3, "scale": 1.1}),
+        density=0.7, scale=1.1,
+        grid=({"density": 0.7, "scale": 1.1}, {"density": 0.5, "scale": 1.0}, {"density": 0.3, "scale": 1.1}),
     ),
     Preset(
         "breadcrumbs", "drop the smallest and the very largest deltas of each tensor, sum",
@@ -152,19 +157,24 @@ _ALL: tuple[Preset, ...] = (
     ),
     Preset(
         "magmax", "at every entry the delta of largest magnitude", "Marczak et al. 2024, MagMax, arXiv 2407.06322",
-        {"assess": _MAGNITUDE, "splice": {"kind": "argmax", "ties": "last"}}, scale=0.5, grid=_each("scale", 0.4, 0.5, 0.6, 0.8),
+        {"assess": _MAGNITUDE, "splice": {"kind": "argmax", "ties": "last"}}, scale=0.5,
+        grid=_each("scale", 0.4, 0.5, 0.6, 0.8),
         differs="Exact ties go to the later expert, as in fusion_bench.",
     ),
     Preset(
         "emr_unified", "elected sign with the largest agreeing magnitude: the unified part of EMR",
         "Huang et al. 2024, EMR-Merging, arXiv 2405.17461",
         {"assess": _MAGNITUDE, "resolve": {"kind": "sum", "tie": "minus"}, "splice": {"kind": "argmax"}},
-        differs="The per-task masks and rescalers, which need the task at inference, are left out.", grid=_each("scale", 0.5, 0.8, 1.0),
+        differs="The per-task masks and rescalers, which need the task at inference, are left out.",
+        grid=_each("scale", 0.5, 0.8, 1.0),
     ),
     Preset(
         "consensus", "keep entries that at least two experts need (TALL masks), sum",
         "Wang et al. 2024, Localizing Task Information (TALL masks), ICML 2024, OpenReview DWT9uiGjxT",
-        {"assess": {"measure": "tall_ratio"}, "select": {"kind": "threshold", "threshold": 0.4, "gate": 2, "vectors": True}},
+        {
+            "assess": {"measure": "tall_ratio"},
+            "select": {"kind": "threshold", "threshold": 0.4, "gate": 2, "vectors": True},
+        },
         differs="One threshold for all tasks; fusion_bench compares with the base in place of zero.", coefficient=0.3,
         grid=({"coefficient": 0.3}, {"coefficient": 0.5}, {"coefficient": 1.0}), experts=(2, None),
     ),
@@ -175,33 +185,42 @@ _ALL: tuple[Preset, ...] = (
             "splice": {"kind": "mask"},
         },
         differs="The paper's form is `pcb_paper`; the three released inter terms are the option `inter`.",
-        density=0.1, scale=1.2, grid=({"density": 0.05, "scale": 1.2}, {"density": 0.1, "scale": 1.0}, {"density": 0.2, "scale": 1.4}),
+        density=0.1, scale=1.2,
+        grid=({"density": 0.05, "scale": 1.2}, {"density": 0.1, "scale": 1.0}, {"density": 0.2, "scale": 1.4}),
     ),
     Preset(
         "pcb_paper", "softmax competition scores, top fraction, score-weighted mean: the paper's form", _PCB,
-        {"assess": {"measure": "pcb_paper"}, "select": {"kind": "top_k", "scope": "model"}, "splice": {"kind": "score"}},
+        {
+            "assess": {"measure": "pcb_paper"}, "select": {"kind": "top_k", "scope": "model"},
+            "splice": {"kind": "score"},
+        },
         differs="softmax and normalisation run per tensor.", density=0.1, grid=({"density": 0.1}, {"density": 0.2}),
     ),
     Preset(
-        "fisher", "Fisher-weighted mean of the experts", "Matena and Raffel 2022, Fisher-Weighted Averaging, arXiv 2111.09832",
+        "fisher", "Fisher-weighted mean of the experts",
+        "Matena and Raffel 2022, Fisher-Weighted Averaging, arXiv 2111.09832",
         {"splice": {"kind": "score", "score": {"measure": "fisher", "options": {"normalise": True}}}},
         differs="Written on deltas, which is the same since the weights sum to one; norms per tensor.", needs_data=True,
         grid=_each("coefficient", 1.0),
     ),
     Preset(
-        "df_merge", "Fisher-weighted sum of scaled deltas, times the number of experts", "Lee et al. 2025, DF-Merge, arXiv 2504.18992",
+        "df_merge", "Fisher-weighted sum of scaled deltas, times the number of experts",
+        "Lee et al. 2025, DF-Merge, arXiv 2504.18992",
         {"splice": {"kind": "score", "score": {"measure": "fisher", "options": {"at": "scaled", "floor": 1e-12}}}},
         differs="Coefficients come from the search. An expert with coefficient 0 still counts in the denominator.",
         coefficient="mean", needs_data=True, grid=({"coefficient": "mean"}, {"coefficient": 0.5}),
     ),
     Preset(
-        "cki_soft", "compatibility-weighted mean, local and global view", _CKI, {"splice": {"kind": "score", "score": {"measure": "cki"}}},
+        "cki_soft", "compatibility-weighted mean, local and global view", _CKI,
+        {"splice": {"kind": "score", "score": {"measure": "cki"}}},
         differs="The learned map is replaced by standardised disagreement; all tensors, not the head alone.",
         grid=({}, {"settings": {"splice": {"kind": "score", "score": {"measure": "cki", "options": {"sign": -1.0}}}}}),
     ),
     Preset(
-        "cki_hard", "at every entry the more compatible expert", _CKI, {"splice": {"kind": "argmax", "score": {"measure": "cki"}}},
-        differs="As `cki_soft`.", grid=({}, {"settings": {"splice": {"kind": "argmax", "score": {"measure": "cki", "options": {"sign": -1.0}}}}}),
+        "cki_hard", "at every entry the more compatible expert", _CKI,
+        {"splice": {"kind": "argmax", "score": {"measure": "cki"}}},
+        differs="As `cki_soft`.",
+        grid=({}, {"settings": {"splice": {"kind": "argmax", "score": {"measure": "cki", "options": {"sign": -1.0}}}}}),
     ),
     Preset(
         "cki_recommender", "softmax of dual compatibilities: the recommender code, close to averaging", _CKI,
@@ -209,25 +228,30 @@ _ALL: tuple[Preset, ...] = (
         differs="The rule of the training-time forward; deployment in the release uses another one.", grid=({},),
     ),
     Preset(
-        "apl", "density and coefficient of each tensor from its causal effect on the expert's loss", "Activated Parameter Locating, 2024, arXiv 2408.09485",
+        "apl", "density and coefficient of each tensor from its causal effect on the expert's loss",
+        "Activated Parameter Locating, 2024, arXiv 2408.09485",
         {
             "allocate": {"kind": "importance", "measure": "apl", "spread": 0.4, "coefficient_power": 0.5},
             "select": {"kind": "bernoulli"}, "rescale": {"kind": "inverse_density"},
         },
-        differs="No code was released: importance is divided by both norms, its map to density and coefficient is ours.", coefficient=0.3, density=0.5,
+        differs="No code was released: dividing importance by both norms and its map to density are ours.",
+        coefficient=0.3, density=0.5,
         needs_data=True, grid=({"coefficient": 0.3}, {"coefficient": 0.5}),
     ),
     Preset(
         "trust_region", "task arithmetic without the one per cent of parameters where tasks interfere most",
         "Sun et al. 2025, Task Arithmetic in Trust Region, arXiv 2501.15065",
         {"assess": {"measure": "trust_region"}, "select": {"kind": "band", "scope": "model", "gamma": 0.01}},
-        differs="Gradients are kept per task, which fusion_bench does not. `zero_shot` needs no data.", coefficient=0.3, density=0.99,
+        differs="Gradients are kept per task, which fusion_bench does not. `zero_shot` needs no data.", coefficient=0.3,
+        density=0.99,
         needs_data=True, grid=({"coefficient": 0.3},), experts=(2, None),
     ),
     Preset(
-        "sce", "select by variance, weigh by energy, erase minority signs", "Wan et al. 2024, FuseChat (SCE), arXiv 2408.07990",
+        "sce", "select by variance, weigh by energy, erase minority signs",
+        "Wan et al. 2024, FuseChat (SCE), arXiv 2408.07990",
         {
-            "assess": {"measure": "variance"}, "select": {"kind": "top_k", "nonzero": True}, "resolve": {"kind": "sum", "tie": "plus"},
+            "assess": {"measure": "variance"}, "select": {"kind": "top_k", "nonzero": True},
+            "resolve": {"kind": "sum", "tie": "plus"},
             "splice": {"kind": "score", "score": {"measure": "energy"}},
         },
         differs="Energies count by their ratio; mergekit treats small ones as equal.", density=0.5,
@@ -235,7 +259,11 @@ _ALL: tuple[Preset, ...] = (
     ),
     Preset(
         "ram", "mean of shared entries, unique ones whole", _RAM,
-        {"assess": _MAGNITUDE, "select": {"kind": "threshold", "threshold": 1e-5, "vectors": True}, "splice": {"kind": "count"}}, grid=({},),
+        {
+            "assess": _MAGNITUDE, "select": {"kind": "threshold", "threshold": 1e-5, "vectors": True},
+            "splice": {"kind": "count"},
+        },
+        grid=({},),
     ),
     Preset(
         "ram_plus", "RAM with unique entries raised by the share of shared ones", _RAM,
@@ -248,13 +276,16 @@ _ALL: tuple[Preset, ...] = (
     Preset(
         "cabs", "n:m masks that do not overlap, expert after expert, sum", "Yang et al. 2025, CABS, arXiv 2503.01874",
         {"assess": _MAGNITUDE, "select": {"kind": "n_m", "block_size": 4, "exclusive": True}},
-        differs="Blocks do not straddle rows. The order of the experts in the recipe is the order of the method.", density=0.25,
+        differs="Blocks do not straddle rows. The order of the experts in the recipe is the order of the method.",
+        density=0.25,
         grid=({"density": 0.25}, {"density": 0.5}),
     ),
     Preset(
-        "external", "keep what a file of scores calls important (LRP, any attribution), weighted mean", "mergekit's LRP branch; any attribution",
+        "external", "keep what a file of scores calls important (LRP, any attribution), weighted mean",
+        "mergekit's LRP branch; any attribution",
         {"assess": {"measure": "external"}, "select": {"kind": "top_k"}},
-        differs="Scores of another shape are an error, not a silent fallback to magnitude.", coefficient="mean", density=0.7,
+        differs="Scores of another shape are an error, not a silent fallback to magnitude.", coefficient="mean",
+        density=0.7,
         needs_data=True, grid=({"density": 0.7},),
     ),
     Preset(
@@ -262,11 +293,13 @@ _ALL: tuple[Preset, ...] = (
         {"assess": _MAGNITUDE, "splice": {"kind": "score"}}, grid=_each("scale", 0.7, 1.0, 1.3),
     ),
     Preset(
-        "magnitude_hard", "at every entry the delta of largest magnitude, ties to the first", "hard splicing (CKI) with |delta| as compatibility",
+        "magnitude_hard", "at every entry the delta of largest magnitude, ties to the first",
+        "hard splicing (CKI) with |delta| as compatibility",
         {"assess": _MAGNITUDE, "splice": {"kind": "argmax"}}, grid=_each("scale", 0.5, 0.8, 1.0),
     ),
     Preset(
-        "tsv_m", "low-rank deltas with directions made orthogonal between experts", "TSV-Merge, Gargiulo et al. 2024, arXiv 2412.00081",
+        "tsv_m", "low-rank deltas with directions made orthogonal between experts",
+        "TSV-Merge, Gargiulo et al. 2024, arXiv 2412.00081",
         {"operator": {"name": "tsv_m"}}, grid=_each("scale", 0.6, 0.8, 1.0, 1.2, 1.5),
     ),
     Preset(
@@ -274,39 +307,48 @@ _ALL: tuple[Preset, ...] = (
         {"operator": {"name": "iso_c"}}, grid=_each("scale", 0.6, 1.0, 1.5, 2.0),
     ),
     Preset(
-        "iso_cts", "flat spectrum over common and task-specific directions", "Iso-CTS, Marczak et al. 2025, arXiv 2502.04959",
+        "iso_cts", "flat spectrum over common and task-specific directions",
+        "Iso-CTS, Marczak et al. 2025, arXiv 2502.04959",
         {"operator": {"name": "iso_cts"}}, experts=(2, None), grid=_each("scale", 0.6, 1.0, 1.5, 2.0),
     ),
     Preset(
-        "wudi", "least interference with every expert's delta, taken as its own data", "WUDI-Merging, Cheng et al. 2025, arXiv 2503.08099",
+        "wudi", "least interference with every expert's delta, taken as its own data",
+        "WUDI-Merging, Cheng et al. 2025, arXiv 2503.08099",
         {"operator": {"name": "wudi"}}, grid=_each("scale", 1.0),
     ),
     Preset(
-        "model_stock", "average, shrunk towards the base by the angle between the deltas", "Model Stock, Jang et al. 2024, arXiv 2403.19522",
+        "model_stock", "average, shrunk towards the base by the angle between the deltas",
+        "Model Stock, Jang et al. 2024, arXiv 2403.19522",
         {"operator": {"name": "model_stock"}}, experts=(2, None), grid=_each("scale", 1.0),
     ),
     Preset(
-        "karcher", "Karcher mean of the experts' directions times their mean norm", "Karcher 1977; mergekit, arXiv 2403.13257",
+        "karcher", "Karcher mean of the experts' directions times their mean norm",
+        "Karcher 1977; mergekit, arXiv 2403.13257",
         {"operator": {"name": "karcher"}}, experts=(2, None), grid=_each("scale", 1.0),
     ),
     Preset(
-        "multislerp", "mean direction of all experts times their mean norm", "mergekit, Goddard et al. 2024, arXiv 2403.13257",
+        "multislerp", "mean direction of all experts times their mean norm",
+        "mergekit, Goddard et al. 2024, arXiv 2403.13257",
         {"operator": {"name": "multislerp"}}, experts=(2, None), grid=_each("scale", 1.0),
     ),
     Preset(
-        "slerp", "along the great circle between two experts, or from the base to one", "Shoemake 1985; mergekit, arXiv 2403.13257",
+        "slerp", "along the great circle between two experts, or from the base to one",
+        "Shoemake 1985; mergekit, arXiv 2403.13257",
         {"operator": {"name": "slerp"}}, experts=(1, 2), grid=_each("coefficient", 0.3, 0.5, 0.7), coefficient=0.5,
     ),
     Preset(
-        "nuslerp", "great circle by tensor, row or column, of deltas or weights", "mergekit, Goddard et al. 2024, arXiv 2403.13257",
+        "nuslerp", "great circle by tensor, row or column, of deltas or weights",
+        "mergekit, Goddard et al. 2024, arXiv 2403.13257",
         {"operator": {"name": "nuslerp"}}, experts=(1, 2), grid=_each("coefficient", 0.3, 0.5, 0.7), coefficient=0.5,
     ),
     Preset(
-        "nearswap", "the expert's value where it is close to the base's", "mergekit, Goddard et al. 2024, arXiv 2403.13257",
+        "nearswap", "the expert's value where it is close to the base's",
+        "mergekit, Goddard et al. 2024, arXiv 2403.13257",
         {"operator": {"name": "nearswap"}},
     ),
     Preset(
-        "arcee_fusion", "only changes with outstanding |delta| x KL of their row", "mergekit, Goddard et al. 2024, arXiv 2403.13257",
+        "arcee_fusion", "only changes with outstanding |delta| x KL of their row",
+        "mergekit, Goddard et al. 2024, arXiv 2403.13257",
         {"operator": {"name": "arcee_fusion"}},
     ),
     Preset(

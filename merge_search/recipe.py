@@ -28,7 +28,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -355,6 +355,12 @@ class Recipe(_Value):
     def density(self, expert: str, group: Group) -> float:
         """Kept fraction of `expert` for the tensors of `group`, in (0, 1]."""
         return value_for(self.densities.get(expert, 1.0), group)
+
+    def numbers_of(self, experts: Sequence[str], group: Group) -> tuple[tuple[float, ...], tuple[float, ...], float]:
+        """Coefficients and densities of `experts`, and the scale, for the tensors of `group`."""
+        coefficients = tuple(self.coefficient(e, group) for e in experts)
+        densities = tuple(self.density(e, group) for e in experts)
+        return coefficients, densities, value_for(self.scale, group)
 
     def known_rules(self) -> list[Rule]:
         """Rows of the rules that the recipe names, without names that no table has."""

@@ -1,7 +1,23 @@
-"""Contract: a search space says what may vary and decodes a point into a recipe.
+"""The contract of search spaces: a search space says what may vary and decodes a point into a recipe.
 
-Parameters are flat, bounded and identifiable: different points mean different merges, nothing is folded by
-``abs`` or clamped. A space is torch-free and knows models only through `SpaceContext`.
+Parameters are flat, bounded and identifiable: different points mean different merges, and no value is folded by ``abs``
+or clamped. A space imports no torch and knows the models only through `SpaceContext`.
+
+    >>> from merge_search.recipe import Group, Models
+    >>> class Strength(SearchSpace):
+    ...     def __init__(self, options, context, *, folder=None):
+    ...         self.context = context
+    ...         self.parameters = {"strength": Float(0.0, options.get("high", 1.0))}
+    ...     def decode(self, point):
+    ...         return self.context.recipe(coefficients=dict.fromkeys(self.context.experts, point["strength"]))
+    ...     def encode(self, recipe):
+    ...         return {"strength": recipe.coefficients[self.context.experts[0]]}
+    ...     def initial_points(self):
+    ...         return [{"strength": 0.5}]
+    >>> models = Models(base="base", experts={"maths": "maths", "code": "code"})
+    >>> space = Strength({}, SpaceContext(models, (Group("model.layers.0.mlp.weight", 0, "mlp"),)))
+    >>> space.decode({"strength": 0.3}).coefficients
+    {'maths': 0.3, 'code': 0.3}
 """
 
 from __future__ import annotations
@@ -19,7 +35,7 @@ __all__ = ["Categorical", "Float", "Integer", "Parameter", "Point", "SearchSpace
 
 @dataclass(frozen=True, slots=True)
 class Float:
-    """A real number in [low, high]; `log`: searched on a logarithmic scale."""
+    """A real number in [low, high]. With `log` it is searched on a logarithmic scale."""
 
     low: float
     high: float
@@ -28,7 +44,7 @@ class Float:
 
 @dataclass(frozen=True, slots=True)
 class Integer:
-    """A whole number in [low, high]."""
+    """A whole number in [low, high]. With `log` it is searched on a logarithmic scale."""
 
     low: int
     high: int
@@ -37,7 +53,7 @@ class Integer:
 
 @dataclass(frozen=True, slots=True)
 class Categorical:
-    """One of `choices`, without order."""
+    """One of `choices`, which have no order."""
 
     choices: tuple[str | int | float | bool, ...]
 
@@ -54,8 +70,8 @@ class SpaceContext:
     Attributes:
         models: Base and experts, as the recipes will name them.
         groups: One entry per mergeable tensor, in the order of the checkpoint.
-        seed: Of the counter-based masks: fixed for the whole study.
-        dtype: Of the merged tensors, or None for the base's own.
+        seed: The seed of random masks. It is fixed for the whole study.
+        dtype: The dtype of the merged tensors; None: the base's own.
     """
 
     models: Models
@@ -73,11 +89,15 @@ class SpaceContext:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Module kinds that occur inside blocks, in order of appearance."""
+        """The module kinds that occur inside blocks, in the order of their first tensors."""
         return tuple(dict.fromkeys(g.kind for g in self.groups if g.block is not None))
 
     def recipe(self, **settings: object) -> Recipe:
-        """A recipe over these models; `settings` are `Recipe` fields."""
+        """A recipe over these models, with their seed and dtype.
+
+        Args:
+            settings: Fields of `Recipe`.
+        """
         return Recipe.model_validate({"models": self.models, "seed": self.seed, "dtype": self.dtype, **settings})
 
 
@@ -85,8 +105,8 @@ class SpaceContext:
 class SearchSpace(Protocol):
     """What may vary: the contract of a family in ``search_spaces/`` or in a user's own file.
 
-    The class is built as ``Family(options, context, folder=...)``. The constructor raises every problem with the options
-    at once, as one `SpaceError`.
+    The class is built as ``Family(options, context, folder=...)``. The constructor raises every problem with the
+    options at once, as one `SpaceError`.
 
     Inherit from this class to get its defaults. A class with the same members that does not inherit is accepted, too:
     `merge_search.catalogue.build_space` adds the defaults.
@@ -114,11 +134,15 @@ class SearchSpace(Protocol):
 
     @abstractmethod
     def initial_points(self) -> list[dict[str, str | int | float | bool]]:
-        """Points worth trying before the sampler has a model of the objective, such as uniform recipes. May be empty."""
+        """Points to try before the sampler has a model of the objective, such as uniform recipes. May be empty."""
 
 
 def decoded(space: SearchSpace, point: Point) -> Recipe:
-    """The recipe of a point; whatever a user's own space throws ends the trial and not the study."""
+    """The recipe of a point.
+
+    Raises:
+        SpaceError: In place of any exception of a user's own space. It ends the trial and not the study.
+    """
     try:
         return space.decode(point)
     except MergeSearchError:

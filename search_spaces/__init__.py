@@ -1,4 +1,4 @@
-"""What may vary: one family a file. Reached by name (``space: {type: NAME}``), not by import."""
+"""The built-in search spaces, one family a file. Studies name them (``space: {type: NAME}``); nothing imports them."""
 
 CATALOGUE = {
     "blockwise": "search_spaces.blockwise:Blockwise",

@@ -1,7 +1,7 @@
 """One coefficient per expert and block: task arithmetic layer by layer (or another preset).
 
-Dimension: M * (L + 1) for M experts and L blocks; M * L where no tensor lies outside the blocks. `density` adds its own.
-Source: the layer-wise coefficients of AdaMerging (arXiv 2310.02575), searched instead of learned.
+Dimension: M * (L + 1) for M experts and L blocks; M * L if no tensor lies outside the blocks. `density` adds its own.
+Source: The layer-wise coefficients of AdaMerging (arXiv 2310.02575), searched instead of learned.
 """
 
 from __future__ import annotations

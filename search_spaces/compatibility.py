@@ -1,17 +1,18 @@
-"""The mission's own space: assessment x selection x splicing, with coefficients and densities per group.
+"""The default space: assessment x selection x splicing, with coefficients and densities per group.
 
-Two forms. With ``presets`` (the default) the categorical ``preset`` names a published method:
+It has two forms. With ``presets`` (the default) the categorical parameter ``preset`` names a published method:
 
     space: {type: compatibility, presets: [ties, dare, della], coefficients: {per: block}, density: {per: expert}}
 
-With lists of ``assess``, ``select``, ``splice`` (and ``resolve``) the categorical ``method`` ranges over their distinct
-valid combinations, one word for each ("magnitude/top_k/sum"): a combination that means what another one means, such as
-random selection under two assessments, stands once. An entry is a name or a mapping with options
-(``{kind: top_k, scope: model}``, ``{measure: fisher, options: {normalise: true}}``).
+With lists of ``assess``, ``select``, ``splice`` (and ``resolve``) the categorical parameter ``method`` ranges over
+their distinct valid combinations, named like "magnitude/top_k/sum". Combinations that mean the same merges, such as
+random selection under two assessments, are one choice. An entry is a name or a mapping with options
+(``{kind: top_k, scope: model}``, ``{measure: fisher, options: {normalise: true}}``). Names are those of
+`merge_search.rules`, rules from outside included.
 
-Dimension: 1 + M * C + M * D for M experts, C cells of coefficients and D of densities; the category is there if it has
-more than one choice, densities if some choice reads them. Densities are searched on a logarithmic scale: halving
-matters as much from 0.2 as from 0.8.
+The space has 1 + M * C + M * D dimensions for M experts, C cells of coefficients and D cells of densities. It has no
+category where there is one choice, and no densities where no choice reads them. Densities are searched on a logarithmic
+scale: halving matters as much from 0.2 as from 0.8.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class Compatibility(Composed):
             forgetful = [m.name for m in methods if m.scaling == "mean"]
             if forgetful:
                 raise SpaceError(
-                    f"space.coefficients.bounds: {', '.join(forgetful)} divides by the sum of the coefficients, which must "
-                    f"not change sign; the lower bound must be at least 0, got {chosen.coefficients.bounds[0]:g}"
+                    f"space.coefficients.bounds: {', '.join(forgetful)} divides by the sum of the coefficients, which "
+                    f"must not change sign; the lower bound must be at least 0, got {chosen.coefficients.bounds[0]:g}"
                 )
         n = len(context.experts)
         super().__init__(
@@ -87,7 +88,7 @@ class Compatibility(Composed):
             advice=f"coefficients and densities per: expert make {1 + 2 * n}",
         )
         self.notes += notes + [
-            f"{m.name!r} keeps a whole number of every {m.template.select.block_size} entries: its densities act in steps"
+            f"{m.name!r} keeps a whole number of every {m.template.select.block_size} entries: densities act in steps"
             for m in methods
             if m.template.operator is None and SELECTIONS[m.template.select.kind].steps
         ]
@@ -160,13 +161,13 @@ V = TypeVar("V", Assess, Select, Resolve, Splice)
 
 
 def _changed(name: str, before: V, after: V) -> str:
-    """The name of a stage in its canonical form."""
+    """The name of a stage after it was brought into its canonical form."""
     kinds: Callable[[Any], str] = lambda stage: stage.kind  # noqa: E731
     return name if kinds(before) == kinds(after) else kinds(after)
 
 
 def _entries(kind: type[V], key: str, at: str, entries: Sequence[Entry], problems: list[str]) -> list[tuple[str, V]]:
-    """(name, value) of every entry; what is wrong goes to `problems`."""
+    """(name, value) of every entry that is right; problems of the others are added to `problems`."""
     out: list[tuple[str, V]] = []
     for i, entry in enumerate(entries):
         given = {key: entry} if isinstance(entry, str) else dict(entry)
@@ -188,7 +189,7 @@ def _entries(kind: type[V], key: str, at: str, entries: Sequence[Entry], problem
 
 
 def _with_kinds(sentence: str, found: str, key: str, kind: type[BaseModel]) -> str:
-    """A wrong name gets the nearest known one in place of pydantic's list."""
+    """`sentence`, with the nearest known name where a name is wrong."""
     tables: Mapping[type[BaseModel], Collection[str]] = {Select: SELECTIONS, Splice: SPLICES}
     literals: Collection[str] = getattr(kind.model_fields[key].annotation, "__args__", ())
     known = tables.get(kind, literals)

@@ -1,7 +1,8 @@
 """Coefficients as curves over depth: linear between a few knots per expert.
 
-Knots stand at whole blocks, evenly spaced, the first and the last block among them; a knot's parameter is the number of
-its block. Embeddings follow the first block, all else outside blocks the last. `density_knots` gives densities the same form.
+Knots stand at whole blocks, evenly spaced, from the first block to the last. The parameter of a knot is the coefficient
+of its block. Embeddings follow the first block, and all other tensors outside blocks follow the last. `density_knots`
+gives densities the same form.
 
 Dimension: M * knots, plus M * density_knots if given.
 """
@@ -29,7 +30,15 @@ Knots = Annotated[int, Field(ge=2)]
 
 
 class DepthCurveOptions(Options):
-    """`knots` of None: four, or one per block if there are fewer blocks."""
+    """Options of ``type: depth_curve``.
+
+    Attributes:
+        knots: Knots of the coefficients; None: four, or one per block if there are fewer blocks.
+        bounds: Bounds of coefficients.
+        preset: The method whose coefficients are searched.
+        density_knots: Knots of the densities; None: densities are as published.
+        density_bounds: Bounds of densities.
+    """
 
     knots: Knots | None = None
     bounds: Bounds = (0.0, 1.5)
@@ -39,7 +48,11 @@ class DepthCurveOptions(Options):
 
 
 def knot_positions(n: int, n_blocks: int) -> list[int]:
-    """`n` distinct blocks, evenly spaced, ends included. Needs 1 <= n <= n_blocks."""
+    """`n` different blocks, evenly spaced, both ends included. Needs 1 <= n <= n_blocks.
+
+    >>> knot_positions(4, 10)
+    [0, 3, 6, 9]
+    """
     return [0] if n == 1 else [(2 * j * (n_blocks - 1) + n - 1) // (2 * (n - 1)) for j in range(n)]
 
 
@@ -58,7 +71,8 @@ class DepthCurve(Composed):
             n = getattr(chosen, key)
             if n is not None and n > depth >= 2:
                 problems.append(
-                    f"space.{key}: at most one knot per block, {depth} here, got {n}; with {depth} it is type: blockwise"
+                    f"space.{key}: at most one knot per block, {depth} here, got {n}; "
+                    f"with {depth} it is type: blockwise"
                 )
         if problems:
             raise SpaceError(problems)

@@ -1,6 +1,6 @@
-"""DF-Merge: one coefficient per expert in [0, 1]; the deltas so scaled are averaged by their Fisher information.
+"""DF-Merge: one coefficient per expert in [0, 1]. Scaled deltas are averaged with their Fisher information as weights.
 
-``fisher: false`` is the paper's own ablation: all Fisher information equal, which is task arithmetic.
+``fisher: false`` is the paper's own ablation: with equal Fisher information it is task arithmetic.
 
 Dimension: M for M experts.
 Source: Lee et al. 2025, Dynamic Fisher-weighted Model Merging via Bayesian Optimization, arXiv 2504.18992.
@@ -23,6 +23,13 @@ __all__ = ["DfMerge"]
 
 
 class DfMergeOptions(Options):
+    """Options of ``type: df_merge``.
+
+    Attributes:
+        fisher: Whether deltas are weighted by their Fisher information.
+        bounds: Bounds of coefficients.
+    """
+
     fisher: bool = True
     bounds: Bounds = (0.0, 1.0)
 

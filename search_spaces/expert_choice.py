@@ -1,8 +1,9 @@
-"""Hard splicing by block: every block comes whole from one expert or from the base.
+"""Hard splicing by block: every block is taken whole from one expert or from the base.
 
-Coefficients are 1 for the chosen expert and 0 for the others, so a block is the expert's own.
+The chosen expert has coefficient 1 and all others have 0, so the merged block equals the expert's.
 
-Dimension: ceil(L / span) categories for L blocks, and one more for the tensors outside them (embedding, head, last norm).
+Dimension: ceil(L / span) categories for L blocks, and one more for the tensors outside them (embedding, head and last
+norm).
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ BASE = "base"
 
 
 class ExpertChoiceOptions(Options):
-    """``span``: neighbouring blocks that are chosen together; ``base``: whether the base is a choice."""
+    """Options of ``type: expert_choice``.
+
+    Attributes:
+        span: Number of neighbouring blocks that are chosen together.
+        base: Whether the base is a choice.
+    """
 
     span: Annotated[int, Field(ge=1)] = 1
     base: bool = True
@@ -46,7 +52,7 @@ class ExpertChoice(Composed):
         super().__init__(context, [of_preset("task_arithmetic", context)], self._axis)
 
     def initial_points(self) -> list[Values]:
-        """Each expert whole, then two experts each for one end of the model: at every cut, both ways, evenly spread."""
+        """Every expert alone, then pairs of experts that each have one end of the model, cut at a half, 3/4 and 2/3."""
         experts = self.context.experts
         names = list(self.parameters)
         points: list[Values] = [{n: e for n in names} for e in experts[:FEWEST]]  # noqa: C420
@@ -62,6 +68,8 @@ class ExpertChoice(Composed):
 
 
 class _Choice:
+    """The axis of coefficients: one categorical parameter per span of blocks."""
+
     bounds = (0.0, 1.0)
 
     def __init__(self, context: SpaceContext, choices: tuple[str, ...], span: int) -> None:

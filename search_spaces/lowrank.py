@@ -4,19 +4,19 @@
 
 `depth` is linear between `knots` blocks. The parametrisation is fixed so that different points mean different merges:
 
-- ``kind`` of the reference kind is 1 (attention, or the first that is no norm gain);
-- each term has an anchor knot, where its own ``depth`` is 1 and that of all other terms 0. A strength is therefore a
-  coefficient itself: that of the expert, at the anchor, in the reference kind. One term: the middle of the model;
-  two: its first and last block.
+- ``kind`` is 1 for the reference kind: attention, or else the first kind that is not a norm gain.
+- Each term has an anchor knot. Its own ``depth`` is 1 there, and that of all other terms is 0. So a strength is itself
+  a coefficient: that of its expert at the anchor in the reference kind. The anchor of a single term is the middle of
+  the model. Two terms have their anchors at the first and the last block.
 
-Signs, scales and the order of the terms are settled by this, and no separate mean is needed: constant factors are within the
-sum, where a mean would be a second name for them. What remains is the set, of measure zero, where a term's strengths vanish
-for all experts (or where terms are proportional): there its other factors have no effect.
+This settles the signs, scales and order of the terms. A separate mean is not needed, because the sum can express
+constant factors already. Only a set of measure zero is left: where a term's strengths vanish for all experts, or where
+terms are proportional, its other factors have no effect.
 
-Tensors outside blocks follow the first block (embeddings) or the last (all else), in the reference kind.
+Tensors outside blocks follow the first block (embeddings) or the last (all others), in the reference kind.
 
 Dimension: R * (M + (knots - R) + (K - 1)) for M experts, K kinds and rank R.
-Source: the CP form of adapters in PETAL (arXiv 2312.12458), here for coefficients.
+Source: The CP form of adapters in PETAL (arXiv 2312.12458), here for coefficients.
 """
 
 from __future__ import annotations
@@ -41,7 +41,13 @@ __all__ = ["LowRank"]
 
 
 class LowRankOptions(OneMethod):
-    """``bounds`` are those of strengths, ``profile`` those of depth and kind factors relative to their anchors."""
+    """Options of ``type: lowrank``. ``bounds`` are those of strengths.
+
+    Attributes:
+        rank: The number of terms.
+        knots: Knots of the depth factors; None: four, or one per block or term if that is needed.
+        profile: Bounds of depth and kind factors relative to their anchors.
+    """
 
     rank: Annotated[int, Field(ge=1)] = 1
     knots: Annotated[int, Field(ge=2)] | None = None
@@ -49,7 +55,10 @@ class LowRankOptions(OneMethod):
 
 
 class LowRank(Composed):
-    """Parameters: ``strength.EXPERT``, ``depth.knot.J``, ``kind.KIND``; with rank > 1 ``strength.EXPERT.R``, ``depth.R.knot.J``, ..."""
+    """Parameters: ``strength.EXPERT``, ``depth.knot.J``, ``kind.KIND``.
+
+    With rank > 1: ``strength.EXPERT.R``, ``depth.R.knot.J``, ``kind.R.KIND``.
+    """
 
     def __init__(self, options: Mapping[str, Any], context: SpaceContext, *, folder: Path | None = None) -> None:
         chosen = space_options(LowRankOptions, options)
@@ -79,7 +88,7 @@ class LowRank(Composed):
 
 
 class _Factors:
-    """The axis of coefficients; see the module's notes."""
+    """The axis of coefficients; see the module's docstring."""
 
     def __init__(self, context: SpaceContext, chosen: LowRankOptions, knots: Sequence[int]) -> None:
         self.bounds = chosen.bounds
@@ -123,7 +132,7 @@ class _Factors:
         return out
 
     def _factor(self, term: int, point: Point) -> tuple[dict[int, float], dict[str, float]]:
-        """depth by block and kind by name."""
+        """The depth factor of each block and the kind factor of each kind."""
         at = {f"knot.{q}": float(q == self._anchors[term]) for q in self._anchors}
         at |= {f"knot.{q}": float(point[self._name("depth", term, f"knot.{q}")]) for q in self._free}
         depth = {b: _between(mix, at) for b, mix in self._curve.items()}
@@ -158,7 +167,7 @@ class _Factors:
         return {name: out[name] for name in self.parameters}
 
     def _usual(self, knot: int) -> list[float]:
-        """Depth factors of a uniform recipe: linear between the anchors, so that they sum to one."""
+        """Depth factors of a uniform recipe: linear between the anchors, so they sum to one."""
         mix = (
             dict(curve(self._anchors, len(self._knots), Group("", knot, "")))
             if len(self._terms) > 1
@@ -175,7 +184,7 @@ class _Factors:
 
 
 def _kinds(context: SpaceContext, anchors: Sequence[int]) -> list[str]:
-    """Kinds with a factor of their own, the reference first: those that every anchor block has."""
+    """The kinds with a factor of their own: those that every anchor block has. The reference kind comes first."""
     at = {b: {g.kind for g in context.groups if g.block == b} for b in anchors}
     everywhere = [k for k in context.kinds if all(k in kinds for kinds in at.values())]
     if not everywhere:
@@ -186,7 +195,7 @@ def _kinds(context: SpaceContext, anchors: Sequence[int]) -> list[str]:
 
 
 def _between(mix: Sequence[tuple[str, float]], at: Mapping[str, float]) -> float:
-    """Exact where both ends are equal."""
+    """The weighted mean of the factors at the knots. Exact where both are equal."""
     origin = at[mix[0][0]]
     return origin + sum(w * (at[s] - origin) for s, w in mix[1:])
 
@@ -198,7 +207,7 @@ def _finite(parameters: Mapping[str, Parameter], name: str) -> tuple[float, floa
 
 
 def _least_squares(rows: Sequence[Sequence[float]], target: Sequence[float], usual: list[float]) -> list[float]:
-    """x that minimises |rows x - target|; where that leaves x open, the nearest to `usual`."""
+    """The x that minimises |rows x - target|. If several do, it is the one nearest to `usual`."""
     n = len(usual)
     rest = [t - sum(w * u for w, u in zip(row, usual, strict=True)) for row, t in zip(rows, target, strict=True)]
     gram = [[sum(row[i] * row[j] for row in rows) for j in range(n)] for i in range(n)]
@@ -212,7 +221,7 @@ def _least_squares(rows: Sequence[Sequence[float]], target: Sequence[float], usu
 
 
 def _solve(a: list[list[float]], b: list[float]) -> list[float]:
-    """Gaussian elimination; `a` is symmetric and positive definite, so no pivot vanishes."""
+    """Solve a x = b by Gaussian elimination. `a` is symmetric and positive definite, so no pivot vanishes."""
     n = len(b)
     a, b = [row[:] for row in a], b[:]
     for i in range(n):

@@ -1,4 +1,4 @@
-"""Reading a mergekit-evolve file as the description of a search space; what cannot be expressed is refused by its key."""
+"""Read a mergekit-evolve file as a search space. Every key that no recipe can follow is refused by its name."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ DENSITY_METHODS = ("ties", "dare_ties")
 NORMALISING = ("linear", "ties", "dare_ties")
 
 ELSEWHERE = {
-    "tasks": "evaluate", "limit": "search.fidelity", "num_fewshot": "evaluate", "shuffle": "splits", "random_init": "search",
-    "apply_chat_template": "evaluate", "fewshot_as_multiturn": "evaluate",
+    "tasks": "evaluate", "limit": "search.fidelity", "num_fewshot": "evaluate", "shuffle": "splits",
+    "random_init": "search", "apply_chat_template": "evaluate", "fewshot_as_multiturn": "evaluate",
 }  # fmt: skip
-"""Keys of the file that say nothing of the space, and the part of the study file that does."""
+"""Keys of the file that do not describe the space -> the section of the study file that decides instead."""
 
 
 def _holds_one(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -41,7 +41,17 @@ def _not_negative(bounds: tuple[float, float]) -> tuple[float, float]:
 
 
 class MergekitOptions(Options):
-    """``models`` maps the file's names to experts of the study (or ``base``) where they cannot be matched by themselves."""
+    """Options of ``type: mergekit_genome``.
+
+    Attributes:
+        file: The mergekit-evolve file.
+        genome: The file's section of that name, in place of `file`.
+        models: Names of models in the file -> an expert of the study or ``base``. Needed only for names that cannot be
+            matched automatically.
+        weights: Bounds of weights that are not normalised.
+        ratio: Bounds of weights relative to the first model's.
+        density: Bounds of densities.
+    """
 
     file: str | None = None
     genome: dict[str, Any] | None = None
@@ -75,10 +85,18 @@ class Genome(Options):
 def read_genome(
     options: Mapping[str, Any], context: SpaceContext, folder: Path | None = None
 ) -> tuple[MergekitOptions, Genome, tuple[str, ...], list[str]]:
-    """Options, genome, its experts in its order, and notes.
+    """Read and check options and genome.
+
+    Args:
+        options: The ``space`` entry of the study file without ``type``.
+        context: The models of the study.
+        folder: The folder that a relative `file` is relative to; None: the current directory.
+
+    Returns:
+        The options, the genome, its experts in its order, and notes.
 
     Raises:
-        SpaceError: every key that cannot be read or expressed.
+        SpaceError: Every key that cannot be read or expressed.
     """
     chosen = space_options(MergekitOptions, options)
     section, notes = _section(chosen, folder)
@@ -109,25 +127,26 @@ def read_genome(
 def _experts(
     genome: Genome, chosen: MergekitOptions, places: Mapping[str, str], problems: list[str], notes: list[str]
 ) -> list[str]:
-    """Experts of the genome in its order; what is wrong goes to `problems`, what is left out to `notes`."""
+    """Experts of the genome in its order. What is wrong is added to `problems`, and what is left out to `notes`."""
     experts: list[str] = []
     for text in genome.models:
-        found = _match(text, chosen.models, places)
-        if found is None:
+        name = _match(text, chosen.models, places)
+        if name is None:
+            known = ", ".join(e for e in places if e != "base")
             problems.append(
-                f"genome.models: {text!r} is none of the study's experts ({', '.join(e for e in places if e != 'base')}); "
+                f"genome.models: {text!r} is none of the study's experts ({known}); "
                 f"if it is one, say so: space.models: {{{text!r}: NAME}}"
             )
-        elif found == "base" and genome.merge_method == "linear":
+        elif name == "base" and genome.merge_method == "linear":
             problems.append(
                 "genome.models: the base cannot be one of the models of a linear merge here; list experts only"
             )
-        elif found == "base":
+        elif name == "base":
             notes.append("the base among genome.models has no delta: its numbers change nothing and are left out")
-        elif found in experts:
-            problems.append(f"genome.models: expert {found!r} stands twice")
+        elif name in experts:
+            problems.append(f"genome.models: expert {name!r} stands twice")
         else:
-            experts.append(found)
+            experts.append(name)
     return experts
 
 
@@ -155,7 +174,11 @@ def _section(chosen: MergekitOptions, folder: Path | None) -> tuple[Mapping[str,
 
 
 def _match(text: str, given: Mapping[str, str], places: Mapping[str, str]) -> str | None:
-    """Which of `places` a model of the file is: by the given map, else by name, place or last part of the place; or None."""
+    """The name in `places` of a model of the file, or None.
+
+    The given map comes first. Without an entry in it, the model is matched by its name, its place or the last part of
+    its place.
+    """
     if text in given:
         return given[text] if given[text] in places else None
     if text in places:
@@ -166,9 +189,9 @@ def _match(text: str, given: Mapping[str, str], places: Mapping[str, str]) -> st
         lambda p: Path(p).name == Path(text).name,
     )
     for test in tests:
-        found = [name for name, place in places.items() if test(place)]
-        if len(found) == 1:
-            return found[0]
+        names = [name for name, place in places.items() if test(place)]
+        if len(names) == 1:
+            return names[0]
     return None
 
 
@@ -177,7 +200,7 @@ def _resolved(text: str) -> Path:
 
 
 def _inexpressible(genome: Genome, context: SpaceContext) -> list[str]:
-    """Keys that no recipe can follow."""
+    """One sentence per key that no recipe can follow."""
     problems = []
     depth, step = context.n_blocks, genome.layer_granularity
     if genome.merge_method == "slerp":
@@ -186,7 +209,8 @@ def _inexpressible(genome: Genome, context: SpaceContext) -> list[str]:
         problems.append(f"genome.base_model: is missing, and {genome.merge_method} needs it")
     if genome.merge_method == "linear" and genome.normalize is False:
         problems.append(
-            "genome.normalize: false would scale the base too, which no recipe does; leave it out or use task_arithmetic"
+            "genome.normalize: false would scale the base too, which no recipe does; "
+            "leave it out or use task_arithmetic"
         )
     if genome.merge_method == "task_arithmetic" and genome.normalize is True:
         problems.append("genome.normalize: true makes task_arithmetic a linear merge; write merge_method: linear")

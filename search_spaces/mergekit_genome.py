@@ -2,18 +2,19 @@
 
     space: {type: mergekit_genome, file: evolve.yaml}
 
-or its ``genome`` section inline. A weight (and for ties and dare_ties a density) per model, layer group and filter, as
-mergekit-evolve has them; embeddings belong to the first layer group, all else outside the layers to the last; with
-``smooth: true`` numbers run linearly between the layer groups. What differs, so that different points are different merges:
+or with the ``genome`` section inline. As in mergekit-evolve there is a weight (and for ties and dare_ties a density)
+per model, layer group and filter. Embeddings belong to the first layer group, and all other tensors outside the layers
+to the last. With ``smooth: true`` numbers run linearly between the layer groups. Three things differ, so that different
+points are different merges:
 
-- weights lie in `weights` instead of being folded by abs (with ``allow_negative_weights`` in [-high, high]);
-- densities lie in `density` instead of being folded and clamped;
-- where the rule divides by the sum of the weights (linear; ties and dare_ties unless ``normalize: false``), only their
-  ratios matter: the first model's weight is 1 and those of the others lie in `ratio`, on a logarithmic scale.
+- Weights lie in `weights` instead of being folded by abs (with ``allow_negative_weights`` in [-high, high]).
+- Densities lie in `density` instead of being folded and clamped.
+- Where the rule divides by the sum of the weights (linear; ties and dare_ties unless ``normalize: false``), only their
+  ratios matter. The first model's weight is 1, and those of the others lie in `ratio`, on a logarithmic scale.
 
-Dimension: G * F * (M * P) for G layer groups, F filters (one more for tensors that none matches; combinations without
-tensors do not count), M models and P = 1 or 2 parameters; less G * F where weights are normalised.
-Source: the documentation of mergekit-evolve (Arcee AI, LGPL); random masks are this package's own.
+Dimension: G * F * (M * P) for G layer groups, F filters, M models and P = 1 or 2 parameters, less G * F if weights are
+normalised. Tensors that no filter matches count as one more filter. Combinations without tensors do not count.
+Source: The documentation of mergekit-evolve (Arcee AI, LGPL). Random masks are this package's own.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ from search_spaces.parts.methods import Method
 __all__ = ["MergekitGenome"]
 
 EMPHASES = (3.0, 1 / 3, 2.0, 1 / 2, 5.0, 1 / 5)
-"""By how much one model outweighs the others in some of the initial points of normalised rules."""
+"""Weights of one model relative to the others in some of the initial points of normalised rules."""
 
 
 class MergekitGenome(Composed):
-    """Parameters: ``weight.EXPERT[.layers.J][.FILTER]`` and ``density.EXPERT...``; relative weights from the second model on."""
+    """Parameters: ``weight.EXPERT[.layers.J][.FILTER]`` and ``density.EXPERT...``.
+
+    Normalised rules have relative weights, from the second model on.
+    """
 
     def __init__(self, options: Mapping[str, Any], context: SpaceContext, *, folder: Path | None = None) -> None:
         chosen, genome, experts, notes = read_genome(options, context, folder)
@@ -62,7 +66,7 @@ class MergekitGenome(Composed):
         self.notes += notes
 
     def initial_points(self) -> list[Values]:
-        """As elsewhere; of normalised rules all strengths are one, so each model in turn is emphasised."""
+        """Uniform recipes. Normalised rules have only one of them, so each model in turn also outweighs the others."""
         points = super().initial_points()
         if self._relative is None:
             return points
@@ -77,7 +81,10 @@ class MergekitGenome(Composed):
 
 
 def _method(genome: Genome, chosen: MergekitOptions, context: SpaceContext) -> Method:
-    """mergekit's reading of the method: trimming per tensor, vectors included; weighted election; L1 norms kept by dare."""
+    """The method as mergekit defines it.
+
+    Every tensor is trimmed alone, vectors included. Elections are weighted, and dare keeps L1 norms.
+    """
     splice = Splice(kind="coefficient" if genome.normalised else "sum")
     settings: dict[str, Any] = {"seed": context.seed, "dtype": context.dtype, "splice": splice}
     uses_density = genome.merge_method in DENSITY_METHODS
@@ -90,7 +97,7 @@ def _method(genome: Genome, chosen: MergekitOptions, context: SpaceContext) -> M
 
 
 def _mix(genome: Genome, context: SpaceContext) -> Callable[[Group], Mix]:
-    """Group -> the layer group (or the two between which it lies) and the filter whose number it has."""
+    """The function that maps a tensor's group to its layer group, or the two that it lies between, and its filter."""
     depth, n = context.n_blocks, genome.layer_groups(context)
     step = max(1, depth // n)
     positions = [j * (depth - 1) / (n - 1) for j in range(n)] if n > 1 else [0.0]

@@ -1,6 +1,6 @@
 """One coefficient per expert and module kind: attention, MLP, norm, embedding, head, other.
 
-Dimension: M * K for M experts and the K kinds that occur in the models. `density` adds its own.
+Dimension: M * K for M experts and K kinds that occur in the models. `density` adds its own.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""One strength for all: preset x one coefficient common to all experts and tensors x one density.
+"""One coefficient and one density for all experts and tensors, and the choice of a preset.
 
-Dimension: 1 to 3: the coefficient; the preset, if several are listed; the density, if one of them reads it.
+Dimension: 1 to 3: the coefficient, the preset if several are listed, and the density if one of them reads it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,14 @@ __all__ = ["Uniform"]
 
 
 class UniformOptions(Options):
+    """Options of ``type: uniform``.
+
+    Attributes:
+        presets: Names of the methods to choose from.
+        bounds: Bounds of the coefficient.
+        density: Bounds of the density.
+    """
+
     presets: Annotated[tuple[str, ...], Field(min_length=1)] = ("task_arithmetic", "ties", "dare", "della", "tsv_m")
     bounds: Bounds = (0.0, 1.5)
     density: DensityBounds = (0.05, 1.0)

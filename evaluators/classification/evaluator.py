@@ -2,19 +2,19 @@
 
     evaluate:
       - evaluator: classification
-        include_path: data/                      # what data, train, labels and head are relative to; none: the study file's folder
+        include_path: data/                      # folder of data, train, labels and head; default: the study file's
         tasks:
           sst2: {data: [sst2/val.jsonl, sst2/test.jsonl], train: sst2/train.jsonl, head: sst2/head.safetensors}
           trec6: {data: trec6/test.jsonl, head: trec6/head.safetensors, labels: trec6/task.json, pooling: mean}
         batch_size: 64
         max_length: 128
-        limit: 500                               # documents per task, the first in the order of questions
+        limit: 500                               # most documents per task: the first in the order of questions
 
 Rows are JSON lines with a text and a label (a class number, or a name listed under ``labels``). A head file holds
-``weight`` (n_classes, hidden) and ``bias`` (n_classes,). Metrics of each task: ``acc``, with the right label's
+``weight`` (n_classes, hidden) and ``bias`` (n_classes,). Each task has two metrics: ``acc``, with the right label's
 probability beside it, and ``nll``, the mean of -log(probability).
 
-A learner fits on the rows of ``train``, or else on the fit share of the search split; `Classification.loss` is
+A learner fits on the rows of ``train`` or, without them, on the fit share of the search split. `Classification.loss` is
 differentiable in the live model's parameters.
 """
 
@@ -48,19 +48,20 @@ LOSSES = ("gold", "pseudo", "kl", "entropy")
 
 
 class Classification(Evaluator):
-    """An `Evaluator` with a differentiable loss that is also `Counting`; torch is first imported by `bind`.
+    """Accuracy and likelihood of an encoder with fixed heads: an `Evaluator` that is `Teachable`. `bind` imports torch.
 
     Args:
-        options: As in the module's notes.
-        shares: Where a task has ``train`` rows, its fit share is scored with the rest of the search split.
-        seed: Not used: splits and orders are functions of the documents.
+        options: See the module's docstring.
+        shares: Shares of the splits. The fit share of a task with ``train`` rows is scored with the rest of its search
+            split.
+        seed: Not used. Splits and orders are functions of the documents.
         folder: The folder that relative paths are relative to; None: the current directory.
 
     Raises:
-        StudyFileError: options, files, labels, rows or heads are wrong, or a split is too small: all at once.
+        StudyFileError: Everything that is wrong with options, files, labels, rows, heads and the sizes of the splits.
 
-    Determinism: batches depend on the questions alone; model and heads hold no randomness (dropout is off), so equal
-    weights on one device give equal answers. Global random generators are not used.
+    Determinism: Equal weights on one device give equal answers. Batches depend on the questions alone, dropout is off,
+    and global random generators are not used.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Classification(Evaluator):
         self._teacher_outputs: dict[str, dict[int, TeacherOutputs]] = {name: {} for name in self._tasks}
 
     def metrics(self) -> list[MetricInfo]:
-        """``acc`` and ``nll`` of each task; the chance of ``acc`` is 1 / n_classes."""
+        """``acc`` and ``nll`` of each task. The chance of ``acc`` is 1 / n_classes."""
         out = []
         for name, task in self._tasks.items():
             n = {split: len(rows) for split, rows in task.scored.items()}
@@ -85,7 +86,7 @@ class Classification(Evaluator):
         return out
 
     def fingerprint(self) -> str:
-        """sha256 of everything an answer depends on besides the weights: documents, heads, pooling, max_length."""
+        """sha256 of everything besides the weights that an answer depends on: documents, heads, pooling, max_length."""
         content = {
             name: {
                 "head": task.head.sha256,
@@ -102,11 +103,12 @@ class Classification(Evaluator):
         """Load the heads onto the model's device and tokenise every question once.
 
         Args:
-            model: Called with ``input_ids`` and ``attention_mask``; answers with ``last_hidden_state``.
+            model: Called with ``input_ids`` and ``attention_mask``. Its output must have ``last_hidden_state``.
+            tokenizer: The model's tokenizer.
             folder: Not used.
 
         Raises:
-            StudyFileError: a head does not fit the encoder, or a text has no token.
+            StudyFileError: A head does not fit the encoder, or a text has no token.
         """
         from evaluators.classification.heads import EncoderHeads
 
@@ -125,7 +127,7 @@ class Classification(Evaluator):
 
         Raises:
             NonFiniteError: NaN or infinity among the logits.
-            EvaluationError: nothing is bound, the split is not scored, or the model failed; out of memory is passed on.
+            EvaluationError: No model is bound, the split is not scored, or the model failed. Out-of-memory errors pass.
         """
         encoder = self._bound()
         if split is Split.FIT:
@@ -148,26 +150,32 @@ class Classification(Evaluator):
         self.n_asked += questions
 
     def fit_tasks(self) -> dict[str, int]:
-        """Number of rows a learner may fit on, by task; none of them is ever scored."""
+        """Number of rows to fit on by task. None of them is ever scored."""
         return {name: len(task.fit) for name, task in self._tasks.items()}
 
     def predict(self, task: str, rows: Sequence[int]) -> list[int]:
-        """The class the bound model, as it is now, gives to each of these fit rows.
+        """The class that the bound model, as it is now, gives to each of these rows to fit on.
 
-        Raises: as `evaluate`, and EvaluationError for an unknown task or row.
+        Raises:
+            NonFiniteError: As `evaluate`.
+            EvaluationError: As `evaluate`, and for an unknown task or row.
         """
         return [int(c) for c in self._logits(task, rows).argmax(axis=1)]
 
     def _logits(self, task: str, rows: Sequence[int]) -> NDArray[np.float32]:
-        """Of fit rows, without a graph. Shape (rows, n_classes)."""
+        """Logits of rows to fit on, without a graph. Shape (rows, n_classes)."""
         encoder, known = self._bound(), self._fit_rows(task, rows)
         tokens = [self._tokens[known.name, Split.FIT][i] for i in rows]
         return encoder.score(known.name, encoder.batches(tokens, size=self._options.batch_size))
 
     def cache_teacher(self, task: str, rows: Sequence[int]) -> None:
-        """Keep how the bound model, as it is now, classifies these fit rows of `task`, for the loss ``kl``.
+        """Store how the bound model, as it is now, classifies these rows of `task`, for the loss ``kl``.
 
-        Other rows keep what they have. Raises: as `predict`.
+        Rows that are not named keep what was stored for them.
+
+        Raises:
+            NonFiniteError: As `predict`.
+            EvaluationError: As `predict`.
         """
         from torch import from_numpy
 
@@ -177,48 +185,50 @@ class Classification(Evaluator):
         self._teacher_outputs[task] |= {row: whole[at : at + 1] for at, row in enumerate(rows)}
 
     def teacher_questions(self, task: str) -> int:
-        """One per row."""
+        """One question per row."""
         return 1
 
     def set_pseudo_labels(self, task: str, labels: Mapping[int, int]) -> None:
-        """Classes for the loss ``pseudo``, by fit row: usually what the task's own expert predicts.
+        """Store classes by row for the loss ``pseudo``: usually what the task's teacher predicts.
 
-        Other rows keep theirs.
+        Rows that are not named keep their classes.
 
         Raises:
-            EvaluationError: an unknown row, or no such class.
+            EvaluationError: An unknown row, or no such class.
         """
         known = self._fit_rows(task, list(labels))
         if wrong := {row: c for row, c in labels.items() if not 0 <= c < known.head.n_classes}:
-            row, found = next(iter(wrong.items()))
+            row, label = next(iter(wrong.items()))
             raise EvaluationError(
                 f"task {task!r}: pseudo labels must be classes from 0 to {known.head.n_classes - 1}, "
-                f"got {found} for row {row}"
+                f"got {label} for row {row}"
             )
         self._pseudo[task] |= {row: int(c) for row, c in labels.items()}
 
     def losses(self, task: str) -> tuple[str, ...]:
-        """Kinds of `loss`, the same for every task."""
+        """Kinds of `loss`. They are the same for every task."""
         return LOSSES
 
     def loss(self, task: str, rows: Sequence[int], kind: str = "gold") -> Tensor:
-        """Mean loss of the bound live model on these fit rows, with a graph to the parameters that require one.
+        """Mean loss of the bound model on these rows, with a graph to the parameters that require gradients.
 
         Args:
             task: A key of `fit_tasks`.
-            rows: Numbers below ``fit_tasks()[task]``, in any order, repeats allowed; not batched but by length.
-            kind: ``gold``: cross-entropy to the rows' labels. ``pseudo``: to the labels of `set_pseudo_labels`.
-                ``kl``: KL(remembered || live) in nats, of classes.
-                ``entropy``: entropy of the prediction divided by log(n_classes), in [0, 1]
-                (AdaMerging, arXiv 2310.02575; differs: scaled, so that tasks of many classes do not dominate).
+            rows: Numbers below ``fit_tasks()[task]``, in any order, repeats allowed. They are batched by length only.
+            kind: ``gold``: cross-entropy to the rows' labels. ``pseudo``: cross-entropy to the labels of
+                `set_pseudo_labels`. ``kl``: KL(teacher || live) over the classes, in nats. ``entropy``: entropy of the
+                prediction divided by log(n_classes), in [0, 1] (AdaMerging, arXiv 2310.02575. Differs: divided, so that
+                tasks of many classes do not dominate).
 
         Returns:
-            Scalar, float32, on the model's device. Cost: one forward pass, its activations kept for the backward pass.
+            Scalar, float32, on the model's device.
 
         Raises:
             NonFiniteError: NaN or infinity among the logits.
-            EvaluationError: unknown task or row, one without a label, or the model failed; out of memory is passed on.
-            InputError: unknown kind.
+            EvaluationError: Unknown task or row, a row without a label, or the model failed. Out-of-memory errors pass.
+            InputError: Unknown kind.
+
+        Cost: One forward pass. Its activations are kept for the backward pass.
         """
         from torch import as_tensor, cat
         from torch.nn import functional
@@ -242,7 +252,7 @@ class Classification(Evaluator):
         return functional.cross_entropy(logits, as_tensor(labels, device=logits.device))
 
     def _check_teacher(self, task: str, rows: Sequence[int], kind: str) -> None:
-        """Raises `EvaluationError` unless an expert has answered these rows, where the loss needs that."""
+        """Raise `EvaluationError` if the loss needs a teacher's answers and some of these rows have none."""
         if kind == "pseudo" and (absent := [i for i in rows if i not in self._pseudo[task]]):
             raise EvaluationError(
                 f"task {task!r} has no pseudo labels for {len(absent)} of {len(rows)} rows (row {absent[0]}): "
@@ -250,7 +260,7 @@ class Classification(Evaluator):
             )
         if kind == "kl" and (absent := [i for i in rows if i not in self._teacher_outputs[task]]):
             raise EvaluationError(
-                f"task {task!r} has no expert's answers to compare with for {len(absent)} of {len(rows)} rows "
+                f"task {task!r} has no teacher's answers to compare with for {len(absent)} of {len(rows)} rows "
                 f"(row {absent[0]}): call cache_teacher first"
             )
 
@@ -260,20 +270,21 @@ class Classification(Evaluator):
         return self._encoder
 
     def _fit_rows(self, task: str, rows: Sequence[int]) -> TaskRows:
-        """The task, if it has all of these fit rows and any are asked for."""
+        """The task. Raises `EvaluationError` unless there are rows and the task has all of them."""
         if task not in self._tasks:
             raise EvaluationError(f"no task is called {task!r}{nearest(task, self._tasks)}")
         n = len(self._tasks[task].fit)
         if not rows or not 0 <= min(rows) <= max(rows) < n:
             asked = f"{min(rows)} to {max(rows)}" if rows else "none"
             raise EvaluationError(
-                f"task {task!r} has {n} rows to fit on (its train file, or the fit share of its data), asked for {asked}"
+                f"task {task!r} has {n} rows to fit on (its train file, or the fit share of its data), "
+                f"asked for {asked}"
             )
         return self._tasks[task]
 
 
 def _scores(task: str, rows: Sequence[Row], logits: NDArray[np.float32]) -> dict[str, Scores]:
-    """Per-question ``acc`` and ``nll`` from logits of shape (n, n_classes); the lowest class wins a tie."""
+    """Per-question ``acc`` and ``nll`` from logits of shape (n, n_classes). The lowest class wins a tie."""
     labels = np.array([row.label for row in rows])
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     right = shifted[np.arange(len(rows)), labels] - np.log(np.exp(shifted).sum(axis=1))

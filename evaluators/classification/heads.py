@@ -1,4 +1,4 @@
-"""A live encoder with linear heads: tokens in, float32 logits out. The torch half of `classification`."""
+"""A live encoder with linear heads: tokens in, float32 logits out."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from merge_search.errors import EvaluationError, MergeSearchError, NonFiniteErro
 
 __all__ = ["Batch", "EncoderHeads"]
 
-_MOST_CUTS = 128  # places at which a batch may be parted: their pairs are compared
+_MOST_CUTS = 128
+"""Largest number of places at which a batch may be parted. All pairs of them are compared."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded on the right.
+    """Texts of one forward pass, padded on the right.
 
     Attributes:
-        rows: Where each text stood in what was batched. Shape (n,).
+        rows: The position of each text in the list that was batched. Shape (n,).
         input_ids, attention_mask: Shape (n, length), int64, on the model's device.
     """
 
@@ -38,15 +39,16 @@ class Batch:
 
 
 class EncoderHeads:
-    """`model` is used as it is at each call; heads are float32 and never change.
+    """An encoder, used as it is at each call, and heads in float32, which never change.
 
     Args:
-        model: Called with ``input_ids`` and ``attention_mask``; answers with ``last_hidden_state``.
+        model: Called with ``input_ids`` and ``attention_mask``. Its output must have ``last_hidden_state``.
         tokenizer: A Hugging Face tokenizer.
-        max_length: Tokens per text; fewer where tokenizer or encoder have fewer positions.
+        tasks: The tasks whose heads are loaded.
+        max_length: Most tokens per text. It is lowered to what the tokenizer and the encoder allow.
 
     Raises:
-        StudyFileError: the model is no encoder, or a head has another hidden size: all at once.
+        StudyFileError: The model is no encoder, or heads have another hidden size.
     """
 
     def __init__(self, model: Any, tokenizer: Any, tasks: Sequence[TaskRows], *, max_length: int) -> None:
@@ -64,7 +66,7 @@ class EncoderHeads:
         self._check_hidden_size(tasks)
 
     def _check_hidden_size(self, tasks: Sequence[TaskRows]) -> None:
-        """Ask the model itself: one text of the first task."""
+        """Find the encoder's hidden size with one text of the first task, and compare the heads with it."""
         row = tasks[0].scored[next(iter(tasks[0].scored))][0]
         batch = self.batches(self.encode([row.text], where=f"task {tasks[0].name!r}"), size=1)[0]
         with _eval_mode(self.model), torch.inference_mode():
@@ -87,8 +89,12 @@ class EncoderHeads:
     def encode(self, texts: Sequence[str], *, where: str) -> list[list[int]]:
         """Token ids of each text, special tokens included, cut at `max_length`.
 
+        Args:
+            texts: The texts.
+            where: Their place, for the message.
+
         Raises:
-            StudyFileError: a text has no token at all.
+            StudyFileError: A text has no token.
         """
         if not texts:
             return []
@@ -103,14 +109,15 @@ class EncoderHeads:
         return out
 
     def batches(self, tokens: Sequence[Sequence[int]], *, size: int) -> list[Batch]:
-        """Batches of up to `size` texts of similar length; a function of `tokens` and `size` alone."""
+        """Batches of up to `size` texts of similar length. They depend on `tokens` and `size` alone."""
         order = sorted(range(len(tokens)), key=lambda i: (len(tokens[i]), i))
         return [self._pad(tokens, order[at : at + size]) for at in range(0, len(order), size)]
 
     def trim_batches(self, tokens: Sequence[Sequence[int]]) -> list[Batch]:
-        """All texts in up to three batches with the least padding; in one on a GPU, where one long pass is faster.
+        """All texts in up to three batches with the least padding; on a GPU in one, where one long pass is faster.
 
-        A gradient through several passes is held until the last of them: memory for one more copy of the weights.
+        A gradient through several passes is held until the last of them. That takes the memory of one more copy of the
+        weights.
         """
         if self.device.type != "cpu":
             return self.batches(tokens, size=max(1, len(tokens)))
@@ -131,13 +138,19 @@ class EncoderHeads:
     def score(
         self, task: str, batches: Sequence[Batch], *, on_asked: Callable[[int], None] | None = None
     ) -> NDArray[np.float32]:
-        """Logits of all rows of `batches`, in their own order; no graph. Shape (n, n_classes).
+        """Logits of all texts of `batches`, in the order in which they were batched, without a graph.
 
         Args:
-            on_asked: Called with the number of rows of each batch before it.
+            task: The task whose head is used.
+            batches: As `batches` returns them.
+            on_asked: Called before each batch with its number of rows.
+
+        Returns:
+            Shape (n, n_classes).
+
         Raises:
-            NonFiniteError: NaN or infinity among them.
-            EvaluationError: the model failed otherwise; out of memory is passed on as it is.
+            NonFiniteError: NaN or infinity among the logits.
+            EvaluationError: The model failed otherwise. Out-of-memory errors pass.
         """
         out = np.empty((sum(len(b.rows) for b in batches), len(self.heads[task][0])), dtype=np.float32)
         with torch.inference_mode():
@@ -148,11 +161,16 @@ class EncoderHeads:
         return out
 
     def logits(self, task: str, batch: Batch) -> Tensor:
-        """Logits of one batch in the order of ``batch.rows``, with a graph to the live parameters that require one.
+        """Logits of one batch in the order of ``batch.rows``, with a graph to the parameters that require gradients.
 
-        Pooling and head are computed in float32 whatever the model's dtype. Shape (n, n_classes), float32.
+        Pooling and head are computed in float32 whatever the model's dtype.
 
-        Raises: as `score`.
+        Returns:
+            Shape (n, n_classes), float32.
+
+        Raises:
+            NonFiniteError: As `score`.
+            EvaluationError: As `score`.
         """
         weight, bias = self.heads[task]
         with _eval_mode(self.model), _failures(f"task {task!r}, batch of shape {tuple(batch.input_ids.shape)}"):
@@ -174,7 +192,7 @@ class EncoderHeads:
 
 
 def _cuts(lengths: Sequence[int]) -> tuple[int, int]:
-    """Where to part ascending lengths so that three padded batches have the fewest tokens."""
+    """The two places at which to part ascending lengths so that three padded batches have the fewest tokens."""
     n, ascending = len(lengths), np.array([0, *lengths])
     cuts = np.unique(np.linspace(0, n, min(n, _MOST_CUTS) + 1).round().astype(int))
     first, second = cuts[:, None], cuts[None, :]
@@ -185,7 +203,7 @@ def _cuts(lengths: Sequence[int]) -> tuple[int, int]:
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside; every module's mode as it was afterwards."""
+    """Switch dropout off inside. Afterwards every module has the mode that it had."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -198,7 +216,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _failures(where: str) -> Iterator[None]:
-    """Any failure of the model as `EvaluationError`; its kinds are the model code's and cannot be listed."""
+    """Turn any failure of the model into an `EvaluationError`. Model code may raise any kind of exception."""
     try:
         yield
     except (MergeSearchError, torch.OutOfMemoryError, MemoryError):

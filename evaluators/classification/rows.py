@@ -1,4 +1,4 @@
-"""Options, rows and splits of labelled text: what `classification` knows before any weight is loaded. Torch-free."""
+"""Options, rows and splits of labelled texts: everything that is known before a weight is loaded. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,23 @@ __all__ = ["HeadFile", "Options", "Row", "TaskRows", "read_tasks"]
 
 SCORED = (Split.SEARCH, Split.VALIDATION, Split.TEST)
 SHOWN_PER_FILE = 5
-"""A file of another format is wrong in every line: the first few tell enough."""
+"""Number of wrong lines that are reported per file. A file of another format is wrong in every line."""
 
 _log = logging.getLogger(__name__)
 
 
 class TaskOptions(BaseModel):
-    """One task: its rows, and the linear head that stays."""
+    """One task: its rows and its linear head.
+
+    Attributes:
+        data: Files of rows to score on.
+        head: File of the head.
+        train: Files of rows to fit on.
+        text: The field of the text.
+        label: The field of the label.
+        labels: Names of the classes in their order, or a JSON file with such a list, alone or under ``labels``.
+        pooling: How the hidden states of a text become one vector: their mean, or that of the first token (``cls``).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,7 +59,15 @@ class TaskOptions(BaseModel):
 
 
 class Options(BaseModel):
-    """The ``evaluate`` entry of the study file, without ``evaluator``."""
+    """An ``evaluate`` entry of the study file, without ``evaluator``.
+
+    Attributes:
+        tasks: Options of each task by its name.
+        include_path: Folders of the tasks' files; none: the folder of the study file.
+        batch_size: Texts of one forward pass.
+        max_length: Most tokens per text.
+        limit: Most documents per task: the first in the order of questions.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -62,7 +80,13 @@ class Options(BaseModel):
 
 @dataclass(frozen=True)
 class Row:
-    """A question: `label` indexes the classes; `hash` names the document (text and label)."""
+    """A question.
+
+    Attributes:
+        text: The text.
+        label: The number of its class.
+        hash: The hash of text and label.
+    """
 
     text: str
     label: int
@@ -71,7 +95,16 @@ class Row:
 
 @dataclass(frozen=True)
 class HeadFile:
-    """A linear head on disk: ``weight`` (n_classes, hidden) and, where `bias` is a name, (n_classes,)."""
+    """A linear head on disk.
+
+    Attributes:
+        path: The safetensors file.
+        sha256: The hash of the file.
+        weight: The name of the tensor of shape (n_classes, hidden).
+        bias: The name of the tensor of shape (n_classes,); None: there is none.
+        n_classes: The number of classes.
+        hidden: The hidden size of the encoder.
+    """
 
     path: Path
     sha256: str
@@ -83,13 +116,14 @@ class HeadFile:
 
 @dataclass(frozen=True)
 class TaskRows:
-    """A task as read.
+    """A task whose files have been read.
 
     Attributes:
+        name: Its name.
         head: Its head file.
-        pooling: ``mean`` over the tokens, or the first token's (``cls``).
-        scored: Rows of the search, validation and test split, each in the nested order of questions.
-        fit: Rows a learner may use, disjoint by text from `scored` where they come from a file of their own.
+        pooling: See `TaskOptions`.
+        scored: The rows of the search, validation and test split, each in the order of questions.
+        fit: The rows to fit on. None of their texts is in `scored`.
     """
 
     name: str
@@ -100,13 +134,15 @@ class TaskRows:
 
 
 def read_tasks(options: Options, shares: SplitShares, folder: Path | None = None) -> list[TaskRows]:
-    """Read heads' headers and all rows, and split them.
+    """Read the headers of all heads and all rows, and split the rows.
 
     Args:
-        folder: In place of an ``include_path`` that is not given; None: the current directory.
+        options: The evaluator's options.
+        shares: Shares of the splits.
+        folder: The folder that relative paths are relative to; None: the current directory.
 
     Raises:
-        StudyFileError: every problem found in any task.
+        StudyFileError: Every problem of every task.
     """
     problems: list[str] = []
     tasks = [_Reader(options, name, problems, folder).read(shares) for name in options.tasks]
@@ -116,7 +152,7 @@ def read_tasks(options: Options, shares: SplitShares, folder: Path | None = None
 
 
 class _Reader:
-    """Reads one task; notes what is wrong in `problems` and goes on."""
+    """Reads one task. Adds what is wrong to `problems` and goes on."""
 
     def __init__(self, options: Options, name: str, problems: list[str], folder: Path | None) -> None:
         self.options, self.name, self.task = options, name, options.tasks[name]
@@ -126,7 +162,7 @@ class _Reader:
     def read(self, shares: SplitShares) -> TaskRows | None:
         before = len(self.problems)
         names = self._labels()
-        has_labels = len(self.problems) == before  # without them every row that names its class would look wrong
+        has_labels = len(self.problems) == before  # without names, every row that names its class would seem wrong
         head = self._head()
         n_classes = len(names) if names is not None else head.n_classes if head is not None else None
         if head is not None and n_classes is not None and head.n_classes != n_classes:
@@ -136,7 +172,9 @@ class _Reader:
         if head is None or len(self.problems) > before:
             return None
         if train:
-            shares = replace(shares, fit=0.0)  # the learner has rows of its own: none need be withheld from scoring
+            shares = replace(
+                shares, fit=0.0
+            )  # with rows of its own to fit on, a task can be scored on its whole search split
         split = self._split(rows, shares)
         self._check_sizes(split)
         fit = self._disjoint(train if self.task.train else split[Split.FIT], [r for s in SCORED for r in split[s]])
@@ -146,7 +184,7 @@ class _Reader:
         self.problems.append(f"tasks.{self.name}.{field}: {text}")
 
     def _file(self, field: str, text: str) -> Path | None:
-        """The file that `text` names: absolute, or in the first of the ``include_path`` folders that has it."""
+        """The file that `text` names: an absolute path, or the file in the first of `folders` that has it."""
         candidates = [folder / Path(text).expanduser() for folder in self.folders]
         for path in candidates:
             if path.is_file():
@@ -159,9 +197,10 @@ class _Reader:
         return None
 
     def _labels(self) -> list[str] | None:
-        found = self.task.labels
-        if isinstance(found, str):
-            path = self._file("labels", found)
+        """The names of the classes; None if there are none, or if they cannot be read."""
+        names = self.task.labels
+        if isinstance(names, str):
+            path = self._file("labels", names)
             if path is None:
                 return None
             try:
@@ -169,15 +208,15 @@ class _Reader:
             except ValueError as error:
                 self._note("labels", f"{path} is not JSON: {error}")
                 return None
-            found = data.get("labels") if isinstance(data, dict) else data
-            if not isinstance(found, list) or not all(isinstance(v, str) for v in found):
+            names = data.get("labels") if isinstance(data, dict) else data
+            if not isinstance(names, list) or not all(isinstance(v, str) for v in names):
                 self._note("labels", f"{path} must be or have under 'labels' a list of names")
                 return None
-        if found is not None and len(set(found)) != len(found):
+        if names is not None and len(set(names)) != len(names):
             self._note(
-                "labels", f"names must differ, got {sorted({n for n in found if found.count(n) > 1})} more than once"
+                "labels", f"names must differ, got {sorted({n for n in names if names.count(n) > 1})} more than once"
             )
-        return list(found) if found is not None else None
+        return list(names) if names is not None else None
 
     def _head(self) -> HeadFile | None:
         path = self._file("head", self.task.head)
@@ -207,7 +246,7 @@ class _Reader:
         return HeadFile(path, digest, weights[0], biases[0] if biases else None, n_classes, hidden)
 
     def _rows(self, field: str, files: Sequence[str], names: list[str] | None, n_classes: int | None) -> list[Row]:
-        """Unique rows of all files, in the order of reading."""
+        """The different rows of all files, in the order of the files."""
         rows: dict[str, Row] = {}
         for text in files:
             path = self._file(field, text)
@@ -227,7 +266,7 @@ class _Reader:
         return list(rows.values())
 
     def _row(self, item: Mapping[str, Any], names: list[str] | None, n_classes: int | None) -> Row | str:
-        """The row, or what is wrong with it."""
+        """The row, or a text that says what is wrong with it."""
         for key in (self.task.text, self.task.label):
             if key not in item:
                 return f"no field {key!r}{nearest(key, item)}"
@@ -247,7 +286,7 @@ class _Reader:
         return Row(text, label, hashlib.sha256(document.encode()).hexdigest())
 
     def _split(self, rows: Sequence[Row], shares: SplitShares) -> dict[Split, tuple[Row, ...]]:
-        """By the hash of the document; a text with several labels goes where the first of its hashes does."""
+        """Rows by split. A text with several labels goes to the split of its smallest hash."""
         first: dict[str, str] = {}
         for row in rows:
             first[row.text] = min(row.hash, first.get(row.text, row.hash))
@@ -255,7 +294,7 @@ class _Reader:
         split: dict[Split, list[Row]] = {s: [] for s in Split}
         for row in ordered:
             split[split_of(first[row.text], shares)].append(row)
-        return {s: tuple(found) for s, found in split.items()}
+        return {s: tuple(members) for s, members in split.items()}
 
     def _check_sizes(self, split: Mapping[Split, Sequence[Row]]) -> None:
         n = sum(map(len, split.values()))
@@ -268,7 +307,7 @@ class _Reader:
                 )
 
     def _disjoint(self, fit: Sequence[Row], scored: Sequence[Row]) -> tuple[Row, ...]:
-        """The rows of `fit` whose text is not also a question: what is scored must not have been fitted on."""
+        """The rows of `fit` whose text is not in `scored`: no scored text may be fitted on."""
         texts = {row.text for row in scored}
         kept = tuple(row for row in fit if row.text not in texts)
         n_left_out = len(fit) - len(kept)
@@ -282,7 +321,7 @@ class _Reader:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    """Line number and its mapping, or what is wrong with it; blank lines are skipped."""
+    """Line numbers, each with the line's mapping or a text that says what is wrong with it. Blank lines are skipped."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

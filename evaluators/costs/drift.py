@@ -1,17 +1,18 @@
-"""How far a merge has drifted from the base: the change of its next-token distribution on ordinary texts.
+"""Drift: how far the next-token distribution of a merge on ordinary texts is from the base's.
 
     evaluate:
       - {evaluator: lm_eval, tasks: [maths, stories]}
       - {evaluator: drift, include_path: texts/, texts: [wiki.txt, chat.jsonl], limit: 100}
     objective: {maximise: mean_retention, minimise: drift/kl}        # or constraints: ["drift/kl <= 0.2"]
 
-A text file holds one text a line; a JSON-lines file one object a line, its text under `key` (``text``). Of each text, cut to
-`max_length` tokens, `positions` places are asked, evenly spaced, and
+A text file has one text a line. A JSON-lines file has one object a line, its text under `key` (default ``text``). Each
+text is cut to `max_length` tokens. Its value is the mean over `positions` evenly spaced positions of
 
     KL(base || merge) = sum_w p_base(w) (log p_base(w) - log p_merge(w))        in nats
 
-is averaged over them: one number per text, 0 for the base itself (up to the rounding of what is kept). The base's answers are taken when the model is bound
-(it holds the base's weights then) and kept in half precision in main memory: 2 bytes x texts x positions x vocabulary. More than is free is refused.
+The base itself has 0, up to rounding. The base's distributions are computed when the model is bound, because it has the
+base's weights then. They are stored in half precision in main memory: 2 bytes x texts x positions x vocabulary. If that
+is more than is free, the study is refused.
 """
 
 from __future__ import annotations
@@ -38,31 +39,38 @@ if TYPE_CHECKING:
 
 __all__ = ["Drift"]
 
-HALF = 2  # bytes of a kept number
+HALF = 2
+"""Bytes of a stored number."""
 GIB = 2**30
-MARGIN = 0.8  # of the free memory: the search needs some, too
+MARGIN = 0.8
+"""Share of the free memory that the base's distributions may take. The search needs the rest."""
 
 
 class Options(TextOptions):
-    """Of an entry ``evaluator: drift``."""
+    """Options of an entry ``evaluator: drift``.
+
+    Attributes:
+        positions: Positions per text.
+        batch_size: Texts of one forward pass.
+    """
 
     positions: Annotated[int, Field(ge=1)] = 8
     batch_size: Annotated[int, Field(ge=1)] = 16
 
 
 class Drift(Evaluator):
-    """An `Evaluator` of one cost, ``drift/kl``, that is also `Counting`; torch is first imported by `bind`.
+    """An `Evaluator` of one cost, ``drift/kl``. `bind` imports torch.
 
     Args:
-        options: As in the module's notes.
-        shares: Texts are split like questions; the fit share of the search split is asked with the rest of it.
-        seed: Not used: splits and order are functions of the texts.
+        options: See the module's docstring.
+        shares: Shares of the splits. The fit share of the search split is scored with the rest of it.
+        seed: Not used. Splits and order are functions of the texts.
         folder: The folder that relative paths are relative to; None: the current directory.
 
     Raises:
-        StudyFileError: options, files or rows are wrong, or a split has fewer than two texts.
+        StudyFileError: Options, files or rows are wrong, or a split has fewer than two texts.
 
-    Determinism: equal weights on one device give equal answers. Global random generators are not used.
+    Determinism: Equal weights on one device give equal answers. Global random generators are not used.
     """
 
     def __init__(
@@ -79,16 +87,21 @@ class Drift(Evaluator):
         return [MetricInfo("drift", "kl", False, n, is_cost=True)]
 
     def fingerprint(self) -> str:
-        """sha256 of the texts by split and of everything that changes an answer."""
+        """sha256 of the texts by split and of the options that change an answer."""
         hashes = {str(split): [text_hash(t) for t in texts] for split, texts in self._texts.items()}
         content = [1, self._options.max_length, self._options.positions, hashes]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def bind(self, model: Any, tokenizer: Any, *, folder: str) -> None:
-        """Tokenise every text and keep the base's answers: `model` must hold the base's weights.
+        """Tokenise every text and store the base's answers.
+
+        Args:
+            model: The live model. It must have the base's weights.
+            tokenizer: Its tokenizer.
+            folder: Not used.
 
         Raises:
-            StudyFileError: the model gives no logits over a vocabulary (an encoder), a text has fewer than two tokens, or
+            StudyFileError: The model has no logits over a vocabulary (an encoder), a text has fewer than two tokens, or
                 the base's answers do not fit into memory.
         """
         import torch
@@ -108,20 +121,20 @@ class Drift(Evaluator):
             self._rows[split] = list(zip(asked, places, base, strict=True))
 
     def _require_memory(self, rows: Mapping[Split, tuple[list[Tensor], list[Tensor]]]) -> None:
-        """Raises `StudyFileError` where the base's answers to all texts would take more than `MARGIN` of the free memory."""
+        """Raise `StudyFileError` if the base's answers would take more than `MARGIN` of the free memory."""
         asked, places = next(iter(rows.values()))
         vocabulary = next(self._answers(asked[:1], places[:1])).shape[1]
-        counts = [len(at) for _, found in rows.values() for at in found]
+        counts = [len(at) for _, all_places in rows.values() for at in all_places]
         need, free = HALF * vocabulary * sum(counts), free_host_bytes()
         if need > MARGIN * free:
             raise StudyFileError(
-                f"evaluator drift: the base's answers to {len(counts)} texts at {max(counts)} positions each over {vocabulary} "
-                f"outcomes take {need / GIB:.3g} GiB of memory, and {free / GIB:.3g} GiB are free; "
+                f"evaluator drift: the base's answers to {len(counts)} texts at {max(counts)} positions each "
+                f"over {vocabulary} outcomes take {need / GIB:.3g} GiB of memory, and {free / GIB:.3g} GiB are free; "
                 + self._what_fits(free, vocabulary, max(counts), len(counts))
             )
 
     def _what_fits(self, free: int, vocabulary: int, positions: int, n_texts: int) -> str:
-        """The limit, or else the positions, whose answers fit into the free memory: every split keeps its fewest texts."""
+        """The limit or the positions whose answers fit into the free memory. Every split keeps its fewest texts."""
         places, fewest = int(MARGIN * free) // (HALF * vocabulary), fewest_texts(self._texts)
         ways = []
         if (limit := places // positions) >= fewest:
@@ -134,8 +147,8 @@ class Drift(Evaluator):
             return " or ".join(ways) + " would fit"
         least = HALF * vocabulary * fewest / MARGIN
         return (
-            f"the fewest texts that every split can be measured on, limit: {fewest}, need {least / GIB:.3g} GiB free at one "
-            "position each: leave drift out, or take a machine with more memory"
+            f"the fewest texts that every split can be measured on, limit: {fewest}, need {least / GIB:.3g} GiB free "
+            "at one position each: leave drift out, or take a machine with more memory"
         )
 
     def evaluate(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
@@ -143,7 +156,7 @@ class Drift(Evaluator):
 
         Raises:
             NonFiniteError: NaN or infinity among the logits.
-            EvaluationError: nothing is bound, or the split is not scored.
+            EvaluationError: No model is bound, or the split is not scored.
         """
         if split not in self._rows:
             raise EvaluationError(f"split {split} has no texts; bind a model, and choose search, validation or test")
@@ -162,9 +175,17 @@ class Drift(Evaluator):
     def _answers(
         self, asked: Sequence[Tensor], places: Sequence[Tensor], *, is_counted: bool = False
     ) -> Iterator[Tensor]:
-        """Log-probabilities of the bound model at the places of each text: shapes (positions, vocabulary), on the CPU.
+        """Log-probabilities of the bound model at the places of each text, text after text.
 
-        One batch of them is held at a time.
+        One batch of them is in memory at a time.
+
+        Args:
+            asked: Token ids of each text.
+            places: The positions that are asked in each text.
+            is_counted: Whether the texts count as questions.
+
+        Yields:
+            Shape (positions, vocabulary), on the CPU.
         """
         import torch
 
@@ -183,20 +204,21 @@ class Drift(Evaluator):
             logits = getattr(answer, "logits", None)
             if logits is None:
                 raise StudyFileError(
-                    "evaluator drift: needs a model with logits over its vocabulary, and this one is an encoder; leave it out"
+                    "evaluator drift: needs a model with logits over its vocabulary, and this one is an encoder; "
+                    "leave it out"
                 )
             for row, at in enumerate(places[start : start + size]):
                 yield logits[row, at.to(device)].float().log_softmax(-1).cpu()
 
 
 def _places(last: int, n: int) -> Tensor:
-    """At most `n` different positions from 0 to `last`, evenly spaced, the last among them."""
+    """Up to `n` different positions from 0 to `last`, evenly spaced. `last` is one of them."""
     import torch
 
     return torch.tensor(sorted({round(i) for i in torch.linspace(last, 0, min(n, last + 1)).tolist()}))
 
 
 def _divergence(base: Tensor, merge: Tensor) -> float:
-    """Mean over positions of KL(base || merge), never negative: rounding of the base's answers is taken back."""
+    """Mean over positions of KL(base || merge). Never negative: the rounded base is normalised again."""
     kept = base.float().log_softmax(-1)
     return float((kept.exp() * (kept - merge)).sum(-1).mean().clamp_min(0.0))

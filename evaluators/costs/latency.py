@@ -1,14 +1,15 @@
-"""How long the merged model takes: seconds per text on a fixed set, after a warm-up.
+"""Latency: seconds per text of the merged model, on a fixed set of texts, after a warm-up.
 
     evaluate:
       - {evaluator: latency, include_path: texts/, texts: prompts.txt, new_tokens: 64, limit: 30}
     objective: {maximise: mean_retention, constraints: ["latency/seconds <= base + 0.05"]}
 
-All merges of one base have the same shapes, so a token costs the same in each of them: what differs is how many tokens a
-model writes before it ends its answer. With ``new_tokens: 0`` one forward pass is timed, a constant up to noise.
+All merges of one base have the same shapes, so a token costs the same in each of them. They differ in the number of
+tokens that they write before they end their answer. With ``new_tokens: 0`` one forward pass is timed, which is constant
+up to noise.
 
-A text's value is the median over `repeats`, one text at a time. Times are the one thing here that is not reproduced by
-running again; keep other work off the machine.
+Texts are timed one at a time, and a text's value is the median over `repeats`. Times are not reproduced by running
+again, so keep other work off the machine.
 """
 
 from __future__ import annotations
@@ -36,26 +37,27 @@ __all__ = ["Latency"]
 
 
 class Options(TextOptions):
-    """Of an entry ``evaluator: latency``."""
+    """Options of an entry ``evaluator: latency``."""
 
     new_tokens: Annotated[int, Field(ge=0)] = 32
-    """Written greedily, at most; 0: one forward pass."""
+    """Most tokens to write, greedily; 0: one forward pass is timed."""
     repeats: Annotated[int, Field(ge=1)] = 3
+    """Measurements per text."""
     warm_up: Annotated[int, Field(ge=0)] = 2
-    """Texts answered before the clock starts, in every call."""
+    """Number of texts that are answered before the first measurement, in every call."""
 
 
 class Latency(Evaluator):
-    """An `Evaluator` of one cost, ``latency/seconds``, that is also `Counting`; torch is first imported by `evaluate`.
+    """An `Evaluator` of one cost, ``latency/seconds``. `evaluate` imports torch.
 
     Args:
-        options: As in the module's notes.
-        shares: Texts are split like questions.
+        options: See the module's docstring.
+        shares: Shares of the splits.
         seed: Not used.
         folder: The folder that relative paths are relative to; None: the current directory.
 
     Raises:
-        StudyFileError: options, files or rows are wrong, or a split has fewer than two texts.
+        StudyFileError: Options, files or rows are wrong, or a split has fewer than two texts.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Latency(Evaluator):
         return [MetricInfo("latency", "seconds", False, n, is_cost=True)]
 
     def fingerprint(self) -> str:
-        """sha256 of the texts by split and of what is done with them."""
+        """sha256 of the texts by split and of the options that change what is timed."""
         hashes = {str(split): [text_hash(t) for t in texts] for split, texts in self._texts.items()}
         content = [1, self._options.max_length, self._options.new_tokens, self._options.repeats, hashes]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -87,10 +89,10 @@ class Latency(Evaluator):
         }
 
     def evaluate(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
-        """Mean over texts of their median seconds, in `window(n, fidelity, after)`.
+        """Mean of the median seconds of the texts in `window(n, fidelity, after)`.
 
         Raises:
-            EvaluationError: nothing is bound, or the split is not scored.
+            EvaluationError: No model is bound, or the split is not scored.
         """
         if split not in self._rows:
             raise EvaluationError(f"split {split} has no texts; bind a model, and choose search, validation or test")
@@ -126,7 +128,7 @@ class Latency(Evaluator):
 
 
 def _wait(tensor: Tensor) -> None:
-    """Until the device has done what it was asked."""
+    """Wait until the tensor's device has finished its work."""
     import torch
 
     if tensor.device.type == "cuda":

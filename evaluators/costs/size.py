@@ -1,15 +1,16 @@
-"""How many parameters a merge has, and what share of them is not the base's: counted, so without any noise.
+"""Size: the number of parameters of a merge, and the share of them that differ from the base's. Counted, without noise.
 
     evaluate:
       - {evaluator: lm_eval, tasks: [maths, stories]}
       - {evaluator: size}
     objective: {maximise: mean_retention, minimise: size/changed}        # or constraints: ["size/changed <= 0.3"]
 
-``size/changed`` is the share of entries that differ from the base's, in the precision of the live model: what a file of
-differences would have to hold. Densities, sign elections and coefficients of zero make it smaller. ``size/parameters``
-is the same for all merges of one base: a number for reports, and no goal.
+``size/changed`` is the share of entries that differ from the base's in the precision of the live model. A file of
+differences would have to store them. Densities, sign elections and coefficients of zero make it smaller.
+``size/parameters`` is the same for all merges of one base. It is a number for reports, not an objective.
 
-The base's weights are kept in main memory from the moment the model is bound (it holds them then): as many bytes as it has.
+The base's weights are copied to main memory when the model is bound, because it has the base's weights then. The copy
+takes as many bytes as the model.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ GIB = 2**30
 
 
 class Options(BaseModel):
-    """Of an entry ``evaluator: size``: there are none."""
+    """Options of an entry ``evaluator: size``: there are none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Size(Evaluator):
-    """An `Evaluator` of two costs, ``size/changed`` and ``size/parameters``; both the same on every split.
+    """An `Evaluator` of two costs, ``size/changed`` and ``size/parameters``. Both are the same on every split.
 
     Args:
         options: Must be empty.
@@ -53,7 +54,7 @@ class Size(Evaluator):
         folder: Not used.
 
     Raises:
-        StudyFileError: an option is given.
+        StudyFileError: An option is given.
     """
 
     def __init__(
@@ -70,25 +71,32 @@ class Size(Evaluator):
         return hashlib.sha256(b"size 1").hexdigest()
 
     def bind(self, model: Any, tokenizer: Any, *, folder: str) -> None:
-        """Keep the base's weights: `model` must hold them. Tied parameters count once; buffers do not count.
+        """Copy the base's weights. Tied parameters count once, and buffers do not count.
+
+        Args:
+            model: The live model. It must have the base's weights.
+            tokenizer: Not used.
+            folder: Not used.
 
         Raises:
-            StudyFileError: they do not fit into main memory.
+            StudyFileError: The copy does not fit into main memory.
         """
         live = [p.detach() for p in model.parameters()]
         need, free = sum(p.numel() * p.element_size() for p in live), free_host_bytes()
         if need > free:
             raise StudyFileError(
-                f"evaluator size: a copy of the base takes {need / GIB:.3g} GiB of main memory, and {free / GIB:.3g} GiB are "
-                "free; leave it out, or take a machine with more"
+                f"evaluator size: a copy of the base takes {need / GIB:.3g} GiB of main memory, "
+                f"and {free / GIB:.3g} GiB are free; leave it out, or take a machine with more"
             )
         self._pairs = [(p, p.to("cpu", copy=True)) for p in live]
 
     def evaluate(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
-        """Count. Cost: one pass over the model and the copy, no question.
+        """Count the parameters that differ.
 
         Raises:
-            EvaluationError: nothing is bound, or questions of a part were asked for: there is one.
+            EvaluationError: No model is bound, or a part of the questions was asked for.
+
+        Cost: One pass over the model and the copy. No question.
         """
         if not self._pairs or after:
             raise EvaluationError("size is counted as a whole: bind a model, and leave search.racing out")

@@ -1,4 +1,4 @@
-"""Plain texts from files, split and ordered like questions: what costs (drift, latency) are measured on."""
+"""Plain texts from files, split and ordered like questions. Drift and latency are measured on them."""
 
 from __future__ import annotations
 
@@ -17,60 +17,70 @@ from merge_search.options import PathList, folders
 __all__ = ["SCORED", "TextOptions", "fewest_texts", "split_texts", "text_hash"]
 
 FEWEST = 2
+"""Fewest texts in a split, so that a mean has an error bar."""
 SCORED = (Split.SEARCH, Split.VALIDATION, Split.TEST)
-"""Splits that texts go to; the fit share of the search split is asked with the rest of it."""
+"""The splits of texts. The fit share of the search split is scored with the rest of it."""
 
 
 class TextOptions(BaseModel):
-    """What every evaluator on plain texts understands."""
+    """Options that all evaluators on plain texts have."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     texts: Annotated[PathList, Field(min_length=1)]
-    """Files: one text a line, or JSON lines (``.jsonl``) with the text under `key`."""
+    """Files with one text a line, or JSON-lines files (``.jsonl``) with the text under `key`."""
     key: str = "text"
+    """The key of the text in a JSON-lines file."""
     include_path: PathList = []
-    """Folders that `texts` are relative to; none: the study file's."""
+    """Folders of `texts`; none: the folder of the study file."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """Texts, the first in the order of questions."""
+    """Most texts: the first in the order of questions."""
     max_length: Annotated[int, Field(ge=2)] = 128
-    """Tokens; longer texts are cut."""
+    """Most tokens of a text. Longer texts are cut."""
 
 
 def split_texts(options: TextOptions, shares: SplitShares, folder: Path | None = None) -> dict[Split, list[str]]:
-    """The different texts of all files by split, each in the order of questions.
+    """The different texts of all files by split, each split in the order of questions.
 
     Args:
-        folder: In place of an ``include_path`` that is not given; None: the current directory.
+        options: The evaluator's options.
+        shares: Shares of the splits.
+        folder: The folder that relative paths are relative to; None: the current directory.
 
     Raises:
-        StudyFileError: a file is missing, a row has no text, or a split has fewer than two texts.
+        StudyFileError: A file is missing, a row has no text, or a split has fewer than two texts.
     """
     texts = sorted(dict.fromkeys(_read(options, folder)), key=lambda t: question_order(text_hash(t)))[: options.limit]
-    found: dict[Split, list[str]] = {split: [] for split in SCORED}
+    by_split: dict[Split, list[str]] = {split: [] for split in SCORED}
     for text in texts:
         split = split_of(text_hash(text), shares)
-        found[Split.SEARCH if split is Split.FIT else split].append(text)
-    few = [f"{split} {len(group)}" for split, group in found.items() if len(group) < FEWEST]
+        by_split[Split.SEARCH if split is Split.FIT else split].append(text)
+    few = [f"{split} {len(group)}" for split, group in by_split.items() if len(group) < FEWEST]
     if few:
         raise StudyFileError(
             f"texts: every split needs at least {FEWEST} texts, found {', '.join(few)} of {len(texts)} different ones; "
             "give more texts or raise limit"
         )
-    return found
+    return by_split
 
 
-def fewest_texts(found: Mapping[Split, list[str]]) -> int:
-    """The smallest ``limit`` at which `split_texts`, that found these, still has enough texts in every split."""
-    order = sorted((question_order(text_hash(text)), split) for split, group in found.items() for text in group)
-    return max([i for i, (_, s) in enumerate(order, start=1) if s == split][FEWEST - 1] for split in found)
+def fewest_texts(by_split: Mapping[Split, list[str]]) -> int:
+    """The smallest ``limit`` that leaves enough texts in every split.
+
+    Args:
+        by_split: All texts, as `split_texts` returns them.
+    """
+    order = sorted((question_order(text_hash(text)), split) for split, group in by_split.items() for text in group)
+    return max([i for i, (_, s) in enumerate(order, start=1) if s == split][FEWEST - 1] for split in by_split)
 
 
 def text_hash(text: str) -> str:
+    """sha256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read(options: TextOptions, folder: Path | None) -> Iterator[str]:
+    """The texts of all files, in their order. Raises `StudyFileError` at the end if anything is wrong."""
     problems: list[str] = []
     looked_in = folders(options.include_path, folder)
     for name in options.texts:
@@ -86,7 +96,7 @@ def _read(options: TextOptions, folder: Path | None) -> Iterator[str]:
         except UnicodeDecodeError as error:
             problems.append(f"texts: {name} must be UTF-8: {error}")
             continue
-        # NOTE: a text within JSON may hold characters at which splitlines() parts lines, such as U+2028.
+        # NOTE: A text within JSON may contain characters at which splitlines() would cut it, such as U+2028.
         lines = whole.split("\n") if path.suffix == ".jsonl" else whole.splitlines()
         for number, line in enumerate(lines, start=1):
             text = (
@@ -101,6 +111,7 @@ def _read(options: TextOptions, folder: Path | None) -> Iterator[str]:
 
 
 def _field(line: str, key: str, where: str, problems: list[str]) -> str:
+    """The text under `key` of a JSON line. What is wrong is added to `problems`."""
     try:
         text = json.loads(line)[key] if line.strip() else ""
     except (json.JSONDecodeError, KeyError, TypeError):

@@ -1,1 +1,1 @@
-"""Scores a merge on lm-eval tasks."""
+"""The evaluator that scores a merge on tasks of lm-eval."""

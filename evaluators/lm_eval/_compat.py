@@ -18,14 +18,19 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 __all__ = [
     "AnswerHook",
+    "data_of",
     "decoding",
     "filters_of",
     "first_logits",
+    "has_several_answers",
     "is_group",
+    "is_multimodal",
     "log_likelihoods",
     "no_progress_bars",
+    "prompts_are_choices",
     "read_task_file",
     "report_answer",
+    "runs_answers_as_code",
     "sampling_shots",
     "set_answer_hook",
     "set_batch_size",
@@ -36,7 +41,7 @@ __all__ = [
 
 
 class AnswerHook(Protocol):
-    """What lm-eval's model calls with every request as soon as the request's batch is answered. Its own hook is a cache."""
+    """A listener that lm-eval's model calls with every request as soon as its batch is answered; by default a cache."""
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None: ...
 
@@ -68,8 +73,8 @@ def task_manager(
     Args:
         folders: Folders with task files.
         defaults: Whether lm-eval's own tasks are indexed, too.
-        change: Called with the path and the whole content of each task file before the task is made. Returns the content
-            to use.
+        change: Called with the path and the whole content of each task file before the task is made. Returns the
+            content to use.
     """
     manager = TaskManager(include_path=list(folders) or None, include_defaults=defaults)
     factory = manager._factory
@@ -102,13 +107,39 @@ def filters_of(task: Any) -> list[Any]:
     return list(task._filters)
 
 
+def data_of(task: Any) -> Any:
+    """The task's data by the name of the split; empty if the task loads none."""
+    return getattr(task, "dataset", None) or {}
+
+
+def has_several_answers(task: Any) -> bool:
+    """Whether a multiple-choice document may have several right choices."""
+    return bool(getattr(task, "multiple_target", 0))
+
+
+def prompts_are_choices(task: Any) -> bool:
+    """Whether the choices of a document are its prompts and the answer is one text."""
+    return bool(getattr(task, "multiple_input", 0))
+
+
+def runs_answers_as_code(task: Any) -> bool:
+    """Whether judging an answer executes it."""
+    return bool(getattr(task, "UNSAFE_CODE", False))
+
+
+def is_multimodal(task: Any) -> bool:
+    """Whether the task needs images or sound."""
+    return bool(getattr(task, "MULTIMODAL", False))
+
+
 @contextmanager
 def sampling_shots(task: Any, draw: Callable[[Callable[..., list[Any]], int, int], list[Any]]) -> Iterator[None]:
     """Let `draw` choose the shots of a task.
 
     Args:
         task: A task; one without shots is left alone.
-        draw: Called with lm-eval's own sampling function, the number of shots wanted and the number of documents there are.
+        draw: Called with lm-eval's own sampling function, the number of shots wanted and the number of documents there
+            are.
     """
     sampler = getattr(task, "sampler", None)
     if sampler is None:

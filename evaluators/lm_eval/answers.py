@@ -1,4 +1,4 @@
-"""Prompts and answers of single documents, as lm-eval renders its questions: what a loss compares the model with."""
+"""Prompts and answers of single documents, rendered as lm-eval renders its questions. Losses are computed on them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class Answer:
     """A text that should follow a context.
 
     Attributes:
-        context: The prompt; None where the whole text is scored.
-        then_stop: The tokenizer's end-of-text token follows.
+        context: The prompt; None if the whole text is scored.
+        text: The answer.
+        then_stop: Whether the tokenizer's end-of-text token follows.
     """
 
     context: str | None
@@ -32,7 +33,7 @@ class Answer:
 
     @property
     def pair(self) -> Any:
-        """As lm-eval's tokeniser takes it."""
+        """The answer as a request of lm-eval, for its tokenisation."""
         return SimpleNamespace(args=(self.context, self.text))
 
 
@@ -40,7 +41,10 @@ def fit_requests(task: Any, doc: Any, options: LmEvalOptions, seed: int, lm: Any
     """lm-eval's requests of one document, by index.
 
     Args:
-        seed: Draws the shots; among them is never `doc` itself.
+        task: A task of lm-eval.
+        doc: The document.
+        options: The evaluator's options.
+        seed: Draws the shots. `doc` itself is never one of them.
         lm: lm-eval's model, for a chat template.
     """
     chat = options.apply_chat_template
@@ -84,9 +88,10 @@ def choices_of(task: Any, doc: Any, requests: list[Any]) -> list[Answer]:
 
 
 def gold_answer(task: Any, doc: Any, requests: list[Any], options: LmEvalOptions) -> Answer:
-    """The right answer; the first of several.
+    """The right answer; the first if there are several.
 
-    Of a generating task it is the target behind the delimiter, as in lm-eval's shots, and what ends it.
+    In a generation task it is the delimiter and the target, as in lm-eval's shots, and then the text that ends an
+    answer.
     """
     match task.OUTPUT_TYPE:
         case "multiple_choice":
@@ -105,9 +110,9 @@ def gold_answer(task: Any, doc: Any, requests: list[Any], options: LmEvalOptions
 
 
 def generated_answer(request: Any, text: str) -> Answer:
-    """`text` behind the prompt of a generating request, with what ends it.
+    """`text` as the answer to a generation request, with an ending from which the model learns to stop.
 
-    That is the first stop string of line breaks alone, else the end-of-text token: the model learns to stop.
+    The ending is the first stop string that consists of line breaks, or else the end-of-text token.
     """
     context, settings = request.args[:2]
     until = settings.get("until") or []
@@ -117,7 +122,7 @@ def generated_answer(request: Any, text: str) -> Answer:
 
 
 def _delimiter(task: Any, doc: Any, answer: str, options: LmEvalOptions) -> str:
-    """What stands between prompt and answer in lm-eval's shots."""
+    """The delimiter between prompt and answer in lm-eval's shots."""
     prefix = task.doc_to_prefix(doc)
     if prefix:
         return " " if answer and requires_delimiter(prefix, answer) else ""

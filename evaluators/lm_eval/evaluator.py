@@ -1,4 +1,4 @@
-"""lm-eval's tasks as an evaluator: what its command line would score, on one live model, without its overheads."""
+"""lm-eval's tasks as an evaluator: the scores of its command line, on one live model, without its overheads."""
 
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ __all__ = ["LmEval"]
 
 
 class LmEval(Evaluator):
-    """Tasks of lm-eval 0.4.13, Hugging Face backend: an `Evaluator` that is `Teachable` and `Counting`.
+    """Tasks of lm-eval 0.4.13 with its Hugging Face backend: an `Evaluator` that is `Teachable`. `bind` imports torch.
 
-    Scores are those of `lm_eval.simple_evaluate` on the same documents with ``fewshot_random_seed=seed`` (what the
-    command line computes): prompts, batches, filters, metrics and aggregations are lm-eval's own, kept between
-    candidates. `tree_packing` alone departs from its path, in float32 by less than 1e-4 per log-likelihood.
-    As in lm-eval the model's own generation settings apply where a task does not override them.
+    Scores are those of `lm_eval.simple_evaluate` on the same documents with ``fewshot_random_seed=seed``, which is what
+    the command line computes. Prompts, batches, filters, metrics and aggregations are lm-eval's own and are kept
+    between candidates. Only `tree_packing` computes differently: in float32 it changes a log-likelihood by less than
+    1e-4. As in lm-eval, the model's own generation settings apply where a task does not override them.
 
-    Metrics are named ``task/metric``; under a task's second and further filters ``task/metric,filter``.
+    Metrics are named ``task/metric``, and under a task's second and further filters ``task/metric,filter``.
 
     Args:
         options: See `LmEvalOptions`.
-        shares: Shares of the splits; a document's hash decides where it belongs.
+        shares: Shares of the splits. A document's hash decides which split it belongs to.
         folder: The folder that relative paths are relative to; None: the current directory.
-        seed: Draws the shots, and whatever a task that samples its answers draws.
+        seed: Draws the shots, and the answers of tasks that sample them.
 
     Raises:
-        StudyFileError: every problem with options, task files, tasks and metrics; splits with fewer than two questions.
+        StudyFileError: Every problem with options, task files, tasks and metrics, and every split with fewer than two
+            questions.
     """
 
     def __init__(
@@ -83,11 +84,14 @@ class LmEval(Evaluator):
             raise StudyFileError(problems)
 
     def metrics(self) -> list[MetricInfo]:
-        """Every metric of every task, in the order of `tasks`, the main one of each first."""
+        """Every metric of every task, in the order of `tasks`. The main metric of each task comes first."""
         return [info for task in self.tasks for info in task.infos()]
 
     def fingerprint(self) -> str:
-        """Hash of documents, prompts, right answers, task settings, metrics, splits, fit rows; not of paths or batch size."""
+        """sha256 of documents, prompts, right answers, task settings, metrics, splits and rows to fit on.
+
+        Paths and the batch size are no part of it.
+        """
         chat = self.options.apply_chat_template
         shown = {
             "tasks": {t.name: t.digest for t in self.tasks},
@@ -102,11 +106,12 @@ class LmEval(Evaluator):
         """Make and tokenise all requests for a live model.
 
         Args:
-            model: Hugging Face model on its final device; weights may change in place afterwards.
-            tokenizer: Its tokenizer, or None to load that of `folder`.
+            model: A Hugging Face model on its final device. Its weights may change in place afterwards.
+            tokenizer: Its tokenizer; None: the tokenizer in `folder` is loaded.
+            folder: The folder of the checkpoint.
 
         Raises:
-            StudyFileError: prompts that this model or tokenizer cannot take.
+            StudyFileError: Prompts that this model or tokenizer cannot take.
         """
         from evaluators.lm_eval.losses import LiveLoss
         from evaluators.lm_eval.requests import LiveRequests  # loads torch
@@ -121,10 +126,12 @@ class LmEval(Evaluator):
         """Score the bound model as it is now on `window(n, fidelity, after)` of each task's questions.
 
         Raises:
-            EvaluationError: lm-eval failed, or there is nothing to ask.
+            EvaluationError: lm-eval failed, or there is no question to ask.
             NonFiniteError: NaN or infinity among the log-likelihoods.
-            torch.OutOfMemoryError, MemoryError: even after halving the batch size twice.
-        Determinism: the same weights give the same evaluation; global generators are as before.
+            torch.OutOfMemoryError: Even after halving the batch size twice.
+            MemoryError: As `torch.OutOfMemoryError`.
+
+        Determinism: The same weights give the same evaluation. Global generators are restored.
         """
         if self._live is None:
             raise EvaluationError("bind a model before evaluating")
@@ -143,34 +150,40 @@ class LmEval(Evaluator):
         return Evaluation(split, fidelity, scores, Cost(evaluate_s=time.perf_counter() - began, questions=n_questions))
 
     def fit_tasks(self) -> dict[str, int]:
-        """Number of rows a learner may fit on, by task; none of them is ever scored.
+        """Number of rows to fit on by task. None of them is ever scored.
 
-        They are the task's training split (option `fit`), else the fit share of its questions, by hash, `fit_limit`
-        at most. Cost: on the first call every row of the training split is hashed.
+        The rows come from the task's training split (option `fit`), or else from the fit share of its questions. There
+        are `fit_limit` at most, chosen by hash.
 
         Raises:
-            StudyFileError: the task's own code cannot read or render them.
+            StudyFileError: The task's own code cannot read or render them.
+
+        Cost: The first call hashes every row of the training split.
         """
         return {name: len(fit.rows) for name, fit in self._fit.items()}
 
     def predict(self, task: str, rows: Sequence[int]) -> list[Any]:
-        """The answers of the bound model, as it is now, to these fit rows.
+        """The answers of the bound model, as it is now, to these rows to fit on.
 
-        Multiple choice: the number of the likeliest choice. Generation: the text behind the prompt up to the first
-        stop string, by lm-eval's own path (greedy unless the task samples).
+        Returns:
+            In multiple choice the number of the likeliest choice. In generation the text up to the first stop string,
+            as lm-eval generates it (greedily, unless the task samples).
 
-        Raises: as `evaluate`; EvaluationError for an unknown task or row; InputError for a task that scores given texts.
+        Raises:
+            EvaluationError: As `evaluate`, and for an unknown task or row.
+            NonFiniteError: As `evaluate`.
+            InputError: The task scores given texts, so the model has no answer of its own.
         """
         return self._losses().predict(self._fit_rows(task), rows)
 
     def set_pseudo_labels(self, task: str, labels: Mapping[int, Any]) -> None:
-        """Answers for the loss ``pseudo``, by fit row, as `predict` gives them: usually the task's own expert's.
+        """Store answers by row for the loss ``pseudo``, in the form of `predict`: usually those of the task's teacher.
 
-        Other rows keep theirs.
+        Rows that are not named keep their answers.
 
         Raises:
-            EvaluationError: an unknown row, or a label that cannot be an answer.
-            InputError: a task that scores given texts.
+            EvaluationError: An unknown row, or a label that cannot be an answer.
+            InputError: The task scores given texts.
         """
         from evaluators.lm_eval.losses import check_pseudo_labels
 
@@ -178,47 +191,50 @@ class LmEval(Evaluator):
         fit.pseudo |= check_pseudo_labels(fit, labels)
 
     def cache_teacher(self, task: str, rows: Sequence[int]) -> None:
-        """Keep how the bound model, as it is now, answers these fit rows of `task`, for the loss ``kl``: a task's expert.
+        """Store how the bound model, as it is now, answers these rows of `task`, for the loss ``kl``.
 
-        Multiple choice: the softmax over the choices. Generation: its own answer and, in every place of it, the
-        likeliest tokens (`teacher.TOP`). A given text: the same in every place of the text. Other rows keep theirs.
+        In multiple choice the softmax over the choices is stored. In generation the model's own answer is stored and,
+        at each of its tokens, the distribution over the `distillation.TOP` likeliest tokens. For a given text the same
+        distributions are stored at each of its tokens. Rows that are not named keep what was stored for them.
 
-        Raises: as `predict`.
+        Raises:
+            EvaluationError: As `predict`.
+            NonFiniteError: As `predict`.
         """
         self._losses().cache_teacher(self._fit_rows(task), rows)
 
     def teacher_questions(self, task: str) -> int:
-        """What `cache_teacher` asks for each row: one question, two where the answer is generated first."""
+        """Questions that `cache_teacher` asks per row: one, or two if the answer is generated first."""
         return 2 if self._fit_rows(task).task.OUTPUT_TYPE == "generate_until" else 1
 
     def losses(self, task: str) -> tuple[str, ...]:
-        """Kinds of `loss` that a task of its output type has."""
+        """Kinds of `loss` that `task` has; they follow from its output type."""
         return losses_of(self._fit_rows(task).task.OUTPUT_TYPE)
 
     def loss(self, task: str, rows: Sequence[int], kind: str = "gold") -> Tensor:
-        """Mean loss of the bound live model on these fit rows, with a graph to the parameters that require one.
+        """Mean loss of the bound model on these rows, with a graph to the parameters that require gradients.
 
         Args:
             task: A key of `fit_tasks`.
-            rows: Numbers below ``fit_tasks()[task]``, in any order, repeats allowed; one forward pass, not batched.
+            rows: Numbers below ``fit_tasks()[task]``, in any order, repeats allowed. They run in one forward pass.
             kind:
-                ``gold``: mean over rows of the mean over the right answer's tokens of -log p(token | what precedes).
-                The answer of multiple choice is the right choice, of generation the target and what ends it (a
-                stop string of line breaks, else the end-of-text token), of a text to be scored the text.
+                ``gold``: mean over rows of the mean over the right answer's tokens of -log p(token | tokens before it).
+                The answer is the right choice in multiple choice, the text in a task that scores a text, and in
+                generation the target and its ending (a stop string of line breaks, else the end-of-text token).
                 ``pseudo``: the same for the answers of `set_pseudo_labels`.
-                ``kl``: mean over rows of KL(remembered || live), over the choices, or mean over the answer's tokens
-                over the vocabulary, in nats (as SELF-PARAM distils, arXiv 2410.00487; differs: from expert to merge).
-                ``entropy``: of the softmax over the choices' summed log-likelihoods, divided by log(n_choices), in
-                [0, 1] (AdaMerging, arXiv 2310.02575; differs: over choices, not over classes of a head).
-                ``choice``: -log of the right choice's share in that softmax, which is what accuracy follows.
+                ``kl``: mean over rows of KL(teacher || live) in nats, over the choices or, as a mean over the answer's
+                tokens, over the vocabulary (as SELF-PARAM distils, arXiv 2410.00487. Differs: from teacher to merge).
+                ``entropy``: entropy of the softmax over the choices' summed log-likelihoods, divided by log(n_choices),
+                in [0, 1] (AdaMerging, arXiv 2310.02575. Differs: over choices, not over the classes of a head).
+                ``choice``: -log of the right choice's share in that softmax. Accuracy follows this loss.
 
         Returns:
             Scalar, float32, on the model's device. The log-softmax is float32 whatever the model's dtype.
 
         Raises:
             NonFiniteError: NaN or infinity.
-            EvaluationError: unknown task or row, one without a label, or the model failed; out of memory is passed on.
-            InputError: unknown kind, or one that the task does not have.
+            EvaluationError: Unknown task or row, a row without a label, or the model failed. Out-of-memory errors pass.
+            InputError: Unknown kind, or a kind that the task does not have.
         """
         return self._losses().loss(self._fit_rows(task), rows, kind)
 

@@ -1,4 +1,4 @@
-"""Which rows of a task a learner may fit on: its own training split, or the fit share of its questions."""
+"""The rows of a task that a learner may fit on: its own training split, or the fit share of its questions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from evaluators.isolation import isolated_generators
+from evaluators.lm_eval._compat import data_of
 from evaluators.lm_eval.questions import TaskQuestions
 from evaluators.lm_eval.scores import right_choices
 from evaluators.lm_eval.tasks import quiet_lm_eval, reason
@@ -30,25 +31,30 @@ log = logging.getLogger(__name__)
 LOSSES = ("gold", "pseudo", "kl", "entropy", "choice")
 
 Source = Literal["train", "search", "none"]
-"""Where a task's fit rows come from: its training split, the fit share of its questions, nowhere."""
+"""The source of a task's rows to fit on: its training split, the fit share of its questions, or none."""
 
 N_HASHED = 50_000
-"""Of a larger training split every k-th row is taken, so that hashing it stays a matter of seconds."""
+"""Most rows of a training split that are hashed, which takes seconds. Of a larger split every k-th row is taken."""
 
 N_DIGEST = 100_000
-"""Rows of a training split that its digest reads at most, evenly spaced."""
+"""Most rows of a training split that its digest reads, evenly spaced."""
 
 
 @dataclass(frozen=True)
 class FitRow:
-    """A document to fit on; `id` is its hash."""
+    """A row to fit on.
+
+    Attributes:
+        id: The hash of the document.
+        doc: The document.
+    """
 
     id: str
     doc: Any
 
 
 def fit_source(task: Any, option: Literal["auto", "train", "search"]) -> Source:
-    """Where the rows of a loaded lm-eval task come from under the option `fit`."""
+    """The source of a loaded task's rows to fit on under the option `fit`."""
     if option == "search":
         return "search"
     if _own_training_split(task) is not None:
@@ -57,7 +63,10 @@ def fit_source(task: Any, option: Literal["auto", "train", "search"]) -> Source:
 
 
 def losses_of(output_type: str) -> tuple[str, ...]:
-    """Kinds of loss of tasks of an output type of lm-eval: some need choices, some an answer of the model's own."""
+    """Kinds of loss of tasks with an output type of lm-eval.
+
+    ``entropy`` and ``choice`` need choices. ``pseudo`` needs an answer of the model's own.
+    """
     without = () if output_type == "multiple_choice" else ("entropy", "choice")
     if output_type not in ("multiple_choice", "generate_until"):
         without = (*without, "pseudo")
@@ -65,28 +74,29 @@ def losses_of(output_type: str) -> tuple[str, ...]:
 
 
 def _own_training_split(task: Any) -> str | None:
-    """The name of a training split that is there and is not what the task is scored on."""
+    """The name of the task's training split; None if it has none or is scored on it."""
     split: str | None = task.get_config("training_split")
     scored = task.get_config("test_split") or task.get_config("validation_split")
     if not task.has_training_docs() or split is None or split == scored:
         return None
-    return split if split in (getattr(task, "dataset", None) or ()) else None
+    return split if split in data_of(task) else None
 
 
 class FitRows:
-    """The fit rows of one task, read on first use.
+    """The rows to fit on of one task, read on first use.
 
-    Rows come in the nested order of questions (by hash) and are disjoint from all scored ones, both by document and
-    by prompt and answer; rows of a multiple-choice task without a right choice are left out.
+    Rows come in the order of questions (by hash). They are disjoint from all scored questions, by document and also by
+    prompt and answer. Rows of a multiple-choice task without a right choice are left out.
 
     Attributes:
-        pseudo: Answers to learn, by row.
-        answers, told: What an expert answered, of a generating task in words too, and with what probabilities; by row.
+        pseudo: Answers to learn by row, for the loss ``pseudo``.
+        answers: The teacher's generated text per row (generation tasks only).
+        teacher_outputs: The teacher's output distributions per row.
 
     Args:
         questions: The task, its questions already split.
         source: See `fit_source`.
-        limit: Most rows kept.
+        limit: Most rows to keep.
     """
 
     def __init__(self, questions: TaskQuestions, source: Source, limit: int) -> None:
@@ -101,7 +111,7 @@ class FitRows:
 
     @cached_property
     def rows(self) -> list[FitRow]:
-        """The rows. Raises `StudyFileError` where the task's own code cannot read or render them."""
+        """The rows. Raises `StudyFileError` if the task's own code cannot read or render them."""
         try:
             with isolated_generators(0), quiet_lm_eval():
                 return self._read()
@@ -112,16 +122,16 @@ class FitRows:
             ) from error
 
     def digest(self) -> str:
-        """Follows the content of a training split without running the task's code on it."""
+        """A hash of the training split's content, computed without the task's code; of other sources their name."""
         if self.source != "train":
             return self.source
-        data = self.task.dataset[_own_training_split(self.task)]
+        data = data_of(self.task)[_own_training_split(self.task)]
         sample = data[:: max(1, math.ceil(len(data) / N_DIGEST))]
         text = json.dumps([self._limit, len(data), sample], sort_keys=True, default=handle_non_serializable)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def select(self, rows: Sequence[int]) -> list[FitRow]:
-        """Raises `EvaluationError` unless all of these rows are there and any are asked for."""
+        """These rows. Raises `EvaluationError` unless there are some and the task has all of them."""
         n = len(self.rows)
         if not len(rows) or not 0 <= min(rows) <= max(rows) < n:
             asked = f"{min(rows)} to {max(rows)}" if len(rows) else "none"
@@ -135,16 +145,16 @@ class FitRows:
         return "its training_split" if self.source == "train" else "the fit share of its questions"
 
     def _candidates(self) -> list[FitRow]:
-        """Distinct documents in the nested order."""
+        """The different documents in the order of questions."""
         if self.source == "search":
             return [FitRow(q.id, q.doc) for q in self._questions if q.split is Split.FIT]
         docs = self.task.training_docs() if self.source == "train" else []
-        found: dict[str, FitRow] = {}
+        by_id: dict[str, FitRow] = {}
         for i in range(0, len(docs), max(1, math.ceil(len(docs) / N_HASHED))):
             text = json.dumps(docs[i], indent=2, default=handle_non_serializable, ensure_ascii=False)
             row = FitRow(hash_string(text), docs[i])
-            found.setdefault(row.id, row)
-        return sorted(found.values(), key=lambda r: (question_order(r.id), r.id))
+            by_id.setdefault(row.id, row)
+        return sorted(by_id.values(), key=lambda r: (question_order(r.id), r.id))
 
     def _read(self) -> list[FitRow]:
         candidates = self._candidates()
@@ -170,6 +180,6 @@ class FitRows:
         return kept
 
     def _shown(self, doc: Any) -> tuple[str, str, str]:
-        """What the model is shown and should answer."""
+        """The prompt, the choices and the right answer."""
         choices = self.task.doc_to_choice(doc) if self.task.OUTPUT_TYPE == "multiple_choice" else None
         return str(self.task.doc_to_text(doc)), str(choices), str(self.task.doc_to_target(doc))

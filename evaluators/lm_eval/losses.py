@@ -1,8 +1,8 @@
 """Differentiable losses of lm-eval's tasks on one live model.
 
-Every row becomes pieces: tokens whose last positions should predict an answer. All pieces of a call run in one
-forward pass (`lm_eval_layout`), and the head runs only where something is predicted. One pass, not several smaller
-ones, lets the backward pass finish one tensor's gradient after the other.
+Every row becomes pieces: tokens whose last positions should predict an answer. All pieces of a call run in one forward
+pass (see `packing`), and the head runs only at the positions that predict something. With one pass in place of several
+smaller ones, the backward pass can finish one tensor's gradient after the other.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ __all__ = ["LiveLoss", "check_pseudo_labels"]
 log = logging.getLogger(__name__)
 
 MIN_GAIN = 1.2
-"""Least ratio of tokens run without and with packing that is worth it."""
+"""Smallest ratio of the tokens run without and with packing at which packing is used."""
 
 N_TEST = 8
-"""Rows on which packing is compared once with plain rows."""
+"""Number of rows on which packing is compared once with plain rows."""
 
 
 class LiveLoss:
-    """Losses on fit rows, bound to a model whose weights change in place.
+    """Losses on rows to fit on, bound to a model whose weights change in place.
 
-    Rows are rendered and tokenised when first asked for and then kept.
+    Rows are rendered and tokenised when they are first used, and then kept.
 
     Args:
         live: The model and tokenizer.
-        seed: Of the study; the shots of a row depend on it and on the row alone.
+        options: The evaluator's options.
+        seed: The study's seed. The shots of a row depend on it and on the row alone.
     """
 
     def __init__(self, live: LiveRequests, options: LmEvalOptions, seed: int) -> None:
@@ -78,7 +79,8 @@ class LiveLoss:
             raise EvaluationError(f"task {fit.name!r}: the {kind} loss failed: {reason(error)}") from error
         if not torch.isfinite(value):
             raise NonFiniteError(
-                f"the {kind} loss of task {fit.name!r} must be finite, got {value.item()}: the merged weights are broken"
+                f"the {kind} loss of task {fit.name!r} must be finite, got {value.item()}: "
+                "the merged weights are broken"
             )
         return value
 
@@ -113,11 +115,11 @@ class LiveLoss:
             for at in range(0, len(rows), size):
                 new += self._teacher_outputs(fit, rows[at : at + size])
         if not all(np.isfinite(outputs.log_p).any(1).all() for outputs in new):
-            raise NonFiniteError(f"an expert's answers must be finite, found NaN for task {fit.name!r}")
+            raise NonFiniteError(f"a teacher's answers must be finite, found NaN for task {fit.name!r}")
         fit.teacher_outputs |= dict(zip(rows, new, strict=True))
 
     def _teacher_outputs(self, fit: FitRows, rows: Sequence[int]) -> list[TeacherOutputs]:
-        """What the live model answers to one batch of rows."""
+        """The live model's outputs on one batch of rows."""
         if fit.task.OUTPUT_TYPE == "multiple_choice":
             sums, n_choices = self._choice_sums(fit, rows)
             return [
@@ -130,7 +132,7 @@ class LiveLoss:
         return [whole[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
     def _divergence(self, fit: FitRows, rows: Sequence[int]) -> torch.Tensor:
-        """Mean over rows of the mean over the answer's tokens (one for a choice) of KL(expert || live)."""
+        """Mean over rows of the mean over the answer's tokens of KL(teacher || live). A choice counts as one token."""
         outputs = join([fit.teacher_outputs[i] for i in rows])
         if fit.task.OUTPUT_TYPE == "multiple_choice":
             sums, _ = self._choice_sums(fit, rows)
@@ -164,7 +166,11 @@ class LiveLoss:
         return (entropy / n_choices.to(sums.dtype).clamp(min=2).log()).mean().float()
 
     def _choice_sums(self, fit: FitRows, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-likelihood of each choice, -inf where a row has fewer: shape (rows, most choices); and their numbers."""
+        """Log-likelihoods of the choices.
+
+        Returns:
+            Shape (rows, most choices), -inf where a row has fewer choices, and the number of choices of each row.
+        """
         parts = self._parts(fit, rows, "choices")
         n_choices = np.array([len(part) for part in parts])
         log_p = self._log_probabilities(parts)
@@ -173,7 +179,7 @@ class LiveLoss:
         starts = np.cumsum(lengths) - lengths
         at = np.where(inside, starts[:, None] + np.arange(lengths.max()), 0)
         device = log_p.device
-        # NOTE: gathering and a masked sum, not index_add, whose order of summation varies on a GPU.
+        # NOTE: Values are gathered and summed under a mask. The order of summation of index_add varies on a GPU.
         sums = (log_p[torch.as_tensor(at, device=device)] * torch.as_tensor(inside, device=device)).sum(-1)
         is_choice = np.arange(n_choices.max()) < n_choices[:, None]
         where = np.where(is_choice, (np.cumsum(n_choices) - n_choices)[:, None] + np.arange(n_choices.max()), 0)
@@ -182,9 +188,14 @@ class LiveLoss:
         return table, torch.as_tensor(n_choices, device=device)
 
     def _log_probabilities(self, parts: Sequence[Sequence[Piece]], *, whole: bool = False) -> torch.Tensor:
-        """log p of every target, piece after piece, or with `whole` of every token in its place.
+        """Log-probabilities of all targets, piece after piece.
 
-        Shape (targets,) or (targets, vocabulary), float32 (float64 of a float64 model).
+        Args:
+            parts: The pieces of each row.
+            whole: Whether to return the log-probability of every token of the vocabulary at each target's position.
+
+        Returns:
+            Shape (targets,), or (targets, vocabulary) with `whole`. float32, or float64 if the model is float64.
         """
         plain = plain_layout([p for part in parts for p in part])
         if self._packs is False:
@@ -198,7 +209,7 @@ class LiveLoss:
 
     @torch.no_grad()
     def _packs_well(self, parts: Sequence[Sequence[Piece]]) -> bool | None:
-        """Whether packed rows give the numbers of plain ones; None if these are not numbers."""
+        """Whether packed rows give the same numbers as plain rows; None if these numbers are not finite."""
         plain = self._run(plain_layout([p for part in parts for p in part]))
         difference = (self._run(packed_layout(parts)) - plain).abs().mean().item()
         if not np.isfinite(difference):
@@ -235,7 +246,7 @@ class LiveLoss:
             return [self._pieces(fit, i, kind) for i in rows]
 
     def _pieces(self, fit: FitRows, row: int, kind: str) -> list[Piece]:
-        """Those of a row: of its choices, or of one answer (several windows where that is a long text)."""
+        """The pieces of a row: those of its choices, or those of one answer, several if it is a long text."""
         label: Any = {"pseudo": fit.pseudo, "kl": fit.answers}.get(kind, {}).get(row)
         key = (fit.name, row, f"{kind} {label!r}")
         if key not in self._tokens:
@@ -256,24 +267,28 @@ class LiveLoss:
 
     def _tokenised(self, fit: FitRows, answer: Answer) -> list[Piece]:
         if answer.context is None:
-            found = self._live.rolling_windows(answer.text)
+            encoded = self._live.rolling_windows(answer.text)
         else:
-            found = self._live.tokenised([answer.pair])
+            encoded = self._live.tokenised([answer.pair])
         if answer.then_stop:
-            found = [(text, context, [*target, self._live.lm.eot_token_id]) for text, context, target in found]
-        if not found or not all(target for _, _, target in found):
+            encoded = [(text, context, [*target, self._live.lm.eot_token_id]) for text, context, target in encoded]
+        if not encoded or not all(target for _, _, target in encoded):
             raise EvaluationError(
                 f"task {fit.name!r}: the answer {answer.text[:80]!r} has no tokens, so no loss is defined"
             )
-        return [_cut(context, target, self._live.lm.max_length) for _, context, target in found]
+        return [_cut(context, target, self._live.lm.max_length) for _, context, target in encoded]
 
 
 def check_pseudo_labels(fit: FitRows, labels: Mapping[int, Any]) -> dict[int, Any]:
-    """The labels, if they are of the right kind, each for a fit row.
+    """The labels, in the form that losses use.
+
+    Args:
+        fit: The rows to fit on.
+        labels: Answers by row.
 
     Raises:
-        EvaluationError: it says which is wrong.
-        InputError: the task has no answers to choose from or to generate.
+        EvaluationError: An unknown row, or a label that cannot be an answer.
+        InputError: The task has no answers to choose from or to generate.
     """
     _check_kind(fit, "pseudo labels")
     docs = [row.doc for row in fit.select(list(labels))]
@@ -289,7 +304,7 @@ def check_pseudo_labels(fit: FitRows, labels: Mapping[int, Any]) -> dict[int, An
 
 
 def _check_teacher(fit: FitRows, rows: Sequence[int], kind: str) -> None:
-    """Raises `EvaluationError` unless an expert has answered these rows, where the loss needs that."""
+    """Raise `EvaluationError` if the loss needs a teacher's answers and some of these rows have none."""
     if kind == "pseudo" and (absent := [i for i in rows if i not in fit.pseudo]):
         raise EvaluationError(
             f"task {fit.name!r} has no pseudo labels for {len(absent)} of {len(rows)} rows (row {absent[0]}): "
@@ -297,12 +312,13 @@ def _check_teacher(fit: FitRows, rows: Sequence[int], kind: str) -> None:
         )
     if kind == "kl" and (absent := [i for i in rows if i not in fit.teacher_outputs]):
         raise EvaluationError(
-            f"task {fit.name!r} has no expert's answers to compare with for {len(absent)} of {len(rows)} rows "
+            f"task {fit.name!r} has no teacher's answers to compare with for {len(absent)} of {len(rows)} rows "
             f"(row {absent[0]}): call cache_teacher first"
         )
 
 
 def _check_kind(fit: FitRows, kind: str) -> None:
+    """Raise `InputError` if tasks of this output type cannot do what `kind` names."""
     output = fit.task.OUTPUT_TYPE
     if kind not in (*LOSSES, "predict", "pseudo labels", "cache_teacher"):
         raise InputError(f"no loss is called {kind!r}{nearest(kind, LOSSES)}")
@@ -320,16 +336,19 @@ def _n_targets(part: Sequence[Piece]) -> int:
 
 
 def _cut(context: Sequence[int], target: Sequence[int], max_length: int) -> Piece:
-    """As in lm-eval the beginning is lost of what is longer than the model takes."""
+    """The piece of a context and its target. What is longer than the model takes loses its beginning, as in lm-eval."""
     tokens = [*context, *target][-(max_length + 1) :][:-1]
     return Piece(tuple(tokens), tuple(target[-len(tokens) :]))
 
 
 def _logits_at(model: Any, tokens: torch.Tensor, positions: torch.Tensor, **settings: torch.Tensor) -> torch.Tensor:
-    """The model's logits at some flat positions. Shape (positions, vocabulary).
+    """The model's logits at some flat positions.
 
-    The model's own forward pass runs, so that whatever it does to logits is done; before its head the other
-    positions are left out.
+    The model's own forward pass runs, so whatever it does to logits is done. A hook before its head leaves out all
+    other positions.
+
+    Returns:
+        Shape (positions, vocabulary).
     """
     is_cut = False
 

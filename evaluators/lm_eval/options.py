@@ -1,4 +1,4 @@
-"""Options of the evaluator `lm_eval`, as they stand in a study file."""
+"""Options of the evaluator `lm_eval` in a study file."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ _Words = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1
 
 
 class LmEvalOptions(BaseModel):
-    """What to ask and how.
+    """An entry ``evaluator: lm_eval``.
 
     Attributes:
-        tasks: Names of tasks, groups or tags (both are expanded), or paths of task files.
+        tasks: Names of tasks, groups or tags, or paths of task files. Groups and tags are expanded to their tasks.
         include_path: Folders searched for task files before lm-eval's own.
-        batch_size: Rows of one forward pass. Part of the result to about 1e-5 in float32, so it is a number.
-        num_fewshot: Shots; a task that says 0 itself keeps it, as in lm-eval.
-        limit: Most documents of a task over all splits together, chosen by hash.
-        metrics: Task -> its main metric, ``metric`` or ``metric,filter``.
-        softmax_dtype: ``float32`` ends ties between choices of a half-precision model.
-        tree_packing: Score the choices of a question in one row where that gives the same numbers.
-        fit: Where the rows come from that a learner fits on: ``train``: the task's own training split, ``search``: the
-            fit share of the questions, ``auto``: the former where the task has one. Rows of a training split leave
-            the fit share to be scored.
+        batch_size: Rows of one forward pass. It must be a number, because it changes float32 results by about 1e-5.
+        num_fewshot: Number of shots. A task that sets 0 itself keeps it, as in lm-eval.
+        limit: Most documents of a task in all splits together, chosen by hash.
+        metrics: The main metric of a task by its name: ``metric`` or ``metric,filter``.
+        apply_chat_template: Whether prompts are rendered with the tokenizer's chat template.
+        system_instruction: Text in front of every prompt.
+        max_length: Most tokens of a prompt with its answer; None: the model's own limit.
+        softmax_dtype: ``float32`` prevents ties between choices of a half-precision model.
+        tree_packing: Whether to score the choices of a question in one row where that gives the same numbers.
+        fit: The source of the rows to fit on. ``train``: the task's own training split. ``search``: the fit share of
+            the questions. ``auto``: the training split where the task has one, else the fit share. With a training
+            split the fit share is scored.
         fit_limit: Most rows of a task to fit on, chosen by hash.
-        confirm_run_unsafe_code: Allow tasks that execute what the model wrote.
+        confirm_run_unsafe_code: Whether tasks may execute code that the model wrote.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,12 +1,12 @@
-"""Tree packing: the choices of a question in one row behind their common context.
+"""Tree packing: the choices of a question are scored in one row behind their common context.
 
-A row is ``context, choice 1 without its last token, choice 2 without its last token, ...``. Positions restart
-after the context, and an attention mask lets each token see the context and its own choice only, so every
-log-likelihood is that of a row of its own. The context runs once instead of once per choice, and the head runs
-only where something is scored.
+A row is ``context, choice 1 without its last token, choice 2 without its last token, ...``. Positions restart after the
+context, and an attention mask lets each token see only the context and its own choice. So every log-likelihood equals
+that of a row of its own. The context runs once instead of once per choice, and the head runs only at the positions that
+are scored.
 
-It is used where it is known to be the same function (`MODEL_TYPES`, full attention, float32) and, on these very
-questions, gives the same numbers as lm-eval's own path; anywhere else lm-eval's path is.
+Packing is used where it is known to be the same function (`MODEL_TYPES`, full attention, float32) and where it gives
+the same numbers as lm-eval's own path on the questions at hand. Otherwise lm-eval's path is used.
 """
 
 from __future__ import annotations
@@ -23,27 +23,30 @@ import torch
 
 from evaluators.lm_eval._compat import log_likelihoods, report_answer
 from evaluators.lm_eval.packing import Piece, attention_mask, context_layout
+from merge_search._compat.transformers import attention_of
 
 __all__ = ["PackedScorer", "obstacle", "packed_scorer"]
 
 log = logging.getLogger(__name__)
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3")
-"""Causal models with rotary positions whose logits are the head of the last hidden state, nothing else."""
+"""Causal models with rotary positions whose logits are the head applied to the last hidden state, and nothing else."""
 
 TOLERANCE = 1e-4
-"""Largest difference of a log-likelihood from lm-eval's. Measured in float32: 2e-5, as between two batch sizes."""
+"""Largest difference of a log-likelihood from lm-eval's. In float32 it is 2e-5, as between two batch sizes."""
 
 N_TEST = 50
+"""Most questions on which both paths are compared."""
 MIN_GAIN = 1.2
-"""Least ratio of tokens run without and with packing that is worth it."""
+"""Smallest ratio of the tokens run without and with packing at which packing is used."""
 
 N_KEPT = 16
-"""Sets of questions whose tensors are kept."""
+"""Number of sets of questions whose tensors are kept."""
 
 Request = tuple[Any, list[int], list[int]]
-"""lm-eval's: (texts, context tokens, continuation tokens)."""
+"""A tokenised request of lm-eval: texts, context tokens, continuation tokens."""
 Answer = tuple[float, bool]
+"""The summed log-likelihood, and whether greedy decoding gives the continuation."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,14 @@ class _Batch:
     """Rows of one forward pass.
 
     Attributes:
-        tokens, positions, branch: Shape (rows, length), int64; `branch` is 0 in the context, -1 in the padding.
-        scored: Shape (p,): flat indices of the positions where the head runs.
-        at, target: Shape (t,): which of `scored` predicts which token.
-        starts: Shape (requests,): where each request's tokens start in `target`.
-        requests: Their numbers among those asked.
+        tokens: Shape (rows, length), int64.
+        positions: The position of each token in its sequence. Same shape.
+        branch: 0 in the context, -1 in the padding. Same shape.
+        scored: Flat indices of the positions where the head runs. Shape (p,).
+        at: The index in `scored` that predicts each target. Shape (t,).
+        target: The tokens to predict. Shape (t,).
+        starts: The first index in `target` of each request. Shape (requests,).
+        requests: The number of each request among those asked.
     """
 
     tokens: torch.Tensor
@@ -69,18 +75,24 @@ class _Batch:
 
 
 def packed_scorer(lm: Any, questions: Sequence[Sequence[Request]]) -> PackedScorer | None:
-    """A scorer for these questions, or None where packing is unknown, useless or not equal to lm-eval's path.
+    """A scorer for these questions, or None.
 
-    Cost: both paths once on at most `N_TEST` questions.
+    It is None if packing is not known to be exact, if it saves little, or if it differs from lm-eval's path.
+
+    Args:
+        lm: lm-eval's model.
+        questions: The tokenised requests of each question.
+
+    Cost: Both paths run once on at most `N_TEST` questions.
     """
     shared = (list(g) for q in questions for _, g in itertools.groupby(q, key=lambda r: r[1]))
     groups = [g for g in shared if len(g) > 1]
-    found = obstacle(lm)
-    if found is None and lm.model.dtype != torch.float32:
-        found = f"the order of summation shows in {lm.model.dtype}"
-    if not groups or found is not None:
+    reason = obstacle(lm)
+    if reason is None and lm.model.dtype != torch.float32:
+        reason = f"the order of summation shows in {lm.model.dtype}"
+    if not groups or reason is not None:
         if groups:
-            log.info("choices are scored one by one: %s", found)
+            log.info("choices are scored one by one: %s", reason)
         return None
     alone = sum(sum(map(len, {tuple(c + x[:-1]) for _, c, x in g})) for g in groups)
     together = sum(len(g[0][1]) + sum(len(x) - 1 for _, _, x in g) for g in groups)
@@ -90,8 +102,8 @@ def packed_scorer(lm: Any, questions: Sequence[Sequence[Request]]) -> PackedScor
     sample = groups[:N_TEST]
     requests = [r for g in sample for r in g]
     try:
-        theirs = log_likelihoods(lm, requests)
-        difference = _difference(sample, scorer.score(requests), theirs)
+        alone_answers = log_likelihoods(lm, requests)
+        difference = _difference(sample, scorer.score(requests), alone_answers)
     except torch.OutOfMemoryError:
         return None
     if difference >= TOLERANCE:
@@ -101,25 +113,23 @@ def packed_scorer(lm: Any, questions: Sequence[Sequence[Request]]) -> PackedScor
 
 
 def obstacle(lm: Any) -> str | None:
-    """Why lm-eval's model is not known to take masks and positions of packed rows, or None."""
+    """The reason why lm-eval's model is not known to handle packed rows exactly; None if there is none."""
     config = lm.model.config
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    attention = attention_of(config)
     if config.model_type not in MODEL_TYPES:
         return f"not known to be exact for {config.model_type} models"
-    if getattr(config, "_attn_implementation", None) != "sdpa":
+    if attention.implementation != "sdpa":
         return "attention is not sdpa"
-    if layers != {"full_attention"} or window:
+    if attention.has_window:
         return "attention has a window"
-    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+    if attention.depends_on_length:
         return "positions depend on the length of the row"
     return None
 
 
-def _difference(groups: Sequence[Sequence[Request]], ours: Sequence[Answer], theirs: Sequence[Answer]) -> float:
-    """Largest difference; infinite where a question's best choice changes or something is not finite."""
-    a, b = (np.array([x[0] for x in answers]) for answers in (ours, theirs))
+def _difference(groups: Sequence[Sequence[Request]], packed: Sequence[Answer], alone: Sequence[Answer]) -> float:
+    """Largest difference of a log-likelihood; infinite if a best choice changes or a number is not finite."""
+    a, b = (np.array([x[0] for x in answers]) for answers in (packed, alone))
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return np.inf
     ends = list(itertools.accumulate(map(len, groups)))
@@ -128,16 +138,17 @@ def _difference(groups: Sequence[Sequence[Request]], ours: Sequence[Answer], the
 
 
 class PackedScorer:
-    """Answers loglikelihood requests as `HFLM._loglikelihood_tokens` does, packed where a context is shared."""
+    """Answers requests as `_compat.log_likelihoods` does, packed where several share a context."""
 
     def __init__(self, lm: Any) -> None:
         self.lm = lm
         self._kept: OrderedDict[tuple[int, ...], tuple[list[_Batch], list[int]]] = OrderedDict()
 
     def score(self, requests: Sequence[Request]) -> list[Answer]:
-        """Summed log-likelihood and whether greedy decoding gives the continuation, per request.
+        """One answer per request.
 
-        Requests with one context must follow each other, as the choices of a question do.
+        Args:
+            requests: Requests with the same context must follow each other, as the choices of a question do.
         """
         key = (self.lm.batch_size, *map(id, requests))
         if key not in self._kept:
@@ -158,6 +169,7 @@ class PackedScorer:
         return answers
 
     def _prepare(self, requests: Sequence[Request]) -> tuple[list[_Batch], list[int]]:
+        """Batches of the requests that share a context, and the numbers of all others."""
         groups: list[list[int]] = []
         rest: list[int] = []
         for _, members in itertools.groupby(range(len(requests)), key=lambda i: requests[i][1]):
@@ -218,4 +230,5 @@ def _piece(request: Request) -> Piece:
 
 
 def _length(requests: Sequence[Request], group: Sequence[int]) -> int:
+    """Tokens of the row of a group."""
     return len(requests[group[0]][1]) + sum(len(requests[i][2]) - 1 for i in group)

@@ -1,11 +1,11 @@
 """How token sequences lie in the rows of one forward pass.
 
-- `plain_layout` gives every sequence a row of its own, padded on the right, without a mask. Under causal attention no token
-  sees the padding, whatever the model.
-- `context_layout` gives every question one row: its context once, then its choices. Only tokens of the context and of the
-  same choice see each other.
-- `packed_layout` puts sequences with a common beginning into one tree, which runs that beginning once, and as many trees
-  into a row as fit.
+- `plain_layout` gives every sequence a row of its own, padded on the right, without a mask. Under causal attention no
+  token sees the padding, whatever the model.
+- `context_layout` gives every question one row: its context once, then its choices. Only tokens of the context and of
+  the same choice see each other.
+- `packed_layout` puts sequences with a common beginning into one tree, which runs that beginning once, and as many
+  trees into a row as fit.
 
 The last two need a model that takes such masks and positions; `packed_scorer.obstacle` says which do.
 """
@@ -47,8 +47,10 @@ class Layout:
         at: Flat positions that predict the targets, piece after piece. Shape (targets,).
         targets: Shape (targets,).
         positions: The position of each token in its sequence; None: its position in the row. Shape (rows, length).
-        branch: The branch that each token belongs to: 0 for the common beginning, -1 for the padding. Shape (rows, length).
-        tree: The tree that each token belongs to, -1 for the padding; None: every row is one tree. Shape (rows, length).
+        branch: The branch that each token belongs to: 0 for the common beginning, -1 for the padding. Shape (rows,
+            length).
+        tree: The tree that each token belongs to, -1 for the padding; None: every row is one tree. Shape (rows,
+            length).
     """
 
     tokens: Ints

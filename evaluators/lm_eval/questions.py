@@ -1,4 +1,4 @@
-"""The questions of a loaded task: split and ordered by the hash of the document, with the metrics they give."""
+"""The questions of a loaded task, split and ordered by the hash of the document, and the task's metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from evaluators.isolation import isolated_generators
-from evaluators.lm_eval._compat import filters_of
+from evaluators.lm_eval._compat import filters_of, has_several_answers
 from evaluators.lm_eval.options import LmEvalOptions
 from evaluators.lm_eval.tasks import reason
 from merge_search.errors import StudyFileError, nearest
@@ -33,14 +33,21 @@ VOLATILE = (
     "group",
     "custom_dataset",
 )
-"""Parts of a task's configuration that the hashes of its documents stand for, or that change nothing."""
+"""Keys of a task's configuration that the hashes of its documents already cover, or that change nothing."""
 
 
 @dataclass
 class Question:
-    """One document: `id` is its hash, `doc_id` its number in the task, `instances` lm-eval's requests, by index.
+    """One document.
 
-    `split` is that of the hash, but that documents which ask the same share one.
+    `split` follows from the hash, except that documents asking the same question are kept in one split.
+
+    Attributes:
+        id: The hash of the document.
+        doc_id: The number of the document in the task.
+        doc: The document.
+        split: The split that it belongs to.
+        instances: lm-eval's requests, by index.
     """
 
     id: str
@@ -52,7 +59,14 @@ class Question:
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """A metric under a filter; `label` is its name within the task: without the filter if that is the first one."""
+    """A metric under a filter.
+
+    Attributes:
+        name: lm-eval's name of the metric.
+        filter: The name of the filter.
+        label: The metric's name within the task: ``name`` under the first filter, ``name,filter`` under others.
+        higher_is_better: Its direction.
+    """
 
     name: str
     filter: str
@@ -65,9 +79,11 @@ class TaskQuestions:
     """A task with its documents.
 
     Attributes:
-        questions: In the nested order.
+        name: The task's name.
+        task: lm-eval's task.
+        questions: In the order of questions.
         metrics: The main one first.
-        digest: Of all that decides what is asked and how answers are judged.
+        digest: A hash of everything that decides what is asked and how answers are judged.
     """
 
     name: str
@@ -78,10 +94,17 @@ class TaskQuestions:
 
     @classmethod
     def load(cls, name: str, task: Any, options: LmEvalOptions, shares: SplitShares, seed: int) -> TaskQuestions:
-        """Split the documents; render the prompts where that needs no chat template; find the metrics.
+        """Split the documents, render the prompts if that needs no chat template, and find the metrics.
+
+        Args:
+            name: The task's name.
+            task: lm-eval's task.
+            options: The evaluator's options.
+            shares: Shares of the splits.
+            seed: Draws the shots.
 
         Raises:
-            StudyFileError: too few questions in a split, no such metric, prompts that cannot be rendered.
+            StudyFileError: Too few questions in a split, no such metric, or prompts that cannot be rendered.
         """
         try:
             questions = _questions(task, shares, options.limit)
@@ -107,12 +130,12 @@ class TaskQuestions:
         return cls(name, task, questions, metrics, hashlib.sha256(text.encode()).hexdigest())
 
     def select(self, split: Split, fidelity: float, after: float = 0.0) -> list[Question]:
-        """The `window` of a split's questions, in the nested order."""
+        """The `window` of a split's questions, in their order."""
         all_of_them = [q for q in self.questions if q.split is split]
         return all_of_them[window(len(all_of_them), fidelity, after)]
 
     def infos(self) -> list[MetricInfo]:
-        """What the task reports, for the objective."""
+        """The task's metrics, for the objective."""
         counts = Counter(q.split for q in self.questions)
         chance = self._chance()
         return [
@@ -127,20 +150,24 @@ class TaskQuestions:
         ]
 
     def _chance(self) -> float | None:
-        """Accuracy of a uniform guess, where the task is multiple choice with one right answer."""
-        if self.task.OUTPUT_TYPE != "multiple_choice" or getattr(self.task, "multiple_target", 0):
+        """Accuracy of a uniform guess; None unless the task is multiple choice with one right answer."""
+        if self.task.OUTPUT_TYPE != "multiple_choice" or has_several_answers(self.task):
             return None
         return math.fsum(1 / len(self.task.doc_to_choice(q.doc)) for q in self.questions) / len(self.questions)
 
 
 def build_requests(task: Any, questions: Sequence[Question], options: LmEvalOptions, seed: int, lm: Any = None) -> None:
-    """Render every prompt and hang lm-eval's requests on their questions.
+    """Render every prompt and store lm-eval's requests in their questions.
 
-    All documents are rendered, also those beyond `limit`: shots come from one running generator in the order of
-    the documents, and a question must not change with the number of others.
+    All documents are rendered, including those beyond `limit`. Shots come from one running generator in the order of
+    the documents, and a question must not change with the number of other questions.
 
     Args:
-        lm: lm-eval's model; needed for a chat template.
+        task: lm-eval's task.
+        questions: The task's questions.
+        options: The evaluator's options.
+        seed: Draws the shots.
+        lm: lm-eval's model. It is needed for a chat template.
     """
     task.set_fewshot_seed(seed)
     chat = options.apply_chat_template
@@ -174,7 +201,7 @@ def _questions(task: Any, shares: SplitShares, limit: int | None) -> list[Questi
 
 
 def _asking_the_same(task: Any, rows: Sequence[Question]) -> Iterator[list[Question]]:
-    """Documents, two or more, with the same prompt (without shots) and, in any order, the same choices; any right answer."""
+    """Groups of two or more documents with the same prompt (without shots) and, in any order, the same choices."""
     by_prompt = defaultdict(list)
     for q in rows:
         by_prompt[_prompt(task, q.doc)].append(q)
@@ -187,20 +214,23 @@ def _asking_the_same(task: Any, rows: Sequence[Question]) -> Iterator[list[Quest
 
 
 def _prompt(task: Any, doc: Any) -> str:
-    """What is shown: of a text that is scored as a whole the text, of prompts that are the choices what should follow."""
+    """The prompt without shots.
+
+    For a text that is scored as a whole it is the text. Where the prompts are the choices, it is the target.
+    """
     prompt = None if task.OUTPUT_TYPE == "loglikelihood_rolling" else task.doc_to_text(doc)
     return str(task.doc_to_target(doc) if prompt is None or isinstance(prompt, int) else prompt)
 
 
 def _metrics(task: Any, doc: Any) -> list[TaskMetric]:
-    """What the task really reports: a metric list may name metrics that its kind of task never gives."""
+    """The metrics that the task really reports. Its list may name metrics that its kind of task never gives."""
     declared = [m for m in task.aggregation() if m != "bypass"]
     try:
         given = task.process_results(copy.deepcopy(doc), _sham_results(task, doc))
         names = [m for m in declared if m in given] + [
             m for m in given if m not in declared and m in task.aggregation()
         ]
-    except Exception:  # a task's own function that cannot judge a made-up answer: believe its declaration
+    except Exception:  # a task's own function that cannot judge a made-up answer: its declaration is used
         names = declared
     filters = [f.name for f in filters_of(task)]
     directions = task.higher_is_better()
@@ -212,6 +242,7 @@ def _metrics(task: Any, doc: Any) -> list[TaskMetric]:
 
 
 def _sham_results(task: Any, doc: Any) -> list[Any]:
+    """Made-up answers of the form that the task's output type has."""
     match task.OUTPUT_TYPE:
         case "multiple_choice":
             n_choices = len(task.doc_to_choice(doc)) * (2 if "acc_mutual_info" in task.aggregation() else 1)
@@ -225,6 +256,7 @@ def _sham_results(task: Any, doc: Any) -> list[Any]:
 
 
 def _main_first(name: str, metrics: list[TaskMetric], wanted: str | None) -> list[TaskMetric]:
+    """The metrics with the wanted one first. Raises `StudyFileError` if the task does not report it."""
     if wanted is None:
         return metrics
     wanted = wanted.replace(" ", "")
@@ -236,6 +268,7 @@ def _main_first(name: str, metrics: list[TaskMetric], wanted: str | None) -> lis
 
 
 def _too_few(name: str, questions: Sequence[Question], shares: SplitShares) -> list[str]:
+    """One sentence per split with fewer than two questions."""
     counts = Counter(q.split for q in questions)
     size = {
         Split.FIT: shares.fit,
@@ -245,7 +278,8 @@ def _too_few(name: str, questions: Sequence[Question], shares: SplitShares) -> l
     }
     return [
         f"task {name!r}: the {split} split needs at least 2 questions, got {counts[split]} of {len(questions)} "
-        f"(share {share:.2g}); about {math.ceil(8 / share)} questions would do: raise limit or the share, or take a larger task"
+        f"(share {share:.2g}); about {math.ceil(8 / share)} questions would do: "
+        "raise limit or the share, or take a larger task"
         for split, share in size.items()
         if share > 1e-9 and counts[split] < 2
     ]
@@ -261,7 +295,7 @@ def _configuration(task: Any) -> Mapping[str, Any]:
 
 
 def _source(value: Any) -> str:
-    """Functions by their source, other objects by their type: never an address in memory."""
+    """The source of a function, and the type of any other object. The text never has an address in memory."""
     if callable(value):
         try:
             return inspect.getsource(value)

@@ -1,4 +1,4 @@
-"""lm-eval's requests on one live model: made and tokenised once, asked again after every change of the weights."""
+"""lm-eval's requests on one live model: made and tokenised once, and asked again after every change of the weights."""
 
 from __future__ import annotations
 
@@ -36,20 +36,25 @@ __all__ = ["LiveRequests"]
 log = logging.getLogger(__name__)
 
 N_HALVINGS = 2
-"""How often one evaluation may halve the batch size after running out of memory."""
+"""Number of times that one evaluation may halve the batch size after running out of memory."""
 
 
 class LiveRequests:
     """The requests of some tasks, bound to a model whose weights change in place.
 
-    Invariant: what is kept (prompts, token ids, windows) depends on the tokenizer alone, never on weights.
+    Invariant: Prompts, token ids and windows are kept. They depend on the tokenizer alone, never on weights.
 
     Args:
-        model: A Hugging Face model; its device and class must not change afterwards.
-        tokenizer: A Hugging Face tokenizer; copied, since lm-eval gives it a padding token. None: of `folder`.
+        model: A Hugging Face model. Its device and class must not change afterwards.
+        tokenizer: A Hugging Face tokenizer. It is copied, because lm-eval gives it a padding token. None: the tokenizer
+            in `folder` is loaded.
+        folder: The folder of the checkpoint.
+        options: The evaluator's options.
+        tasks: The tasks with their questions.
+        seed: Draws the shots.
 
     Raises:
-        StudyFileError: prompts that cannot be rendered or tokenised for this model.
+        StudyFileError: Prompts that cannot be rendered or tokenised for this model.
     """
 
     def __init__(
@@ -89,7 +94,7 @@ class LiveRequests:
             self.packed = packed_scorer(self.lm, [self._choices(q) for t in tasks for q in t.questions])
 
     def _encode(self, task: TaskQuestions) -> None:
-        """Tokenise once. Says how many prompts are cut."""
+        """Tokenise the requests of a task, and log how many prompts are cut."""
         instances = [i for q in task.questions for i in q.instances]
         n_cut = 0
         scored = [i for i in instances if i.request_type == "loglikelihood"]
@@ -122,6 +127,7 @@ class LiveRequests:
         return tokenised(self.lm, requests)
 
     def rolling_windows(self, text: str) -> list[Any]:
+        """The tokens of a long text in disjoint windows, as lm-eval cuts it."""
         windows = get_rolling_token_windows(
             token_list=self.lm.tok_encode(text),
             prefix_token=self.lm.prefix_token_id,
@@ -131,6 +137,7 @@ class LiveRequests:
         return [(None, *make_disjoint_window(w)) for w in windows]
 
     def _is_cut(self, instance: Any) -> bool:
+        """Whether a generation request's prompt loses its beginning. Raises `ValueError` if nothing would stay."""
         n_new: int = normalize_gen_kwargs(instance.args[1], self.lm.max_gen_toks)["max_gen_toks"]
         if n_new >= self.lm.max_length:
             raise ValueError(
@@ -143,14 +150,18 @@ class LiveRequests:
         return [self.encoded[id(i)] for i in question.instances if id(i) in self.encoded]
 
     def ask(self, asked: dict[str, list[Question]]) -> None:
-        """Put the model's answers into `resps` of every request of these questions, by task name.
+        """Put the model's answers into `resps` of every request of these questions.
 
-        Requests go out in the order of lm-eval, so that batches, and with them all digits, are the same.
+        Requests are asked in lm-eval's order. So batches are the same as in lm-eval, and with them all digits.
+
+        Args:
+            asked: Questions by task name.
 
         Raises:
             EvaluationError: lm-eval or the model failed.
-            NonFiniteError: a log-likelihood or logit is not finite; NaN would be scored as the first choice.
-            torch.OutOfMemoryError, MemoryError: also with smaller batches.
+            NonFiniteError: A log-likelihood or a logit is not finite. NaN would be scored as the first choice.
+            torch.OutOfMemoryError: Even with smaller batches.
+            MemoryError: As `torch.OutOfMemoryError`.
         """
         self.model.eval()
         self._answered.n = self._n_requests = 0
@@ -158,7 +169,7 @@ class LiveRequests:
         for questions in asked.values():
             for question in sorted(questions, key=lambda q: q.doc_id):
                 for instance in question.instances:
-                    # NOTE: left in place, the previous candidate's answer would be scored.
+                    # NOTE: If they were left in place, the previous candidate's answers would be scored.
                     instance.resps, instance.filtered_resps = [], {}
                     requests[instance.request_type] += [instance] * (instance.repeats or 1)
         kinds: dict[str, Callable[[list[Any]], Sequence[Any]]] = {
@@ -174,20 +185,20 @@ class LiveRequests:
 
     @property
     def share_answered(self) -> float:
-        """Of the requests of the last `ask`, batch by batch: also where it failed. In [0, 1]."""
+        """The share of the last call's requests that were answered, batch by batch, even if it failed. In [0, 1]."""
         return min(1.0, self._answered.n / self._n_requests) if self._n_requests else 0.0
 
     def generate(self, instances: list[Any]) -> Sequence[Any]:
-        """The texts that the model, as it is now, generates for these requests. Raises: as `ask`.
+        """The texts that the model, as it is now, generates for these requests. Raises the errors of `ask`.
 
-        They begin with a space where the first token generated does, although some tokenizers lose it in decoding
-        (SentencePiece and its like): lm-eval scores such texts without it, but other tokens would be learned from them.
+        A text begins with a space if its first token does. Some tokenizers (SentencePiece and its like) lose that space
+        in decoding. lm-eval scores such texts without it, but a learner would learn other tokens from them.
         """
         with decoding(self.lm, self._decoded_whole):
             return self._guarded(self._generate, instances)
 
     def _decoded_whole(self, tokens: Any, **settings: Any) -> str:
-        """lm-eval's own decoding, and the space that it drops where tokens do not begin a text."""
+        """lm-eval's own decoding, with the leading space that it drops."""
         text: str = HFLM.tok_decode(self.lm, tokens, **settings)
         if not isinstance(tokens, list) or not text:
             return text
@@ -195,6 +206,7 @@ class LiveRequests:
         return " " + text if twice == f"{text} {text}" else text
 
     def _guarded(self, ask: Callable[[list[Any]], Sequence[Any]], instances: list[Any]) -> Sequence[Any]:
+        """Call `ask` with smaller batches after running out of memory, and with typed errors."""
         tasks = ", ".join(sorted({str(i.task_name) for i in instances}))
         for halvings_left in range(N_HALVINGS, -1, -1):
             try:
@@ -206,7 +218,7 @@ class LiveRequests:
             except TrialError:
                 raise
             except Exception as error:  # lm-eval and transformers raise all kinds; the study goes on
-                if "can't allocate memory" in str(error):  # how a CPU says it
+                if "can't allocate memory" in str(error):  # torch's message on a CPU
                     raise MemoryError(str(error)) from error
                 raise EvaluationError(f"scoring {tasks} failed: {reason(error)}") from error
             _free()
@@ -221,7 +233,7 @@ class LiveRequests:
         return answers
 
     def _rolling(self, instances: list[Any]) -> Sequence[Any]:
-        """`HFLM.loglikelihood_rolling` with windows cut beforehand."""
+        """The answers of `HFLM.loglikelihood_rolling`, from windows that are already cut."""
         windows = [w for i in instances for w in self.windows[id(i)]]
         ends, before = list(accumulate(len(self.windows[id(i)]) for i in instances)), self._answered.n
         sums: list[float] = []
@@ -245,7 +257,7 @@ class LiveRequests:
 
 
 class _Answered:
-    """In the place of lm-eval's cache, which is told of every request as soon as its batch is answered: counts them."""
+    """Counts requests as soon as their batch is answered (`_compat.AnswerHook`)."""
 
     n = 0
 

@@ -1,8 +1,8 @@
-"""Finding and loading lm-eval tasks without a model, and saying what is wrong with them.
+"""Find and load lm-eval's tasks without a model, and report what is wrong with them.
 
-lm-eval 0.4.13 skips a broken task file without a word, reads relative data files from the current directory and
-needs six seconds to index its own tasks. Here broken files are reported, data files are also found beside the
-task file, and the index is built only when a task is not found in the user's own folders.
+lm-eval 0.4.13 silently skips a broken task file, reads relative data files from the current directory and needs six
+seconds to index its own tasks. This module reports broken files, finds data files also beside the task file, and builds
+the index only when a task is not found in the user's own folders.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ import datasets
 import yaml
 
 from evaluators.isolation import quiet
-from evaluators.lm_eval._compat import is_group, no_progress_bars, read_task_file, task_files, task_manager
+from evaluators.lm_eval._compat import (
+    is_group,
+    is_multimodal,
+    no_progress_bars,
+    read_task_file,
+    runs_answers_as_code,
+    task_files,
+    task_manager,
+)
 from evaluators.lm_eval.options import LmEvalOptions
 from merge_search.errors import nearest
 
@@ -31,14 +39,14 @@ _LARGE = 2**20
 
 
 def reason(error: BaseException) -> str:
-    """An exception of somebody else's code in one line: its type, and the start of its message."""
+    """An exception of another library's code in one line: its type and the start of its message."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
 
 
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """lm-eval, transformers and datasets write nothing to the terminal."""
+    """Keep lm-eval, transformers and datasets from writing to the terminal."""
     had_bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -50,12 +58,17 @@ def quiet_lm_eval() -> Iterator[None]:
 
 
 def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict[str, Any], list[str]]:
-    """Task objects by name, in the order asked for, with their documents; and every problem found.
+    """Load tasks with their documents.
 
-    Groups and tags are expanded to their tasks; a task named twice is loaded once.
+    Groups and tags are expanded to their tasks. A task named twice is loaded once.
 
     Args:
-        folder: What task files named by a path are relative to before ``include_path``; None: the current directory.
+        options: The evaluator's options.
+        folder: The folder in which task files named by a path are looked for before ``include_path``; None: the current
+            directory.
+
+    Returns:
+        Tasks by name, in the order of the options, and every problem.
     """
     data_files: list[Any] = []
     manager = _manager(options.include_path, data_files, defaults=False)
@@ -78,15 +91,15 @@ def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict
             problems.append(f"tasks: lm-eval has no task, tag or group called {spec!r}{hint}")
             continue
         try:
-            found = manager.load([spec])["tasks"]
+            loaded = manager.load([spec])["tasks"]
         except Exception as error:  # whatever a task file, its Python code or its data set raises
             empty = [path for files in data_files for path in _local_files(files) if _is_empty(path)]
             why = f"{', '.join(map(str, empty))} has no rows" if empty else reason(error)
             problems.append(f"tasks: {spec!r} cannot be loaded: {why}")
             continue
-        if not found:
+        if not loaded:
             problems.append(f"tasks: {spec!r} holds no task")
-        tasks |= {name: task for name, task in found.items() if name not in tasks}
+        tasks |= {name: task for name, task in loaded.items() if name not in tasks}
     for name, task in list(tasks.items()):
         if unsupported := list(_unsupported(name, task, options)):
             problems += unsupported
@@ -115,7 +128,7 @@ def _manager(folders: Sequence[str], data_files: list[Any], *, defaults: bool) -
 
 
 def _path(name: str, folders: Sequence[str]) -> str:
-    """The absolute path of a task file, or the name as it is."""
+    """The absolute path of a task file; any other name as it is."""
     if not name.endswith((".yaml", ".yml")):
         return name
     for folder in folders:
@@ -126,7 +139,7 @@ def _path(name: str, folders: Sequence[str]) -> str:
 
 
 def _is_known(index: Mapping[str, Any], spec: str) -> bool:
-    """Whether `spec` and all it refers to can be loaded from this index."""
+    """Whether `spec` and everything that it refers to can be loaded from this index."""
     entry = index.get(spec)
     if entry is not None:
         return not is_group(entry) or _members_known(index, entry.cfg or {})
@@ -135,7 +148,7 @@ def _is_known(index: Mapping[str, Any], spec: str) -> bool:
     try:
         return _members_known(index, read_task_file(spec))
     except (yaml.YAMLError, OSError, ValueError):
-        return True  # loading it will say what is wrong
+        return True  # loading it will report what is wrong
 
 
 def _members_known(index: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
@@ -153,7 +166,7 @@ def _members_known(index: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
 
 
 def _broken_files(folders: Sequence[str]) -> Iterator[str]:
-    """One sentence per task file that cannot be read. Fragments without a task, meant to be included, are fine."""
+    """One sentence per task file that cannot be read. Fragments to be included by others are fine."""
     for folder in folders:
         for path in task_files(Path(folder)):
             try:
@@ -164,7 +177,7 @@ def _broken_files(folders: Sequence[str]) -> Iterator[str]:
 
 
 def _folders_of(path: Path) -> list[Path]:
-    """The folder of a task file, then those of the files it includes."""
+    """The folder of a task file, then the folders of the files that it includes."""
     config = read_task_file(path, recursive=False)
     included = config.get("include", [])
     parts = included if isinstance(included, list) else [included]
@@ -172,7 +185,7 @@ def _folders_of(path: Path) -> list[Path]:
 
 
 def _absolute_data(arguments: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, Any]:
-    """`dataset_kwargs` with relative local files made absolute where only a task file's folder has them."""
+    """`dataset_kwargs` with absolute paths for local files that are found beside the task file only."""
     out = dict(arguments)
     if isinstance(out.get("data_dir"), str):
         out["data_dir"] = _absolute(out["data_dir"], folders)
@@ -204,24 +217,25 @@ def _absolute_files(value: Any, folders: Sequence[Path]) -> Any:
 
 
 def _absolute(text: str, folders: Sequence[Path]) -> str:
-    """`text` is a path or a pattern; as lm-eval does, the current directory comes first."""
+    """The absolute path or pattern. As in lm-eval, the current directory comes first."""
     if "://" in text or Path(text).is_absolute() or glob.glob(text, recursive=True):
         return text
     return next((str(f / text) for f in folders if glob.glob(str(f / text), recursive=True)), text)
 
 
 def _unsupported(name: str, task: Any, options: LmEvalOptions) -> Iterator[str]:
-    if getattr(task, "UNSAFE_CODE", False) and not options.confirm_run_unsafe_code:
+    """One sentence per reason why a loaded task cannot be scored."""
+    if runs_answers_as_code(task) and not options.confirm_run_unsafe_code:
         yield (
             f"tasks: {name!r} executes code that the model wrote; set confirm_run_unsafe_code: true if this machine "
             "may run it"
         )
-    if getattr(task, "MULTIMODAL", False):
+    if is_multimodal(task):
         yield f"tasks: {name!r} needs images or sound; only text tasks can be scored"
 
 
 def _set_shots(name: str, task: Any, num_fewshot: int | None) -> None:
-    """lm-eval's own rule: the option wins unless the task says 0; without both it is 0."""
+    """Set the number of shots by lm-eval's rule: the option wins unless the task sets 0. Without both it is 0."""
     own = task.get_config("num_fewshot")
     if num_fewshot is not None and own == 0 != num_fewshot:
         log.warning("task %r says num_fewshot: 0 itself, which the option num_fewshot does not override", name)

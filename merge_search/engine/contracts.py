@@ -1,8 +1,8 @@
-"""Words shared by the compute side: what tensors it needs, and what one pass over a tensor looks like.
+"""Types that the rooms of the engine share: the tensors that it needs, and one pass over a tensor.
 
-A recipe becomes, per tensor, a `Pass`: a hashable `Structure` (which rules run), `Numbers` (every scalar they need) and
-tensors read element by element. Two passes of one structure differ in numbers only, so that a compiled graph serves
-every candidate and every tensor length.
+For each tensor a recipe becomes a `Pass`: a hashable `Structure` (the rules that run), `Numbers` (every scalar that
+they need) and tensors that are read element by element. Two passes of one structure differ in numbers only. So one
+compiled graph serves every candidate and every tensor length.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ __all__ = [
 ]
 
 SHORT_RANKS = 2**15
-"""Given ranks are int16 for rows no longer than this."""
+"""Given ranks of rows up to this length are int16."""
 
 Numbers = dict[str, list[float] | list[int]]
 """Scalars of a pass by name; integers are signed 32-bit."""
 
 Given = dict[str, list[Tensor]]
-"""Flat tensors, as long as the weights, that a pass reads beside them."""
+"""Flat tensors, as long as the weights, that a pass reads beside the weights."""
 
 
 class Tensors(ABC):
@@ -49,8 +49,8 @@ class Tensors(ABC):
 
     An implementation gives `models`, `device`, `groups`, `shape`, `base` and `expert`; the other members have defaults.
 
-    Guaranteed: the tensors of one name have one shape; they are floating, not changed and not moved while an engine lives;
-    `groups` is in checkpoint order and names tied tensors once.
+    Guaranteed: the tensors of one name have one shape. They are floating, and are neither changed nor moved while an
+    engine lives. `groups` is in checkpoint order and names tied tensors once.
 
     Attributes:
         models: Base and experts.
@@ -87,7 +87,7 @@ class Tensors(ABC):
         return False
 
     def statistic_problem(self, kind: str, expert: str) -> str:
-        """Why a statistic cannot be had; '' if it can, or if only asking for it will tell, as by default. Reads no weights."""
+        """Why a statistic cannot be had, '' if no reason is known, as by default. Reads no weights."""
         return ""
 
     def is_transposed(self, name: str) -> bool:
@@ -102,25 +102,29 @@ class Tensors(ABC):
 
 
 def statistic_of(tensors: Tensors, kind: str, expert: str, name: str) -> Tensor:
-    """A statistic that must be there.
+    """A statistic that the recipe needs.
 
     Raises:
-        RecipeError: it is not.
+        RecipeError: It was never measured.
     """
-    found = tensors.statistic(kind, expert, name)
-    if found is None:
+    statistic = tensors.statistic(kind, expert, name)
+    if statistic is None:
         raise RecipeError(
             f"the statistic {kind!r} of expert {expert!r} is needed for tensor {name!r}, but was never measured; "
             "add a statistics provider for it to the study, or choose a measure that needs no data"
         )
-    return found
+    return statistic
 
 
 class Source(NamedTuple):
     """Where the scores of a pass come from.
 
-    kind: ``none`` (ones), ``cheap`` (`measure` is evaluated inside the pass), ``given`` (read from a tensor), ``given log``
-    (their logarithms, for softmax), ``number`` (one per expert), ``same`` (mixing scores that are the selection scores).
+    Attributes:
+        kind: ``none`` (ones), ``cheap`` (`measure` is evaluated inside the pass), ``given`` (read from a tensor),
+            ``given log`` (logarithms of scores, for softmax), ``number`` (one per expert), ``same`` (mixing scores that
+            are the selection scores).
+        measure: Name of the rule that is evaluated.
+        options: Its text options.
     """
 
     kind: str = "none"
@@ -135,10 +139,12 @@ _GIVEN_MASKS = ("rank", "rank_band", "mask")
 
 
 class Structure(NamedTuple):
-    """Which rules one pass runs; everything that would change its code and nothing else.
+    """The rules that one pass runs: everything that would change its code and nothing else.
 
-    select: as `recipe.Select.kind`, or ``rank`` / ``rank_band`` / ``mask`` where ranks or masks are given.
-    rescale: ``none``, ``number`` or ``probability``. emit: ``weights`` or the combined ``delta`` (float32).
+    Attributes:
+        select: As `recipe.Select.kind`, or ``rank`` / ``rank_band`` / ``mask`` where ranks or masks are given.
+        rescale: ``none``, ``number`` or ``probability``.
+        emit: ``weights``, or the combined ``delta`` (float32).
     """
 
     experts: int
@@ -170,9 +176,15 @@ class Structure(NamedTuple):
 class Pass:
     """Everything that turns base and experts of one tensor into merged weights.
 
-    experts: The active ones, in the order in which they are added up.
-    index: Of the tensor's first element, where a whole model is ranked together.
-    bound: No |result| can be larger; infinite where the numbers do not say.
+    Attributes:
+        name: The tensor.
+        shape: The tensor's shape.
+        structure: The rules that run.
+        experts: The active experts, in the order in which they are added up.
+        numbers: Every scalar that the rules need.
+        given: Tensors that are read beside base and experts.
+        index: Position of the tensor's first element, where a whole model is ranked together.
+        bound: No |result| can be larger; infinite where the numbers do not say.
     """
 
     name: str
@@ -186,12 +198,12 @@ class Pass:
 
 
 def is_vector(shape: tuple[int, ...] | torch.Size) -> bool:
-    """Norm gains and biases: tensors that are not sparsified unless `Select.vectors` says so."""
+    """Whether a shape is that of norm gains and biases, which are sparsified only with `Select.vectors`."""
     return len(shape) <= 1
 
 
 def output_dtype(recipe: Recipe, base: Tensor) -> torch.dtype:
-    """Of the merged tensor: the recipe's, or the base's own."""
+    """The dtype of a merged tensor: the recipe's, or the base's own."""
     if recipe.dtype is None:
         return base.dtype
     dtype: torch.dtype = getattr(torch, recipe.dtype)

@@ -1,4 +1,4 @@
-"""MergeEngine: recipes -> weights, one tensor at a time or in place in a live model."""
+"""MergeEngine makes weights from recipes: one tensor at a time, or in place in a live model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,14 @@ _COMPILE_FROM_PARAMETERS = 1_000_000  # the loops of a recipe compile in half a 
 
 @dataclass(frozen=True)
 class ApplyReport:
-    """What one `MergeEngine.apply` did."""
+    """Counts and time of one `MergeEngine.apply`.
+
+    Attributes:
+        written: Tensors that were written.
+        skipped: Tensors that held the right weights already.
+        elements: Elements of the written tensors.
+        seconds: Wall time.
+    """
 
     written: int
     skipped: int
@@ -56,17 +63,21 @@ class _Written:
 class MergeEngine:
     """Merges tensors as a recipe says.
 
-    Arithmetic is float32 whatever the inputs are; one rounding at the end. On a tensor that an expert left as it is, that
-    expert is *inactive*: it is not counted, does not vote and is in no denominator; where all are inactive the base is
-    copied bit for bit. A coefficient of zero is not that: the expert still votes (unless ``resolve.weighted``) and still
-    counts in the denominators of ``count``, ``mask``, ``score`` and ``softmax``. One-dimensional tensors are never
-    sparsified unless ``select.vectors``. The order of the experts in the recipe changes no bit, except where it has a
-    meaning: exclusive selection, ties of ``argmax``, CKI. The majority sign that settles exact ties of an election is that of
-    at most 2048 evenly spaced entries of the tensor. On CPUs the compiled pass gives the bits of the chunked one.
+    - Arithmetic is float32 whatever the dtypes of the inputs are. The result is rounded once, at the end.
+    - An expert that did not change a tensor is *inactive* there: it is not counted, does not vote and is in no
+      denominator. Where all experts are inactive the base is copied bit for bit.
+    - An expert with a coefficient of zero is still active: it votes (unless ``resolve.weighted``) and counts in the
+      denominators of ``count``, ``mask``, ``score`` and ``softmax``.
+    - One-dimensional tensors are sparsified only with ``select.vectors``.
+    - The order of the experts in the recipe changes no bit, except where it has a meaning: exclusive selection, ties of
+      ``argmax``, CKI.
+    - An exact tie of an election goes to the sign that most of at most 2048 evenly spaced entries of the tensor elect.
+    - On CPUs the compiled pass gives the bits of the chunked one.
 
     Args:
         tensors: Base and experts.
-        compile: "auto" compiles on GPUs and above a million parameters, if a compiler is there.
+        compile: Whether passes are compiled. "auto": on GPUs, and on CPUs above a million parameters, if there is a
+            compiler.
         cache_bytes: Most bytes of scores and ranks stored per element; None: a third of the free memory.
         runner: Runs the passes in place of one that `compile` asks for.
         measurements: Measures the tensors; None: made for them.
@@ -100,7 +111,7 @@ class MergeEngine:
         return self._runner.compile
 
     def check(self, recipe: Recipe) -> list[str]:
-        """What would keep `recipe` from being merged; empty if nothing is known to. Reads no weights."""
+        """Known reasons why `recipe` cannot be merged; empty if there are none. Reads no weights."""
         return check.problems(recipe, self.tensors)
 
     def _require(self, recipe: Recipe) -> None:
@@ -113,8 +124,8 @@ class MergeEngine:
         """(name, merged tensor) in checkpoint order; new tensors on the engine's device.
 
         Raises:
-            RecipeError: the recipe cannot be merged (before the first tensor).
-            NonFiniteError: NaN or infinity in a result.
+            RecipeError: The recipe cannot be merged. Raised before the first tensor.
+            NonFiniteError: A result is NaN or infinite.
         """
         self._require(recipe)
         with self._in_turn(list(self.tensors.groups)):
@@ -129,15 +140,15 @@ class MergeEngine:
     def apply(self, recipe: Recipe, views: Mapping[str, Tensor]) -> ApplyReport:
         """Write the merged tensors in place, through `views` of a live model's parameters.
 
-        A tensor is skipped when what determines it is as it was at the last `apply` to the same view and nobody wrote to
-        the view since (by its version counter, which ``.data`` writes evade).
+        A tensor is skipped when everything that determines it is as it was at the last `apply` to the same view and
+        nobody wrote to the view since. Writes are seen by the view's version counter, which ``.data`` writes evade.
 
         Args:
             views: By tensor name; names that are not in `tensors.groups` are left alone. Shape as on disk, any strides,
                 any device. Written in the view's own dtype.
         Raises:
-            RecipeError: the recipe cannot be merged; nothing was written.
-            NonFiniteError: NaN or infinity in a result; earlier tensors are written, later ones are not.
+            RecipeError: The recipe cannot be merged. Nothing was written.
+            NonFiniteError: A result is NaN or infinite. Earlier tensors are written, later ones are not.
         """
         self._require(recipe)
         start, skipped, elements = time.perf_counter(), 0, 0
@@ -157,7 +168,7 @@ class MergeEngine:
                         self._write(recipe, name, views[name])
                         elements += views[name].numel()
                     done[name] = key
-        finally:  # versions are compared before and noted after all writes: views of one storage share a version counter
+        finally:  # views of one storage share a version counter: compare before all writes, note after all writes
             for name, key in done.items():
                 if not views[name].is_inference():
                     self._written[name] = _Written(key, _place(views[name]), views[name]._version)
@@ -165,7 +176,7 @@ class MergeEngine:
 
     @contextmanager
     def _in_turn(self, names: Sequence[str]) -> Iterator[None]:
-        """One merge: tensors that come from elsewhere are told in which order they are needed."""
+        """Begin one merge, and announce the order in which tensors are needed."""
         self.budget.next_turn()
         self.tensors.expect(names)
         try:
@@ -174,7 +185,7 @@ class MergeEngine:
             self.tensors.expect(())
 
     def _common_key(self, recipe: Recipe) -> Hashable:
-        """What every tensor's result depends on, besides its own `TensorSettings`."""
+        """Everything that the result of any tensor depends on, besides its `TensorSettings`."""
         blank = {"coefficients": {}, "densities": {}, "scale": 1.0}
         return recipe.model_copy(update=blank).fingerprint
 
@@ -212,7 +223,8 @@ class MergeEngine:
         if not finite:
             raise NonFiniteError(
                 f"merged weights must be finite, found NaN or infinity in tensor {name!r} "
-                f"(recipe {recipe.preset or recipe.fingerprint[:12]!r}, stored as {out.dtype}); lower the coefficients or the scale"
+                f"(recipe {recipe.preset or recipe.fingerprint[:12]!r}, stored as {out.dtype}); "
+                "lower the coefficients or the scale"
             )
 
     def _finish(self, recipe: Recipe, name: str, p: Pass | None, out: Tensor) -> bool:
@@ -315,7 +327,10 @@ class MergeEngine:
         settings = self._planner.settings(recipe, name)
         lambdas = dict(zip(settings.experts, settings.coefficients, strict=True))
         return OperatorContext(
-            name, group, base, deltas, experts, tuple(e in active for e in experts), tuple(lambdas[e] for e in experts), {},
+            name, group, base, deltas, experts,
+            active=tuple(e in active for e in experts),
+            coefficients=tuple(lambdas[e] for e in experts),
+            options={},
             scale=settings.scale,
             transposed=self.tensors.is_transposed(name),
             stored=lambda expert: self.tensors.expert(expert, name),

@@ -52,8 +52,8 @@ class Slice:
 class Document:
     """A mergekit file. Its models are absolute paths of folders that exist, or hub ids.
 
-    Invariant: there is at least one slice, and each has at least one source. A file with ``models:`` has one slice, whose
-    ``end`` is None.
+    Invariant: there is at least one slice, and each has at least one source. A file with ``models:`` has one slice,
+    whose ``end`` is None.
     """
 
     method: str
@@ -204,8 +204,8 @@ def _slices(data: Mapping[str, Any], place: _Places, problems: list[str]) -> tup
     if any(b.start != a.end for a, b in itertools.pairwise(found)) or (found and found[0].start != 0):
         got = ", ".join(f"[{s.start}, {s.end}]" for s in found)
         problems.append(
-            "slices: layer_range must run through the layers once and in order (no layer repeated, left out or moved), got "
-            + got
+            "slices: layer_range must run through the layers once and in order (no layer repeated, left out or moved), "
+            f"got {got}"
         )
     return tuple(found)
 

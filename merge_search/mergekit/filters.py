@@ -17,7 +17,8 @@ Condition = dict[str, Any]
 def as_value(table: Table, groups: Mapping[str, Group]) -> float | list[Condition] | None:
     """A value that gives every tensor its number; None where names cannot tell the tensors apart.
 
-    Filters name module kinds or blocks where the names allow it, else tensors. The result is checked against every name.
+    Filters name module kinds or blocks where the names allow it, else tensors. The result is checked against every
+    name.
     """
     short = shorten(table, groups.values())
     if not isinstance(short, dict):

@@ -14,8 +14,8 @@ __all__ = ["CANCEL", "EPS", "IGNORED", "METHODS", "PER_MODEL", "Method", "Number
 EPS = 1e-8
 """mergekit's floor of norms in multislerp."""
 CANCEL = (
-    "weights of some models must not sum to 0 where signs are elected and normalize is on: mergekit then leaves out the "
-    "division, we the entry"
+    "weights of some models must not sum to 0 where signs are elected and normalize is on: mergekit then leaves out "
+    "the division, we the entry"
 )
 PER_MODEL = {"gamma", "epsilon"}
 """Numbers that mergekit reads at each model."""

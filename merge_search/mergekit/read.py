@@ -28,10 +28,10 @@ _log = logging.getLogger(__name__)
 def read_mergekit(path_or_text: str | Path, *, where: str = "") -> Recipe:
     """The recipe of a mergekit file.
 
-    Experts are named after their folders. The base is ``base_model``, or the first model where the method needs none. Its
-    config and tokenizer are kept, as mergekit does. Masks of DARE and DELLA are drawn with the recipe's seed: they have
-    mergekit's rate and rescaling, but not its bits. Arithmetic is float32 whatever ``dtype`` says. The result is rounded
-    once, to ``out_dtype`` (else ``dtype``).
+    Experts are named after their folders. The base is ``base_model``, or the first model where the method needs none.
+    Its config and tokenizer are kept, as mergekit does. Masks of DARE and DELLA are drawn with the recipe's seed: they
+    have mergekit's rate and rescaling, but not its bits. Arithmetic is float32 whatever ``dtype`` says. The result is
+    rounded once, to ``out_dtype`` (else ``dtype``).
 
     Args:
         path_or_text: A file's `Path`, or its text. Relative model paths are looked up beside the file, then in the
@@ -368,7 +368,9 @@ def _short(model: str) -> str:
 
 
 def _expert_names(models: Sequence[str]) -> dict[str, str]:
-    """A name for every model: the last part of its place in letters, digits, '_' and '-', numbered where it is taken."""
+    """A name for every model: the last part of its place in letters, digits, '_' and '-', numbered where it is
+    taken.
+    """
     names: dict[str, str] = {}
     for model in models:
         plain = re.sub(r"[^\w-]+", "_", _short(model)).strip("_") or "expert"

@@ -7,9 +7,9 @@ A parameter has one of three forms:
 - a list of ``{filter, value}``: the first entry whose filter is part of the tensor's name applies.
 
 A parameter is looked up at the model, then at the slice, then at the file. The places of tensors along a gradient were
-measured on mergekit 0.1.5. In a slice of n layers, layer i stands at i / (n - 1), and the only layer of a slice stands at
-its end. Tensors before the layers (embeddings and their norms) stand at the beginning of the first slice. Tensors behind
-them (last norm, head) stand at the beginning of the last slice.
+measured on mergekit 0.1.5. In a slice of n layers, layer i stands at i / (n - 1), and the only layer of a slice stands
+at its end. Tensors before the layers (embeddings and their norms) stand at the beginning of the first slice. Tensors
+behind them (last norm, head) stand at the beginning of the last slice.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def needs_layout(document: Document) -> bool:
 def shorten(table: Table, groups: Iterable[Group]) -> float | dict[str, float]:
     """The shortest `PerGroup` value that gives every tensor its number.
 
-    The first that suffices: one number; numbers by module kind; numbers by block, and by module kind or tensor in blocks
-    that are not uniform.
+    The first that suffices: one number; numbers by module kind; numbers by block, and by module kind or tensor in
+    blocks that are not uniform.
     """
     members = list(groups)
     common = Counter(table.values()).most_common(1)[0][0]

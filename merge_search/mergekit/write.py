@@ -23,14 +23,14 @@ def to_mergekit(
 ) -> str:
     """The text of a mergekit file that makes the recipe's model.
 
-    mergekit then computes in ``dtype: float32``, as this project does, and rounds once. Numbers by group become filters on
-    tensor names, which express any value exactly. Comments at the top name small differences: random masks, and counts
-    that mergekit rounds down.
+    mergekit then computes in ``dtype: float32``, as this project does, and rounds once. Numbers by group become filters
+    on tensor names, which express any value exactly. Comments at the top name small differences: random masks, and
+    counts that mergekit rounds down.
 
     Args:
         recipe: Its models are written as they stand: give hub ids or paths that the reader has.
         groups: Group of every merged tensor, as `engine.layout.layout` or the pool gives them.
-        vectors: Names of the one-dimensional tensors. They are needed where the recipe does not select within them, because
+        vectors: Names of the one-dimensional tensors. A recipe that does not select within them needs them, because
             mergekit does.
         dtype: The base's dtype, for a recipe that keeps it; not written if unknown.
 

@@ -41,7 +41,8 @@ class EvaluatorCase:
         fit_ids: The ids of the documents that a task's rows to fit on come from, to compare with the scored ones. None:
             they are not known.
         is_repeatable: False where the same weights need not give the same scores, as for seconds.
-        reads_outputs: False where the score does not depend on what the model computes, as for the number of parameters.
+        reads_outputs: False where the score does not depend on what the model computes, as for the number of
+            parameters.
     """
 
     build: Callable[[], Evaluator]
@@ -188,7 +189,7 @@ class EvaluatorConformance:
             _check_same_scores(one, evaluator.evaluate(Split.SEARCH))
 
     def test_broken_weights_are_a_failure_and_no_score(self, case: EvaluatorCase) -> None:
-        """NaN among the weights raises a `TrialError` or gives scores that are not finite. Afterwards all is as before."""
+        """NaN among the weights raises a `TrialError` or gives scores that are not finite. It leaves nothing behind."""
         if not case.reads_outputs:
             return
         evaluator = case.bound()

@@ -168,7 +168,7 @@ class SearchSpaceConformance:
 
 
 def _value(domain: Parameter, level: float | None, draw: random.Random) -> str | int | float | bool:
-    """The lowest value at level 0, the highest at level 1, a random one at None; always a random choice of a category."""
+    """The lowest number at level 0, the highest at 1, a random one at None; of a category a random choice."""
     if isinstance(domain, Categorical):
         return draw.choice(domain.choices)
     if level is not None:

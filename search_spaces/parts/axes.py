@@ -1,4 +1,4 @@
-"""Axes: numbers per expert and tensor from a few parameters, and the parameters back from the numbers."""
+"""Axes: numbers per expert and tensor, computed from a few parameters, and the way back to the parameters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from search_spaces.parts.grouping import DensityRange, Range, Slots, cell
 __all__ = ["Axis", "Linear", "Mix", "Read", "curve", "per_cell", "settle"]
 
 Read = Callable[[str, Group], float]
-"""(expert, group) -> number, as a recipe has it."""
+"""(expert, group) -> the number in a recipe."""
 
 Mix = tuple[tuple[str, float], ...]
-"""A tensor's number as a weighted mean of parameters: suffixes of their names with weights that sum to one."""
+"""A tensor's number as a weighted mean of parameters: suffixes of their names, with weights that sum to one."""
 
 
 class Axis(Protocol):
@@ -29,28 +29,29 @@ class Axis(Protocol):
     def parameters(self) -> Mapping[str, Parameter]: ...
 
     def values(self, point: Point) -> dict[str, float | dict[str, float]]:
-        """By expert, as a recipe wants them."""
+        """The numbers of each expert, in the form that recipes have."""
         ...
 
     def read(self, value: Read) -> dict[str, str | int | float | bool]:
-        """The parameters that give these numbers, if any do; the caller checks by decoding."""
+        """The parameters that give these numbers, if any do. The caller checks that by decoding."""
         ...
 
     def uniform(self, level: float) -> dict[str, str | int | float | bool]:
-        """The parameters that give every expert and tensor the number `level`, or the nearest within bounds."""
+        """The parameters that give every expert and tensor the number `level`, or the nearest number within bounds."""
         ...
 
 
 class Linear:
-    """Every tensor's number is a weighted mean of the expert's parameters: one of them, or a curve between two.
+    """An axis on which every tensor's number is one parameter of its expert, or a weighted mean of several.
 
     Args:
-        what: First part of the parameters' names: ``coefficient`` or ``density``.
+        what: The first part of the parameters' names: ``coefficient`` or ``density``.
+        context: The models of the study.
         mix: Group -> its `Mix`.
-        bounds: Of every parameter, hence of every number.
-        log: Search on a logarithmic scale.
-        experts: Whose numbers these are; None: all experts.
-        shared: One set of parameters for all of them.
+        bounds: The bounds of every parameter, and so of every number.
+        log: Whether parameters are searched on a logarithmic scale.
+        experts: The experts that have these numbers; None: all experts.
+        shared: Whether all experts share one set of parameters.
     """
 
     def __init__(
@@ -102,13 +103,13 @@ class Linear:
 
 
 def _mean(label: Mix, x: Mapping[str, float]) -> float:
-    """Exact where all parameters are equal."""
+    """The weighted mean of the parameters. Exact where all of them are equal."""
     origin = x[label[0][0]]
     return origin + sum(w * (x[s] - origin) for s, w in label[1:])
 
 
 def _solving_order(labels: Sequence[Mix]) -> list[tuple[str, Mix]]:
-    """An order in which every parameter follows from one tensor and parameters before it; largest weights first."""
+    """An order in which every parameter follows from one tensor and earlier parameters. Largest weights come first."""
     known: set[str] = set()
     order = []
     while True:
@@ -138,7 +139,7 @@ def settle(value: float, low: float, high: float) -> float:
 
 
 def per_cell(what: str, context: SpaceContext, spread: Range | DensityRange, *, shared: bool = False) -> Linear:
-    """One parameter per expert (or for all of them) and cell of `spread`."""
+    """An axis with one parameter per cell of `spread` and expert, or per cell if it is `shared`."""
     if "block" in spread.per and context.n_blocks == 0:
         raise SpaceError(f"space: per: {spread.per} needs models with blocks, and these have none; write per: expert")
     log = isinstance(spread, DensityRange)
@@ -146,9 +147,15 @@ def per_cell(what: str, context: SpaceContext, spread: Range | DensityRange, *, 
 
 
 def curve(positions: Sequence[float], n_blocks: int, group: Group, prefix: str = "knot") -> Mix:
-    """Linear interpolation over the block index between knots at increasing `positions`, the first 0, the last n_blocks - 1.
+    """Linear interpolation between knots over the block index.
 
-    Embeddings have the number of the first block; all else outside blocks has that of the last.
+    Embeddings have the number of the first block, and all other tensors outside blocks have that of the last.
+
+    Args:
+        positions: Blocks of the knots, increasing from 0 to n_blocks - 1.
+        n_blocks: The number of blocks.
+        group: The group of a tensor.
+        prefix: The first part of the knots' names.
     """
     at = group.block if group.block is not None else (0 if group.kind == "embedding" else n_blocks - 1)
     if len(positions) == 1:

@@ -1,7 +1,8 @@
-"""A search space put together from methods, an axis of coefficients and an axis of densities.
+"""A search space built from methods, an axis of coefficients and an axis of densities.
 
-Different points are different merges, with two exceptions that flat spaces cannot avoid: densities count only where the
-method reads them (`Composed.active` says which do), and an expert's density does not count where its coefficient is exactly 0.
+Different points are different merges, with two exceptions that flat spaces cannot avoid. Densities count only if the
+method reads them (`Composed.active` says which parameters count). An expert's density does not count where its
+coefficient is exactly 0.
 """
 
 from __future__ import annotations
@@ -17,32 +18,38 @@ from search_spaces.parts.methods import Method
 __all__ = ["MAX_DIMENSIONS", "Composed", "check_point", "same_models", "size_notes"]
 
 MAX_DIMENSIONS = 100_000
-"""Above this a sampler's own bookkeeping fails."""
+"""Largest number of parameters that a sampler's own bookkeeping can handle."""
 MANY_DIMENSIONS = 200
-"""Above this a surrogate model learns little from the trials that a study affords."""
+"""Number of parameters above which a surrogate model learns little from the trials that a study affords."""
 
 LEVELS = (0.7, 1.0, 0.4, 0.55, 0.85, 0.25)
-"""Strengths of uniform recipes, the most promising first; for sums over more than three experts times 3 / M."""
+"""Strengths of uniform recipes, the most promising first. Sums over more than three experts take them times 3 / M."""
 DENSITIES = (0.2, 0.5)
+"""Densities of uniform recipes, in turn."""
 UNUSED_DENSITY = 0.5
-"""What `encode` puts where the method reads no density."""
+"""The density in a point whose method reads none."""
 FEWEST, MOST = 6, 12
+"""Bounds of the number of initial points."""
 TOLERANCE = 1e-9
+"""Relative difference up to which two numbers of recipes are the same."""
 
 Values = dict[str, str | int | float | bool]
 
 
 class Composed(SearchSpace):
-    """Base of the families: method x coefficients x densities.
+    """Base class of the families: a method, coefficients and densities.
 
     Args:
-        methods: Choices; more than one makes a categorical parameter named `choice`.
-        coefficients, density: Axes; `density` is left out where no method reads it, None keeps published densities.
-        advice: What would make the space smaller, for the message about its size.
+        context: The models of the study.
+        methods: The methods to choose from. Two or more make a categorical parameter.
+        coefficients: The axis of coefficients.
+        density: The axis of densities; None: densities are as published. It is left out if no method reads densities.
+        choice: The name of the categorical parameter.
+        advice: The way to a smaller space, for the message about its size.
 
     Attributes:
-        parameters: Flat and bounded, in a fixed order: the method, coefficients, densities.
-        notes: What the user should know, for the log.
+        parameters: In a fixed order: the method, coefficients, densities.
+        notes: Sentences for the user's log.
     """
 
     def __init__(
@@ -74,7 +81,7 @@ class Composed(SearchSpace):
         return self._methods[name]
 
     def active(self, point: Point) -> frozenset[str]:
-        """Names of the parameters that the merge of `point` depends on: densities count only where they are read."""
+        """Names of the parameters that the merge of `point` depends on: densities only if its method reads them."""
         names = frozenset(self.parameters)
         if self._density is not None and not self._method(point).uses_density:
             names -= self._density.parameters.keys()
@@ -84,7 +91,7 @@ class Composed(SearchSpace):
         """The recipe of a point.
 
         Raises:
-            SpaceError: a value is missing or outside its domain; all of them are named.
+            SpaceError: Every value that is missing or outside its domain.
         """
         check_point(self.parameters, point)
         method = self._method(point)
@@ -94,7 +101,7 @@ class Composed(SearchSpace):
         return method.recipe(self._coefficients.values(point), densities)
 
     def encode(self, recipe: Recipe) -> Values | None:
-        """A point that decodes to `recipe` (to the same numbers up to rounding, whatever form they are written in), or None."""
+        """A point that decodes to `recipe`, or None. Numbers are compared up to rounding, whatever their form."""
         if not same_models(self.context, recipe):
             return None
         for method in self._methods.values():
@@ -110,17 +117,18 @@ class Composed(SearchSpace):
                 return {name: point[name] for name in self.parameters}
         return None
 
-    def _same(self, method: Method, ours: Recipe, theirs: Recipe) -> bool:
+    def _same(self, method: Method, one: Recipe, two: Recipe) -> bool:
+        """Whether two recipes of a method have the same numbers for every tensor."""
         for group in self.context.groups:
             for e in self.context.experts:
-                if not _close(method.strength(ours, e, group), method.strength(theirs, e, group)):
+                if not _close(method.strength(one, e, group), method.strength(two, e, group)):
                     return False
-                if method.uses_density and not _close(ours.density(e, group), theirs.density(e, group)):
+                if method.uses_density and not _close(one.density(e, group), two.density(e, group)):
                     return False
-        return method.scaling != "fixed" or ours.scale == theirs.scale
+        return method.scaling != "fixed" or one.scale == two.scale
 
     def initial_points(self) -> list[Values]:
-        """Uniform recipes, methods x strengths with densities at usual values: the cheapest good start known."""
+        """Uniform recipes of every method at several strengths, with usual densities: a cheap and good start."""
         points: dict[tuple[tuple[str, object], ...], Values] = {}
         for rank, level in enumerate(self._levels()):
             for i, method in enumerate(self._methods.values()):
@@ -137,7 +145,7 @@ class Composed(SearchSpace):
         return list(points.values())
 
     def _levels(self) -> list[float]:
-        """Strengths within the bounds, enough of them for `FEWEST` points."""
+        """Strengths within the bounds, enough for `FEWEST` points."""
         low, high = self._coefficients.bounds
         inside = [x for x in LEVELS if low <= x <= high]
         if len(inside) < len(LEVELS) // 2:
@@ -152,17 +160,20 @@ def _close(a: float, b: float) -> bool:
 
 
 def same_models(context: SpaceContext, recipe: Recipe) -> bool:
-    """Whether `recipe` merges these models in this order with this seed and dtype; hashes count before places."""
-    ours, theirs = context.models, recipe.models
-    if (recipe.seed, recipe.dtype) != (context.seed, context.dtype) or list(ours.experts) != list(theirs.experts):
+    """Whether `recipe` merges the context's models in its order, with its seed and dtype.
+
+    Models are compared by their hashes if both have them, else by their places.
+    """
+    wanted, given = context.models, recipe.models
+    if (recipe.seed, recipe.dtype) != (context.seed, context.dtype) or list(wanted.experts) != list(given.experts):
         return False
-    if ours.hashes and theirs.hashes:
-        return ours.hashes == theirs.hashes
-    return (ours.base, dict(ours.experts)) == (theirs.base, dict(theirs.experts))
+    if wanted.hashes and given.hashes:
+        return wanted.hashes == given.hashes
+    return (wanted.base, dict(wanted.experts)) == (given.base, dict(given.experts))
 
 
 def problems_of(parameters: Mapping[str, Parameter], point: Point) -> list[str]:
-    """What keeps `point` from being one of this space."""
+    """One sentence per value of `point` that is missing or outside its domain."""
     problems = []
     for name, domain in parameters.items():
         if name not in point:
@@ -180,7 +191,7 @@ def problems_of(parameters: Mapping[str, Parameter], point: Point) -> list[str]:
 
 
 def check_point(parameters: Mapping[str, Parameter], point: Point) -> None:
-    """Raises SpaceError naming everything that is missing or out of bounds."""
+    """Raise `SpaceError` with every value of `point` that is missing or outside its domain."""
     problems = problems_of(parameters, point)
     if problems:
         raise SpaceError(problems)
@@ -189,8 +200,12 @@ def check_point(parameters: Mapping[str, Parameter], point: Point) -> None:
 def size_notes(n: int, advice: str = "") -> list[str]:
     """Notes on the number of dimensions.
 
+    Args:
+        n: The number of dimensions.
+        advice: The way to a smaller space.
+
     Raises:
-        SpaceError: there are none, or more than a sampler can handle.
+        SpaceError: There are no dimensions, or more than a sampler can handle.
     """
     if n == 0:
         raise SpaceError("space: nothing varies: it has 0 dimensions and needs at least 1")
@@ -199,6 +214,7 @@ def size_notes(n: int, advice: str = "") -> list[str]:
         raise SpaceError(f"space: it has {n} dimensions, and at most {MAX_DIMENSIONS} can be searched{tail}")
     if n > MANY_DIMENSIONS:
         return [
-            f"the space has {n} dimensions; above {MANY_DIMENSIONS} a search learns little from the trials that one affords{tail}"
+            f"the space has {n} dimensions; above {MANY_DIMENSIONS} a search learns little from the trials that one "
+            f"affords{tail}"
         ]
     return []

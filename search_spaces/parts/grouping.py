@@ -1,4 +1,4 @@
-"""From labels of tensors to the keys of a `PerGroup` value, and back."""
+"""Labels of tensors as keys of a `PerGroup` value, and back."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ __all__ = ["REST", "DensityRange", "Per", "Range", "Slots", "cell", "in_depth_or
 Per = Literal["expert", "block", "kind", "block_kind"]
 
 REST = "rest"
-"""The cell of tensors that no block (or, per block and kind, no module) holds."""
+"""The cell of tensors outside all blocks and, per block and kind, of norm gains."""
 
 
 class Range(Options):
-    """``{per: block, bounds: [0, 1.5]}``: one parameter per expert and cell, all with the same bounds."""
+    """``{per: block, bounds: [0, 1.5]}``: one parameter per expert and cell.
+
+    Attributes:
+        per: The cells.
+        bounds: The bounds of every parameter.
+    """
 
     per: Per = "expert"
     bounds: Bounds = (0.0, 1.5)
 
 
 class DensityRange(Options):
-    """As `Range`, for densities; they are searched on a logarithmic scale."""
+    """As `Range`, for densities. They are searched on a logarithmic scale."""
 
     per: Per = "expert"
     bounds: DensityBounds = (0.05, 1.0)
@@ -34,7 +39,7 @@ class DensityRange(Options):
 def cell(per: Per, group: Group) -> str:
     """The cell of a tensor: ``block.3``, ``mlp``, ``block.3.mlp``, ``rest`` or, per expert, the empty text.
 
-    Norm gains are few and small: per block and kind they share ``rest`` with the tensors outside blocks.
+    Norm gains are few and small, so per block and kind they share the cell ``rest`` with the tensors outside blocks.
     """
     match per:
         case "expert":
@@ -48,7 +53,7 @@ def cell(per: Per, group: Group) -> str:
 
 
 def in_depth_order(context: SpaceContext) -> list[Group]:
-    """Groups by block, those outside any block last, otherwise in the order of the checkpoint."""
+    """Groups in the order of blocks, those outside all blocks last. Within a block they keep the checkpoint's order."""
     return sorted(context.groups, key=lambda g: (g.block is None, g.block or 0))
 
 
@@ -63,20 +68,24 @@ _RESOLUTIONS: tuple[Callable[[Group], str], ...] = (
     lambda g: _outside(g, f"block.{g.block}.{g.kind}"),
     lambda g: g.tensor,
 )
-"""Keys of a `PerGroup` value, coarse to fine; each tells tensors apart by itself."""
+"""The key of a tensor at each resolution of a `PerGroup` value, from coarse to fine."""
 
 L = TypeVar("L", bound=Hashable)
 
 
 class Slots(Generic[L]):
-    """The coarsest keys that tell apart what `label` tells apart.
+    """The coarsest keys that distinguish all labels.
+
+    Args:
+        context: The models of the study.
+        label: Group -> its label.
 
     Attributes:
-        labels: Distinct labels in the order of depth, those outside blocks last.
-        first: Label -> some tensor that has it.
+        labels: The different labels in the order of depth, those outside blocks last.
+        first: Label -> the first tensor that has it.
 
-    Determinism: keys depend on the context and the labels only, never on values; but where all values are equal
-    they become one number, so that a uniform recipe has one form.
+    Determinism: Keys depend on the context and the labels only, never on values. If all values are equal, they become
+    one number, so that a uniform recipe has one form.
     """
 
     def __init__(self, context: SpaceContext, label: Callable[[Group], L]) -> None:

@@ -1,4 +1,4 @@
-"""Merging methods as choices of a search space: everything of a recipe but its coefficients and densities."""
+"""Merging methods as choices of a search space: all of a recipe except its coefficients and densities."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Method:
     """One choice.
 
     Attributes:
-        name: As the parameter has it.
-        template: A recipe with its stages; its coefficients and densities do not count.
-        uses_density: Whether densities change anything.
-        fixed_densities: The densities are the template's, not the search's.
-        scaling: What becomes of `scale`. ``fold``: it is 1, the coefficients hold all of the strength. ``mean``: it is
-            the mean of the coefficients, for splicing that divides by their sum and so would forget their size.
-            ``fixed``: the template's.
+        name: The parameter's value.
+        template: A recipe with the method's stages; its coefficients and densities do not count.
+        uses_density: Whether densities change the merge.
+        fixed_densities: Whether densities are the template's and not searched.
+        scaling: How `scale` is set. ``fold``: to 1, so that the coefficients hold all of the strength. ``mean``: to the
+            mean of the coefficients, for a splice that divides by their sum and so forgets their size. ``fixed``: as in
+            the template.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Method:
 
     @property
     def is_sum(self) -> bool:
-        """Whether strengths add up over the experts."""
+        """Whether the strengths of the experts add up."""
         return self.template.operator is None and SPLICES[self.template.splice.kind].adds_up
 
     def recipe(self, coefficients: PerExpert, densities: PerExpert | None) -> Recipe:
-        """The method with these numbers; densities of None: the template's."""
+        """The method's recipe with these numbers; densities of None are the template's."""
         update: dict[str, Any] = {"coefficients": dict(coefficients)}
         if densities is not None:
             update["densities"] = dict(densities)
@@ -70,12 +70,12 @@ class Method:
         return all(getattr(self.template, s) == getattr(recipe, s) for s in STAGES) and not recipe.maps
 
     def turns_signs(self, recipe: Recipe) -> bool:
-        """Whether moving `recipe`'s scale into its coefficients would turn the signs that they elect."""
+        """Whether the elected signs would turn if the scale of `recipe` were moved into its coefficients."""
         scales = recipe.scale.values() if isinstance(recipe.scale, dict) else [recipe.scale]
         return recipe.resolve.weighted and any(s < 0 for s in scales)
 
     def strength(self, recipe: Recipe, expert: str, group: Group) -> float:
-        """What the coefficient would be here for `recipe` to be this method's, its scale taken into account."""
+        """The coefficient with which this method makes the merge of `recipe`, its scale taken into account."""
         value = recipe.coefficient(expert, group)
         scale = value_for(recipe.scale, group)
         if self.scaling == "fixed":
@@ -92,7 +92,7 @@ def _mean_of(values: Iterable[float]) -> float:
 
 
 def _mean(coefficients: PerExpert) -> float | dict[str, float]:
-    """Mean over the experts, by group. All experts have the same keys, or one number for all groups."""
+    """Mean over the experts by group. All experts have the same keys, or one number for all groups."""
     keys: dict[str, None] = {}
     for values in coefficients.values():
         keys |= dict.fromkeys(values if isinstance(values, dict) else ())
@@ -102,7 +102,7 @@ def _mean(coefficients: PerExpert) -> float | dict[str, float]:
 
 
 def preset_problems(names: Iterable[str], context: SpaceContext, *, at: str) -> list[str]:
-    """Why presets cannot be choices: unknown, unfit for the number of experts, or without coefficients."""
+    """Why presets cannot be choices: they are unknown, do not fit the number of experts, or have no coefficients."""
     problems = []
     n = len(context.experts)
     for name in names:
@@ -121,7 +121,7 @@ def preset_problems(names: Iterable[str], context: SpaceContext, *, at: str) -> 
 
 
 def of_preset(name: str, context: SpaceContext, *, search_density: bool = True) -> Method:
-    """The choice of a published method; densities are the published ones unless searched."""
+    """The choice of a published method; its densities are the published ones where they are not searched."""
     template = preset(name, context.models, seed=context.seed, dtype=context.dtype)
     uses = SELECTIONS[template.select.kind].uses_density and template.operator is None
     return Method(name, template, uses, fixed_densities=not search_density, scaling=_scaling(template))
@@ -169,7 +169,7 @@ def why_senseless(stages: Stages) -> str:
 
 
 def _plain_selection(select: Select) -> Select:
-    """A selection without its own parameter is a simpler one."""
+    """The simpler selection that a selection without its own parameter is."""
     if select.kind == "band" and select.gamma == 0:
         return select.model_copy(update={"kind": "top_k"})
     if select.kind == "rank_probability" and select.epsilon == 0:
@@ -178,12 +178,14 @@ def _plain_selection(select: Select) -> Select:
 
 
 def canonical(stages: Stages, n_experts: int) -> Stages | None:
-    """The one form of all combinations that mean the same merges; None for those that mean nothing.
+    """The one form of all combinations that mean the same merges; None for a combination that means nothing.
 
-    A selection without its own parameter is a simpler one (band without top, rank probability without slope); binary
-    masks make ``mask`` and ``count`` one; where all survive and agree, dividing by their number or by the sum of the
-    coefficients is ``sum`` with other coefficients; one expert alone is never weighed against another; scores that
-    nothing reads do not count.
+    - A selection without its own parameter is a simpler one (band without top, rank probability without slope).
+    - With masks of zeros and ones, ``mask`` and ``count`` are one.
+    - Where all experts survive and agree, dividing by their number or by the sum of the coefficients is ``sum`` with
+      other coefficients.
+    - One expert alone is never weighed against another.
+    - Scores that no stage reads do not count.
     """
     if why_senseless(stages):
         return None
@@ -203,9 +205,7 @@ def canonical(stages: Stages, n_experts: int) -> Stages | None:
 
 
 def distinct(methods: Iterable[Method], n_experts: int) -> tuple[list[Method], list[str]]:
-    """Methods without those that, coefficients and densities being searched, repeat an earlier one; and what was left
-    out.
-    """
+    """The methods that differ in more than searched numbers, and a note for each one that was left out."""
     kept: dict[object, Method] = {}
     notes = []
     for method in methods:
@@ -225,7 +225,7 @@ def distinct(methods: Iterable[Method], n_experts: int) -> tuple[list[Method], l
 
 
 def of_stages(stages: Stages, name: str, context: SpaceContext) -> Method:
-    """The choice of a combination. Random selection is rescaled so that the mean over masks stays."""
+    """The choice of a combination. A random selection is rescaled so that the mean over its masks stays."""
     selection = SELECTIONS[stages.select.kind]
     template = context.recipe(
         assess=stages.assess,

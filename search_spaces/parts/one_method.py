@@ -13,7 +13,13 @@ __all__ = ["OneMethod", "method_and_density"]
 
 
 class OneMethod(Options):
-    """``preset`` is the method; ``density`` is searched if given, else as published."""
+    """Options that these families share.
+
+    Attributes:
+        bounds: Bounds of coefficients.
+        preset: The method.
+        density: Cells and bounds of densities; None: densities are as published.
+    """
 
     bounds: Bounds = (0.0, 1.5)
     preset: str = "task_arithmetic"
@@ -21,10 +27,10 @@ class OneMethod(Options):
 
 
 def method_and_density(chosen: OneMethod, context: SpaceContext) -> tuple[Method, Linear | None]:
-    """The method and the axis of its densities.
+    """The method and the axis of its densities, or None for published densities.
 
     Raises:
-        SpaceError: no such preset, or it reads no density.
+        SpaceError: No such preset, or it reads no density.
     """
     problems = preset_problems([chosen.preset], context, at="space.preset")
     if problems:

@@ -1,4 +1,4 @@
-"""Reading a family's options: every problem at once, each with its place and the nearest known word."""
+"""Read a family's options. Every problem is reported at once, with its place and the nearest known word."""
 
 from __future__ import annotations
 

@@ -136,7 +136,8 @@ import numpy as np
 import torch
 
 from merge_search.errors import EvaluationError, StudyFileError
-from merge_search.evaluation import Cost, Evaluation, Evaluator, MetricInfo, Scores, Split, question_order, split_of, window
+from merge_search.evaluation import Cost, Evaluation, Evaluator, MetricInfo, Scores, Split
+from merge_search.evaluation import question_order, split_of, window
 
 
 class Signs(Evaluator):
@@ -170,7 +171,8 @@ class Signs(Evaluator):
             logits = torch.stack([self._logit(a, b) for _, a, b in rows])
         values = logits.sigmoid().double().numpy()
         self.n_asked += len(rows)
-        scores = Scores(tuple(r[0] for r in rows), values, float(values.mean()), float(values.std(ddof=1) / len(rows) ** 0.5))
+        stderr = float(values.std(ddof=1) / len(rows) ** 0.5)
+        scores = Scores(tuple(r[0] for r in rows), values, float(values.mean()), stderr)
         return Evaluation(split, fidelity, {"signs/share": scores}, Cost(questions=len(rows)))
 
     def _logit(self, context, token):

@@ -192,7 +192,7 @@ class TestMethods:
         assert read(llama_folders, task_arithmetic(model("a", weight=1), parameters={"int8_mask": True})) == plain
 
     def test_sce_weighs_experts_alike_where_their_deltas_are_tiny(self, llama_folders: Path) -> None:
-        """Below a sum of energies of 1e-6, mergekit's limit; with one sign and nothing dropped, the mean of the deltas."""
+        """Below mergekit's limit of 1e-6 for the sum of energies, and with nothing dropped: the mean of the deltas."""
         from merge_search.engine.resident.in_memory import MemoryTensors
 
         data = {"merge_method": "sce", "base_model": "base", "models": [model("a"), model("b")]}
@@ -206,7 +206,7 @@ class TestMethods:
             )
 
     def test_counts_are_rounded_down_and_a_band_gives_way_at_the_top(self) -> None:
-        """Measured: of 64 entries, density 0.85 keeps 54; density 0.9999 and gamma 0.1 keep 63 and drop one at the top."""
+        """Measured: of 64 entries density 0.85 keeps 54; density 0.9999 and gamma 0.1 keep 63 and drop the top one."""
         from merge_search.engine.resident.in_memory import MemoryTensors
 
         ramp = torch.randperm(64, generator=torch.Generator().manual_seed(0)).float() + 1
@@ -246,7 +246,10 @@ class TestPlaces:
 
 
 REFUSED = {
-    "merge_method: 'tise' is not supported; did you mean 'ties'": {**task_arithmetic(model("a", weight=1)), "merge_method": "tise"},
+    "merge_method: 'tise' is not supported; did you mean 'ties'": {
+        **task_arithmetic(model("a", weight=1)),
+        "merge_method": "tise",
+    },
     "base_model: task_arithmetic needs it": {"merge_method": "task_arithmetic", "models": [model("a", weight=1)]},
     "parameters.weight of a: must be given": task_arithmetic(model("a")),
     "unknown parameter; did you mean 'density'": task_arithmetic(model("a", weight=1, densty=1)),
@@ -254,28 +257,57 @@ REFUSED = {
     "dtype: must be one of": task_arithmetic(model("a", weight=1), dtype="bf16"),
     "tokenizer_source: only the base's": task_arithmetic(model("a", weight=1), tokenizer_source="union"),
     r"tokenizer\.source: only the base's": task_arithmetic(model("a", weight=1), tokenizer={"source": "a"}),
-    r"tokenizer\.tokens: not supported": task_arithmetic(model("a", weight=1), tokenizer={"source": "base", "tokens": {}}),
+    r"tokenizer\.tokens: not supported": task_arithmetic(
+        model("a", weight=1), tokenizer={"source": "base", "tokens": {}}
+    ),
     "chat_template: the base's": task_arithmetic(model("a", weight=1), chat_template="chatml"),
     r"models\[0\].model: 'model\+adapter'": task_arithmetic(model("a+lora", weight=1)),
     r"models\[0\].model: revisions": task_arithmetic(model("org/a@v2", weight=1)),
     "listed twice": task_arithmetic(model("a", weight=1), model("./a", weight=1)),
     "must be above 0": {**task_arithmetic(model("a", weight=1, density=0)), "merge_method": "ties"},
-    "must not sum to 0 where signs": {**task_arithmetic(model("a", weight=1), model("b", weight=-1)), "merge_method": "ties"},
+    "must not sum to 0 where signs": {
+        **task_arithmetic(model("a", weight=1), model("b", weight=-1)),
+        "merge_method": "ties",
+    },
     "density -\\+ epsilon must lie in": {**task_arithmetic(model("a", weight=1, density=0.1)), "merge_method": "della"},
     "must sum to 1 where normalize is off": {
-        "merge_method": "linear", "models": [model("a", weight=1), model("b", weight=1)], "parameters": {"normalize": False},
+        "merge_method": "linear",
+        "models": [model("a", weight=1), model("b", weight=1)],
+        "parameters": {"normalize": False},
     },
-    "slerp takes 1 beside the base": {"merge_method": "slerp", "base_model": "base", "models": [model("a"), model("b")], "parameters": {"t": 0.5}},
+    "slerp takes 1 beside the base": {
+        "merge_method": "slerp",
+        "base_model": "base",
+        "models": [model("a"), model("b")],
+        "parameters": {"t": 0.5},
+    },
     "layers of different depth": {
-        "merge_method": "task_arithmetic", "base_model": "base",
-        "slices": [{"sources": [{"model": "base", "layer_range": [0, 5]}, {"model": "a", "layer_range": [0, 4], "parameters": {"weight": 1}}]}],
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "slices": [
+            {
+                "sources": [
+                    {"model": "base", "layer_range": [0, 5]},
+                    {"model": "a", "layer_range": [0, 4], "parameters": {"weight": 1}},
+                ]
+            }
+        ],
     },
-    "no layer repeated": {"merge_method": "passthrough", "slices": slices(([0, 4], [model("a")]), ([2, 5], [model("b")]))},
-    "last layer_range must end at 5": {"merge_method": "passthrough", "slices": slices(([0, 2], [model("a")]), ([2, 4], [model("b")]))},
-    "cannot be scaled": {"merge_method": "passthrough", "slices": slices(([0, 2], [model("a", scale=2)]), ([2, 5], [model("b")]))},
+    "no layer repeated": {
+        "merge_method": "passthrough",
+        "slices": slices(([0, 4], [model("a")]), ([2, 5], [model("b")])),
+    },
+    "last layer_range must end at 5": {
+        "merge_method": "passthrough",
+        "slices": slices(([0, 2], [model("a")]), ([2, 4], [model("b")])),
+    },
+    "cannot be scaled": {
+        "merge_method": "passthrough",
+        "slices": slices(([0, 2], [model("a", scale=2)]), ([2, 5], [model("b")])),
+    },
     "modules: several modules": {"merge_method": "linear", "modules": {}},
     "must be a number, a list": task_arithmetic(model("a", weight="much")),
-}  # fmt: skip
+}
 
 
 class TestRefusals:

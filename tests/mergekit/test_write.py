@@ -43,19 +43,46 @@ class TestWriting:
     @pytest.mark.parametrize(
         "data",
         [
-            task_arithmetic(model("a", weight=0.3), model("b", weight=[0, 1]), parameters={"lambda": [1, 0.5]}, dtype="bfloat16"),
-            {**task_arithmetic(model("a", weight=1, density=[0.1, 0.9]), model("b", weight=2, density=0.4)), "merge_method": "ties"},
-            {**task_arithmetic(model("a", weight=1, density=0.5)), "merge_method": "dare_ties", "parameters": {"normalize": True}},
+            task_arithmetic(
+                model("a", weight=0.3), model("b", weight=[0, 1]), parameters={"lambda": [1, 0.5]}, dtype="bfloat16"
+            ),
+            {
+                **task_arithmetic(model("a", weight=1, density=[0.1, 0.9]), model("b", weight=2, density=0.4)),
+                "merge_method": "ties",
+            },
+            {
+                **task_arithmetic(model("a", weight=1, density=0.5)),
+                "merge_method": "dare_ties",
+                "parameters": {"normalize": True},
+            },
             {**task_arithmetic(model("a", weight=1, density=0.5, epsilon=0.2)), "merge_method": "della_linear"},
-            {**task_arithmetic(model("a", weight=1, density=0.5, gamma=0.1)), "merge_method": "breadcrumbs", "parameters": {"rescale": True}},
-            {**task_arithmetic(model("a")), "merge_method": "slerp", "parameters": {"t": [{"filter": "mlp", "value": [0, 1]}, {"value": 0.2}]}},
+            {
+                **task_arithmetic(model("a", weight=1, density=0.5, gamma=0.1)),
+                "merge_method": "breadcrumbs",
+                "parameters": {"rescale": True},
+            },
+            {
+                **task_arithmetic(model("a")),
+                "merge_method": "slerp",
+                "parameters": {"t": [{"filter": "mlp", "value": [0, 1]}, {"value": 0.2}]},
+            },
             {"merge_method": "nuslerp", "models": [model("a", weight=1), model("b", weight=3)]},
-            {**task_arithmetic(model("a", weight=1), model("b", weight=3)), "merge_method": "nuslerp",
-             "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True}},
-            {"merge_method": "multislerp", "models": [model("a", weight=1), model("b", weight=3), model("c", weight=2)]},
+            {
+                **task_arithmetic(model("a", weight=1), model("b", weight=3)),
+                "merge_method": "nuslerp",
+                "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+            },
+            {
+                "merge_method": "multislerp",
+                "models": [model("a", weight=1), model("b", weight=3), model("c", weight=2)],
+            },
             {**task_arithmetic(model("a", weight=1), model("b", weight=3)), "merge_method": "multislerp"},
             {"merge_method": "karcher", "models": [model("a"), model("b")], "parameters": {"max_iter": 5}},
-            {**task_arithmetic(model("a"), model("b")), "merge_method": "model_stock", "parameters": {"filter_wise": True}},
+            {
+                **task_arithmetic(model("a"), model("b")),
+                "merge_method": "model_stock",
+                "parameters": {"filter_wise": True},
+            },
             {**task_arithmetic(model("a"), model("b")), "merge_method": "sce", "parameters": {"select_topk": 0.2}},
             {**task_arithmetic(model("a")), "merge_method": "nearswap", "parameters": {"t": 0.01}},
             {**task_arithmetic(model("a")), "merge_method": "arcee_fusion"},
@@ -63,7 +90,7 @@ class TestWriting:
             {"merge_method": "passthrough", "slices": slices(([0, 2], [model("a")]), ([2, 5], [model("b")]))},
         ],
         ids=lambda data: data["merge_method"],
-    )  # fmt: skip
+    )
     def test_what_was_read_is_written_back(self, llama_folders: Path, data: dict) -> None:
         recipe = read(llama_folders, data)
         again = round_trip(recipe, llama_folders)
@@ -72,11 +99,9 @@ class TestWriting:
 
     @settings(max_examples=40, deadline=None)
     @given(
-        table=st.dictionaries(
-            st.sampled_from(KEYS), st.sampled_from([0.0, 0.5, 1.25]), max_size=8
-        ),
+        table=st.dictionaries(st.sampled_from(KEYS), st.sampled_from([0.0, 0.5, 1.25]), max_size=8),
         rest=st.sampled_from([0.0, 0.5]),
-    )  # fmt: skip
+    )
     def test_any_numbers_by_group_survive_as_filters(self, table: dict[str, float], rest: float) -> None:
         wanted = {n: value_for({**table, "*": rest}, g) for n, g in GROUPS.items()}
         value = as_value(wanted, GROUPS)
@@ -118,9 +143,17 @@ class TestWriting:
 
     @pytest.mark.parametrize(
         ("name", "message"),
-        [("ties", "resolve: "), ("pcb", "winsorise: "), ("fisher", "splice: "), ("magmax", "no 'argmax' mixing"), ("cabs", "no selection 'n_m'"),
-         ("dare", "not by 'inverse_density'"), ("sce", "floor: 1e-6"), ("consensus", "gate")],
-    )  # fmt: skip
+        [
+            ("ties", "resolve: "),
+            ("pcb", "winsorise: "),
+            ("fisher", "splice: "),
+            ("magmax", "no 'argmax' mixing"),
+            ("cabs", "no selection 'n_m'"),
+            ("dare", "not by 'inverse_density'"),
+            ("sce", "floor: 1e-6"),
+            ("consensus", "gate"),
+        ],
+    )
     def test_what_mergekit_cannot_say_is_refused_with_the_reason(self, name: str, message: str) -> None:
         recipe = preset(name, Models(base="org/base", experts={"a": "org/a", "b": "org/b"}))
         with pytest.raises(RecipeError, match=message):
@@ -157,11 +190,15 @@ def test_mergekit_itself_makes_the_same_model(zoo: Path, tmp_path: Path, method:
     density = {"density": 0.37} if method in ("ties", "breadcrumbs") else {}
     parameters = [{"weight": [0.2, 0.1 * i + 0.5], **density} if has_weights else {} for i, _ in enumerate(names)]
     data = {
-        "merge_method": method, "dtype": "float32",
+        "merge_method": method,
+        "dtype": "float32",
         "models": [model(str(zoo / "lm" / n), **p) for n, p in zip(names, parameters, strict=True)],
         **({} if method in ("linear", "karcher") else {"base_model": str(zoo / "lm" / "base")}),
-        "parameters": {"slerp": {"t": [{"filter": "mlp", "value": [0, 1]}, {"value": 0.3}]}, "sce": {"select_topk": 0.3}}.get(method, {}),
-    }  # fmt: skip
+        "parameters": {
+            "slerp": {"t": [{"filter": "mlp", "value": [0, 1]}, {"value": 0.3}]},
+            "sce": {"select_topk": 0.3},
+        }.get(method, {}),
+    }
     recipe = read(tmp_path, data)
     command = [program, str(tmp_path / "merge.yml"), str(tmp_path / "out"), "--quiet", "--no-copy-tokenizer"]
     subprocess.run(command, check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""Mistakes in rules from outside are refused with file and line: when the file is read, or when the function has run."""
+"""Mistakes in rules from outside are refused with file and line: as the file is read, or once the function has run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from merge_search.engine.contracts import Tensors
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.errors import InputError, NonFiniteError, RecipeError, RuleError
@@ -116,24 +118,59 @@ POST = {"post": [{"name": "f"}]}
 @pytest.mark.parametrize(
     ("decorator", "body", "settings", "message"),
     [
-        ("measure()", "return context.deltas[0]", MEASURE, "must be a list of 2 tensors, one per expert, got one tensor"),
-        ("measure()", "return context.deltas[:1]", MEASURE, "must be a list of 2 tensors, one per expert, got a list of 1"),
+        (
+            "measure()",
+            "return context.deltas[0]",
+            MEASURE,
+            "must be a list of 2 tensors, one per expert, got one tensor",
+        ),
+        (
+            "measure()",
+            "return context.deltas[:1]",
+            MEASURE,
+            "must be a list of 2 tensors, one per expert, got a list of 1",
+        ),
         ("measure()", "return [1.0, 2.0]", MEASURE, "got a list of 2 with float"),
         ("measure()", "return None", MEASURE, "got NoneType"),
-        ("measure()", "return [t[:3] for t in context.deltas]", MEASURE, "expert 'code' must have the tensor's shape (8, 6), got (3, 6)"),
+        (
+            "measure()",
+            "return [t[:3] for t in context.deltas]",
+            MEASURE,
+            "expert 'code' must have the tensor's shape (8, 6), got (3, 6)",
+        ),
         ("measure()", "return [t > 0 for t in context.deltas]", MEASURE, "must be a floating dtype, got torch.bool"),
-        ("measure(bounded=True)", "return list(context.deltas)", MEASURE, "is declared bounded and must not be negative"),
+        (
+            "measure(bounded=True)",
+            "return list(context.deltas)",
+            MEASURE,
+            "is declared bounded and must not be negative",
+        ),
         ("selection()", "return list(context.scores)", SELECTION, "must be boolean, got torch.float32"),
-        ("selection()", "return [t.ravel() > 0 for t in context.scores]", SELECTION, "must have the tensor's shape (8, 6), got (48,)"),
-        ("selection()", "return [context.uniform(e) > 0 for e in context.experts]", SELECTION, "must be declared with is_random=True"),
+        (
+            "selection()",
+            "return [t.ravel() > 0 for t in context.scores]",
+            SELECTION,
+            "must have the tensor's shape (8, 6), got (48,)",
+        ),
+        (
+            "selection()",
+            "return [context.uniform(e) > 0 for e in context.experts]",
+            SELECTION,
+            "must be declared with is_random=True",
+        ),
         ("splice()", "return list(context.deltas)", SPLICE, "must be one tensor, got a list of 2"),
         ("splice()", "return context.deltas[0].sum()", SPLICE, "must have the tensor's shape (48,), got ()"),
         ("operator()", "return list(context.deltas)", OPERATOR, "must be one tensor, got a list of 2"),
-        ("operator(decomposing=True)", "return context.base", OPERATOR, "must be a list of 2 tensors, one per expert, got one tensor"),
+        (
+            "operator(decomposing=True)",
+            "return context.base",
+            OPERATOR,
+            "must be a list of 2 tensors, one per expert, got one tensor",
+        ),
         ("operator()", "return context.base.T", OPERATOR, "must have the tensor's shape (8, 6), got (6, 8)"),
         ("post()", "return delta.int()", POST, "must be a floating dtype, got torch.int32"),
     ],
-)  # fmt: skip
+)
 def test_what_a_rule_returns_is_checked(
     decorator: str, body: str, settings: dict[str, Any], message: str, tensors: MemoryTensors, use: Any
 ) -> None:
@@ -157,7 +194,8 @@ def test_nan_is_named_with_its_expert(
     decorator: str, settings: dict[str, Any], expert: str, tensors: MemoryTensors, use: Any
 ) -> None:
     path = use(
-        f"@{decorator}\ndef f(context):\n    'x'\n    last = context.deltas[-1].clone()\n    last[0, 0] = float('nan')\n"
+        f"@{decorator}\ndef f(context):\n    'x'\n    last = context.deltas[-1].clone()\n"
+        "    last[0, 0] = float('nan')\n"
         "    return [*context.deltas[:-1], last]\n"
     )
     with pytest.raises(NonFiniteError) as refused:
@@ -203,12 +241,15 @@ def test_memory_that_is_used_up_stays_what_it_is(tensors: MemoryTensors, use: An
     [
         ({"select": {"kind": "f", "options": {"share": 0.5}}}, "select: 'f' has no option 'share'; known: kind, times"),
         ({"select": {"kind": "f", "options": {"times": "two"}}}, "option 'times' of 'f' must be a number, got 'two'"),
-        ({"select": {"kind": "f", "options": {"kind": "odd"}}}, "option 'kind' of 'f' must be one of even, round, got 'odd'"),
+        (
+            {"select": {"kind": "f", "options": {"kind": "odd"}}},
+            "option 'kind' of 'f' must be one of even, round, got 'odd'",
+        ),
         ({"select": {"kind": "f", "scope": "model"}}, "select: f ranks by tensor, not by model"),
         ({"select": {"kind": "top_k", "options": {"times": 1}}}, "select: 'top_k' has no option 'times'"),
         ({"splice": {"kind": "sum", "options": {"times": 1}}}, "splice: 'sum' has no option 'times'"),
     ],
-)  # fmt: skip
+)
 def test_options_are_checked_before_the_merge(
     settings: dict[str, Any], message: str, tensors: MemoryTensors, use: Any
 ) -> None:
@@ -228,16 +269,24 @@ def test_statistics_that_a_measure_names_must_be_there(tensors: MemoryTensors, u
     r = Recipe.from_dict({"models": tensors.models, **MEASURE})
     with pytest.raises(RecipeError, match="the statistic 'gradient' of expert 'code' is needed for tensor 'w'"):
         list(MergeEngine(tensors, compile=False).merged(r))
-    bare = MergeEngine(_Bare(tensors), compile=False)  # type: ignore[arg-type]
+    bare = MergeEngine(_Bare(tensors), compile=False)
     assert any("measure 'f' needs statistics from data" in p for p in bare.check(r))
 
 
-class _Bare:
+class _Bare(Tensors):
     """Tensors without statistics."""
 
     def __init__(self, tensors: MemoryTensors) -> None:
-        self.models, self.groups, self.device = tensors.models, tensors.groups, tensors.device
-        self.shape, self.base, self.expert = tensors.shape, tensors.base, tensors.expert
+        self.models, self.groups, self.device, self._tensors = tensors.models, tensors.groups, tensors.device, tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors.shape(name)
+
+    def base(self, name: str) -> Tensor:
+        return self._tensors.base(name)
+
+    def expert(self, expert: str, name: str) -> Tensor:
+        return self._tensors.expert(expert, name)
 
 
 # ------------------------------------------------------------------------------------------------ other doors

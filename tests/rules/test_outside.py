@@ -239,7 +239,8 @@ def test_a_merge_refuses_other_rules_than_those_of_the_recipe(folders: Path, tmp
 def test_the_rules_in_use_are_those_of_the_last_files_named(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(
-        "from merge_search.rules import measure\n\n@measure()\ndef mine(context):\n    'mine'\n    return context.deltas\n"
+        "from merge_search.rules import measure\n"
+        "@measure()\ndef mine(context):\n    'mine'\n    return context.deltas\n"
     )
     use_rule_files([own])
     assert "mine" in MEASURES
@@ -253,7 +254,9 @@ def test_the_rules_in_use_are_those_of_the_last_files_named(tmp_path: Path) -> N
 
 def test_an_edited_file_is_run_again(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
-    text = "from merge_search.rules import measure\n\n@measure()\ndef mine(context):\n    '{}'\n    return context.deltas\n"
+    text = (
+        "from merge_search.rules import measure\n@measure()\ndef mine(context):\n    '{}'\n    return context.deltas\n"
+    )
     for summary in ("one", "two"):
         own.write_text(text.format(summary))
         use_rule_files([own])

@@ -1,4 +1,4 @@
-"""A study over rules from outside, from the command line: searched, exported, merged again, and refused where it must be."""
+"""A study over rules from outside, from the command line: searched, exported, merged again, refused where it must."""
 
 from __future__ import annotations
 
@@ -88,7 +88,17 @@ def test_rules_from_outside_are_choices_of_a_space(demo: Path, tmp_path: Path) -
 
 
 def test_a_study_without_rules_has_the_identity_that_it_always_had(demo: Path, tmp_path: Path) -> None:
-    plan = prepare(read_study_file(write_study(tmp_path, demo, rules=[], space={"assess": ["magnitude"], "select": ["all"], "splice": ["sum"]}, search={"baselines": []})))  # fmt: skip
+    plan = prepare(
+        read_study_file(
+            write_study(
+                tmp_path,
+                demo,
+                rules=[],
+                space={"assess": ["magnitude"], "select": ["all"], "splice": ["sum"]},
+                search={"baselines": []},
+            )
+        )
+    )
     assert "rules" not in plan.identity({})
 
 
@@ -169,9 +179,12 @@ def test_a_rule_that_fails_ends_its_trials_with_a_reason_and_not_the_study(demo:
         ),
         ({"space": {"select": ["above_men"]}}, ["no select kind is called 'above_men'; did you mean 'above_mean'?"]),
         ({"space": {"select": [{"kind": "lottery", "scope": "model"}]}}, ["lottery ranks by tensor, not by model"]),
-        ({"space": {"splice": [{"kind": "middle", "options": {"x": 1}}]}}, ["space.splice.0: 'middle' has no option 'x'"]),
+        (
+            {"space": {"splice": [{"kind": "middle", "options": {"x": 1}}]}},
+            ["space.splice.0: 'middle' has no option 'x'"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_all_problems_are_said_at_once(
     sections: dict[str, Any], messages: list[str], demo: Path, tmp_path: Path
 ) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from command_line import here
-from merge_search.engine.passes.scope import Scope
 from torch import Tensor
 
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.passes.measurements import Facts
+from merge_search.engine.passes.measurements import Measurements
+from merge_search.engine.passes.settings import Assessment, Scope
 from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.errors import RecipeError
 from merge_search.presets import PRESETS, preset
@@ -225,11 +225,10 @@ BEFORE_MASKS = [name for name, m in MEASURES.items() if not m.after_mask]
 
 def scores(name: str, tensors: Recorded = TENSORS, seed: int = 0, **options: Any) -> list[Tensor]:
     experts = tuple(tensors.models.experts)
-    facts = Facts(tensors)
+    measurements = Measurements(tensors)
     coefficients = options.pop("coefficients", (0.5,) * len(experts))
-    found = facts.whole_scores(
-        Assess(measure=name, options=options), Scope(experts, Select(), 0.0, seed), "w", coefficients
-    )
+    assessment = Assessment.resolve(Assess(measure=name, options=options), Scope(experts, Select(), 0.0, seed))
+    found = measurements.whole_scores(assessment, "w", coefficients)
     return [t.expand(24 * 16) for t in found]
 
 
@@ -268,28 +267,68 @@ def test_options_decide_what_a_measure_needs() -> None:
 
 HASHES = {"base": "0", "z": "1", "a": "2"}
 PINNED = {
-    "base": "cc500a9d119dbf9b", "expert": "07f4789119fb2569", "average": "0b459e75a2a602ea",
-    "linear": "c98b9c3951408c8d", "task_arithmetic": "4108131fc61293e8", "ties": "a0b9b9ef759c1f46",
-    "ties_sum": "f6cae16358a10dc7", "ties_mergekit": "7b0b57af67ec770b", "dare": "a19bca99ed49cca7",
-    "dare_ties": "c29614becddce300", "della": "c2bd8e7a5e809e8a", "breadcrumbs": "4719fcc3d554c07a",
-    "magmax": "318858d3613dff09", "emr_unified": "b0a35937dbd09460", "consensus": "349bcc9d2fd78d68",
-    "pcb": "38821843c1280882", "pcb_paper": "7afb25242e9391b1", "fisher": "da11a498c7fa6469",
-    "df_merge": "a6681a46ea7d90a7", "cki_soft": "878df7cfc0db4ffa", "cki_hard": "d0061235429d5e35",
-    "cki_recommender": "077723448dadbdb7", "apl": "8b30324c4604025f", "trust_region": "9320c30ec99b9f28",
-    "sce": "69c454d526709d89", "ram": "91c081cef718940b", "ram_plus": "5632970752a5a329",
-    "cabs": "2dd6ddd84f0a7d31", "external": "2725ae97aea4c9c9", "magnitude_soft": "6da885e25dc9c564",
-    "magnitude_hard": "4c6eb6600d72b878", "tsv_m": "1ca1522fa6a0da2c", "iso_c": "acb90e137fc8370a",
-    "iso_cts": "bddafefe907d232b", "wudi": "85c12d856268dbde", "model_stock": "4a1466d2bcb796c5",
-    "karcher": "5a4e116859bf0f3a", "multislerp": "7d3baf99b715946e", "slerp": "04b95b430a6e856d",
-    "nuslerp": "b34e65f55445a89f", "nearswap": "cd2f2e53313f6d7a", "arcee_fusion": "4b818fdadc70872d",
-    "regmean": "e1404f0850189763", "svc": "2736c97e2b6515de", "select.all": "95b81c9ebfccca4e",
-    "select.top_k": "c4c35573999006f8", "select.threshold": "e5526de802ee2a2e", "select.band": "a44f9a009c499706",
-    "select.bernoulli": "5e7f35c774d9cfb7", "select.rank_probability": "fc3e3e64cd30ccaa", "select.proportional": "7f3a82037d86b14b",
-    "select.soft_threshold": "ffa67bc3e96d2b66", "select.n_m": "11afc2384b7b6253", "select.mass": "523134286b89732c",
-    "splice.sum": "95b81c9ebfccca4e", "splice.count": "2631e97bc854dafe", "splice.mask": "195e3a1d97a70f93",
-    "splice.coefficient": "aff972dd519d4686", "splice.score": "78f9419c04430a64", "splice.softmax": "d971fe8635fa3e48",
+    "base": "cc500a9d119dbf9b",
+    "expert": "07f4789119fb2569",
+    "average": "0b459e75a2a602ea",
+    "linear": "c98b9c3951408c8d",
+    "task_arithmetic": "4108131fc61293e8",
+    "ties": "a0b9b9ef759c1f46",
+    "ties_sum": "f6cae16358a10dc7",
+    "ties_mergekit": "7b0b57af67ec770b",
+    "dare": "a19bca99ed49cca7",
+    "dare_ties": "c29614becddce300",
+    "della": "c2bd8e7a5e809e8a",
+    "breadcrumbs": "4719fcc3d554c07a",
+    "magmax": "318858d3613dff09",
+    "emr_unified": "b0a35937dbd09460",
+    "consensus": "349bcc9d2fd78d68",
+    "pcb": "38821843c1280882",
+    "pcb_paper": "7afb25242e9391b1",
+    "fisher": "da11a498c7fa6469",
+    "df_merge": "a6681a46ea7d90a7",
+    "cki_soft": "878df7cfc0db4ffa",
+    "cki_hard": "d0061235429d5e35",
+    "cki_recommender": "077723448dadbdb7",
+    "apl": "8b30324c4604025f",
+    "trust_region": "9320c30ec99b9f28",
+    "sce": "69c454d526709d89",
+    "ram": "91c081cef718940b",
+    "ram_plus": "5632970752a5a329",
+    "cabs": "2dd6ddd84f0a7d31",
+    "external": "2725ae97aea4c9c9",
+    "magnitude_soft": "6da885e25dc9c564",
+    "magnitude_hard": "4c6eb6600d72b878",
+    "tsv_m": "1ca1522fa6a0da2c",
+    "iso_c": "acb90e137fc8370a",
+    "iso_cts": "bddafefe907d232b",
+    "wudi": "85c12d856268dbde",
+    "model_stock": "4a1466d2bcb796c5",
+    "karcher": "5a4e116859bf0f3a",
+    "multislerp": "7d3baf99b715946e",
+    "slerp": "04b95b430a6e856d",
+    "nuslerp": "b34e65f55445a89f",
+    "nearswap": "cd2f2e53313f6d7a",
+    "arcee_fusion": "4b818fdadc70872d",
+    "regmean": "e1404f0850189763",
+    "svc": "2736c97e2b6515de",
+    "select.all": "95b81c9ebfccca4e",
+    "select.top_k": "c4c35573999006f8",
+    "select.threshold": "e5526de802ee2a2e",
+    "select.band": "a44f9a009c499706",
+    "select.bernoulli": "5e7f35c774d9cfb7",
+    "select.rank_probability": "fc3e3e64cd30ccaa",
+    "select.proportional": "7f3a82037d86b14b",
+    "select.soft_threshold": "ffa67bc3e96d2b66",
+    "select.n_m": "11afc2384b7b6253",
+    "select.mass": "523134286b89732c",
+    "splice.sum": "95b81c9ebfccca4e",
+    "splice.count": "2631e97bc854dafe",
+    "splice.mask": "195e3a1d97a70f93",
+    "splice.coefficient": "aff972dd519d4686",
+    "splice.score": "78f9419c04430a64",
+    "splice.softmax": "d971fe8635fa3e48",
     "splice.argmax": "fbaa4b0ca0058bdd",
-}  # fmt: skip
+}
 """sha256 of canonical text and fingerprint, as the version that had the kinds in its recipes wrote them."""
 
 

@@ -107,9 +107,9 @@ def test_keys_are_as_coarse_as_the_labels_allow() -> None:
     by_block = Slots(CONTEXT, lambda g: str(g.block)).spread({str(b): 0.1 * b for b in range(6)} | {"None": 0.9})
     assert isinstance(by_block, dict)
     assert set(by_block) == {*(f"block.{b}" for b in range(6)), "*"}
-    assert set(Slots(CONTEXT, lambda g: g.kind).spread({"norm": 1, "attention": 2, "mlp": 3, "embedding": 4, "head": 5})) == {
-        "norm", "attention", "mlp", "embedding", "*",
-    }  # fmt: skip
+    numbers = {"norm": 1, "attention": 2, "mlp": 3, "embedding": 4, "head": 5}
+    by_kind = Slots(CONTEXT, lambda g: g.kind).spread(numbers)
+    assert set(by_kind) == {"norm", "attention", "mlp", "embedding", "*"}
 
 
 def test_norms_in_blocks_that_share_the_rest_do_not_fall_under_the_last_norm() -> None:

@@ -20,13 +20,34 @@ from search_spaces import CATALOGUE
 
 EXACT: dict[str, tuple[str, dict[str, Any], int]] = {
     "compatibility": ("compatibility", {}, 1 + 3 * 7 + 3),
-    "compatibility_block_kind": ("compatibility", {"presets": ["ties_mergekit"], "coefficients": {"per": "block_kind"}, "density": {"per": "block"}}, 3 * 13 + 3 * 7),
-    "compatibility_kinds": ("compatibility", {"presets": ["ties", "task_arithmetic"], "coefficients": {"per": "kind"}, "density": {"per": "kind"}}, 1 + 3 * 5 * 2),
-    "compatibility_axes": ("compatibility", {"assess": ["magnitude", "fisher"], "select": ["all", "top_k", "bernoulli"], "splice": ["sum", "argmax"], "coefficients": {"per": "expert"}}, 1 + 3 + 3),
+    "compatibility_block_kind": (
+        "compatibility",
+        {"presets": ["ties_mergekit"], "coefficients": {"per": "block_kind"}, "density": {"per": "block"}},
+        3 * 13 + 3 * 7,
+    ),
+    "compatibility_kinds": (
+        "compatibility",
+        {"presets": ["ties", "task_arithmetic"], "coefficients": {"per": "kind"}, "density": {"per": "kind"}},
+        1 + 3 * 5 * 2,
+    ),
+    "compatibility_axes": (
+        "compatibility",
+        {
+            "assess": ["magnitude", "fisher"],
+            "select": ["all", "top_k", "bernoulli"],
+            "splice": ["sum", "argmax"],
+            "coefficients": {"per": "expert"},
+        },
+        1 + 3 + 3,
+    ),
     "uniform": ("uniform", {}, 3),
     "uniform_plain": ("uniform", {"presets": ["task_arithmetic"]}, 1),
     "uniform_operators": ("uniform", {"presets": ["task_arithmetic", "tsv_m", "iso_c"]}, 2),
-    "compatibility_operators": ("compatibility", {"presets": ["tsv_m", "ties"], "density": {"per": "expert"}}, 1 + 3 * 7 + 3),
+    "compatibility_operators": (
+        "compatibility",
+        {"presets": ["tsv_m", "ties"], "density": {"per": "expert"}},
+        1 + 3 * 7 + 3,
+    ),
     "blockwise": ("blockwise", {}, 3 * 7),
     "blockwise_ties": ("blockwise", {"preset": "ties", "density": {"per": "expert"}}, 3 * 7 + 3),
     "module_kind": ("module_kind", {}, 3 * 5),
@@ -36,17 +57,41 @@ EXACT: dict[str, tuple[str, dict[str, Any], int]] = {
     "expert_choice_spans": ("expert_choice", {"span": 4, "base": False}, 3),
     "df_merge": ("df_merge", {}, 3),
     "df_merge_plain": ("df_merge", {"fisher": False}, 3),
-    "genome": ("mergekit_genome", {"genome": {**GENOME, "merge_method": "task_arithmetic", "layer_granularity": 2}}, 3 * 3),
-    "genome_negative": ("mergekit_genome", {"genome": {**GENOME, "merge_method": "task_arithmetic", "allow_negative_weights": True}}, 3),
-    "genome_linear": ("mergekit_genome", {"genome": {"models": GENOME["models"], "merge_method": "linear", "layer_granularity": 3}}, 2 * 2),
-    "genome_ties": ("mergekit_genome", {"genome": {**GENOME, "merge_method": "ties", "layer_granularity": 3, "filters": FILTERS}}, 2 * 3 * (2 + 3)),
-    "genome_dare": ("mergekit_genome", {"genome": {**GENOME, "merge_method": "dare_ties", "normalize": False, "layer_granularity": 6}}, 3 * 2),
-}  # fmt: skip
+    "genome": (
+        "mergekit_genome",
+        {"genome": {**GENOME, "merge_method": "task_arithmetic", "layer_granularity": 2}},
+        3 * 3,
+    ),
+    "genome_negative": (
+        "mergekit_genome",
+        {"genome": {**GENOME, "merge_method": "task_arithmetic", "allow_negative_weights": True}},
+        3,
+    ),
+    "genome_linear": (
+        "mergekit_genome",
+        {"genome": {"models": GENOME["models"], "merge_method": "linear", "layer_granularity": 3}},
+        2 * 2,
+    ),
+    "genome_ties": (
+        "mergekit_genome",
+        {"genome": {**GENOME, "merge_method": "ties", "layer_granularity": 3, "filters": FILTERS}},
+        2 * 3 * (2 + 3),
+    ),
+    "genome_dare": (
+        "mergekit_genome",
+        {"genome": {**GENOME, "merge_method": "dare_ties", "normalize": False, "layer_granularity": 6}},
+        3 * 2,
+    ),
+}
 
 ROUNDED: dict[str, tuple[str, dict[str, Any], int]] = {
     "lowrank": ("lowrank", {"bounds": [0.1, 1.5]}, 3 + 3 + 2),
-    "genome_smooth": ("mergekit_genome", {"genome": {**GENOME, "merge_method": "ties", "layer_granularity": 2, "smooth": True}}, 3 * 2 + 3 * 3),
-}  # fmt: skip
+    "genome_smooth": (
+        "mergekit_genome",
+        {"genome": {**GENOME, "merge_method": "ties", "layer_granularity": 2, "smooth": True}},
+        3 * 2 + 3 * 3,
+    ),
+}
 
 ALL = {**EXACT, **ROUNDED}
 

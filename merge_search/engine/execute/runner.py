@@ -21,7 +21,6 @@ from torch import Tensor
 from merge_search._compat.torch import Graph, compile_apart, mark_lengths_dynamic
 from merge_search.engine.codegen.compiler import CompilerError, library
 from merge_search.engine.codegen.kernel import Loop, Unsupported, compile_kernel
-from merge_search.engine.codegen.primitives import TRACED
 from merge_search.engine.contracts import Given, Numbers, Pass, Structure
 from merge_search.engine.execute.sums import survivor_sum_list, survivor_sums, votes
 from merge_search.engine.kernels.numerics import is_finite
@@ -29,6 +28,7 @@ from merge_search.engine.kernels.random_bits import wrapped
 from merge_search.engine.methods import stages
 from merge_search.engine.methods.assess import load
 from merge_search.engine.methods.primitives import EAGER
+from merge_search.engine.methods.traced_primitives import TRACED
 
 __all__ = ["CHUNK", "WHOLE", "LoopRunner", "Runner", "has_compiler", "scalars", "sweep"]
 

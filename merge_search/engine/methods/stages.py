@@ -26,6 +26,7 @@ from merge_search.engine.kernels.random_bits import draw, indices, uniform
 from merge_search.engine.methods.assess import scores_of
 from merge_search.engine.methods.outside import SpliceContext, outside_splice
 from merge_search.engine.methods.primitives import Mask, Primitives, total_of
+from merge_search.rules import SPLICES
 
 __all__ = ["Survivors", "assessed", "combine", "elect", "merge", "softmax_weights", "survivors", "voices"]
 
@@ -459,7 +460,7 @@ _SPLICES: dict[str, Callable[[_Agreed], Tensor]] = {
     "argmax": _splice_argmax,
 }
 """Splices by `Structure.splice`."""
-_SCORED = ("score", "softmax", "argmax")
+_SCORED = tuple(kind for kind in _SPLICES if SPLICES[kind].is_scored)
 
 
 def softmax_weights(logits: Sequence[Tensor]) -> list[Tensor]:

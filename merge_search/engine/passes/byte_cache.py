@@ -16,8 +16,8 @@ _PASSING = 4  # entries held beside the others: more than one candidate asks of 
 class ByteCache:
     """Tensors by key, within a budget. The least recently used are dropped where room is short.
 
-    A cyclic scan larger than the cache evicts every entry before it is used again. Callers that scan should cache a fixed
-    prefix with `put` and pass the rest through `hold`.
+    A cyclic scan larger than the cache evicts every entry before it is used again. Callers that scan should cache a
+    fixed prefix with `put` and pass the rest through `hold`.
 
     Args:
         limit: Most bytes; None: what the budget allows one cache.

@@ -1,4 +1,4 @@
-"""What does not depend on the candidate, measured once and kept: activity, reductions, thresholds, stored scores."""
+"""Measurements that do not depend on the candidate, made once: activity, reductions, thresholds, stored scores."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Measurements:
         """Those of `experts` whose delta is not zero everywhere.
 
         Raises:
-            NonFiniteError: a weight of the base or an expert is NaN or infinite where they differ.
+            NonFiniteError: A weight of the base or an expert is NaN or infinite where they differ.
         """
         key = (name, experts)
         if key not in self._active:
@@ -73,14 +73,15 @@ class Measurements:
         """max |base|, finite.
 
         Raises:
-            NonFiniteError: it is not.
+            NonFiniteError: It is not.
         """
         if name not in self._largest_base:
             base = self.tensors.base(name).reshape(-1).to(self.tensors.device)
             largest = max((float(b.abs().max()) for b in torch.split(base, _CHUNK)), default=0.0)
             if not math.isfinite(largest):
                 raise NonFiniteError(
-                    f"the weights of the base must be finite, found NaN or infinity in tensor {name!r}; download it again"
+                    f"the weights of the base must be finite, found NaN or infinity in tensor {name!r}; "
+                    "download it again"
                 )
             self._largest_base[name] = largest
         return self._largest_base[name]
@@ -89,7 +90,7 @@ class Measurements:
         """max |delta|, finite.
 
         Raises:
-            NonFiniteError: it is not.
+            NonFiniteError: It is not.
         """
         key = (expert, name)
         if key not in self._largest:
@@ -104,11 +105,15 @@ class Measurements:
                         break
             if not math.isfinite(largest):
                 raise NonFiniteError(
-                    f"the weights of base and experts must be finite, found NaN or infinity in tensor {name!r} of expert "
-                    f"{expert!r} or of the base; repair the checkpoint or leave the expert out"
+                    f"the weights of base and experts must be finite, found NaN or infinity in tensor {name!r} of "
+                    f"expert {expert!r} or of the base; repair the checkpoint or leave the expert out"
                 )
             self._largest[key] = largest
         return self._largest[key]
+
+    def largest_deltas(self, experts: Sequence[str], name: str) -> list[float]:
+        """`largest_delta` of each expert."""
+        return [self.largest_delta(e, name) for e in experts]
 
     def offset(self, name: str, *, vectors: bool) -> int:
         """Position of a tensor's first element in the whole model, as ranked together."""
@@ -141,7 +146,7 @@ class Measurements:
         return self._reductions[key]
 
     def _make_reduction(self, assessment: Assessment, name: str) -> list[tuple[float, ...]]:
-        """Reductions of a tensor, in parts where the measure can pool them: memory that is used again costs no page faults."""
+        """Reductions of a tensor, in parts where the measure can pool them: reused memory costs no page faults."""
         assert assessment.reduce is not None
         n = math.prod(self.tensors.shape(name))
         if assessment.pool is None or n <= _CHUNK:
@@ -287,12 +292,12 @@ class Measurements:
     # --- stored per element
 
     def has_room(self, name: str, experts: int, itemsize: int = 4) -> bool:
-        """Whether values per element of this tensor and of all before it can be stored: as many tensors as fit are kept."""
+        """Whether values per element fit for this tensor and all before it: the first tensors are kept."""
         end = self.offset(name, vectors=True) + math.prod(self.tensors.shape(name))
         return itemsize * end * experts <= self.stored.limit
 
     def store(self, key: Hashable, name: str, tensors: list[Tensor]) -> None:
-        """Store what every tensor of the model has where there is room; else hold it until it is another tensor's turn."""
+        """Store values per element where there is room; else hold them until it is another tensor's turn."""
         if self.has_room(name, len({id(t) for t in tensors}), max((t.itemsize for t in tensors), default=0)):
             self.stored.put(key, tensors)
         else:
@@ -300,7 +305,7 @@ class Measurements:
 
     def _is_worth_storing(self, assessment: Assessment, name: str) -> bool:
         """Whether a cheap measure's scores are worth storing: slow to make, asked for before, and with room."""
-        if not assessment.measure.dear or not self.has_room(name, len(assessment.scope.experts)):
+        if not assessment.measure.is_costly or not self.has_room(name, len(assessment.scope.experts)):
             return False
         key = (assessment.key, name)
         if key in self._asked_for:

@@ -7,15 +7,15 @@ One rule covers exact and approximate statistics. An element is kept when
 - Up to `EXACT_LIMIT` elements the sorted scores are held: ``[low, high)`` is the k-th value alone, `stride` is 1,
   exactly k elements are kept, ties by lowest index.
 - Above, a histogram of the upper 20 bits of the scores is held (bins 0.05 % wide): ``[low, high)`` is the bin of the
-  k-th value, and the share of that bin that is due is taken evenly over the tensor by a golden-ratio stride. Lowest
-  index first would pile all ties, of which bfloat16 checkpoints have many, into the first rows. The kept count differs
-  from k by the sampling error of one bin, below sqrt(ties) / 2: 1e-4 n or less unless one value is shared by
-  a tenth of less than a few million elements.
+  k-th value, and the share of that bin that is due is taken evenly over the tensor by a golden-ratio stride. Taking the
+  lowest index first would pile all ties, of which bfloat16 checkpoints have many, into the first rows. The kept count
+  differs from k by the sampling error of one bin, below sqrt(ties) / 2: 1e-4 n or less unless one value is shared by a
+  tenth of less than a few million elements.
 
 In both, masks are nested in the density.
 
-`Thresholds` is what a planner asks. `OrderStatistics` answers from all scores of a tensor or a model; a merge that reads
-each tensor once answers from two sweeps instead (`streaming.thresholds`). Both take their cuts from `cut_in_bin`.
+A planner asks `Thresholds`. `OrderStatistics` answers from all scores of a tensor or a model. A merge that reads each
+tensor once answers from two sweeps instead (`streaming.thresholds`). Both take their cuts from `cut_in_bin`.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Thresholds(Protocol):
         ...
 
     def kappa(self, density: float) -> float:
-        """kappa such that min(1, kappa * score) has mean `density`; the largest float32 if fewer are positive than that."""
+        """kappa such that min(1, kappa * score) has mean `density`; the largest float32 if too few are positive."""
         ...
 
 
@@ -137,7 +137,7 @@ def place_in_bins(reach: NDArray[np.int64], k: int, above: int = 0) -> tuple[int
 
 
 def cut_in_bin(low: float, high: float, share: float) -> Cut:
-    """The cut that keeps all scores from `high` on, and of those in [low, high) a share spread evenly over the tensor."""
+    """The cut that keeps all scores from `high` on and, spread over the tensor, a share of those in [low, high)."""
     return Cut(low, high, math.floor(share * 2**32) - 2**31 - 1)
 
 
@@ -164,13 +164,9 @@ class OrderStatistics:
         self._values, self._highs, self._reach, self._order = values, highs, reach, order
         self.n = int(reach[-1]) if len(reach) else 0
         self.maximum = maximum
+        self.stride = 1 if order is not None else GOLDEN_STRIDE
         positive = int(np.searchsorted(-values, 0.0, side="left"))  # entries whose lower edge is above zero
         self.n_positive = int(reach[positive - 1]) if positive else 0
-
-    @property
-    def stride(self) -> int:
-        """1 for sorted scores, golden for a histogram."""
-        return 1 if self._order is not None else GOLDEN_STRIDE
 
     def cut(self, k: int) -> Cut:
         """The rule that keeps the k largest scores."""
@@ -214,7 +210,7 @@ class OrderStatistics:
         return min(self.n, before + max(1, due))
 
     def kappa(self, density: float) -> float:
-        """kappa such that min(1, kappa * score) has mean `density`; the largest float32 if fewer are positive than that."""
+        """kappa such that min(1, kappa * score) has mean `density`; the largest float32 if too few are positive."""
         values, counts = self._weights()
         target = density * self.n
         reach = np.cumsum(counts)
@@ -236,7 +232,7 @@ class OrderStatisticsBuilder:
     """Collects scores chunk by chunk, then makes the statistics.
 
     Args:
-        n: Elements that will come in all.
+        n: Scores that will come in all.
     """
 
     def __init__(self, n: int) -> None:
@@ -249,7 +245,12 @@ class OrderStatisticsBuilder:
         self._maximum = -math.inf
 
     def add(self, scores: Tensor, start: int | None = None) -> None:
-        """Take the next scores. float32, any shape, read in memory order; `start`: position of the first, if not the next."""
+        """Take the next scores.
+
+        Args:
+            scores: float32, any shape, read in memory order.
+            start: Position of the first one; None: they follow the last ones.
+        """
         flat = scores.reshape(-1)
         start = self._next if start is None else start
         self._next = start + flat.numel()
@@ -266,7 +267,14 @@ class OrderStatisticsBuilder:
             self._flush()
 
     def add_deltas(self, base: Tensor, own: Tensor, largest: float, start: int | None = None) -> None:
-        """`add` of |own - base|, of which `largest` is the largest. Flat, finite; subtracted in float32."""
+        """Take |own - base| as the next scores, subtracted in float32.
+
+        Args:
+            base: Flat, finite.
+            own: Flat, finite, as long as `base`.
+            largest: The largest |own - base|.
+            start: As in `add`.
+        """
         if self._exact:
             device = own.device
             self.add((own.to(torch.float32) - base.to(device, torch.float32)).abs(), start)
@@ -276,7 +284,7 @@ class OrderStatisticsBuilder:
         count_deltas(base, own, self._histogram_on(own.device))
 
     def _flush(self) -> None:
-        """Count the scores that wait."""
+        """Count the waiting scores."""
         if self._chunks:
             flat = self._chunks[0] if len(self._chunks) == 1 else torch.cat(self._chunks)
             count_scores(flat, self._histogram_on(flat.device))
@@ -288,6 +296,7 @@ class OrderStatisticsBuilder:
         return self._counts
 
     def finish(self) -> OrderStatistics:
+        """The statistics of all scores that were taken."""
         if not self._exact:
             self._flush()
             assert self._counts is not None
@@ -310,7 +319,7 @@ class OrderStatisticsBuilder:
 
 
 def order_statistics(scores: Tensor | Sequence[Tensor]) -> OrderStatistics:
-    """Those of one tensor of scores, or of several ranked together."""
+    """The order statistics of one tensor of scores, or of several that are ranked together."""
     parts: Iterable[Tensor] = [scores] if isinstance(scores, Tensor) else scores
     parts = list(parts)
     builder = OrderStatisticsBuilder(sum(p.numel() for p in parts))

@@ -18,7 +18,7 @@ from merge_search.engine.passes.settings import Assessment, ResolvedRecipe, Scop
 from merge_search.engine.passes.softmax_weights import SoftmaxWeights
 from merge_search.engine.passes.survivors import SurvivorNumbers
 from merge_search.engine.resident.coefficient_maps import n_rows, rows_of
-from merge_search.recipe import Assess, Recipe, value_for
+from merge_search.recipe import Assess, Recipe
 
 __all__ = ["Planner", "TensorSettings"]
 
@@ -61,15 +61,13 @@ class Planner:
         return resolved.settings[name]
 
     def _make_settings(self, resolved: ResolvedRecipe, name: str) -> TensorSettings:
-        recipe, experts, group = resolved.recipe, resolved.scope.experts, self.tensors.groups[name]
-        if recipe.allocate.kind == "constant":
-            coefficients = tuple(recipe.coefficient(e, group) for e in experts)
-            densities = tuple(recipe.density(e, group) for e in experts)
-        else:
+        recipe, experts = resolved.recipe, resolved.scope.experts
+        coefficients, densities, scale = recipe.numbers_of(experts, self.tensors.groups[name])
+        if recipe.allocate.kind != "constant":
             table = self._allocation(resolved)
             coefficients = tuple(table.coefficient[e, name] for e in experts)
             densities = tuple(table.density[e, name] for e in experts)
-        return TensorSettings(experts, coefficients, densities, value_for(recipe.scale, group))
+        return TensorSettings(experts, coefficients, densities, scale)
 
     def _allocation(self, resolved: ResolvedRecipe) -> Allocation:
         recipe = resolved.recipe
@@ -107,7 +105,9 @@ class Planner:
         active = self.measurements.active(name, resolved.scope.experts)
         if not active:
             return None
-        settings = self.settings(recipe, name).of(active)
+        settings = self.settings(recipe, name)
+        if active != settings.experts:
+            settings = settings.of(active)
         numbers: Numbers = {"coefficient": list(settings.coefficients), "scale": [settings.scale]}
         structure = Structure(
             experts=len(active), resolve=recipe.resolve.kind, weighted=recipe.resolve.weighted, tie=recipe.resolve.tie,
@@ -164,10 +164,10 @@ class Planner:
         p.numbers["columns"] = [max(1, math.prod(p.shape) // max(1, n))]
         return replace(p, structure=p.structure._replace(rows=True))
 
-    # --- numbers of the survivors
+    # --- numbers that depend on the survivors
 
     def _survivor_numbers(self, resolved: ResolvedRecipe, p: Pass) -> Pass:
-        """The pass with numbers that only its masks tell: mean energies, factors that keep norms, boosts of lone survivors."""
+        """The pass with numbers that its masks decide: energies, factors that keep norms, boosts of lone survivors."""
         recipe, is_masked = resolved.recipe, p.structure.select != "all"
         has_energy = p.structure.mixing.kind == "number"
         keeps_norm = is_masked and recipe.rescale.kind in ("match_l1", "match_l2")
@@ -207,8 +207,8 @@ class Planner:
         if s.rescale == "probability":
             rho = largest_factors(resolved, p)
         boost = n.get("boost", [1.0] * s.experts)
-        parts = zip(n["coefficient"], rho, boost, p.experts, strict=True)
-        delta = sum(abs(c * r * b) * self.measurements.largest_delta(e, p.name) for c, r, b, e in parts)
+        largest = self.measurements.largest_deltas(p.experts, p.name)
+        delta = sum(abs(c * r * b) * x for c, r, b, x in zip(n["coefficient"], rho, boost, largest, strict=True))
         return self.measurements.largest_base(p.name) + abs(n["scale"][0]) * delta * 1.0001
 
 

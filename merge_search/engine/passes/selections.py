@@ -1,7 +1,7 @@
-"""Adds a recipe's selection to a pass: which form of it runs, its scores, and every number that its masks need.
+"""Adds a recipe's selection to a pass: the form of it that runs, its scores, and every number that its masks need.
 
-One function a case. Selections that rank whole rows and selections in blocks read ranks or masks that are stored; the others
-compare scores with numbers inside the pass.
+There is one function a case. Selections that rank rows or work in blocks read stored ranks or masks. The others compare
+scores with numbers inside the pass.
 """
 
 from __future__ import annotations
@@ -69,11 +69,9 @@ class Selections:
 
     def _case(self, resolved: ResolvedRecipe) -> Case:
         kind = resolved.selection.name
-        if resolved.selection.is_outside:
-            return self._outside
         if resolved.scope.select.scope == "row" and kind in self._cases_of_rows:
             return self._cases_of_rows[kind]
-        return self._cases[kind]
+        return self._cases.get(kind, self._outside)
 
     def _scored(self, resolved: ResolvedRecipe, settings: TensorSettings, p: Pass, kind: str) -> Pass:
         """The pass with selection scores, selecting by `kind`."""
@@ -242,7 +240,7 @@ def _add_cuts(
     p: Pass, resolved: ResolvedRecipe, thresholds: list[Thresholds], counts: list[int], suffix: str = ""
 ) -> None:
     """Add the numbers that keep the `counts` largest scores, under names that end in `suffix`."""
-    cuts = [resolved.cut(t, k) for t, k in zip(thresholds, counts, strict=True)]
+    cuts = resolved.cuts(thresholds, counts)
     p.numbers["low" + suffix] = [cut.low for cut in cuts]
     p.numbers["high" + suffix] = [cut.high for cut in cuts]
     p.numbers["cut" + suffix] = [cut.last for cut in cuts]

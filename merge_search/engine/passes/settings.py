@@ -1,6 +1,6 @@
-"""A recipe, resolved for the engine: its experts in order, its measures as rows with complete options, its numbers by tensor.
+"""A recipe, resolved for the engine: experts in order, measures as rows with complete options, numbers by tensor.
 
-A name in a recipe is looked up and checked once. Planner and measurements carry what was found: an `Assessment` for a
+Every name in a recipe is looked up and checked once. Planner and measurements carry the results: an `Assessment` for a
 measure, a `ResolvedRecipe` for a recipe, `TensorSettings` for the numbers of one tensor.
 """
 
@@ -43,7 +43,7 @@ class Scope:
         """Whether selection applies to tensors of this shape."""
         return self.select.vectors or not is_vector(shape)
 
-    @property
+    @cached_property
     def is_model(self) -> bool:
         """Whether all tensors are ranked together."""
         return self.select.scope == "model"
@@ -69,7 +69,7 @@ class Assessment:
         scores: The measure's function.
         reduce: What the measure needs of whole tensors, one tuple per expert; None: nothing.
         pool: Combines one expert's tuples over parts or tensors; None: it cannot be done.
-        numbers: Scalars of a pass from options, reductions and the numbers of experts and active experts; None: no scalars.
+        numbers: Scalars of a pass from options, reductions and the counts of experts and active experts; None: none.
     """
 
     measure: Measure
@@ -90,9 +90,13 @@ class Assessment:
         """The assessment of a recipe's measure.
 
         Raises:
-            RecipeError: unknown name or options, all at once.
+            RecipeError: The name or options are unknown. Reported all at once.
         """
-        measure = measure_of(assess)
+        return cls.of(measure_of(assess), assess, scope)
+
+    @classmethod
+    def of(cls, measure: Measure, assess: Assess, scope: Scope) -> Assessment:
+        """As `resolve`, of a measure whose row is known."""
         options, functions = measure.completed(assess.options), load(assess.measure)
         source = Source("given", measure.name)
         if measure.cheap:
@@ -142,22 +146,22 @@ class TensorSettings:
 
     def of(self, experts: tuple[str, ...]) -> TensorSettings:
         """Those of some of the experts."""
-        if experts == self.experts:
-            return self
         places = [self.experts.index(e) for e in experts]
         coefficients, densities = ([numbers[i] for i in places] for numbers in (self.coefficients, self.densities))
         return TensorSettings(experts, tuple(coefficients), tuple(densities), self.scale)
 
 
-def processing_order(recipe: Recipe) -> tuple[str, ...]:
+def processing_order(recipe: Recipe, splice: Splicing, measures: Sequence[Measure]) -> tuple[str, ...]:
     """Experts in the order in which they are added up.
 
-    By name, so that listing them otherwise changes no bit; as listed where the order means something. Under names
-    that sort otherwise the sums, and so the weights, may differ in their last bits.
+    They are sorted by name, so that the order in the recipe changes no bit. Where that order has a meaning, it is kept.
+    Under names that sort differently the sums, and so the weights, may differ in their last bits.
+
+    Args:
+        splice: The row of the recipe's splice.
+        measures: The rows of its measures.
     """
-    measures = [recipe.assess, recipe.splice.score or recipe.assess]
-    ordered = SPLICES[recipe.splice.kind].ordered or any(measure_of(m).ordered for m in measures)
-    if recipe.select.exclusive or ordered:
+    if recipe.select.exclusive or splice.ordered or any(measure.ordered for measure in measures):
         return tuple(recipe.models.experts)
     return tuple(sorted(recipe.models.experts))
 
@@ -190,20 +194,28 @@ class ResolvedRecipe:
         """Look up everything that a recipe names.
 
         Raises:
-            RecipeError: a measure is unknown, or has no such option.
+            RecipeError: A measure is unknown, or has no such option.
         """
-        scope = Scope(processing_order(recipe), recipe.select, recipe.winsorise, recipe.seed)
-        assess, score = Assessment.resolve(recipe.assess, scope), recipe.splice.score
-        mixing = assess if score is None or score == recipe.assess else Assessment.resolve(score, scope)
-        return cls(recipe, scope, SELECTIONS[recipe.select.kind], SPLICES[recipe.splice.kind], assess, mixing)
+        selection, splice = SELECTIONS[recipe.select.kind], SPLICES[recipe.splice.kind]
+        measure, score = measure_of(recipe.assess), recipe.splice.score
+        if score is None or score == recipe.assess:
+            scope = Scope(processing_order(recipe, splice, [measure]), recipe.select, recipe.winsorise, recipe.seed)
+            assess = Assessment.of(measure, recipe.assess, scope)
+            return cls(recipe, scope, selection, splice, assess, assess)
+        rows = [measure, measure_of(score)]
+        scope = Scope(processing_order(recipe, splice, rows), recipe.select, recipe.winsorise, recipe.seed)
+        assess, mixing = (Assessment.of(*pair, scope) for pair in zip(rows, (recipe.assess, score), strict=True))
+        return cls(recipe, scope, selection, splice, assess, mixing)
 
-    def cut(self, thresholds: Thresholds, k: int) -> Cut:
-        """`Thresholds.cut`; once for all tensors that are ranked together."""
+    def cuts(self, thresholds: Sequence[Thresholds], counts: Sequence[int]) -> list[Cut]:
+        """The cuts that keep the `counts` largest scores; those of a whole model are made once for all its tensors."""
+        pairs = list(zip(thresholds, counts, strict=True))
         if not self.scope.is_model:
-            return thresholds.cut(k)
-        if (thresholds, k) not in self._cuts:
-            self._cuts[thresholds, k] = thresholds.cut(k)
-        return self._cuts[thresholds, k]
+            return [t.cut(k) for t, k in pairs]
+        for pair in pairs:
+            if pair not in self._cuts:
+                self._cuts[pair] = pair[0].cut(pair[1])
+        return [self._cuts[pair] for pair in pairs]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,7 +1,7 @@
 """Weights of a softmax over experts, kept while candidates ask for one temperature.
 
-Where every expert takes part at every entry, the weights do not depend on coefficients. A pass reads kept weights in place
-of the scores that they are made from, and the candidate takes no exponential.
+Where every expert takes part at every entry, the weights do not depend on coefficients. A pass reads kept weights in
+place of the scores that they are made from, and the candidate takes no exponential.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class SoftmaxWeights:
         """exp(sharpness log a_i - max_j sharpness log a_j) of the experts of `p`, flat float32: the bits a pass makes.
 
         Returns:
-            None the first time that scores and sharpness are asked for, where experts drop out, and where there is no room.
+            None where experts drop out, where there is no room, and the first time that scores and sharpness are asked
+            for.
         """
         s, name, measurements = p.structure, p.name, self._measurements
         is_open = s.select == "all" and s.resolve == "none" and not (s.exclusive or s.gate)
@@ -55,7 +56,7 @@ class SoftmaxWeights:
     def _make(
         self, assessment: Assessment, name: str, coefficients: tuple[float, ...], sharpness: float
     ) -> list[Tensor]:
-        """Weights from stored scores where there are any; new scores are stored only where a pass would store them too."""
+        """Weights from stored scores where there are any. New scores are stored where a pass would store them too."""
         measurements = self._measurements
         logits = measurements.stored.get(measurements.scores_key(assessment, name, logarithm=True))
         if logits is None and not assessment.measure.cheap:

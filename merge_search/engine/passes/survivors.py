@@ -1,4 +1,4 @@
-"""Numbers that depend on who survived selection: norms, counts, and the majority sign. Each is made once per set of masks."""
+"""Numbers that depend on who survived selection: norms, counts, and the majority sign. Made once per set of masks."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class SurvivorNumbers:
     def majority_sign(self, p: Pass, given_key: str) -> float:
         """The sign that most entries of the tensor elect, plus if they are even.
 
-        Long tensors are sampled at `MAJORITY_SAMPLE` evenly spaced entries: only exact ties use the answer, and a reduction
-        over all entries would double the cost of the pass.
+        Long tensors are sampled at `MAJORITY_SAMPLE` evenly spaced entries. Only exact ties use the answer, and a
+        reduction over all entries would double the cost of the pass.
 
         Args:
             given_key: What the tensors given to the pass depend on.

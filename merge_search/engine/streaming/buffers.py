@@ -1,7 +1,7 @@
-"""Memory for tensors that come and go, used again as soon as nobody holds it.
+"""Memory for short-lived tensors, used again as soon as nobody holds it.
 
-Pages that a process has never touched are the dearest memory there is: the system finds and clears each at its first use,
-which takes longer than what a merge does with it.
+Fresh pages are slow: the system finds and clears each page at its first use, which takes longer than a merge takes over
+the page.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from torch import Tensor
 
 __all__ = ["Buffers"]
 
-_SMALL = 2**20  # bytes: what is shorter, the allocator keeps by itself
-_LONGER = 4  # times as long as a tensor: what may be taken for it
+_SMALL = 2**20  # bytes: the allocator itself keeps shorter blocks
+_LONGER = 4  # a tensor may take pages up to this many times its length
 
 
 class Buffers:
-    """Gives memory, and gives it again once everything that lay in it is gone. Safe to use from several threads.
+    """Lends memory and lends it again once every tensor in it is gone. Safe to use from several threads.
 
-    Memory: what was in use at one time, a tensor counted as the pages it lies in: at most `_LONGER` times its length. It is
-    the system's again with the last of the buffers and of what lies in them; what is free and does not fit, before.
+    Memory: the most that was in use at one time, where a tensor counts as the pages that it lies in, at most `_LONGER`
+    times its length. Pages go back to the system with the last of the buffers and of the tensors in them; free pages of
+    another length go back earlier, when new pages are needed.
     """
 
     def __init__(self) -> None:
@@ -36,7 +37,7 @@ class Buffers:
         self._lock = threading.Lock()
 
     def take(self, n_bytes: int) -> NDArray[np.uint8]:
-        """`n_bytes` of memory with anything in it; it is free when neither the array nor a view of it is left."""
+        """`n_bytes` of uninitialised memory. It is free when neither the array nor a view of it is left."""
         if n_bytes < _SMALL:
             return np.empty(n_bytes, dtype=np.uint8)
         pages = self._pages(n_bytes)
@@ -45,12 +46,12 @@ class Buffers:
         return array
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor on the CPU with anything in it."""
+        """An uninitialised tensor on the CPU."""
         n_bytes = math.prod(shape) * dtype.itemsize
         return torch.from_numpy(self.take(n_bytes)).view(dtype).reshape(tuple(shape))
 
     def _pages(self, n_bytes: int) -> mmap.mmap:
-        """The shortest free pages that are long enough and not much too long, or new ones in place of free ones."""
+        """The shortest free pages that fit, else new pages; free pages are given back for them."""
         with self._lock:
             fitting = [p for p in self._free if n_bytes <= len(p) <= _LONGER * n_bytes]
             if fitting:
@@ -66,7 +67,7 @@ class Buffers:
 
 
 def _new_pages(n_bytes: int) -> mmap.mmap:
-    # Private: pages that processes can share are not huge unless the system's owner says so, and slow to come by.
+    # Private pages: shared ones are huge only where the system is configured so, and they are slow to allocate.
     pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE") and n_bytes >= 2**21:
         with contextlib.suppress(OSError):  # a kernel without huge pages

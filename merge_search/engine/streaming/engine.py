@@ -1,9 +1,9 @@
-"""One merge from files to files: each tensor is read once, merged and let go, several at a time.
+"""Streaming, one merge from files to files: each tensor is read once, merged and let go, several at a time.
 
-The same passes and the same bits as `MergeEngine` over a resident pool. Reading and hashing (`feed`), merging and, by
-whoever takes the tensors, writing go on at the same time. The numbers that a pass needs are found by `thresholds`:
-largest deltas of all experts in one sweep, and of the order statistics only what one density asks for. For all but small
-models C loops are compiled, never graphs, which take longer than the merge.
+`StreamingEngine` runs the passes of `MergeEngine` over a resident pool and gives the same bits. Reading and hashing
+(`reader`), merging, and writing by the caller go on at the same time. `thresholds` finds the numbers that a pass needs:
+largest deltas of all experts in one sweep, and of the order statistics only those that one density asks for. Except for
+small models, C loops are compiled; graphs never are, because compiling them takes longer than the merge.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ T = TypeVar("T")
 
 __all__ = ["StreamingEngine", "StreamingMeasurements", "is_element_wise"]
 
-_WORKERS = 4  # at most: each holds a tensor of every model
-_AHEAD = 1  # tensors read before their turn, or merged and not taken yet
+_WORKERS = 4  # threads at most: each holds a tensor of every model
+_AHEAD = 1  # tensors that are read before their turn, or merged and not taken yet
 _CACHE_BYTES = 2**30
 _LOOPS_FROM = 2**23  # parameters: below, a loop that was never compiled costs more than it saves
-_NEARLY = 0.9  # of the tensors are no longer than one that is nearly the longest
+_LONG_TENSOR_QUANTILE = 0.9  # "nearly the longest": at the 90th percentile of tensor sizes
 
 
 class StreamingEngine(MergeEngine):
@@ -50,8 +50,9 @@ class StreamingEngine(MergeEngine):
 
     Args:
         tensors: A pool made with ``streaming=True``.
-        threads: Tensors merged at a time, where that changes no bit; None: as many as torch has threads, four at most.
-    Memory: base, experts and result of `threads` + 2 tensors, or of one that is longer than those; and float32 chunks.
+        threads: Tensors that are merged at a time, where that changes no bit. None: as many as torch has threads, at
+            most four.
+    Memory: Base, experts and result of `threads` + 2 tensors, or of one that is longer than those; and float32 chunks.
     """
 
     def __init__(self, tensors: ModelPool, *, threads: int | None = None) -> None:
@@ -67,7 +68,7 @@ class StreamingEngine(MergeEngine):
         self._threads = threads
 
     def merged(self, recipe: Recipe) -> Generator[tuple[str, Tensor], None, None]:
-        """As `MergeEngine.merged`: the same bits, in the order of names. At its end `ModelPool.hashes` costs nothing."""
+        """The bits of `MergeEngine.merged`, in the order of names. At its end `ModelPool.hashes` costs nothing."""
         self._require(recipe)
         names = sorted(self.tensors.groups)
         feed, several = Feed(self._pool, self._buffers), self._threads > 1 and is_element_wise(recipe)
@@ -103,8 +104,10 @@ class StreamingEngine(MergeEngine):
             self._operator_cache.clear()
 
     def _several(self, recipe: Recipe, names: Sequence[str], feed: Feed) -> Iterator[tuple[str, Tensor]]:
-        """A tensor per thread. torch's own threads rest meanwhile: they wait for each other after every operation, which
-        on a busy machine costs many times the work."""
+        """Merge a tensor per thread, with torch's own threads switched off.
+
+        torch's threads wait for each other after every operation, which on a busy machine costs many times the work.
+        """
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -124,12 +127,13 @@ class StreamingEngine(MergeEngine):
 
 
 def _ahead(names: Iterable[str], take: Callable[[str], T], n: int, sizes: Mapping[str, int]) -> Iterator[tuple[str, T]]:
-    """What is taken for each name, in their order, up to `n` before it is given.
+    """Yield `take(name)` for each name, in order; up to `n` are taken ahead.
 
-    Of very long ones fewer are taken ahead: together no more than the longest by itself, or n + 1 of nearly the longest.
+    Fewer very long tensors are taken ahead: together they are no longer than the longest one, or than n + 1 tensors of
+    nearly the longest.
     """
     longest = sorted(sizes.values())
-    limit = max(longest[-1], (n + 1) * longest[int(_NEARLY * (len(longest) - 1))])
+    limit = max(longest[-1], (n + 1) * longest[int(_LONG_TENSOR_QUANTILE * (len(longest) - 1))])
     waiting: deque[tuple[str, T]] = deque()
     for name in names:
         while waiting and (len(waiting) > n or sizes[name] + sum(sizes[w] for w, _ in waiting) > limit):
@@ -140,7 +144,7 @@ def _ahead(names: Iterable[str], take: Callable[[str], T], n: int, sizes: Mappin
 
 
 def is_element_wise(recipe: Recipe) -> bool:
-    """Whether no float of a merge depends on how many threads torch sums with: each rule works on elements, counts or orders."""
+    """Whether the merge has the same bits on any number of torch threads: its rules use elements, counts or orders."""
     return (
         recipe.operator is None
         and not recipe.post
@@ -180,10 +184,10 @@ class StreamingMeasurements(Measurements):
         return super().largest_delta(expert, name)
 
     def _sweep_largest(self, name: str) -> None:
-        """Largest |base| and |delta| of every expert in one sweep.
+        """Find the largest |base| and |delta| of every expert in one sweep.
 
         Raises:
-            WeightsError: NaN or infinity, with the file.
+            WeightsError: A weight is NaN or infinite. The message names the file.
         """
         names = tuple(self.tensors.models.experts)
         base, own = self.flats(name, names)

@@ -1,4 +1,4 @@
-"""Tensors of base and experts, read ahead of the merge: a thread per model reads, and hashes what it reads."""
+"""Reads tensors of base and experts ahead of the merge: a thread per model reads its file and hashes it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Feed:
     """Reads a pool's tensors, in threads of its own.
 
     Args:
-        buffers: Where they are read to.
+        pool: A pool made with ``streaming=True``.
+        buffers: Memory for the tensors.
     """
 
     def __init__(self, pool: ModelPool, buffers: Buffers) -> None:
@@ -28,9 +29,12 @@ class Feed:
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix="read") for _ in self._readers]
 
     def ask(self, name: str) -> list[Future[Tensor | None]]:
-        """The base's tensor and every expert's, soon; None for an expert that has the base's.
+        """Begin to read the base's tensor and every expert's.
 
-        Asked for in the order of names, files are read once.
+        Files are read once if tensors are asked for in the order of names.
+
+        Returns:
+            One future per model. Its result is None for an expert that has the base's tensor.
         """
         pairs = zip(self._threads, self._readers, strict=True)
         return [thread.submit(self._read, source, reader, name) for thread, (source, reader) in pairs]
@@ -46,16 +50,16 @@ class Feed:
         return torch.from_numpy(buffer).view(TORCH_DTYPES[t.dtype]).reshape(t.shape)
 
     def finish(self) -> None:
-        """Read what nobody asked for, so that every model's hash is known.
+        """Read the tensors that nobody asked for, so that every model's hash is known.
 
         Raises:
-            WeightsError: a file was changed meanwhile.
+            WeightsError: A file was changed meanwhile.
         """
         for future in [t.submit(r.finish) for t, (_, r) in zip(self._threads, self._readers, strict=True)]:
             future.result()
 
     def close(self) -> None:
-        """End the threads; what is being read is read to its end, what waits is not."""
+        """End the threads. A tensor that is being read is read to its end; waiting ones are dropped."""
         for thread in self._threads:
             thread.shutdown(wait=False, cancel_futures=True)
         for thread in self._threads:

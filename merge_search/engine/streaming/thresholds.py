@@ -1,8 +1,8 @@
-"""Thresholds and largest values of tensors that are asked about once, in two sweeps over memory and without a histogram.
+"""Thresholds and largest values of tensors that a merge reads once, in two sweeps over memory and without a histogram.
 
 The first sweep finds max |base| and max |delta| of every expert. For a threshold, a sample brackets the k-th largest
-|delta|; the second sweep counts what is above the bracket and makes a histogram of what is in it. Sweeps are C where a
-compiler is there, and numpy and torch where not: the same numbers.
+|delta|. The second sweep counts the values above the bracket and makes a histogram of those in it. Sweeps are C where
+there is a compiler, else numpy and torch; the numbers are the same.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 class SweptThresholds:
-    """`Thresholds` of |own - base| of one tensor, each cut found by a sweep; the whole histogram is made for anything else.
+    """`Thresholds` of |own - base| of one tensor. Each cut is found by a sweep, all else from the whole histogram.
 
     Args:
         n: Elements of the tensor, above `EXACT_LIMIT`.
@@ -100,7 +100,8 @@ def largest_values(base: Tensor, own: Sequence[Tensor]) -> list[float]:
     """max |base| and max |own - base| of each; NaN or infinity where one is found.
 
     Args:
-        base, own: Flat, equally long, floating. An `own` that is the base itself gives zero.
+        base: Flat, floating.
+        own: Tensors as long as `base`, flat, floating. One that is the base itself gives zero.
     """
     swept = _loaded() if base.numel() >= _CHUNK else None
     tensors = [t if t.data_ptr() != base.data_ptr() else None for t in own]
@@ -126,7 +127,8 @@ def cut_of_deltas(base: Tensor, own: Tensor, k: int, largest: float) -> Cut | No
     """The `OrderStatistics.cut` of the histogram of |own - base|, without the histogram.
 
     Args:
-        base, own: Flat, finite, on the CPU.
+        base: Flat, finite, on the CPU.
+        own: As `base`.
         k: In 1..n - 1.
         largest: max |own - base|.
     Returns:
@@ -155,7 +157,7 @@ def count(base: Tensor, own: Tensor, bottom: int, top: int) -> tuple[int, NDArra
 
 
 def _sizes(base: Tensor, own: Tensor) -> Iterator[NDArray[np.float32]]:
-    """|own - base| chunk by chunk, each in the place of the last: torch converts, and numpy compares, several times faster."""
+    """|own - base| in chunks that share one buffer. torch converts dtypes fastest, and numpy compares fastest."""
     origin, delta = torch.empty(2, min(_CHUNK, base.numel()), dtype=torch.float32)
     for start in range(0, base.numel(), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -164,7 +166,7 @@ def _sizes(base: Tensor, own: Tensor) -> Iterator[NDArray[np.float32]]:
 
 
 def _bracket(base: Tensor, own: Tensor, density: float, largest: float) -> tuple[int, int]:
-    """Bins [bottom, top) that hold the value of which a share `density` is larger, by a sample spread over the tensor."""
+    """Bins [bottom, top) that hold the value which a share `density` exceeds, by a sample spread over the tensor."""
     n = min(max(_SAMPLE, base.numel() // 128), 16 * _SAMPLE) // _RUN * _RUN
     rows = base.numel() // _RUN
     places = _places(n // _RUN, rows)

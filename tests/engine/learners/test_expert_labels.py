@@ -165,14 +165,14 @@ def test_rows_without_an_expert_or_a_loss_that_an_evaluator_lacks_are_refused(ma
         task_losses([Answers(live, 0), object()])
 
 
-# --- the workbench, on the demo's real models
+# --- the worker, on the demo's real models
 
 EXPERTS = ["maths", "stories"]
-DEMO_OWNERS = {f"demo_{e}": e for e in EXPERTS}
+DEMO_TEACHERS = {f"demo_{e}": e for e in EXPERTS}
 N_FIT = 48
 
 
-def workbench(folder: Path, demo: Path) -> tuple[Worker, Recipe]:
+def worker(folder: Path, demo: Path) -> tuple[Worker, Recipe]:
     """As a new process makes it: evaluators without any labels."""
     data = {
         "study": {"name": "s", "seed": 1},
@@ -183,7 +183,7 @@ def workbench(folder: Path, demo: Path) -> tuple[Worker, Recipe]:
         },
         "space": {"type": "uniform", "presets": ["task_arithmetic"]},
         "evaluate": [
-            {"evaluator": "lm_eval", "tasks": list(DEMO_OWNERS), "include_path": str(demo / "tasks"), "limit": 60,
+            {"evaluator": "lm_eval", "tasks": list(DEMO_TEACHERS), "include_path": str(demo / "tasks"), "limit": 60,
              "fit_limit": N_FIT}
         ],
         "device": "cpu",
@@ -196,13 +196,13 @@ def workbench(folder: Path, demo: Path) -> tuple[Worker, Recipe]:
 
 @pytest.mark.usefixtures("own_dataset_cache")
 @pytest.mark.parametrize(("loss", "price"), [("pseudo", 1 + 1), ("kl", 2 + 1)])  # maths are generated, stories chosen
-def test_a_workbench_asks_what_it_foresaw_and_only_new_rows_until_it_is_made_anew(
+def test_a_worker_asks_the_questions_it_foresaw_and_only_new_rows_until_it_is_made_again(
     demo: Path, tmp_path: Path, loss: str, price: int
 ) -> None:
-    bench, recipe = workbench(tmp_path, demo)
+    bench, recipe = worker(tmp_path, demo)
     settings = FitSettings(per="block", steps=2, batch_rows=8, loss=loss, seed=1)
     steps = 3 * 2 * 8 * len(EXPERTS)
-    first = bench.fit(recipe, settings, DEMO_OWNERS)
+    first = bench.fit(recipe, settings, DEMO_TEACHERS)
     assert first.questions == steps + price * 16
     assert bench.fit_questions(settings) == steps, "the same rows once more"
     rest = replace(settings, steps=20)
@@ -210,9 +210,9 @@ def test_a_workbench_asks_what_it_foresaw_and_only_new_rows_until_it_is_made_ane
     other = replace(settings, seed=2)
     foreseen = bench.fit_questions(other)
     assert steps < foreseen <= steps + price * 16
-    assert bench.fit(recipe, other, DEMO_OWNERS).questions == foreseen
-    resumed, recipe = workbench(tmp_path, demo)
-    again = resumed.fit(recipe, settings, DEMO_OWNERS)
+    assert bench.fit(recipe, other, DEMO_TEACHERS).questions == foreseen
+    resumed, recipe = worker(tmp_path, demo)
+    again = resumed.fit(recipe, settings, DEMO_TEACHERS)
     assert again.questions == first.questions
     assert again.recipe == first.recipe
     assert (again.losses == first.losses).all()
@@ -227,9 +227,9 @@ def test_block_outputs_need_the_answers_to_all_rows_whose_states_they_hold(
 
     for place in (block_outputs, module):
         monkeypatch.setattr(place, "MOST_INPUTS", 12)
-    bench, recipe = workbench(tmp_path, demo)
+    bench, recipe = worker(tmp_path, demo)
     settings = FitSettings(per="block", steps=1, batch_rows=16, loss="block_output")
     foreseen = bench.fit_questions(settings)
     assert foreseen == (3 * 12 + 4 * 12 + 12) * len(EXPERTS)
-    assert bench.fit(recipe, settings, DEMO_OWNERS).questions == foreseen
+    assert bench.fit(recipe, settings, DEMO_TEACHERS).questions == foreseen
     assert bench.fit_questions(settings) == (3 * 12 + 4 * 12) * len(EXPERTS)

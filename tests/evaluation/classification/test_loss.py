@@ -107,7 +107,7 @@ def test_pseudo_labels_are_those_of_the_weights_that_were_live(encoder_folder: P
 def test_the_divergence_from_what_was_remembered_is_zero_until_the_weights_change(encoder_folder: Path) -> None:
     model = make_encoder()
     evaluator = bound(encoder_folder, model)
-    with pytest.raises(EvaluationError, match="'animal' has no expert's answers to compare with for 1 of 1 rows"):
+    with pytest.raises(EvaluationError, match="'animal' has no teacher's answers to compare with for 1 of 1 rows"):
         evaluator.loss("animal", [0], "kl")
     evaluator.cache_teacher("animal", range(3, 20))
     evaluator.cache_teacher("animal", [2, 0, 1])

@@ -60,7 +60,7 @@ def test_the_divergence_from_an_expert_is_zero_at_the_expert_and_not_elsewhere(f
     model = make_model()
     e = bound(fit_folder, [task], model)
     with pytest.raises(
-        EvaluationError, match=f"{task!r} has no expert's answers to compare with .*: call cache_teacher first"
+        EvaluationError, match=f"{task!r} has no teacher's answers to compare with .*: call cache_teacher first"
     ):
         e.loss(task, [0], "kl")
     e.cache_teacher(task, range(N_TRAIN))

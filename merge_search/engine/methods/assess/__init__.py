@@ -1,12 +1,12 @@
 """Assessments: measures that give every parameter of every expert a score. One measure a file.
 
-`merge_search.rules.measures` has the table; a row names the measure's function, usually the one called ``scores`` of a
-module
+`merge_search.rules.measures` has the table. A row names the measure's function, here the one called ``scores`` of a
+module:
 
     scores(context) -> list[Tensor]     float32, one per expert, shape of the delta or broadcastable to it
 
-and, if the measure is *cheap* (element-wise in the deltas, so recomputed inside the pass instead of stored), the module
-may have
+The module of a *cheap* measure, which is element-wise in the deltas and so is recomputed inside the pass instead of
+stored, may have more:
 
     reduce(context) -> list[tuple[float, ...]]   what it needs of whole tensors, one tuple per expert; cached
     pool(parts) -> tuple[float, ...]             combines one expert's tuples over tensors (scope ``model``)
@@ -37,17 +37,20 @@ __all__ = ["AssessContext", "MeasureFunctions", "load", "measure_of", "option", 
 
 
 class AssessContext(NamedTuple):
-    """What a measure may read. Scores of absent (zero-delta) experts are not asked for.
+    """What a measure may read. Experts whose delta is zero everywhere are left out.
 
     Attributes:
-        base: float32, read only; as it is stored where the measure does not read weights.
-        deltas: float32, winsorised if the recipe says so; raw: as they are. One per expert; none where the measure does
-            not read weights.
-        numbers: 0-d float32 tensors from `numbers`, empty for measures without.
-        options: The recipe's, completed by the defaults.
-        experts, group, tensors: Of the whole tensor; absent (None) inside a pass.
-        seed, coefficients: Of the recipe, where the measure's row says that scores depend on them; else 0 and ().
-        n_experts: Of the recipe, inactive ones included.
+        base: float32, read only; in its stored dtype where the measure does not read weights.
+        deltas: float32, one per expert, winsorised if the recipe says so; empty where the measure does not read
+        weights. raw: The deltas before winsorising.
+        numbers: 0-d float32 tensors that the measure's `numbers` made; empty for a measure without.
+        options: The recipe's options, completed by the defaults.
+        n_experts: Number of experts of the recipe, those that are left out included.
+        experts: Their names; empty inside a pass.
+        group: The tensor's name, block and module kind; None inside a pass.
+        seed: The recipe's seed where the measure's row says that scores depend on it, else 0.
+        coefficients: One per expert where the measure's row says that scores depend on them, else empty.
+        tensors: The source of tensors and statistics; None inside a pass.
     """
 
     base: Tensor
@@ -73,10 +76,10 @@ class AssessContext(NamedTuple):
 
 
 def measure_of(assess: Assess) -> Measure:
-    """The table's row.
+    """The table's row of a measure.
 
     Raises:
-        RecipeError: unknown name or options, all at once.
+        RecipeError: the name or an option is unknown, with every problem.
     """
     if assess.options or assess.measure not in MEASURES:
         problems = options_problems(assess)

@@ -2,16 +2,16 @@
 
 An operator is ``operator(context: OperatorContext) -> Tensor | list[Tensor]``:
 
-- a `Tensor`: the merged weights (float32), coefficients and scale included; post rules apply to what they add to the
-base;
+- a `Tensor`: the merged weights (float32), coefficients and scale included; post rules apply to their difference from
+  the base;
 - a list, one processed delta per expert of the context: weights are theta_0 + scale * post(sum_i lambda_i delta_i).
 
 A post rule is ``post(context: OperatorContext, delta: Tensor) -> Tensor``; the scale comes after it.
 
-Guaranteed by all: inputs are not changed, no random numbers are drawn, the order of the experts changes only the
-rounding of sums, zero deltas of all experts give the base bit for bit. Operators that return a list see neither
-coefficients nor scale, so that coefficients per group, learners and slopes apply to what they return; the costly ones
-keep it in `OperatorContext.cache`.
+Every operator keeps these promises. It does not change its inputs and draws no random numbers. The order of the experts
+changes only the rounding of sums. Where all deltas are zero, the result is the base bit for bit. An operator that
+returns a list reads neither coefficients nor scale, so that coefficients per group, learners and slopes apply to its
+parts; a costly one keeps its parts in `OperatorContext.cache`.
 """
 
 from __future__ import annotations
@@ -40,20 +40,22 @@ class OperatorContext:
     """What an operator may read.
 
     Attributes:
-        name, group: The tensor.
+        name: Name of the tensor.
+        group: Its block and module kind.
         base: float32.
         deltas: float32, one per expert in the recipe's order; zero deltas included.
-        experts: Their names. active: which deltas are not zero.
+        experts: Names of the experts.
+        active: Which deltas are not zero.
         coefficients: lambda_i of this tensor.
-        options: The recipe's, completed by the defaults.
-        scale: lambda_out of this tensor; of use where an operator returns weights.
-        transposed: The tensor is stored (in, out), as in GPT-2's Conv1D.
-        stored: Expert -> its tensor as it is stored, None where only deltas are known.
+        options: The recipe's options, completed by the defaults.
+        scale: lambda_out of this tensor, for an operator that returns weights.
+        transposed: Whether the tensor is stored (in, out), as in GPT-2's Conv1D.
+        stored: Expert -> its tensor as stored; None where only deltas are known.
         statistic: (kind, expert) -> a statistic measured on data; raises `RecipeError` where there is none.
-        siblings: () -> deltas of every tensor of the same block, one tuple per tensor, where the engine can give them.
-        seed: Of the recipe.
-        memory: Lives as long as the engine: small results that do not depend on the candidate, by a key that names the
-            operator, the tensor, the experts and the options it depends on.
+        siblings: () -> deltas of every tensor of the same block, one tuple per tensor; None where the engine has none.
+        seed: Seed of the recipe.
+        memory: Small results that do not depend on the candidate, by a key that names the operator, the tensor, the
+            experts and the options. It lives as long as the engine.
         cache: Processed deltas that do not depend on the candidate (`remember.remembered`); None: nothing is kept.
     """
 
