@@ -2,9 +2,9 @@
 
 Chunks give the bits of `reference`, five times faster than whole tensors. Compilation fuses load, subtract, mask,
 scale, elect, mix, add and cast into one loop. It serves every length and every candidate, because all numbers are
-inputs. On a CPU the loop is C++ (`codegen`) and gives the same bits, whatever the number of threads. torch.compile makes the
-loops of a GPU, and on a CPU those of passes that have no C++ form (coefficients per output row). It may contract a
-multiplication and an addition into one rounding.
+inputs. On a CPU the loop is C++ (`codegen`) and gives the same bits, whatever the number of threads. torch.compile
+makes the loops of a GPU, and on a CPU those of passes that have no C++ form (coefficients per output row). It may
+contract a multiplication and an addition into one rounding.
 """
 
 from __future__ import annotations
