@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_search.errors import InputError, MergeSearchError, nearest
-from merge_search.evaluation import Evaluator, SplitShares
+from merge_search.evaluation import Evaluator, SplitShares, Teachable
 from merge_search.options import absolute
 from merge_search.space import SearchSpace, SpaceContext
 
@@ -192,7 +192,8 @@ def _complete(contract: _Kind, built: Any) -> None:
     """Add the contract's defaults, and today's names of its methods, to an object whose class does not inherit them."""
     missing = {name: value for name, value in contract.defaults.items() if not hasattr(built, name)}
     for name, earlier in contract.earlier_names.items():
-        if hasattr(built, earlier) and not hasattr(built, name):
+        own = getattr(type(built), name, None)
+        if hasattr(built, earlier) and own in (None, getattr(Teachable, name)):  # the protocol's own does nothing
             missing[name] = getattr(built, earlier)
     for name, value in missing.items():
         try:

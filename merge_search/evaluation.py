@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Cost",
+    "Counting",
     "Differentiable",
     "Evaluation",
     "Evaluator",
@@ -393,6 +394,13 @@ class Teachable(Differentiable, Protocol):
     def teacher_questions(self, task: str) -> int:
         """Number of questions that `cache_teacher` asks per row."""
         ...
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """The earlier name of what every `Evaluator` has now: a count of its questions. Kept for classes that import it."""
+
+    n_asked: int
 
 
 @contextmanager

@@ -18,6 +18,9 @@ from merge_search.space import SearchSpace
 from merge_search.study_file import read_study_file
 
 EVALUATOR = """
+from merge_search.evaluation import Counting, Teachable
+
+
 class Plain:
     def __init__(self, options, *, shares, seed):
         if options.get("fail"):
@@ -50,6 +53,13 @@ class Taught(Plain):
     def loss(self, task, rows, kind="gold"): ...
     def remember(self, task, rows): return "remembered"
     def questions_to_remember(self, task): return 3
+
+
+class Inherits(Teachable, Counting):
+    n_asked = 4
+    __init__ = Plain.__init__
+    metrics, fingerprint, bind, evaluate = Plain.metrics, Plain.fingerprint, Plain.bind, Plain.evaluate
+    remember, questions_to_remember = Taught.remember, Taught.questions_to_remember
 
 
 class Half:
@@ -151,8 +161,9 @@ def test_a_class_that_inherits_resolves_its_own_paths(folder: Path) -> None:
     assert (built.options, built.folder, built.notes) == ({"file": "genome.yaml"}, folder, ())
 
 
-def test_an_evaluator_may_keep_the_earlier_names_of_its_teachers_methods(folder: Path) -> None:
-    built = evaluator(folder, "Taught")
+@pytest.mark.parametrize("kind", ["Taught", "Inherits"])
+def test_an_evaluator_may_keep_the_earlier_names_of_its_teachers_methods(folder: Path, kind: str) -> None:
+    built = evaluator(folder, kind)
     assert isinstance(built, Teachable)
     assert built.cache_teacher("task", [0]) == "remembered"
     assert built.teacher_questions("task") == 3
@@ -172,7 +183,7 @@ def test_what_a_class_lacks_is_named_with_its_file(folder: Path) -> None:
 
 
 def test_a_users_file_or_constructor_that_fails_is_a_sentence_with_the_line(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"mine.py:Plain' cannot be built: KeyError: .*mine.py, line 5\)"):
+    with pytest.raises(InputError, match=r"mine.py:Plain' cannot be built: KeyError: .*mine.py, line 8\)"):
         evaluator(folder, "Plain", fail=True)
     (folder / "broken.py").write_text("import math\nmath.no_such_function()\n")
     with pytest.raises(InputError, match=r"broken.py cannot be run: AttributeError: .*broken.py, line 2\)"):

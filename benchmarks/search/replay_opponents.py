@@ -228,14 +228,14 @@ def mergekit_evolve_alone(problem: Problem, budgets: list[int]) -> Trace:
 
 def _df_points(problem: Problem, told: list[float]) -> Iterator[Array]:
     experts = problem.landscape.experts
-    owners = {n: n.split(".")[1] for n in problem.cube.numeric if n.startswith("coefficient.")}
+    expert_of = {n: n.split(".")[1] for n in problem.cube.numeric if n.startswith("coefficient.")}
     rng = np.random.default_rng(derive_seed(problem.seed, "df_merge"))
     asked: list[Array] = []
     while True:
         at = rng.random(len(experts)) if len(asked) < DF_RANDOM else _improvement(asked, told, rng)
         asked.append(at)
         level = dict(zip(experts, at.tolist(), strict=True))
-        yield _coordinates(problem, {name: level[e] for name, e in owners.items()})
+        yield _coordinates(problem, {name: level[e] for name, e in expert_of.items()})
 
 
 def _improvement(asked: list[Array], told: list[float], rng: np.random.Generator) -> Array:

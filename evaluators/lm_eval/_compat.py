@@ -18,14 +18,19 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 __all__ = [
     "AnswerHook",
+    "data_of",
     "decoding",
     "filters_of",
     "first_logits",
+    "has_several_answers",
     "is_group",
+    "is_multimodal",
     "log_likelihoods",
     "no_progress_bars",
+    "prompts_are_choices",
     "read_task_file",
     "report_answer",
+    "runs_answers_as_code",
     "sampling_shots",
     "set_answer_hook",
     "set_batch_size",
@@ -100,6 +105,31 @@ def no_progress_bars() -> Iterator[None]:
 def filters_of(task: Any) -> list[Any]:
     """The filter pipelines of a task, the one of the main metric first. Each has a `name` and the method `apply`."""
     return list(task._filters)
+
+
+def data_of(task: Any) -> Any:
+    """The task's data by the name of the split; empty if the task loads none."""
+    return getattr(task, "dataset", None) or {}
+
+
+def has_several_answers(task: Any) -> bool:
+    """Whether a multiple-choice document may have several right choices."""
+    return bool(getattr(task, "multiple_target", 0))
+
+
+def prompts_are_choices(task: Any) -> bool:
+    """Whether the choices of a document are its prompts and the answer is one text."""
+    return bool(getattr(task, "multiple_input", 0))
+
+
+def runs_answers_as_code(task: Any) -> bool:
+    """Whether judging an answer executes it."""
+    return bool(getattr(task, "UNSAFE_CODE", False))
+
+
+def is_multimodal(task: Any) -> bool:
+    """Whether the task needs images or sound."""
+    return bool(getattr(task, "MULTIMODAL", False))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from evaluators.isolation import isolated_generators
+from evaluators.lm_eval._compat import data_of
 from evaluators.lm_eval.questions import TaskQuestions
 from evaluators.lm_eval.scores import right_choices
 from evaluators.lm_eval.tasks import quiet_lm_eval, reason
@@ -78,7 +79,7 @@ def _own_training_split(task: Any) -> str | None:
     scored = task.get_config("test_split") or task.get_config("validation_split")
     if not task.has_training_docs() or split is None or split == scored:
         return None
-    return split if split in (getattr(task, "dataset", None) or ()) else None
+    return split if split in data_of(task) else None
 
 
 class FitRows:
@@ -124,7 +125,7 @@ class FitRows:
         """A hash of the training split's content, computed without the task's code; of other sources their name."""
         if self.source != "train":
             return self.source
-        data = self.task.dataset[_own_training_split(self.task)]
+        data = data_of(self.task)[_own_training_split(self.task)]
         sample = data[:: max(1, math.ceil(len(data) / N_DIGEST))]
         text = json.dumps([self._limit, len(data), sample], sort_keys=True, default=handle_non_serializable)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -23,6 +23,7 @@ import torch
 
 from evaluators.lm_eval._compat import log_likelihoods, report_answer
 from evaluators.lm_eval.packing import Piece, attention_mask, context_layout
+from merge_search._compat.transformers import attention_of
 
 __all__ = ["PackedScorer", "obstacle", "packed_scorer"]
 
@@ -114,16 +115,14 @@ def packed_scorer(lm: Any, questions: Sequence[Sequence[Request]]) -> PackedScor
 def obstacle(lm: Any) -> str | None:
     """The reason why lm-eval's model is not known to handle packed rows exactly; None if there is none."""
     config = lm.model.config
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    attention = attention_of(config)
     if config.model_type not in MODEL_TYPES:
         return f"not known to be exact for {config.model_type} models"
-    if getattr(config, "_attn_implementation", None) != "sdpa":
+    if attention.implementation != "sdpa":
         return "attention is not sdpa"
-    if layers != {"full_attention"} or window:
+    if attention.has_window:
         return "attention has a window"
-    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+    if attention.depends_on_length:
         return "positions depend on the length of the row"
     return None
 

@@ -15,7 +15,7 @@ from typing import Any
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from evaluators.isolation import isolated_generators
-from evaluators.lm_eval._compat import filters_of
+from evaluators.lm_eval._compat import filters_of, has_several_answers
 from evaluators.lm_eval.options import LmEvalOptions
 from evaluators.lm_eval.tasks import reason
 from merge_search.errors import StudyFileError, nearest
@@ -151,7 +151,7 @@ class TaskQuestions:
 
     def _chance(self) -> float | None:
         """Accuracy of a uniform guess; None unless the task is multiple choice with one right answer."""
-        if self.task.OUTPUT_TYPE != "multiple_choice" or getattr(self.task, "multiple_target", 0):
+        if self.task.OUTPUT_TYPE != "multiple_choice" or has_several_answers(self.task):
             return None
         return math.fsum(1 / len(self.task.doc_to_choice(q.doc)) for q in self.questions) / len(self.questions)
 

@@ -20,7 +20,7 @@ import numpy as np
 from lm_eval.api import metrics as lm_eval_metrics
 from numpy.typing import NDArray
 
-from evaluators.lm_eval._compat import filters_of
+from evaluators.lm_eval._compat import filters_of, prompts_are_choices
 from evaluators.lm_eval.questions import Question, TaskMetric, TaskQuestions
 from evaluators.lm_eval.tasks import reason
 from merge_search.errors import EvaluationError
@@ -164,7 +164,7 @@ def _probability_of_gold(task: Any, asked: Sequence[Question]) -> NDArray[np.flo
 def right_choices(task: Any, doc: Any) -> list[int]:
     """The numbers of the right choices of a multiple-choice document; empty if one is not among the choices."""
     choices = task.doc_to_choice(doc)
-    gold = task.doc_to_text(doc) if getattr(task, "multiple_input", 0) else task.doc_to_target(doc)
+    gold = task.doc_to_text(doc) if prompts_are_choices(task) else task.doc_to_target(doc)
     several = gold if isinstance(gold, list) else [gold]
     right = [choices.index(g) if isinstance(g, str) and g in choices else g for g in several]
     return right if all(isinstance(i, int) and 0 <= i < len(choices) for i in right) else []

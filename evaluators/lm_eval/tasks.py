@@ -18,7 +18,15 @@ import datasets
 import yaml
 
 from evaluators.isolation import quiet
-from evaluators.lm_eval._compat import is_group, no_progress_bars, read_task_file, task_files, task_manager
+from evaluators.lm_eval._compat import (
+    is_group,
+    is_multimodal,
+    no_progress_bars,
+    read_task_file,
+    runs_answers_as_code,
+    task_files,
+    task_manager,
+)
 from evaluators.lm_eval.options import LmEvalOptions
 from merge_search.errors import nearest
 
@@ -217,12 +225,12 @@ def _absolute(text: str, folders: Sequence[Path]) -> str:
 
 def _unsupported(name: str, task: Any, options: LmEvalOptions) -> Iterator[str]:
     """One sentence per reason why a loaded task cannot be scored."""
-    if getattr(task, "UNSAFE_CODE", False) and not options.confirm_run_unsafe_code:
+    if runs_answers_as_code(task) and not options.confirm_run_unsafe_code:
         yield (
             f"tasks: {name!r} executes code that the model wrote; set confirm_run_unsafe_code: true if this machine "
             "may run it"
         )
-    if getattr(task, "MULTIMODAL", False):
+    if is_multimodal(task):
         yield f"tasks: {name!r} needs images or sound; only text tasks can be scored"
 
 

@@ -1,7 +1,7 @@
 """Internals of Optuna 5 that have no public counterpart.
 
-Optuna's public setters take a `Trial` that the process asked for itself. Lost trials of another process and trials inside
-a sampler are `FrozenTrial`s, whose attributes can only be set through the storage.
+Optuna's public setters take a `Trial` that the process asked for itself. Lost trials of another process and trials
+inside a sampler are `FrozenTrial`s, whose attributes can only be set through the storage.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""torch's private interfaces, in one place; `tests/library_internals/test_torch.py` fails when torch moves one of them."""
+"""torch's private interfaces that the engine uses.
+
+`tests/library_internals/test_torch.py` fails when torch moves one of them.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ Graph = Callable[..., Tensor]
 def compile_apart(function: Graph, label: str) -> Graph:
     """`function`, compiled whole, with graphs of its own.
 
-    The compiler keeps its graphs by code object, eight at most, and then gives up. A closure that is made again and again
-    shares one code object, so that each gets a copy of it under its own `label`.
+    The compiler keeps its graphs by code object, eight at most, and then gives up. All closures of one `def` share a
+    code object. Each therefore gets a copy of it, under its own `label`.
     """
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=label)
@@ -28,7 +31,7 @@ def compile_apart(function: Graph, label: str) -> Graph:
 
 
 def mark_lengths_dynamic(tensors: Iterable[Tensor]) -> None:
-    """Let one graph serve every length of these tensors. Lengths of one and less stay fixed, as the compiler wants it."""
+    """Let one graph serve every length of these tensors. The compiler takes lengths of one and less for fixed."""
     dynamo: Any = torch._dynamo
     for t in tensors:
         if t.numel() > 1:

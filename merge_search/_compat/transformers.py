@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["as_saved", "converts_weights", "has_transposed_experts"]
+__all__ = ["as_saved", "attention_of", "converts_weights", "has_transposed_experts"]
 
 
 def converts_weights(model: Any) -> bool:
@@ -36,3 +37,30 @@ def as_saved(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def has_transposed_experts(module: Any) -> bool:
     """Whether a module stores its stacked experts as (experts, in, out) instead of (experts, out, in)."""
     return bool(getattr(module, "is_transposed", False))
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How a model attends.
+
+    Attributes:
+        implementation: ``sdpa``, ``eager``, ...
+        has_window: Whether a token sees only the tokens near it, in any layer.
+        depends_on_length: Whether a token's position encoding depends on the length of its row.
+    """
+
+    implementation: str
+    has_window: bool
+    depends_on_length: bool
+
+
+def attention_of(config: Any) -> Attention:
+    """How a model with this configuration attends. Configurations have these attributes only where they apply."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return Attention(
+        implementation=str(getattr(config, "_attn_implementation", None)),
+        has_window=bool(layers != {"full_attention"} or window),
+        depends_on_length=rope.get("rope_type", "default") in ("dynamic", "longrope"),
+    )

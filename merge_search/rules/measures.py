@@ -29,7 +29,7 @@ class Measure(Rule):
         bounded: Scores are finite and not negative, so that score-weighted means stay between the deltas.
         at_coefficients: (option, value) with which scores depend on the recipe's coefficients; ("", "") for always.
         cheap: Element-wise; recomputed inside the pass.
-        dear: Cheap, but slower to make than to read: kept, where there is room, once asked for twice.
+        is_costly: Cheap, but slower to make than to read: scores are kept, where there is room, once asked for twice.
         reads_weights: Its function reads more of base and deltas than the base's shape and device.
         after_mask: Its scores are made from the surviving deltas (mixing scores only).
         added: The option that is added to every score: passes do that themselves, so that scores need no copy for it.
@@ -47,7 +47,7 @@ class Measure(Rule):
     bounded: bool = False
     at_coefficients: tuple[str, Scalar] | None = None
     cheap: bool = False
-    dear: bool = False
+    is_costly: bool = False
     reads_weights: bool = True
     after_mask: bool = False
     added: str = ""
@@ -93,13 +93,13 @@ MEASURES: RuleTable[Measure] = RuleTable("measure", (
     ),
     _m(
         "pcb", "intra x inter competition, as released (PCB-Merging)",
-        cheap=True, dear=True, options={"inter": "nlp", "temperature": None},
+        cheap=True, is_costly=True, options={"inter": "nlp", "temperature": None},
     ),
     _m("pcb_paper", "softmax intra x softmax inter, as published (PCB-Merging)", bounded=True),
     _m("tall_ratio", "|delta_i| / |sum of the others' deltas| (TALL masks, Consensus)", cheap=True),
     _m(
         "cki", "compatibility from disagreement and information content (CKI), without training",
-        cheap=True, dear=True, ordered=True, bounded=True, reduce_options=("bins",),
+        cheap=True, is_costly=True, ordered=True, bounded=True, reduce_options=("bins",),
         options={"kind": "dual", "a": 0.4, "c": 500.0, "bins": 10, "gain": 1.0, "bias": 0.0, "sign": 1.0},
     ),
     _m("random", "counter-based uniform numbers: a control", is_random=True, reads_weights=False, bounded=True),

@@ -206,7 +206,18 @@ def test_maps_scale_coefficients_by_output_row(tensors):
         assert torch.allclose(out, base[name] + 2 * factor * (a[name] - base[name]), atol=1e-5)
 
 
-COMPILED = ["task_arithmetic", "ties", "dare_ties", "della", "breadcrumbs", "sce", "cabs", "magmax", "pcb", "cki_recommender"]  # fmt: skip
+COMPILED = [
+    "task_arithmetic",
+    "ties",
+    "dare_ties",
+    "della",
+    "breadcrumbs",
+    "sce",
+    "cabs",
+    "magmax",
+    "pcb",
+    "cki_recommender",
+]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,18 @@ from tiny_lm import TASKS, evaluator, make_model, make_tokenizer
 
 from evaluators.lm_eval import _compat
 from evaluators.lm_eval._compat import (
+    data_of,
     decoding,
     filters_of,
     first_logits,
+    has_several_answers,
     is_group,
+    is_multimodal,
     log_likelihoods,
     no_progress_bars,
+    prompts_are_choices,
     read_task_file,
+    runs_answers_as_code,
     sampling_shots,
     set_answer_hook,
     set_batch_size,
@@ -94,6 +100,20 @@ def test_progress_bars_are_off_inside_only() -> None:
 def test_a_tasks_filters_have_names_in_their_order(scored_folder: Path) -> None:
     task = evaluator(scored_folder, ["t_generate"]).tasks[0].task
     assert [f.name for f in filters_of(task)] == [f["name"] for f in TASKS["t_generate"]["filter_list"]]
+
+
+def test_lm_eval_still_sets_the_optional_attributes_of_tasks(scored_folder: Path) -> None:
+    """The names stand in lm-eval's own code; a task has them only where they apply."""
+    from lm_eval.api import task as task_module
+
+    source = inspect.getsource(task_module)
+    for name in ("multiple_target", "multiple_input", "UNSAFE_CODE", "dataset"):
+        assert re.search(rf"self\.{name}\b", source), name
+    assert "MULTIMODAL" in source
+    task = evaluator(scored_folder, ["t_choice"]).tasks[0].task
+    assert list(data_of(task)) == ["test", "train"]
+    flags = (has_several_answers, prompts_are_choices, runs_answers_as_code, is_multimodal)
+    assert not any(flag(task) for flag in flags)
 
 
 def test_the_shots_of_a_task_are_drawn_by_the_given_function(scored_folder: Path) -> None:

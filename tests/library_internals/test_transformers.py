@@ -6,9 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+)
 
-from merge_search._compat.transformers import as_saved, converts_weights, has_transposed_experts
+from merge_search._compat.transformers import (
+    Attention,
+    as_saved,
+    attention_of,
+    converts_weights,
+    has_transposed_experts,
+)
 
 SIZES = {
     "vocab_size": 16,
@@ -50,3 +65,16 @@ def test_modules_of_stacked_experts_say_whether_they_are_transposed(mixtral: Mix
     transposed = GptOssForCausalLM(GptOssConfig(**SIZES, head_dim=4)).model.layers[0].mlp.experts
     assert has_transposed_experts(transposed)
     assert not has_transposed_experts(mixtral.model.layers[0].mlp.experts)
+
+
+def test_configurations_say_how_a_model_attends() -> None:
+    llama = {key: value for key, value in SIZES.items() if key != "num_local_experts"}
+    model = LlamaForCausalLM(LlamaConfig(**llama))
+    assert attention_of(model.config) == Attention("sdpa", has_window=False, depends_on_length=False)
+    model.set_attn_implementation("eager")
+    assert attention_of(model.config).implementation == "eager"
+    assert attention_of(MistralConfig(**llama, sliding_window=4)).has_window
+    assert attention_of(Qwen2Config(**llama, use_sliding_window=True, sliding_window=4, max_window_layers=0)).has_window
+    assert not attention_of(Qwen2Config(**llama, sliding_window=4)).has_window
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert attention_of(LlamaConfig(**llama, rope_parameters=dynamic)).depends_on_length

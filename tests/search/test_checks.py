@@ -148,6 +148,9 @@ def test_a_users_own_space_is_held_to_the_same_sizes(demo: Path, tmp_path: Path)
         "class Mine:\n"
         "    def __init__(self, options, context):\n"
         "        self.parameters = {f'x{i}': Float(0, 1) for i in range(options['n'])}\n"
+        "    def decode(self, point): ...\n"
+        "    def encode(self, recipe): ...\n"
+        "    def initial_points(self): return []\n"
     )
     (tmp_path / "mine.py").write_text(source)
     assert "0 dimensions" in refused(tmp_path, demo, space={"type": "mine.py:Mine", "n": 0})

@@ -96,7 +96,12 @@ class CheckpointInfo:
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Return a sort key that compares numbers in names by value."""
+    """Return a sort key that compares numbers in names by value.
+
+    Example:
+        >>> sorted(["layers.10", "layers.2"], key=natural_key)
+        ['layers.2', 'layers.10']
+    """
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name)]
 
 

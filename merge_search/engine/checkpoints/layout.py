@@ -70,6 +70,12 @@ def name_groups(names: Iterable[str]) -> dict[str, Group]:
     """Return the group of every name, in natural order.
 
     Determinism: depends on the set of names only.
+    Example:
+        >>> groups = name_groups(["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"])
+        >>> for group in groups.values():
+        ...     print(group.block, group.kind)
+        None embedding
+        0 attention
     """
     positions = {name: _position(name) for name in sorted(names, key=natural_key)}
     stacks: dict[str, set[int]] = {}

@@ -1,6 +1,6 @@
-"""The system's C++ compiler: source in, loaded library out; what was compiled once is found again.
+"""The system's C++ compiler: source in, loaded library out. Libraries are cached on disk.
 
-torch's own search for a compiler does as much, but a second passes until its module is imported.
+torch has a compiler front of its own, but importing that module takes a second.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ __all__ = ["TARGET_VARIABLE", "CompilerError", "compile_flags", "find_compiler",
 
 
 class CompilerError(Exception):
-    """There is no compiler, it failed, or its result cannot be loaded."""
+    """No compiler was found, it failed, or its result cannot be loaded."""
 
 
-_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fwrapv", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]  # fmt: skip
-# gcc's jump threading turns selections that depend on each other into branches, and the loop stays scalar. Clang refuses
-# the flag.
+_FLAGS = [
+    "-O3", "-std=c++17", "-shared", "-fPIC", "-fwrapv", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno",
+]  # fmt: skip
+# gcc's jump threading turns selections that depend on each other into branches, and the loop stays scalar. Clang
+# refuses this flag.
 _GCC_ALONE = "-fno-thread-jumps"
 
 TARGET_VARIABLE = "MERGE_SEARCH_MARCH"
@@ -51,30 +53,30 @@ def compile_flags(target: str | None = None) -> list[str]:
 
 
 def find_compiler() -> str | None:
-    """The program that ``CXX`` names, else the first of the usual ones; None if there is none."""
+    """Path of the compiler that ``CXX`` names, else of the first usual one on this machine; None if there is none."""
     usual = ["clang++", "g++"] if sys.platform == "darwin" else ["g++", "clang++", "c++"]
-    found = (shutil.which(name) for name in ([os.environ["CXX"]] if os.environ.get("CXX") else usual))
-    return next((path for path in found if path), None)
+    paths = (shutil.which(name) for name in ([os.environ["CXX"]] if os.environ.get("CXX") else usual))
+    return next((path for path in paths if path), None)
 
 
 @functools.cache
 def _target(compiler: str, march: str | None) -> tuple[list[str], str]:
-    """The flags that the compiler takes; its version and what it takes this processor for."""
+    """The flags that the compiler accepts, and its report: its version and the processor that it compiles for."""
     flags = compile_flags(march)
     try:
-        return flags, _said(compiler, flags)
+        return flags, _report(compiler, flags)
     except subprocess.CalledProcessError:
         flags.remove(_GCC_ALONE)
-        return flags, _said(compiler, flags)
+        return flags, _report(compiler, flags)
 
 
-def _said(compiler: str, flags: list[str]) -> str:
+def _report(compiler: str, flags: list[str]) -> str:
     command = [compiler, *flags, "-v", "-E", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def _cache() -> Path:
-    """Where libraries are kept: beside torch's compiled graphs if their place is set, else in the user's own cache."""
+    """Folder of compiled libraries: beside torch's compiled graphs if their folder is set, else in the user's cache."""
     if place := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         return Path(place, "merge_search")
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "merge-search")
@@ -95,10 +97,10 @@ def read_source(path: str) -> str:
 
 
 def library(source: str) -> ctypes.CDLL:
-    """Compile and load; what was compiled before for this processor by this compiler is found again.
+    """Compile and load. A library that this compiler made before for this processor is loaded from the cache.
 
     Raises:
-        CompilerError: it could not be done.
+        CompilerError: The source could not be compiled or its library not loaded.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -112,7 +114,8 @@ def library(source: str) -> ctypes.CDLL:
             with tempfile.TemporaryDirectory(dir=file.parent) as work:
                 code, made = Path(work, "loop.cpp"), Path(work, "loop.so")
                 code.write_text(source)
-                subprocess.run([compiler, *flags, str(code), "-o", str(made)], capture_output=True, text=True, check=True)  # fmt: skip
+                command = [compiler, *flags, str(code), "-o", str(made)]
+                subprocess.run(command, capture_output=True, text=True, check=True)
                 made.replace(file)
         return ctypes.CDLL(str(file))
     except subprocess.CalledProcessError as error:

@@ -30,10 +30,10 @@ def compile_kernel(
     """One loop that does what `function` does.
 
     Args:
-        function: (tensors, floats, integers, index) -> tensors to store, or, if `out` is None, sums. It is element-wise.
-            `floats` and `integers` are one-dimensional tensors, `index` is 0-d.
+        function: (tensors, floats, integers, index) -> tensors to store, or, if `out` is None, sums. It must be
+            element-wise. `floats` and `integers` are one-dimensional tensors, `index` is 0-d.
         dtypes: Of the tensors that are read.
-        out: Dtype of the tensors that are written, which the loop is called with first; float32 if there are several.
+        out: Dtype of the tensors that are written, which come first in the loop's call; float32 if there are several.
         floats: How many float32 numbers `function` reads.
         integers: How many int32 numbers `function` reads.
 

@@ -1,7 +1,7 @@
 """The generated lines around `loop.cpp`: arrays, loads, stores and the body of an element-wise function.
 
-If every element has two bytes, the loop takes pairs of them as 32-bit words. A shift or a mask turns each half of a word of
-bfloat16 into a float32 without widening a vector, and two results are stored as one word.
+If every element has two bytes, the loop takes pairs of them as 32-bit words. A shift or a mask turns each half of a
+word of bfloat16 into a float32 without widening a vector, and two results are stored as one word.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ def _sign(w: _Writer, node: Node) -> str:
 
 
 def _extreme(symbol: str) -> _Operation:
-    """The larger or smaller of two. A NaN of the second alone is passed on: compilers do not vectorise a test of both."""
+    """The larger or smaller of two. Only a NaN of the second is passed on: a test of both stays scalar."""
 
     def render(w: _Writer, node: Node) -> str:
         x, y = (w.value(argument, _dtype(node)) for argument in node.args[:2])

@@ -1,4 +1,4 @@
-"""A merge that is linear in its coefficients, taken apart: one processed delta per expert.
+"""The parts of a merge that is linear in its coefficients: one processed delta per expert.
 
     merged = base + sum_i lambda_i part_i          part_i = d merged / d lambda_i at fixed masks
                                                           = scale * omega_i / lambda_i * rho_i m_i c_i tau_i
@@ -26,30 +26,32 @@ __all__ = ["linearity_problems", "pass_parts", "unit_recipe"]
 
 
 def linearity_problems(recipe: Recipe) -> list[str]:
-    """Why the merged weights are not linear in the recipe's coefficients; [] where they are."""
-    found = [f"post rule {rule.name!r} is not linear in the combined delta" for rule in recipe.post]
+    """Reasons why the merged weights are not linear in the recipe's coefficients; empty if they are."""
+    problems = [f"post rule {rule.name!r} is not linear in the combined delta" for rule in recipe.post]
     if recipe.operator is not None:
         info = OPERATORS.get(recipe.operator.name)
         if info is None or not info.decomposing:
-            found.append(f"operator {recipe.operator.name!r} gives no part per expert")
-        return found
+            problems.append(f"operator {recipe.operator.name!r} gives no part per expert")
+        return problems
     splice = SPLICES.get(recipe.splice.kind)
     if splice is not None and not splice.is_linear:
         reason = "divides by the coefficients" if splice.divides_by_coefficients else "is not declared linear in them"
-        found.append(f"splice {splice.name!r} {reason}")
+        problems.append(f"splice {splice.name!r} {reason}")
     if recipe.resolve.kind != "none" and recipe.resolve.weighted:
-        found.append("a weighted election depends on the coefficients (resolve.weighted)")
+        problems.append("a weighted election depends on the coefficients (resolve.weighted)")
     for assess in (recipe.assess, recipe.splice.score):
         if assess is not None and measure_of(assess).depends_on_coefficients(assess.options):
-            found.append(f"measure {assess.measure!r} is taken at the scaled model, so it depends on the coefficients")
-    return found
+            problems.append(
+                f"measure {assess.measure!r} is taken at the scaled model, so it depends on the coefficients"
+            )
+    return problems
 
 
 def unit_recipe(recipe: Recipe) -> Recipe:
-    """`recipe` with every coefficient 1 and no maps: what its parts are made from.
+    """`recipe` with every coefficient 1 and no maps. Its passes give the parts.
 
     Raises:
-        RecipeError: it is not linear in its coefficients.
+        RecipeError: The merge is not linear in its coefficients.
     """
     if problems := linearity_problems(recipe):
         raise RecipeError(
@@ -62,10 +64,14 @@ def unit_recipe(recipe: Recipe) -> Recipe:
 def pass_parts(p: Pass, base: Tensor, experts: Sequence[Tensor], device: torch.device) -> Tensor:
     """Parts of the experts of a pass that was planned with unit coefficients.
 
-    Each is the pass with one expert's coefficient left and the others' at zero: selection and election run once.
+    Each part is the pass with the other experts' coefficients at zero. Selection and election run once for all parts.
 
     Args:
-        base, experts: Flat.
+        p: The pass.
+        base: Flat.
+        experts: Flat, in the order of the pass.
+        device: Where arithmetic happens.
+
     Returns:
         float32, shape (experts, *shape), scale included.
     """

@@ -1,10 +1,10 @@
 """Runs a pass over flattened tensors: in chunks that fit the cache, or as one compiled loop per structure.
 
-Chunks give the bits of `reference`, five times faster than whole tensors. Compiled, load, subtract, mask, scale, elect, mix,
-add and cast become one loop, and one loop serves every length and every candidate: all numbers are inputs. On a CPU the loop
-is C++ (`codegen`) and gives the same bits, whatever the number of threads. torch.compile makes all that runs on a GPU, and on
-a CPU the passes that have no C++ form (coefficients per output row). It may contract a multiplication and an addition into
-one rounding.
+Chunks give the bits of `reference`, five times faster than whole tensors. Compilation fuses load, subtract, mask,
+scale, elect, mix, add and cast into one loop. It serves every length and every candidate, because all numbers are
+inputs. On a CPU the loop is C++ (`codegen`) and gives the same bits, whatever the number of threads. torch.compile
+makes the loops of a GPU, and on a CPU those of passes that have no C++ form (coefficients per output row). It may
+contract a multiplication and an addition into one rounding.
 """
 
 from __future__ import annotations
@@ -142,7 +142,9 @@ class Runner:
         for part, b, e, given, index in sweep(p, base, experts, self.device):
             out[part] = stages.merge(p.structure, b, e, given, n, index, EAGER)
 
-    def scores(self, p: Pass, base: Tensor, experts: Sequence[Tensor], form: str = "") -> Iterator[tuple[int, list[Tensor]]]:  # fmt: skip
+    def scores(
+        self, p: Pass, base: Tensor, experts: Sequence[Tensor], form: str = ""
+    ) -> Iterator[tuple[int, list[Tensor]]]:
         """(position, `stages.assessed`, new and float32) of chunk after chunk."""
         size, wanted = CHUNK * torch.get_num_threads(), (_SCORES, form)
         has_loop = self._is_long(base) and self.device.type == "cpu"
@@ -206,18 +208,28 @@ class Runner:
         names, key = self._key(p, wanted, tensors + given)
         return self._call_graph(p, key, tensors, given, names, wanted)
 
-    def _call_graph(self, p: Pass, key: Hashable, tensors: list[Tensor], given: list[Tensor], names: Layout, wanted: tuple[str, ...]) -> Tensor:  # fmt: skip
+    def _call_graph(
+        self,
+        p: Pass,
+        key: Hashable,
+        tensors: list[Tensor],
+        given: list[Tensor],
+        names: Layout,
+        wanted: tuple[str, ...],
+    ) -> Tensor:
         layout, floats, integers = _pack(p.numbers, self.device)
         if key not in self._graphs:
             self._graphs[key] = _graph(p.structure, layout, names, wanted)
         index = torch.tensor(wrapped(p.index), dtype=torch.int32, device=self.device)
         mark_lengths_dynamic(tensors + given)
-        with warnings.catch_warnings():  # the compiler's; the result is the same
+        with warnings.catch_warnings():  # the compiler warns of the mix; results are the same
             warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
             return self._graphs[key](tensors, given, floats, integers, index)
 
 
-def _unpacked(layout: Layout, names: Layout, given: Sequence[Tensor], floats: Tensor, integers: Tensor) -> tuple[Given, dict[str, list[Tensor]]]:  # fmt: skip
+def _unpacked(
+    layout: Layout, names: Layout, given: Sequence[Tensor], floats: Tensor, integers: Tensor
+) -> tuple[Given, dict[str, list[Tensor]]]:
     """Given tensors and numbers by name."""
     named, start = {}, 0
     for name, count in names:

@@ -14,7 +14,7 @@ _PART = 2**18  # elements at a time
 
 
 def counts_of(density: float, columns: int, block_size: int) -> tuple[int, int]:
-    """Entries kept of every whole block, and of the shorter last one of a row: all that a density decides."""
+    """How many entries of every whole block are kept, and how many of the shorter last block of a row."""
     return max(1, round(density * block_size)), max(1, round(density * (columns % block_size)))
 
 
@@ -23,20 +23,25 @@ def balanced_masks(
 ) -> list[Tensor]:
     """The max(1, round(density * block)) largest scores of each block, for each expert in order.
 
-    Blocks do not straddle rows; the last one of a row may be shorter and keeps what fits its share. An entry with score
-    zero is never kept. With `exclusive` an entry that an earlier expert kept is not free any more (CABS).
+    Blocks do not straddle rows. The last block of a row may be shorter and keeps the same share. An entry with
+    score zero is never kept.
 
     Args:
-        scores: Same shape (..., columns), float32, >= 0, one per expert.
+        scores: One per expert, all of one shape (..., columns), float32, >= 0.
+        densities: Kept fraction of each expert.
+        block_size: Entries of a block.
+        exclusive: Whether an entry that an earlier expert kept is closed to the later ones (CABS).
+
     Returns:
         Flat boolean masks.
+
     Source: CABS, arXiv 2503.01874. Differs: the reference cuts blocks from the flattened tensor.
     """
     columns = max(1, scores[0].shape[-1])
     rows = [score.reshape(-1, columns) for score in scores]
     masks = [torch.empty(t.shape, dtype=torch.bool, device=t.device) for t in rows]
     step = max(1, _PART // columns)
-    for start in range(0, rows[0].shape[0], step):  # what is made on the way is small, and its memory used again
+    for start in range(0, rows[0].shape[0], step):  # intermediate tensors stay small, and their memory is used again
         part = slice(start, start + step)
         _fill([m[part] for m in masks], [t[part] for t in rows], densities, block_size, exclusive=exclusive)
     return [m.reshape(-1) for m in masks]
@@ -67,17 +72,17 @@ def _largest(score: Tensor, block_size: int, keep: int, rest: int) -> Tensor:
 
 
 def _places(blocks: Tensor) -> Tensor:
-    """Rank of each entry in the last axis, 0 the largest, ties by lowest index; by counting, which beats sorting here."""
+    """Rank of each entry in the last axis: 0 is the largest, and of equal ones the first. By counting, not sorting."""
     size = blocks.shape[-1]
     if size <= _PAIRS:  # every pair compared once, along memory
         lanes = blocks.reshape(-1, size).t().contiguous()
-        found = torch.zeros(lanes.shape, dtype=torch.int8, device=lanes.device)
+        places = torch.zeros(lanes.shape, dtype=torch.int8, device=lanes.device)
         for i in range(size):
             for j in range(i + 1, size):
                 later = lanes[j] > lanes[i]
-                found[i] += later
-                found[j] += ~later
-        return found.t().reshape(blocks.shape)
+                places[i] += later
+                places[j] += ~later
+        return places.t().reshape(blocks.shape)
     places = torch.zeros_like(blocks, dtype=torch.int16)
     for i in range(size):
         other = blocks[..., i : i + 1]

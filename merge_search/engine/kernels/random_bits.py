@@ -1,7 +1,7 @@
 """Counter-based random numbers: a pure function of (seed, expert, tensor, element).
 
-No generator, no state: the same bits on any device, in any chunking, in the search and in the export, whatever
-the order of the experts. A mask ``u < density`` is nested in the density: raising it only adds parameters.
+There is no generator and no state. The bits are the same on every device, in every chunking, in the search and in the
+export, and in every order of the experts. A mask ``u < density`` is nested: a higher density only adds parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
 
 
 def mask_keys(seed: int, expert: str, tensor: str) -> tuple[int, int]:
-    """Two signed 32-bit keys of one stream; experts and tensors are told apart by name, never by position."""
+    """Two signed 32-bit keys of the stream of one expert and tensor. They depend on names, never on positions."""
     bits = derive_seed(seed, "mask", expert, tensor, bits=62)
     return (bits & 0xFFFFFFFF) - 2**31, (bits >> 32) - 2**29
 
@@ -40,7 +40,7 @@ def indices(n: int, offset: int | Tensor = 0, *, device: torch.device | str = "c
 def mix(index: Tensor, first: Tensor | int, second: Tensor | int) -> Tensor:
     """32 well-mixed bits per element.
 
-    Two keys, because one that is only added would make one stream a shifted copy of another.
+    There are two keys because a single key that is only added would make one stream a shifted copy of another.
 
     Args:
         index: int32, any shape.

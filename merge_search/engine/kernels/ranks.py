@@ -1,8 +1,8 @@
-"""Ranks and histograms of scores: in C where a compiler is there, by torch where not; the same integers.
+"""Ranks and histograms of scores. With a compiler they are made in C++, else by torch; the integers are the same.
 
-A score's bits are a 32-bit key that orders as the numbers do. Ranks: only the bits in which the keys of a row differ are
-sorted by, 11 at a time and least significant first, and the last pass stores where each entry went. Histograms: the upper
-bits are counted. Scores that are |own - base| are made on the way, never stored.
+The bits of a score become a 32-bit key that orders as the numbers do. Ranks are made by radix sort: 11 bits at a time,
+least significant first, and only the bits in which the keys of a row differ. Histograms count the upper bits of keys.
+Scores |own - base| are computed while they are read and never stored.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from merge_search.engine.codegen.dtypes import C_TYPES
 
 __all__ = ["BITS", "count_deltas", "count_scores", "counts_at_once", "counts_from", "delta_ranks", "row_ranks"]
 
-BITS = 20  # of a key, where it is counted
+BITS = 20
+"""Upper bits of a key that number its bin in a histogram."""
 
-_PART = 2**18  # elements worth a thread, or made at a time
-_LONGEST = 2**31  # of a row: positions are 32 bits of what is sorted
+_PART = 2**18  # elements that are worth a thread of their own, or converted at a time
+_LONGEST = 2**31  # entries of a row: the sort keeps positions in 32 bits
 _READ = (torch.float32, torch.bfloat16, torch.float16)
 _RANKS = {torch.int16: "short", torch.int32: "int", torch.float32: "float"}
 
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def row_ranks(scores: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
-    """Rank of every element within its row, 0 the largest, ties by lowest index. Same shape.
+    """Rank of every element within its row: 0 is the largest, and of equal ones the first. Same shape.
 
     A row is the last axis; a one-dimensional tensor is one row.
 
@@ -99,13 +100,16 @@ def count_scores(scores: Tensor, counts: Tensor) -> None:
     """Add to `counts` how many scores lie in each bin of the upper `BITS` bits of a key, the smallest numbers first.
 
     Args:
-        scores: Flat, float32, no NaN. counts: int64, shape (2**BITS,), on the same device.
+        scores: Flat, float32, no NaN.
+        counts: int64, shape (2**BITS,), on the device of `scores`.
     """
     loaded = _loaded(None, scores.dtype) if _is_plain(scores) else None
     if loaded is not None:
         _count_in_c(loaded, None, scores, counts)
         return
-    for part in torch.split(scores, 16 * _PART):  # each count makes a whole histogram, too dear for small parts
+    for part in torch.split(
+        scores, 16 * _PART
+    ):  # each count makes a whole histogram, which small parts would not repay
         bits = (part + 0.0).view(torch.int32)  # -0.0 becomes 0.0
         bins = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> (32 - BITS)) + 2 ** (BITS - 1)
         counts += torch.bincount(bins, minlength=2**BITS)
@@ -115,14 +119,15 @@ def counts_from(x: Tensor, edges: Tensor) -> list[int]:
     """How many numbers are no smaller than each edge.
 
     Args:
-        x: Flat, no NaN. edges: Rising, of the dtype and on the device of `x`.
+        x: Flat, no NaN.
+        edges: Ascending, of the dtype and on the device of `x`.
     """
     loaded = _counter() if _is_plain(x) and x.dtype == torch.float32 else None
     if loaded is not None:
-        found, edges = np.zeros(len(edges), dtype=np.int64), edges.contiguous()
+        counts, edges = np.zeros(len(edges), dtype=np.int64), edges.contiguous()
         n, last = ctypes.c_int64(x.numel()), ctypes.c_int32(len(edges))
-        loaded(_place(x), n, _place(edges), last, ctypes.c_void_p(found.ctypes.data))
-        return [int(count) for count in found]
+        loaded(_place(x), n, _place(edges), last, ctypes.c_void_p(counts.ctypes.data))
+        return [int(count) for count in counts]
     bins = torch.zeros(len(edges) + 1, dtype=torch.int64, device=x.device)
     for part in torch.split(x, _PART):
         bins += torch.bincount(torch.bucketize(part, edges, right=True), minlength=len(bins))

@@ -29,7 +29,7 @@ def total_of(terms: Sequence[Tensor]) -> Tensor:
 
 
 class Primitives(Protocol):
-    """Steps of a pass over the elements of one tensor. All results are new; masks of `agreed` are all None or none is."""
+    """Steps of a pass over the elements of one tensor. Either all masks of `agreed` are None, or none is."""
 
     def keep(self, x: Tensor, m: Mask) -> Tensor:
         """m x."""

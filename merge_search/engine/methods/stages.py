@@ -7,9 +7,9 @@
     m_i      keep masks, boolean or soft    rho_i    rescaling of the survivors
     c_i      agreement masks                omega_i  weights of the splice; lambda_i: coefficients
 
-Every function is element-wise, so that a whole tensor, a chunk of it and a compiled loop give the same bits. Numbers arrive
-as 0-d tensors (float32, int32), never as Python scalars, so that no value is compiled in. Arithmetic is float32. Sums run
-over the experts in the order given. `ops` is the set of steps with two forms, for torch or for a compiler.
+Every function is element-wise, so that a whole tensor, a chunk of it and a compiled loop give the same bits. Numbers
+arrive as 0-d tensors (float32, int32), never as Python scalars, so that no value is compiled in. Arithmetic is float32.
+Sums run over the experts in the order given. `ops` is the set of steps with two forms, for torch or for a compiler.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from merge_search.engine.kernels.random_bits import draw, indices, uniform
 from merge_search.engine.methods.assess import scores_of
 from merge_search.engine.methods.outside import SpliceContext, outside_splice
 from merge_search.engine.methods.primitives import Mask, Primitives, total_of
+from merge_search.rules import SPLICES
 
 __all__ = ["Survivors", "assessed", "combine", "elect", "merge", "softmax_weights", "survivors", "voices"]
 
@@ -459,7 +460,7 @@ _SPLICES: dict[str, Callable[[_Agreed], Tensor]] = {
     "argmax": _splice_argmax,
 }
 """Splices by `Structure.splice`."""
-_SCORED = ("score", "softmax", "argmax")
+_SCORED = tuple(kind for kind in _SPLICES if SPLICES[kind].is_scored)
 
 
 def softmax_weights(logits: Sequence[Tensor]) -> list[Tensor]:
@@ -480,7 +481,9 @@ def _coefficient(s: Structure, i: int, given: Tensors, n: Scalars, where: Tensor
     return n["coefficient"][i] * given["rows"][i][row.to(torch.int64)]
 
 
-def _boost(y: Sequence[Tensor], kept: Sequence[Mask], agreed: Sequence[Mask], n: Scalars, ops: Primitives) -> list[Tensor]:  # fmt: skip
+def _boost(
+    y: Sequence[Tensor], kept: Sequence[Mask], agreed: Sequence[Mask], n: Scalars, ops: Primitives
+) -> list[Tensor]:
     """Entries where one expert is alone, times that expert's boost."""
     alone = ops.counted([_alive(m, c, t) for m, c, t in zip(kept, agreed, y, strict=True)]) == 1.0
     return [torch.where(alone, t * n["boost"][i], t) for i, t in enumerate(y)]

@@ -305,7 +305,7 @@ class Measurements:
 
     def _is_worth_storing(self, assessment: Assessment, name: str) -> bool:
         """Whether a cheap measure's scores are worth storing: slow to make, asked for before, and with room."""
-        if not assessment.measure.dear or not self.has_room(name, len(assessment.scope.experts)):
+        if not assessment.measure.is_costly or not self.has_room(name, len(assessment.scope.experts)):
             return False
         key = (assessment.key, name)
         if key in self._asked_for:

@@ -30,7 +30,12 @@ KEPT_BYTES = 2**28  # bytes of maps that are kept on the device; at least 8 maps
 
 
 def n_rows(shape: Sequence[int]) -> int:
-    """Return the number of output rows of a tensor of this shape: its first axis, 1 for a 0-d tensor."""
+    """Return the number of output rows of a tensor of this shape: its first axis, 1 for a 0-d tensor.
+
+    Example:
+        >>> n_rows((3, 5)), n_rows(())
+        (3, 1)
+    """
     return shape[0] if shape else 1
 
 

@@ -24,6 +24,13 @@ class MemoryTensors(Tensors):
         statistics: (kind, expert, name) -> tensor.
     Raises:
         WeightsError: An expert lacks a tensor or has it in another shape.
+    Example:
+        >>> from merge_search.engine.engine import MergeEngine
+        >>> from merge_search.presets import preset
+        >>> base, expert = {"w": torch.zeros(2)}, {"w": torch.tensor([1.0, 2.0])}
+        >>> tensors = MemoryTensors(base, {"a": expert})
+        >>> dict(MergeEngine(tensors).merged(preset("task_arithmetic", tensors.models)))["w"]  # coefficient 0.3
+        tensor([0.3000, 0.6000])
     """
 
     def __init__(

@@ -62,6 +62,11 @@ def parse(kind: str) -> tuple[Kind, float | None] | None:
 
     Returns:
         None where no such statistic is measured.
+    Example:
+        >>> parse("fisher@0.5")[1]
+        0.5
+        >>> parse("external") is None
+        True
     """
     name, at, c = kind.partition("@")
     entry = KINDS.get(name)

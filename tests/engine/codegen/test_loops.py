@@ -119,7 +119,7 @@ def scalar_loops(source: str, target: str, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
-    """(preset, dtype) of the loops that presets run, by source: all of them in bfloat16, and every form in the others."""
+    """(preset, dtype) of the loops that presets run, by source: of all presets in bfloat16, of some in other dtypes."""
     found = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         tensors = models(dtype, shapes=((70, 130), (300,)))
