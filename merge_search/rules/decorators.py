@@ -57,7 +57,7 @@ def measure(
 ) -> Callable[[F], F]:
     """Register ``function(context) -> list of float32 tensors``: one score per parameter of each expert.
 
-    The context is an `engine.methods.assess.AssessContext`: ``context.deltas``, ``context.base``,
+    The context is an `engine.methods.contexts.AssessContext`: ``context.deltas``, ``context.base``,
     ``context.statistic(kind, expert)``. Scores have the shape of the tensor, or one that broadcasts to it.
 
     Args:
@@ -175,7 +175,7 @@ def operator(
 ) -> Callable[[F], F]:
     """Register ``function(context) -> tensor or list of tensors``: a rule on whole tensors in place of the stages.
 
-    The context is an `engine.methods.operators.OperatorContext`. A tensor is the merged weights, coefficients and scale
+    The context is an `engine.methods.contexts.OperatorContext`. A tensor is the merged weights, coefficients and scale
     included. A list has one processed delta per expert: the engine applies coefficients, scale and post rules.
 
     Args:

@@ -25,8 +25,7 @@ from merge_search.rules import SPLICES, Measure, OperatorInfo, Rule, Selection
 
 if TYPE_CHECKING:
     from merge_search.engine.contracts import Source
-    from merge_search.engine.methods.assess import AssessContext
-    from merge_search.engine.methods.operators import OperatorContext
+    from merge_search.engine.methods.contexts import AssessContext, OperatorContext
 
 __all__ = [
     "SelectContext",

@@ -16,17 +16,16 @@ stored, may have more:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
-from merge_search.engine.contracts import statistic_of
+from merge_search.engine.methods.contexts import AssessContext
 from merge_search.engine.methods.outside import outside_scores
 from merge_search.errors import RecipeError
-from merge_search.recipe import Assess, Group, Scalar
+from merge_search.recipe import Assess
 from merge_search.rules import MEASURES, Measure, measure_problems
 from merge_search.rules import table as tables
 
@@ -34,45 +33,6 @@ if TYPE_CHECKING:
     from merge_search.engine.contracts import Source
 
 __all__ = ["AssessContext", "MeasureFunctions", "load", "measure_of", "option", "options_problems", "scores_of"]
-
-
-class AssessContext(NamedTuple):
-    """What a measure may read. Experts whose delta is zero everywhere are left out.
-
-    Attributes:
-        base: float32, read only; in its stored dtype where the measure does not read weights.
-        deltas: float32, one per expert, winsorised if the recipe says so; empty where the measure does not read
-        weights. raw: The deltas before winsorising.
-        numbers: 0-d float32 tensors that the measure's `numbers` made; empty for a measure without.
-        options: The recipe's options, completed by the defaults.
-        n_experts: Number of experts of the recipe, those that are left out included.
-        experts: Their names; empty inside a pass.
-        group: The tensor's name, block and module kind; None inside a pass.
-        seed: The recipe's seed where the measure's row says that scores depend on it, else 0.
-        coefficients: One per expert where the measure's row says that scores depend on them, else empty.
-        tensors: The source of tensors and statistics; None inside a pass.
-    """
-
-    base: Tensor
-    deltas: Sequence[Tensor]
-    raw: Sequence[Tensor]
-    numbers: Sequence[Tensor]
-    options: Mapping[str, Scalar]
-    n_experts: int = 0
-    experts: tuple[str, ...] = ()
-    group: Group | None = None
-    seed: int = 0
-    coefficients: tuple[float, ...] = ()
-    tensors: Any = None
-
-    def statistic(self, kind: str, expert: str) -> Tensor:
-        """A statistic of this tensor that was measured on data: float32, on the device of the base.
-
-        Raises:
-            RecipeError: it was never measured.
-        """
-        assert self.group is not None
-        return statistic_of(self.tensors, kind, expert, self.group.tensor).to(self.base.device, torch.float32)
 
 
 def measure_of(assess: Assess) -> Measure:

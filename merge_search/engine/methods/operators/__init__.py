@@ -16,73 +16,19 @@ parts; a costly one keeps its parts in `OperatorContext.cache`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from merge_search.engine.methods.contexts import OperatorContext
 from merge_search.engine.methods.outside import outside_operator, outside_post
 from merge_search.errors import RecipeError
-from merge_search.memory import BudgetedCache
-from merge_search.recipe import Group, Operator, Scalar
+from merge_search.recipe import Operator, Scalar
 from merge_search.rules import OPERATORS, POSTS, OperatorInfo, RuleTable
 from merge_search.rules import operator_problems as _problems
 from merge_search.rules import table as tables
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 __all__ = ["OPERATORS", "POSTS", "OperatorContext", "OperatorInfo", "load_operator", "operator_problems"]
-
-
-@dataclass(frozen=True)
-class OperatorContext:
-    """What an operator may read.
-
-    Attributes:
-        name: Name of the tensor.
-        group: Its block and module kind.
-        base: float32.
-        deltas: float32, one per expert in the recipe's order; zero deltas included.
-        experts: Names of the experts.
-        active: Which deltas are not zero.
-        coefficients: lambda_i of this tensor.
-        options: The recipe's options, completed by the defaults.
-        scale: lambda_out of this tensor, for an operator that returns weights.
-        transposed: Whether the tensor is stored (in, out), as in GPT-2's Conv1D.
-        stored: Expert -> its tensor as stored; None where only deltas are known.
-        statistic: (kind, expert) -> a statistic measured on data; raises `RecipeError` where there is none.
-        siblings: () -> deltas of every tensor of the same block, one tuple per tensor; None where the engine has none.
-        seed: Seed of the recipe.
-        memory: Small results that do not depend on the candidate, by a key that names the operator, the tensor, the
-            experts and the options. It lives as long as the engine.
-        cache: Processed deltas that do not depend on the candidate (`remember.remembered`); None: nothing is kept.
-    """
-
-    name: str
-    group: Group
-    base: Tensor
-    deltas: tuple[Tensor, ...]
-    experts: tuple[str, ...]
-    active: tuple[bool, ...]
-    coefficients: tuple[float, ...]
-    options: Mapping[str, Scalar]
-    scale: float = 1.0
-    transposed: bool = False
-    stored: Callable[[str], Tensor] | None = None
-    statistic: Callable[[str, str], Tensor] | None = None
-    siblings: Callable[[], Iterable[tuple[Tensor, ...]]] | None = None
-    seed: int = 0
-    memory: dict[Any, Any] = field(default_factory=dict)
-    cache: BudgetedCache[tuple[Any, list[Tensor]]] | None = None
-
-    def number(self, option: str) -> float:
-        """A numeric option."""
-        return float(self.options[option])
-
-    def where(self) -> str:
-        """The tensor, for messages."""
-        return f"tensor {self.name!r}"
 
 
 def load_operator(info: OperatorInfo) -> Callable[..., Any]:
