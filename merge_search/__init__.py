@@ -1,3 +1,3 @@
 """Search for the best merge of a base model and fine-tuned experts."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -1,7 +1,7 @@
 """Float32 matrix products on a CPU by oneDNN, where it is as exact as the library that torch uses by default.
 
 torch gives float32 products to MKL, which uses half of the vector width on processors of other makers than Intel. There
-oneDNN's forward and backward passes of a wide model take half to two thirds of the time (`benchmarks/products.py`).
+oneDNN's forward and backward passes of a wide model take half to two thirds of the time (`benchmarks/cpu_matmul.py`).
 torch gives the products to oneDNN when they may be computed in bfloat16. On a processor whose matrix unit would really
 compute them so, `exact` is false and nothing is changed.
 """
