@@ -15,6 +15,7 @@ Sums run over the experts in the order given. `ops` is the set of steps with two
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -148,7 +149,8 @@ def _scores(
     return [torch.ones_like(origin) for _ in deltas]
 
 
-class _Scored(NamedTuple):
+@dataclass(eq=False)
+class _Scored:
     """The inputs of a selection: scores, given tensors, numbers and positions."""
 
     experts: int
@@ -220,13 +222,14 @@ def _band(t: _Scored) -> _Selected:
 def _tops(t: _Scored, low: str, high: str, cut: str) -> list[Tensor]:
     """One mask per expert, or one alone where all experts share their scores."""
     strides = t.n["stride"]
-    place = [t.positions * stride for stride in strides] * (t.experts // len(strides))
+    place = [t.positions * stride for stride in strides]
     different = range(len(t.n["low"]))
-    return [t.ops.top(t.a[i], t.n[low][i], t.n[high][i], t.n[cut][i], place[i]) for i in different]
+    return [t.ops.top(t.a[i], t.n[low][i], t.n[high][i], t.n[cut][i], place[i % len(place)]) for i in different]
 
 
 def _of_all(t: _Scored, masks: Sequence[Mask]) -> list[Mask]:
-    return list(masks) * (t.experts // len(masks))
+    """A mask for every expert: its own, or the one that all share."""
+    return [masks[i % len(masks)] for i in t.every]
 
 
 def _bernoulli(t: _Scored) -> _Selected:
@@ -279,7 +282,8 @@ def _exclusive(kept: Sequence[Mask]) -> list[Mask]:
 def _gated(kept: Sequence[Mask], a: Sequence[Tensor], least: Tensor) -> list[Mask]:
     """Entries that at least so many experts keep, for all experts alike."""
     counts = [_as_bool(m, a[i]).to(torch.int32) for i, m in enumerate(kept)]
-    return [sum(counts, torch.zeros_like(a[0], dtype=torch.int32)) >= least] * len(kept)
+    gate = sum(counts, torch.zeros_like(a[0], dtype=torch.int32)) >= least
+    return [gate for _ in kept]
 
 
 def _as_bool(m: Mask, like: Tensor) -> Tensor:
@@ -346,7 +350,8 @@ def combine(
     return _SPLICES[s.splice](agreement)
 
 
-class _Agreed(NamedTuple):
+@dataclass(eq=False)
+class _Agreed:
     """The inputs of a splice, one of each per expert.
 
     Attributes:

@@ -16,6 +16,7 @@ from merge_search.engine.checkpoints.hashing import HashedReader, HashInTurn, ha
 from merge_search.engine.checkpoints.headers import read_checkpoint
 from merge_search.engine.passes.byte_cache import ByteCache
 from merge_search.engine.streaming.buffers import Buffers
+from merge_search.memory import MemoryBudget
 
 PARTS = {
     "a": torch.arange(6).reshape(2, 3).float(),
@@ -69,7 +70,7 @@ def test_a_reader_hashes_what_it_reads_in_any_order(parts: tuple[Path, str], ord
 
 
 def test_a_cache_drops_what_was_not_used_for_longest() -> None:
-    cache = ByteCache(100)
+    cache = ByteCache(MemoryBudget(100))
     for key in "abc":
         cache.put(key, [torch.zeros(10)])  # 40 bytes
         cache.get("a")

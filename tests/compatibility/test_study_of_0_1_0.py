@@ -1,0 +1,100 @@
+"""A study that version 0.1.0 stored is read, resumed and delivered as if nothing had happened.
+
+`data/study_0_1_0` is what that version left behind when it was killed in the middle of a trial (`record_study.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import optuna
+import pytest
+from command_line import here
+from optuna.trial import FrozenTrial, TrialState
+
+FIXTURE = Path(__file__).parent / "data" / "study_0_1_0"
+NAME = "model.safetensors"
+N_TRIALS = 17
+
+
+@pytest.fixture
+def study(demo: Path, tmp_path: Path) -> Path:
+    """The study file of a copy, the demo's models and tasks beside it."""
+    folder = tmp_path / "study"
+    shutil.copytree(FIXTURE, folder)
+    (folder / "demo").symlink_to(demo, target_is_directory=True)
+    return folder / "study.yaml"
+
+
+def trials(study: Path) -> list[FrozenTrial]:
+    return optuna.load_study(study_name="kept", storage=f"sqlite:///{study.parent / 'kept.sqlite'}").get_trials()
+
+
+def learned(study: Path) -> FrozenTrial:
+    """The last trial that fitted coefficients by output row."""
+    return [t for t in trials(study) if "learner" in t.user_attrs][-1]
+
+
+def lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.splitlines()]
+
+
+def test_the_study_was_killed_in_a_trial_with_most_of_its_budget_spent(study: Path) -> None:
+    states = [t.state for t in trials(study)]
+    assert states.count(TrialState.RUNNING) == 1
+    assert sum(s.is_finished() for s in states) == N_TRIALS - 2
+    assert set(learned(study).user_attrs["learner"]) >= {"per", "steps", "losses"}
+    assert len(list((study.parent / "kept.maps").iterdir())) >= 3
+
+
+def test_its_report_is_what_it_was(study: Path) -> None:
+    assert lines(here("report", study, "--trials", "0").stdout) == lines((FIXTURE / "report.txt").read_text())
+
+
+@pytest.mark.slow
+def test_a_run_takes_up_the_lost_trial_leaves_the_others_alone_and_goes_on_to_the_end(study: Path) -> None:
+    before = trials(study)
+    lost = next(t for t in before if t.state == TrialState.RUNNING)
+    result = here("run", study)
+    after = trials(study)
+    assert f"resuming: {N_TRIALS - 2} of {N_TRIALS} trials are finished" in result.stderr
+    assert f"trial {lost.number} of a killed run is closed, and its point queued again" in result.stderr
+    assert [t for t in after if t.number < lost.number] == [t for t in before if t.number < lost.number]
+    closed, again, *rest = after[lost.number :]
+    assert (closed.state, closed.user_attrs["outcome"], closed.params) == (TrialState.FAIL, "lost", lost.params)
+    assert again.user_attrs["retry_of"] == lost.number
+    assert again.params == lost.params
+    assert lost.params["learner.steps"] == again.user_attrs["learner"]["steps"]
+    assert len(rest) == 1
+    assert not {"start", "retry_of", "label"} & rest[0].user_attrs.keys()
+    for trial in (again, *rest):
+        assert trial.state == TrialState.COMPLETE
+        assert trial.user_attrs.keys() >= {"recipe", "evaluation", "noise", "weights_sha256", "cost", "outcome"}
+    assert "95 % interval" in result.stdout
+
+
+def test_the_winner_is_exported_with_the_weights_that_were_scored_and_its_card(study: Path, tmp_path: Path) -> None:
+    """The export itself compares the hash with the stored one."""
+    said = here("export", study, tmp_path / "best").stdout
+    assert any(t.user_attrs.get("weights_sha256", "none") in said for t in trials(study))
+    assert lines((tmp_path / "best" / "README.md").read_text()) == lines((FIXTURE / "card.md").read_text())
+
+
+def test_a_learned_trial_and_its_recipe_alone_give_the_weights_that_were_scored(study: Path, tmp_path: Path) -> None:
+    trial = learned(study)
+    wanted = trial.user_attrs["weights_sha256"]
+    assert wanted in here("export", study, tmp_path / "a", "--trial", str(trial.number)).stdout
+    shutil.copytree(study.parent / "kept.maps", study.parent / "maps")
+    assert wanted in here("merge", study.parent / "learned.json", tmp_path / "b", "--device", "cpu").stdout
+    assert (tmp_path / "a" / NAME).read_bytes() == (tmp_path / "b" / NAME).read_bytes()
+    recipes = [json.loads((tmp_path / out / "recipe.json").read_text()) for out in "ab"]
+    recipes[0]["models"]["hashes"] = recipes[1]["models"]["hashes"]
+    assert recipes[0] == recipes[1]
+
+
+def test_a_trial_is_said_to_mergekit_as_before(study: Path, tmp_path: Path) -> None:
+    plain = next(t for t in trials(study) if t.user_attrs.get("label") == "task_arithmetic")
+    here("export", study, tmp_path / "merge.yml", "--mergekit", "--trial", str(plain.number))
+    assert (tmp_path / "merge.yml").read_text() == (FIXTURE / "merge.yml").read_text()
