@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from merge_search.engine.engine import MergeEngine
+from merge_search.engine.methods.assess import AssessContext, pcb_paper
 from merge_search.engine.methods.operators import OPERATORS
+from merge_search.engine.passes.measurements import Measurements
 from merge_search.engine.passes.planner import Planner
+from merge_search.engine.passes.settings import ResolvedRecipe
 from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.errors import RecipeError
 from merge_search.presets import PRESETS, preset
@@ -84,6 +89,18 @@ def test_pcb_paper_gives_the_values_of_the_paper_form(toy):
     assert merged(toy, preset("pcb_paper", toy.models, densities=0.5)) == pytest.approx(expected, abs=6e-5)
 
 
+def test_pcb_paper_scores_are_shares_of_two_softmaxes_times_the_square_of_the_number_of_entries():
+    """a^2 / |a^2| = (1, 0), b^2 / |b^2| = (0, 1), ab = (0, 0), M = 2, two entries."""
+    (a, b) = pcb_paper.scores(
+        AssessContext(torch.zeros(1, 2), [torch.tensor([[3.0, 0]]), torch.tensor([[0, -1.0]])], [], [], {}, 2)
+    )
+    intra = [math.exp(2) / (math.exp(2) + 1), 1 / (math.exp(2) + 1)]
+    inter = [math.e / (math.e + 1) + 1 / 2, 1 / (math.e + 1) + 1 / 2]
+    expected = [4 * x * y for x, y in zip(intra, inter, strict=True)]
+    assert a.flatten().tolist() == pytest.approx(expected, rel=1e-6)
+    assert b.flatten().tolist() == pytest.approx(expected[::-1], rel=1e-6)
+
+
 def test_fisher_weighs_by_the_given_information(toy):
     plain = {"kind": "score", "score": {"measure": "fisher", "options": {"normalise": False}}}
     expected = [0.25, -0.0333, 0, 0.15, 0.12, -0.45, 0.0167, 0.2]
@@ -93,7 +110,7 @@ def test_fisher_weighs_by_the_given_information(toy):
     assert merged(toy, preset("fisher", toy.models)) == pytest.approx(both, abs=1e-5)
 
 
-def cki(kind: str, splice: str, **options: float) -> dict[str, object]:
+def cki(kind: str, splice: str, **options: float | str) -> dict[str, object]:
     return {"kind": splice, "score": {"measure": "cki", "options": {"kind": kind, "bins": 4, **options}}}
 
 
@@ -123,13 +140,36 @@ def test_cki_global_rule_prefers_the_opposite_entropy_when_its_sign_is_turned(to
         assert merged(toy, recipe) == pytest.approx(expected, abs=1e-5)
 
 
-def test_cki_of_three_experts_prefers_agreement_with_the_mean():
-    base = {"w": torch.zeros(2, 4)}
-    tensors = MemoryTensors(base, {"a": {"w": ONE}, "b": {"w": ONE * 1.01}, "c": {"w": TWO}})
-    recipe = preset("cki_soft", tensors.models, splice=cki("local", "softmax", gain=3.0))
-    near_two = (torch.tensor(merged(tensors, recipe)).view(2, 4) - TWO).abs().mean()
-    average = (torch.tensor(merged(tensors, preset("average", tensors.models))).view(2, 4) - TWO).abs().mean()
-    assert near_two > average
+THREE = {"a": [0.0, 0, 0, 3], "b": [0.0, 3, 0, 0], "c": [0.0, 3, 3, 0]}
+"""Mean [0, 2, 1, 1], distances from it a: [0, 2, 1, 2], b: [0, 1, 1, 1], c: [0, 1, 2, 1]."""
+STANDARDISED = {
+    "expert": [
+        [z / 11**0.5 for z in (-5, 3, -1, 3)],  # mean 5/4, variance 11/16
+        [z / 3**0.5 for z in (-3, 1, 1, 1)],  # mean 3/4, variance 3/16
+        [z * 2**0.5 for z in (-1, 0, 1, 0)],  # mean 1, variance 1/2
+    ],
+}
+ENTROPY = [-(0.5**0.5), -(0.5**0.5), 2**0.5]
+"""Standardised: with two bins, three of four weights are in the first one for a and b, and two of four for c."""
+
+
+def softmax_mean(logits: list[list[float]]) -> list[float]:
+    """Entry by entry, the mean of `THREE` weighed by the softmax of one list of logits per expert."""
+    columns = zip(zip(*logits, strict=True), zip(*THREE.values(), strict=True), strict=True)
+    return [sum(math.exp(u) * w for u, w in zip(*c, strict=True)) / sum(math.exp(u) for u in c[0]) for c in columns]
+
+
+@pytest.mark.parametrize("splice", ["score", "softmax"])
+@pytest.mark.parametrize("standardise", STANDARDISED)
+@pytest.mark.parametrize(("kind", "sign"), [("local", 1), ("global", 1), ("global", -1), ("dual", 1), ("dual", -1)])
+def test_cki_of_three_experts_gives_the_softmax_of_its_two_views(splice, standardise, kind, sign):
+    tensors = MemoryTensors({"w": torch.zeros(1, 4)}, {e: {"w": torch.tensor([w])} for e, w in THREE.items()})
+    far = [[2.0 * z for z in of_expert] if kind != "global" else [0.0] * 4 for of_expert in STANDARDISED[standardise]]
+    information = [sign * 0.4 * h if kind != "local" else 0.0 for h in ENTROPY]
+    expected = softmax_mean([[h - z for z in of_expert] for h, of_expert in zip(information, far, strict=True)])
+    options = {} if standardise == "expert" else {"standardise": standardise}
+    view = cki(kind, splice, gain=2.0, sign=sign, **{"bins": 2, **options})
+    assert merged(tensors, preset("cki_soft", tensors.models, splice=view)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_della_keeps_by_rank_in_the_row(toy):
@@ -160,6 +200,22 @@ def test_trust_region_drops_the_entries_where_gradients_meet_other_deltas(toy):
     expected[omega.topk(2).indices] = 0
     recipe = preset("trust_region", toy.models, select={"kind": "band", "scope": "model", "gamma": 0.25}, densities=1.0)
     assert merged(toy, recipe) == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("zero_shot", [False, True])
+def test_trust_region_multiplies_no_gradient_by_the_delta_of_its_own_expert(zero_shot):
+    """1 (10 + 100) + 2 (1 + 100) + 3 (1 + 10) of gradients; 2 (1 10 + 1 100 + 10 100) of deltas alone."""
+    gradients, sizes = {"a": 1.0, "b": 2.0, "c": 3.0}, {"a": -1.0, "b": 10.0, "c": 100.0}
+    statistics = {("absolute_gradient", e, "w"): torch.full((1, 2), g) for e, g in gradients.items()}
+    experts = {e: {"w": torch.full((1, 2), d)} for e, d in sizes.items()}
+    tensors = MemoryTensors({"w": torch.zeros(1, 2)}, experts, statistics=statistics)
+    recipe = preset(
+        "trust_region", tensors.models, assess={"measure": "trust_region", "options": {"zero_shot": zero_shot}}
+    )
+    resolved = ResolvedRecipe.resolve(recipe)
+    (omega, *others) = Measurements(tensors).scores(resolved.assess, "w")
+    assert omega.tolist() == [2220.0] * 2 if zero_shot else [345.0] * 2
+    assert all(torch.equal(omega, other) for other in others)
 
 
 def apl_tensors():

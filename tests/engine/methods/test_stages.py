@@ -314,6 +314,21 @@ def test_soft_thresholds_give_the_top_score_its_whole_delta_and_the_cut_none():
     assert merged(tensors, recipe(tensors, **settings))["w"].tolist() == [[4.0, 1.5, 0.0, 0.0]]
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_winsorising_clips_the_sizes_of_a_delta_at_both_ends_and_keeps_its_signs(compile):
+    one = torch.tensor([[0.1, 1.0, -2.0, 3.0, -9.0]])
+    long = 400  # long enough for a compiled loop
+    tensors = MemoryTensors({"w": torch.zeros(long, 5)}, {"a": {"w": one.repeat(long, 1)}})
+
+    def at(share):
+        made = recipe(tensors, winsorise=share)
+        return dict(MergeEngine(tensors, compile=compile).merged(made))["w"][-1].tolist()
+
+    assert at(0.0) == one[0].tolist()
+    assert at(0.1) == one[0].tolist()  # less than the share of one value
+    assert at(0.25) == [1.0, 1.0, -2.0, 3.0, -3.0]
+
+
 def test_selection_by_mass_keeps_the_fewest_that_reach_it():
     one = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
     tensors = MemoryTensors({"w": torch.zeros(1, 4)}, {"a": {"w": one}})
