@@ -82,6 +82,10 @@ def _each(key: str, *values: float) -> tuple[Mapping[str, Any], ...]:
     return tuple({key: v} for v in values)
 
 
+def _cki(splice: str, **options: Any) -> Mapping[str, Any]:
+    return {"kind": splice, "score": {"measure": "cki", "options": {"standardise": "all", **options}}}
+
+
 _ALL: tuple[Preset, ...] = (
     Preset("base", "the base itself", "-", {"operator": {"name": "passthrough"}}),
     Preset(
@@ -212,19 +216,22 @@ _ALL: tuple[Preset, ...] = (
     ),
     Preset(
         "cki_soft", "compatibility-weighted mean, local and global view", _CKI,
-        {"splice": {"kind": "score", "score": {"measure": "cki"}}},
-        differs="The learned map is replaced by standardised disagreement; all tensors, not the head alone.",
-        grid=({}, {"settings": {"splice": {"kind": "score", "score": {"measure": "cki", "options": {"sign": -1.0}}}}}),
+        {"splice": _cki("score")},
+        differs=(
+            "The learned map is replaced by standardised disagreement; all tensors, not the head alone. More than two "
+            "experts, which the release has not, are weighed by their distance from their mean."
+        ),
+        grid=({}, {"settings": {"splice": _cki("score", sign=-1.0)}}),
     ),
     Preset(
         "cki_hard", "at every entry the more compatible expert", _CKI,
-        {"splice": {"kind": "argmax", "score": {"measure": "cki"}}},
+        {"splice": _cki("argmax")},
         differs="As `cki_soft`.",
-        grid=({}, {"settings": {"splice": {"kind": "argmax", "score": {"measure": "cki", "options": {"sign": -1.0}}}}}),
+        grid=({}, {"settings": {"splice": _cki("argmax", sign=-1.0)}}),
     ),
     Preset(
         "cki_recommender", "softmax of dual compatibilities: the recommender code, close to averaging", _CKI,
-        {"splice": {"kind": "softmax", "score": {"measure": "cki", "options": {"kind": "recommender"}}}},
+        {"splice": _cki("softmax", kind="recommender")},
         differs="The rule of the training-time forward; deployment in the release uses another one.", grid=({},),
     ),
     Preset(

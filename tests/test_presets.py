@@ -148,7 +148,9 @@ STANDARDISED = {
         [z / 3**0.5 for z in (-3, 1, 1, 1)],  # mean 3/4, variance 3/16
         [z * 2**0.5 for z in (-1, 0, 1, 0)],  # mean 1, variance 1/2
     ],
+    "all": [[z * 2**0.5 for z in of_expert] for of_expert in ((-1, 1, 0, 1), (-1, 0, 0, 0), (-1, 0, 1, 0))],  # 1, 1/2
 }
+"""The distances less their mean, over their standard deviation: of each expert, or of all of them."""
 ENTROPY = [-(0.5**0.5), -(0.5**0.5), 2**0.5]
 """Standardised: with two bins, three of four weights are in the first one for a and b, and two of four for c."""
 
@@ -170,6 +172,51 @@ def test_cki_of_three_experts_gives_the_softmax_of_its_two_views(splice, standar
     options = {} if standardise == "expert" else {"standardise": standardise}
     view = cki(kind, splice, gain=2.0, sign=sign, **{"bins": 2, **options})
     assert merged(tensors, preset("cki_soft", tensors.models, splice=view)) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "splice"), [("cki_soft", "score"), ("cki_recommender", "softmax")])
+def test_cki_of_two_that_agree_and_one_far_away_trusts_the_two(name, splice):
+    """1, 1 and 100: distances from the mean 33, 33 and 66, mean 44, standard deviation 11 sqrt(2)."""
+    sizes = {"a": 1.0, "b": 1.0, "c": 100.0}
+    signs = torch.tensor([[1.0, -1.0, 1.0, 1.0], [-1.0, -1.0, 1.0, -1.0]])
+    tensors = MemoryTensors({"w": torch.zeros(2, 4)}, {e: {"w": s * signs} for e, s in sizes.items()})
+    outlier = 1 / (1 + 2 * math.exp(3 / 2**0.5))
+    expected = ((1 - outlier + 100 * outlier) * signs).flatten().tolist()
+    assert merged(tensors, preset(name, tensors.models)) == pytest.approx(expected, rel=1e-5)
+    earlier = preset("cki_soft", tensors.models, splice=cki("dual", splice))  # a recipe without the option
+    assert merged(tensors, earlier) == pytest.approx((34 * signs).flatten().tolist(), rel=1e-5)
+
+
+def test_cki_of_two_that_agree_and_one_far_away_takes_the_first_of_the_two_where_it_takes_one():
+    sizes = {"c": 100.0, "a": 1.0, "b": 1.01}
+    tensors = MemoryTensors({"w": torch.zeros(2, 4)}, {e: {"w": s * ONE} for e, s in sizes.items()})
+    taken = torch.tensor(merged(tensors, preset("cki_hard", tensors.models))).view(2, 4)
+    assert torch.allclose(taken, 1.01 * ONE)  # nearer to the mean 34.003
+
+
+def test_cki_still_weighs_an_entry_where_all_of_three_experts_are_far_from_their_mean():
+    """2, -1 and -1 at one of 40 000 entries: 282 and 141 standard deviations, whose exp is zero in float32."""
+    experts = {e: {"w": torch.zeros(200, 200)} for e in "abc"}
+    for (e, value), rest in zip({"a": 2.0, "b": -1.0, "c": -1.0}.items(), (1e-6, 2e-6, 3e-6), strict=True):
+        experts[e]["w"][3, 3], experts[e]["w"][3, 4] = value, rest
+    tensors = MemoryTensors({"w": torch.zeros(200, 200)}, experts)
+    assert merged(tensors, preset("cki_soft", tensors.models))[3 * 200 + 3] == pytest.approx(-1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cki_soft", "cki_hard", "cki_recommender"])
+def test_how_cki_standardises_changes_no_bit_of_two_experts(toy, name):
+    made = preset(name, toy.models)
+    score = made.splice.score.model_copy(
+        update={"options": {k: v for k, v in made.splice.score.options.items() if k != "standardise"}}
+    )
+    earlier = made.model_copy(update={"splice": made.splice.model_copy(update={"score": score})})
+    assert earlier.fingerprint != made.fingerprint
+    assert merged(toy, earlier) == merged(toy, made)
+
+
+def test_cki_standardises_over_each_expert_or_over_all(toy):
+    with pytest.raises(RecipeError, match="'standardise' of 'cki' must be one of expert, all, got 'both'"):
+        merged(toy, preset("cki_soft", toy.models, splice=cki("dual", "score", standardise="both")))
 
 
 def test_della_keeps_by_rank_in_the_row(toy):
