@@ -132,6 +132,28 @@ def test_cki_recommender_gives_the_values_of_its_softmax(toy):
     assert merged(toy, recipe) == pytest.approx(expected, abs=1e-4)
 
 
+def test_cki_hard_in_the_other_order_takes_the_second_expert_whole_where_its_entropy_is_smaller(toy):
+    """w_glo 0.301469 of the second one is below 1/2, so w = 1 - w_glo (1 - w_loc) is above 1/2 everywhere."""
+    recipe = preset("cki_hard", toy.models, splice=cki("dual", "argmax", order="reversed"))
+    assert merged(toy, recipe) == pytest.approx(TWO.flatten().tolist())
+    assert any(
+        point.get("settings", {}).get("splice", {}).get("score", {}).get("options", {}).get("order") == "reversed"
+        for point in PRESETS["cki_hard"].grid
+    )
+
+
+@pytest.mark.parametrize("kind", ["dual", "local", "global", "recommender"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_cki_in_the_other_order_is_cki_of_the_experts_exchanged(toy, kind, sign):
+    exchanged = MemoryTensors({"w": torch.zeros(2, 4)}, {"b": {"w": TWO}, "a": {"w": ONE}})
+    other = preset("cki_soft", toy.models, splice=cki(kind, "score", sign=sign, order="reversed"))
+    given = preset("cki_soft", exchanged.models, splice=cki(kind, "score", sign=sign))
+    assert merged(toy, other) == pytest.approx(merged(exchanged, given), abs=1e-6)
+    same = preset("cki_soft", toy.models, splice=cki(kind, "score", sign=sign))
+    is_symmetric = kind == "global"
+    assert (merged(toy, other) == pytest.approx(merged(toy, same), abs=1e-4)) == is_symmetric
+
+
 def test_cki_global_rule_prefers_the_opposite_entropy_when_its_sign_is_turned(toy):
     share = 0.698531
     for sign, w in ((1.0, share), (-1.0, 1 - share)):

@@ -101,8 +101,8 @@ MEASURES: RuleTable[Measure] = RuleTable("measure", (
         "cki", "compatibility from disagreement and information content (CKI), without training",
         cheap=True, is_costly=True, ordered=True, bounded=True, reduce_options=("bins",),
         options={"kind": "dual", "a": 0.4, "c": 500.0, "bins": 10, "gain": 1.0, "bias": 0.0, "sign": 1.0,
-                 "standardise": "expert"},
-        choices={"standardise": ("expert", "all")},
+                 "standardise": "expert", "order": "given"},
+        choices={"standardise": ("expert", "all"), "order": ("given", "reversed")},
     ),
     _m("random", "counter-based uniform numbers: a control", is_random=True, reads_weights=False, bounded=True),
     _m(

@@ -7,6 +7,8 @@ The option ``kind`` selects the scores of (i, j):
     dual         w = 1 - w_glo (1 - w_loc), 1 - w          local   w_loc, 1 - w_loc          global  w_glo, 1 - w_glo
     recommender  exp(u_i), exp(u_j), u_i = w_glo (1 - exp(-w_glo w_loc)), u_j the same with 1 - w_glo, 1 - w_loc
 
+With the option ``order: reversed`` the second expert is i and the first one j.
+
 For any other number of experts: exp(u_i), u_i = sign a z(H_i) - gain z(|W_i - mean W|). The option ``standardise`` says
 over what z standardises these distances:
 
@@ -141,7 +143,9 @@ def scores(context: AssessContext) -> list[Tensor]:
     kind, n = context.options["kind"], context.numbers
     disagreement = [(d - n[3 + 3 * i]) * n[4 + 3 * i] for i, d in enumerate(_local(context.deltas))]
     if len(context.deltas) == 2:
-        return _two(str(kind), disagreement[0], n)
+        if context.options["order"] == "reversed":
+            return _two(str(kind), disagreement[1], n, n[5])[::-1]
+        return _two(str(kind), disagreement[0], n, n[2])
     use_local, use_global = float(kind != "global"), float(kind != "local")
     logits = [use_global * n[2 + 3 * i] - use_local * (n[0] * z) for i, z in enumerate(disagreement)]
     return [exp(u) for u in logits] if context.options["standardise"] == "expert" else _shares(logits)
@@ -159,8 +163,8 @@ def _shares(logits: Sequence[Tensor]) -> list[Tensor]:
     return [part / total for part in parts]
 
 
-def _two(kind: str, z: Tensor, n: Sequence[Tensor]) -> list[Tensor]:
-    share = n[2]
+def _two(kind: str, z: Tensor, n: Sequence[Tensor], share: Tensor) -> list[Tensor]:
+    """Return the scores of (i, j); `share` is w_glo of i."""
     local = sigmoid(n[0] * z + n[1])
     if kind == "local":
         return [local, 1.0 - local]
