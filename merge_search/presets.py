@@ -195,10 +195,12 @@ _ALL: tuple[Preset, ...] = (
     Preset(
         "pcb_paper", "softmax competition scores, top fraction, score-weighted mean: the paper's form", _PCB,
         {
-            "assess": {"measure": "pcb_paper"}, "select": {"kind": "top_k", "scope": "model"},
-            "splice": {"kind": "score"},
+            "assess": {"measure": "pcb_paper", "options": {"scope": "model", "centred": True}},
+            "select": {"kind": "top_k", "scope": "model", "vectors": True},
+            "splice": {"kind": "score", "score": {"measure": "pcb_paper", "options": {"scope": "model"}}},
         },
-        differs="softmax and normalisation run per tensor.", density=0.1, grid=({"density": 0.1}, {"density": 0.2}),
+        differs="The paper's scope, the whole model, is how we read it; a re-implementation takes tensor by tensor.",
+        density=0.1, grid=({"density": 0.1}, {"density": 0.2}),
     ),
     Preset(
         "fisher", "Fisher-weighted mean of the experts",

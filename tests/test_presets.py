@@ -89,10 +89,59 @@ def test_pcb_paper_gives_the_values_of_the_paper_form(toy):
     assert merged(toy, preset("pcb_paper", toy.models, densities=0.5)) == pytest.approx(expected, abs=6e-5)
 
 
+BY_TENSOR = {"scope": "tensor", "centred": False}
+
+
+def test_pcb_paper_takes_all_tensors_of_a_model_as_one(toy):
+    """The same numbers as one matrix of the toy: its first row a matrix, its second one a vector."""
+    cut = MemoryTensors(
+        {"w0": torch.zeros(1, 4), "w1": torch.zeros(4)},
+        {e: {"w0": t[:1], "w1": t[1]} for e, t in (("a", ONE), ("b", TWO))},
+    )
+    out = dict(MergeEngine(cut, compile=False).merged(preset("pcb_paper", cut.models, densities=0.5)))
+    expected = [0.4, 0.0781, 0, 0.2, -0.4507, -0.4730, 0, 0]
+    assert torch.cat([out["w0"].flatten(), out["w1"]]).tolist() == pytest.approx(expected, abs=6e-5)
+
+
+def paper_scores(deltas: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The paper's formula over flat models."""
+    double = [t.double() for t in deltas]
+
+    def shares(x: torch.Tensor, times: int = 1) -> torch.Tensor:
+        return (times * x / (x.norm() or 1)).softmax(0)
+
+    return [shares(t * t, len(double)) * sum(shares(t * other) for other in double) for t in double]
+
+
+def test_pcb_paper_over_the_model_keeps_and_weighs_what_the_formula_says_in_a_model_of_many_parameters():
+    """So many that a histogram ranks them, and that scores differ in their last digits. Expert c left w1 as it is."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"w0": (300, 250), "w1": (200,)}
+    experts = {e: {n: torch.randn(s, generator=draw) for n, s in shapes.items()} for e in "abc"}
+    experts["c"]["w1"] = torch.zeros(200)
+    tensors = MemoryTensors({n: torch.zeros(s) for n, s in shapes.items()}, experts)
+    flat = [torch.cat([experts[e][n].flatten() for n in shapes]) for e in "abc"]
+    scores = paper_scores(flat)
+    measurements, n = Measurements(tensors), len(flat[0])
+    resolved = ResolvedRecipe.resolve(preset("pcb_paper", tensors.models, densities=0.1))
+    for assessment, less in ((resolved.mixing, 0.0), (resolved.assess, 3.0)):
+        for name, place in (("w0", slice(0, 75_000)), ("w1", slice(75_000, None))):
+            found = measurements.scores(assessment, name)
+            for expected, score in zip(scores[: len(found)], found, strict=True):
+                assert torch.allclose(score.double(), expected[place] * n**2 - less, rtol=1e-6, atol=1e-7)
+    kept = [s >= s.topk(n // 10).values[-1] for s in scores]
+    top, total = (sum(k * s * f for k, s, f in zip(kept, scores, x, strict=True)) for x in (flat, [1, 1, 1]))
+    expected = torch.where(total > 0, top / total.clamp(min=1e-300), 0)
+    out = dict(MergeEngine(tensors, compile=False).merged(resolved.recipe))
+    found = torch.cat([out[name].flatten() for name in shapes])
+    is_near = (found - expected).abs() < 1e-4
+    assert is_near.double().mean() > 0.999  # a few stand in the bin of the cut
+
+
 def test_pcb_paper_scores_are_shares_of_two_softmaxes_times_the_square_of_the_number_of_entries():
     """a^2 / |a^2| = (1, 0), b^2 / |b^2| = (0, 1), ab = (0, 0), M = 2, two entries."""
     (a, b) = pcb_paper.scores(
-        AssessContext(torch.zeros(1, 2), [torch.tensor([[3.0, 0]]), torch.tensor([[0, -1.0]])], [], [], {}, 2)
+        AssessContext(torch.zeros(1, 2), [torch.tensor([[3.0, 0]]), torch.tensor([[0, -1.0]])], [], [], BY_TENSOR, 2)
     )
     intra = [math.exp(2) / (math.exp(2) + 1), 1 / (math.exp(2) + 1)]
     inter = [math.e / (math.e + 1) + 1 / 2, 1 / (math.e + 1) + 1 / 2]

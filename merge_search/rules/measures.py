@@ -95,7 +95,10 @@ MEASURES: RuleTable[Measure] = RuleTable("measure", (
         "pcb", "intra x inter competition, as released (PCB-Merging)",
         cheap=True, is_costly=True, options={"inter": "nlp", "temperature": None},
     ),
-    _m("pcb_paper", "softmax intra x softmax inter, as published (PCB-Merging)", bounded=True),
+    _m(
+        "pcb_paper", "softmax intra x softmax inter, as published (PCB-Merging)", bounded=True,
+        options={"scope": "tensor", "centred": False}, choices={"scope": ("tensor", "model")},
+    ),
     _m("tall_ratio", "|delta_i| / |sum of the others' deltas| (TALL masks, Consensus)", cheap=True),
     _m(
         "cki", "compatibility from disagreement and information content (CKI), without training",

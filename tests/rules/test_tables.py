@@ -331,6 +331,11 @@ PINNED = {
 }
 """sha256 of canonical text and fingerprint, as the version that had the kinds in its recipes wrote them."""
 EARLIER: dict[str, dict[str, Any]] = {
+    "pcb_paper": {
+        "assess": {"measure": "pcb_paper"},
+        "select": {"kind": "top_k", "scope": "model"},
+        "splice": {"kind": "score"},
+    },
     "cki_soft": {"splice": {"kind": "score", "score": {"measure": "cki"}}},
     "cki_hard": {"splice": {"kind": "argmax", "score": {"measure": "cki"}}},
     "cki_recommender": {

@@ -202,6 +202,7 @@ class Measurements:
             options=assessment.options,
             n_experts=len(scope.experts),
             experts=active,
+            every_expert=scope.experts,
             group=self.tensors.groups[name],
             seed=scope.seed if assessment.measure.is_random else 0,
             coefficients=assessment.at(coefficients),
