@@ -185,7 +185,8 @@ _ALL: tuple[Preset, ...] = (
     Preset(
         "pcb", "competition-balanced scores as soft masks, mask-weighted mean: the released code", _PCB,
         {
-            "winsorise": 0.01, "assess": {"measure": "pcb"}, "select": {"kind": "soft_threshold", "scope": "model"},
+            "winsorise": 0.01, "winsorise_limits": "released", "assess": {"measure": "pcb"},
+            "select": {"kind": "soft_threshold", "scope": "model"},
             "splice": {"kind": "mask"},
         },
         differs="The paper's form is `pcb_paper`; the three released inter terms are the option `inter`.",

@@ -27,7 +27,9 @@ __all__ = [
 
 PerExpert = Mapping[str, float | dict[str, float]]
 
-STAGES = ("winsorise", "assess", "allocate", "select", "rescale", "resolve", "splice", "operator", "post")
+STAGES = (
+    "winsorise", "winsorise_limits", "assess", "allocate", "select", "rescale", "resolve", "splice", "operator", "post",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def distinct(methods: Iterable[Method], n_experts: int) -> tuple[list[Method], l
         parts = (
             (form.assess, form.select, form.resolve, form.splice) if form else (t.assess, t.select, t.resolve, t.splice)
         )
-        others = (t.winsorise, t.allocate, t.rescale, t.operator, *t.post)
+        others = (t.winsorise, t.winsorise_limits, t.allocate, t.rescale, t.operator, *t.post)
         key = (repr(parts), repr(others), method.scaling == "fixed")
         first = kept.setdefault(key, method)
         if first is not method and first.name != method.name:

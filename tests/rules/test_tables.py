@@ -331,6 +331,7 @@ PINNED = {
 }
 """sha256 of canonical text and fingerprint, as the version that had the kinds in its recipes wrote them."""
 EARLIER: dict[str, dict[str, Any]] = {
+    "pcb": {"winsorise_limits": "interpolated"},
     "pcb_paper": {
         "assess": {"measure": "pcb_paper"},
         "select": {"kind": "top_k", "scope": "model"},
