@@ -358,6 +358,14 @@ def test_winsorising_as_released_takes_values_of_the_deltas_however_many_there_a
                 assert torch.allclose(out[name], tensors.base(name).float() + total, atol=1e-6)
 
 
+def test_winsorising_as_released_is_exact_where_a_histogram_holds_many_values_in_a_bin():
+    """1 to 90 000: numbers 900 and 89 099, from 0, are 901 and 89 100."""
+    order = torch.randperm(90_000, generator=torch.Generator().manual_seed(0))
+    tensors = MemoryTensors({"w": torch.zeros(300, 300)}, {"a": {"w": 1.0 + order.float().view(300, 300)}})
+    out = merged(tensors, recipe(tensors, winsorise=0.01, winsorise_limits="released"))["w"]
+    assert (float(out.min()), float(out.max())) == (901.0, 89_100.0)
+
+
 def test_selection_by_mass_keeps_the_fewest_that_reach_it():
     one = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
     tensors = MemoryTensors({"w": torch.zeros(1, 4)}, {"a": {"w": one}})
