@@ -5,8 +5,8 @@
 Without AFTER_CHECKOUT: the one that this file lies in. Each checkout runs in a process of its own, with this
 interpreter and ``PYTHONPATH``; there every case goes through ``python -m merge_search merge FILE OUT``, one after the
 other. Cases are those of `tests/support/fixed_recipes.py` that need no statistics and no files of their own: presets
-and their grids, rules of every stage, operators, post rules, mergekit's files. Each version makes the recipes from its own
-presets; results are float32 where a recipe does not say otherwise. Sets of models:
+and their grids, rules of every stage, operators, post rules, mergekit's files. Each version makes the recipes from its
+own presets; results are float32 where a recipe does not say otherwise. Sets of models:
 
     demo      the example's (bfloat16 Llama, 0.9 M parameters)
     llama     five layers of made-up numbers (float32)

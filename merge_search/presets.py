@@ -82,6 +82,10 @@ def _each(key: str, *values: float) -> tuple[Mapping[str, Any], ...]:
     return tuple({key: v} for v in values)
 
 
+def _cki(splice: str, **options: Any) -> Mapping[str, Any]:
+    return {"kind": splice, "score": {"measure": "cki", "options": {"standardise": "all", **options}}}
+
+
 _ALL: tuple[Preset, ...] = (
     Preset("base", "the base itself", "-", {"operator": {"name": "passthrough"}}),
     Preset(
@@ -181,7 +185,8 @@ _ALL: tuple[Preset, ...] = (
     Preset(
         "pcb", "competition-balanced scores as soft masks, mask-weighted mean: the released code", _PCB,
         {
-            "winsorise": 0.01, "assess": {"measure": "pcb"}, "select": {"kind": "soft_threshold", "scope": "model"},
+            "winsorise": 0.01, "winsorise_limits": "released", "assess": {"measure": "pcb"},
+            "select": {"kind": "soft_threshold", "scope": "model"},
             "splice": {"kind": "mask"},
         },
         differs="The paper's form is `pcb_paper`; the three released inter terms are the option `inter`.",
@@ -191,10 +196,12 @@ _ALL: tuple[Preset, ...] = (
     Preset(
         "pcb_paper", "softmax competition scores, top fraction, score-weighted mean: the paper's form", _PCB,
         {
-            "assess": {"measure": "pcb_paper"}, "select": {"kind": "top_k", "scope": "model"},
-            "splice": {"kind": "score"},
+            "assess": {"measure": "pcb_paper", "options": {"scope": "model", "centred": True}},
+            "select": {"kind": "top_k", "scope": "model", "vectors": True},
+            "splice": {"kind": "score", "score": {"measure": "pcb_paper", "options": {"scope": "model"}}},
         },
-        differs="softmax and normalisation run per tensor.", density=0.1, grid=({"density": 0.1}, {"density": 0.2}),
+        differs="The paper's scope, the whole model, is how we read it; a re-implementation takes tensor by tensor.",
+        density=0.1, grid=({"density": 0.1}, {"density": 0.2}),
     ),
     Preset(
         "fisher", "Fisher-weighted mean of the experts",
@@ -212,19 +219,29 @@ _ALL: tuple[Preset, ...] = (
     ),
     Preset(
         "cki_soft", "compatibility-weighted mean, local and global view", _CKI,
-        {"splice": {"kind": "score", "score": {"measure": "cki"}}},
-        differs="The learned map is replaced by standardised disagreement; all tensors, not the head alone.",
-        grid=({}, {"settings": {"splice": {"kind": "score", "score": {"measure": "cki", "options": {"sign": -1.0}}}}}),
+        {"splice": _cki("score")},
+        differs=(
+            "The learned map is replaced by standardised disagreement; all tensors, not the head alone. More than two "
+            "experts, which the release has not, are weighed by their distance from their mean."
+        ),
+        grid=({}, {"settings": {"splice": _cki("score", sign=-1.0)}}),
     ),
     Preset(
         "cki_hard", "at every entry the more compatible expert", _CKI,
-        {"splice": {"kind": "argmax", "score": {"measure": "cki"}}},
-        differs="As `cki_soft`.",
-        grid=({}, {"settings": {"splice": {"kind": "argmax", "score": {"measure": "cki", "options": {"sign": -1.0}}}}}),
+        {"splice": _cki("argmax")},
+        differs=(
+            "As `cki_soft`. Two experts have different roles: the second one gives an entry only where they agree "
+            "closely, in tensors where the first one has the larger entropy. The first one gives 93 to 99 % of the "
+            "entries on our models, so try both orders (`order: reversed`, in the grid)."
+        ),
+        grid=tuple(
+            {"settings": {"splice": _cki("argmax", **options)}}
+            for options in ({}, {"sign": -1.0}, {"order": "reversed"}, {"sign": -1.0, "order": "reversed"})
+        ),
     ),
     Preset(
         "cki_recommender", "softmax of dual compatibilities: the recommender code, close to averaging", _CKI,
-        {"splice": {"kind": "softmax", "score": {"measure": "cki", "options": {"kind": "recommender"}}}},
+        {"splice": _cki("softmax", kind="recommender")},
         differs="The rule of the training-time forward; deployment in the release uses another one.", grid=({},),
     ),
     Preset(

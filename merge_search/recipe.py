@@ -285,6 +285,13 @@ class Recipe(_Value):
     """The published name of these settings, for people. Only the fields below decide the merge."""
     winsorise: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """|delta| is clipped to its [q, 1 - q] quantiles before anything else (PCB)."""
+    winsorise_limits: Literal["interpolated", "released"] = "interpolated"
+    """Which values the quantiles of n sorted |delta| are.
+
+    ``released``: numbers int(n q) and int(n (1 - q) - 1), counted from 0, as in PCB's released code. ``interpolated``:
+    the ones floor(q (n - 1)) from either end, above 2**16 entries interpolated in a histogram. A tensor that an expert
+    left as it is does not count.
+    """
     assess: Assess = Assess()
     allocate: Allocate = Allocate()
     select: Select = Select()

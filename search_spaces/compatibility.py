@@ -4,6 +4,9 @@ It has two forms. With ``presets`` (the default) the categorical parameter ``pre
 
     space: {type: compatibility, presets: [ties, dare, della], coefficients: {per: block}, density: {per: expert}}
 
+A preset may have options of its rules and the numbers of its stages, ``{tsv_m: {rank_share: 0.3}}``. The same preset
+with other options is another choice.
+
 With lists of ``assess``, ``select``, ``splice`` (and ``resolve``) the categorical parameter ``method`` ranges over
 their distinct valid combinations, named like "magnitude/top_k/sum". Combinations that mean the same merges, such as
 random selection under two assessments, are one choice. An entry is a name or a mapping with options
@@ -34,12 +37,13 @@ from search_spaces.parts.composed import Composed
 from search_spaces.parts.grouping import DensityRange, Range
 from search_spaces.parts.methods import (
     Method,
+    PresetEntry,
     Stages,
     canonical,
     distinct,
     of_preset,
     of_stages,
-    preset_problems,
+    preset_entries,
     why_senseless,
 )
 from search_spaces.parts.options import Options, space_options
@@ -55,7 +59,7 @@ Entries = Annotated[tuple[Entry, ...], Field(min_length=1)]
 class CompatibilityOptions(Options):
     coefficients: Range = Range(per="block")
     density: DensityRange = DensityRange()
-    presets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    presets: Annotated[tuple[PresetEntry, ...], Field(min_length=1)] | None = None
     assess: Entries | None = None
     select: Entries | None = None
     resolve: Entries | None = None
@@ -95,11 +99,8 @@ class Compatibility(Composed):
 
 
 def _by_presets(chosen: CompatibilityOptions, context: SpaceContext) -> tuple[list[Method], list[str]]:
-    names = tuple(dict.fromkeys(chosen.presets or DEFAULT_PRESETS))
-    problems = preset_problems(names, context, at="space.presets")
-    if problems:
-        raise SpaceError(problems)
-    return distinct((of_preset(name, context) for name in names), len(context.experts))
+    presets = preset_entries(chosen.presets or DEFAULT_PRESETS, context, at="space.presets")
+    return distinct((of_preset(p.name, context, chosen=p) for p in presets), len(context.experts))
 
 
 def _by_axes(chosen: CompatibilityOptions, context: SpaceContext) -> tuple[list[Method], list[str]]:

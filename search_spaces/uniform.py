@@ -11,12 +11,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from merge_search.errors import SpaceError
 from merge_search.space import SpaceContext
 from search_spaces.parts.axes import per_cell
 from search_spaces.parts.composed import Composed
 from search_spaces.parts.grouping import DensityRange, Range
-from search_spaces.parts.methods import distinct, of_preset, preset_problems
+from search_spaces.parts.methods import PresetEntry, distinct, of_preset, preset_entries
 from search_spaces.parts.options import Bounds, DensityBounds, Options, space_options
 
 __all__ = ["Uniform"]
@@ -26,12 +25,18 @@ class UniformOptions(Options):
     """Options of ``type: uniform``.
 
     Attributes:
-        presets: Names of the methods to choose from.
+        presets: The methods to choose from: names, or ``{NAME: {option: value}}``.
         bounds: Bounds of the coefficient.
         density: Bounds of the density.
     """
 
-    presets: Annotated[tuple[str, ...], Field(min_length=1)] = ("task_arithmetic", "ties", "dare", "della", "tsv_m")
+    presets: Annotated[tuple[PresetEntry, ...], Field(min_length=1)] = (
+        "task_arithmetic",
+        "ties",
+        "dare",
+        "della",
+        "tsv_m",
+    )
     bounds: Bounds = (0.0, 1.5)
     density: DensityBounds = (0.05, 1.0)
 
@@ -41,11 +46,8 @@ class Uniform(Composed):
 
     def __init__(self, options: Mapping[str, Any], context: SpaceContext, *, folder: Path | None = None) -> None:
         chosen = space_options(UniformOptions, options)
-        presets = tuple(dict.fromkeys(chosen.presets))
-        problems = preset_problems(presets, context, at="space.presets")
-        if problems:
-            raise SpaceError(problems)
-        methods, notes = distinct((of_preset(name, context) for name in presets), len(context.experts))
+        presets = preset_entries(chosen.presets, context, at="space.presets")
+        methods, notes = distinct((of_preset(p.name, context, chosen=p) for p in presets), len(context.experts))
         super().__init__(
             context,
             methods,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from merge_search.engine.engine import MergeEngine
+from merge_search.engine.methods.assess import AssessContext, pcb_paper
 from merge_search.engine.methods.operators import OPERATORS
+from merge_search.engine.passes.measurements import Measurements
 from merge_search.engine.passes.planner import Planner
+from merge_search.engine.passes.settings import ResolvedRecipe
 from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.errors import RecipeError
 from merge_search.presets import PRESETS, preset
@@ -84,6 +89,67 @@ def test_pcb_paper_gives_the_values_of_the_paper_form(toy):
     assert merged(toy, preset("pcb_paper", toy.models, densities=0.5)) == pytest.approx(expected, abs=6e-5)
 
 
+BY_TENSOR = {"scope": "tensor", "centred": False}
+
+
+def test_pcb_paper_takes_all_tensors_of_a_model_as_one(toy):
+    """The same numbers as one matrix of the toy: its first row a matrix, its second one a vector."""
+    cut = MemoryTensors(
+        {"w0": torch.zeros(1, 4), "w1": torch.zeros(4)},
+        {e: {"w0": t[:1], "w1": t[1]} for e, t in (("a", ONE), ("b", TWO))},
+    )
+    out = dict(MergeEngine(cut, compile=False).merged(preset("pcb_paper", cut.models, densities=0.5)))
+    expected = [0.4, 0.0781, 0, 0.2, -0.4507, -0.4730, 0, 0]
+    assert torch.cat([out["w0"].flatten(), out["w1"]]).tolist() == pytest.approx(expected, abs=6e-5)
+
+
+def paper_scores(deltas: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The paper's formula over flat models."""
+    double = [t.double() for t in deltas]
+
+    def shares(x: torch.Tensor, times: int = 1) -> torch.Tensor:
+        return (times * x / (x.norm() or 1)).softmax(0)
+
+    return [shares(t * t, len(double)) * sum(shares(t * other) for other in double) for t in double]
+
+
+def test_pcb_paper_over_the_model_keeps_and_weighs_what_the_formula_says_in_a_model_of_many_parameters():
+    """So many that a histogram ranks them, and that scores differ in their last digits. Expert c left w1 as it is."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"w0": (300, 250), "w1": (200,)}
+    experts = {e: {n: torch.randn(s, generator=draw) for n, s in shapes.items()} for e in "abc"}
+    experts["c"]["w1"] = torch.zeros(200)
+    tensors = MemoryTensors({n: torch.zeros(s) for n, s in shapes.items()}, experts)
+    flat = [torch.cat([experts[e][n].flatten() for n in shapes]) for e in "abc"]
+    scores = paper_scores(flat)
+    measurements, n = Measurements(tensors), len(flat[0])
+    resolved = ResolvedRecipe.resolve(preset("pcb_paper", tensors.models, densities=0.1))
+    for assessment, less in ((resolved.mixing, 0.0), (resolved.assess, 3.0)):
+        for name, place in (("w0", slice(0, 75_000)), ("w1", slice(75_000, None))):
+            found = measurements.scores(assessment, name)
+            for expected, score in zip(scores[: len(found)], found, strict=True):
+                assert torch.allclose(score.double(), expected[place] * n**2 - less, rtol=1e-6, atol=1e-7)
+    kept = [s >= s.topk(n // 10).values[-1] for s in scores]
+    top, total = (sum(k * s * f for k, s, f in zip(kept, scores, x, strict=True)) for x in (flat, [1, 1, 1]))
+    expected = torch.where(total > 0, top / total.clamp(min=1e-300), 0)
+    out = dict(MergeEngine(tensors, compile=False).merged(resolved.recipe))
+    found = torch.cat([out[name].flatten() for name in shapes])
+    is_near = (found - expected).abs() < 1e-4
+    assert is_near.double().mean() > 0.999  # a few stand in the bin of the cut
+
+
+def test_pcb_paper_scores_are_shares_of_two_softmaxes_times_the_square_of_the_number_of_entries():
+    """a^2 / |a^2| = (1, 0), b^2 / |b^2| = (0, 1), ab = (0, 0), M = 2, two entries."""
+    (a, b) = pcb_paper.scores(
+        AssessContext(torch.zeros(1, 2), [torch.tensor([[3.0, 0]]), torch.tensor([[0, -1.0]])], [], [], BY_TENSOR, 2)
+    )
+    intra = [math.exp(2) / (math.exp(2) + 1), 1 / (math.exp(2) + 1)]
+    inter = [math.e / (math.e + 1) + 1 / 2, 1 / (math.e + 1) + 1 / 2]
+    expected = [4 * x * y for x, y in zip(intra, inter, strict=True)]
+    assert a.flatten().tolist() == pytest.approx(expected, rel=1e-6)
+    assert b.flatten().tolist() == pytest.approx(expected[::-1], rel=1e-6)
+
+
 def test_fisher_weighs_by_the_given_information(toy):
     plain = {"kind": "score", "score": {"measure": "fisher", "options": {"normalise": False}}}
     expected = [0.25, -0.0333, 0, 0.15, 0.12, -0.45, 0.0167, 0.2]
@@ -93,7 +159,7 @@ def test_fisher_weighs_by_the_given_information(toy):
     assert merged(toy, preset("fisher", toy.models)) == pytest.approx(both, abs=1e-5)
 
 
-def cki(kind: str, splice: str, **options: float) -> dict[str, object]:
+def cki(kind: str, splice: str, **options: float | str) -> dict[str, object]:
     return {"kind": splice, "score": {"measure": "cki", "options": {"kind": kind, "bins": 4, **options}}}
 
 
@@ -115,6 +181,28 @@ def test_cki_recommender_gives_the_values_of_its_softmax(toy):
     assert merged(toy, recipe) == pytest.approx(expected, abs=1e-4)
 
 
+def test_cki_hard_in_the_other_order_takes_the_second_expert_whole_where_its_entropy_is_smaller(toy):
+    """w_glo 0.301469 of the second one is below 1/2, so w = 1 - w_glo (1 - w_loc) is above 1/2 everywhere."""
+    recipe = preset("cki_hard", toy.models, splice=cki("dual", "argmax", order="reversed"))
+    assert merged(toy, recipe) == pytest.approx(TWO.flatten().tolist())
+    assert any(
+        point.get("settings", {}).get("splice", {}).get("score", {}).get("options", {}).get("order") == "reversed"
+        for point in PRESETS["cki_hard"].grid
+    )
+
+
+@pytest.mark.parametrize("kind", ["dual", "local", "global", "recommender"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_cki_in_the_other_order_is_cki_of_the_experts_exchanged(toy, kind, sign):
+    exchanged = MemoryTensors({"w": torch.zeros(2, 4)}, {"b": {"w": TWO}, "a": {"w": ONE}})
+    other = preset("cki_soft", toy.models, splice=cki(kind, "score", sign=sign, order="reversed"))
+    given = preset("cki_soft", exchanged.models, splice=cki(kind, "score", sign=sign))
+    assert merged(toy, other) == pytest.approx(merged(exchanged, given), abs=1e-6)
+    same = preset("cki_soft", toy.models, splice=cki(kind, "score", sign=sign))
+    is_symmetric = kind == "global"
+    assert (merged(toy, other) == pytest.approx(merged(toy, same), abs=1e-4)) == is_symmetric
+
+
 def test_cki_global_rule_prefers_the_opposite_entropy_when_its_sign_is_turned(toy):
     share = 0.698531
     for sign, w in ((1.0, share), (-1.0, 1 - share)):
@@ -123,13 +211,83 @@ def test_cki_global_rule_prefers_the_opposite_entropy_when_its_sign_is_turned(to
         assert merged(toy, recipe) == pytest.approx(expected, abs=1e-5)
 
 
-def test_cki_of_three_experts_prefers_agreement_with_the_mean():
-    base = {"w": torch.zeros(2, 4)}
-    tensors = MemoryTensors(base, {"a": {"w": ONE}, "b": {"w": ONE * 1.01}, "c": {"w": TWO}})
-    recipe = preset("cki_soft", tensors.models, splice=cki("local", "softmax", gain=3.0))
-    near_two = (torch.tensor(merged(tensors, recipe)).view(2, 4) - TWO).abs().mean()
-    average = (torch.tensor(merged(tensors, preset("average", tensors.models))).view(2, 4) - TWO).abs().mean()
-    assert near_two > average
+THREE = {"a": [0.0, 0, 0, 3], "b": [0.0, 3, 0, 0], "c": [0.0, 3, 3, 0]}
+"""Mean [0, 2, 1, 1], distances from it a: [0, 2, 1, 2], b: [0, 1, 1, 1], c: [0, 1, 2, 1]."""
+STANDARDISED = {
+    "expert": [
+        [z / 11**0.5 for z in (-5, 3, -1, 3)],  # mean 5/4, variance 11/16
+        [z / 3**0.5 for z in (-3, 1, 1, 1)],  # mean 3/4, variance 3/16
+        [z * 2**0.5 for z in (-1, 0, 1, 0)],  # mean 1, variance 1/2
+    ],
+    "all": [[z * 2**0.5 for z in of_expert] for of_expert in ((-1, 1, 0, 1), (-1, 0, 0, 0), (-1, 0, 1, 0))],  # 1, 1/2
+}
+"""The distances less their mean, over their standard deviation: of each expert, or of all of them."""
+ENTROPY = [-(0.5**0.5), -(0.5**0.5), 2**0.5]
+"""Standardised: with two bins, three of four weights are in the first one for a and b, and two of four for c."""
+
+
+def softmax_mean(logits: list[list[float]]) -> list[float]:
+    """Entry by entry, the mean of `THREE` weighed by the softmax of one list of logits per expert."""
+    columns = zip(zip(*logits, strict=True), zip(*THREE.values(), strict=True), strict=True)
+    return [sum(math.exp(u) * w for u, w in zip(*c, strict=True)) / sum(math.exp(u) for u in c[0]) for c in columns]
+
+
+@pytest.mark.parametrize("splice", ["score", "softmax"])
+@pytest.mark.parametrize("standardise", STANDARDISED)
+@pytest.mark.parametrize(("kind", "sign"), [("local", 1), ("global", 1), ("global", -1), ("dual", 1), ("dual", -1)])
+def test_cki_of_three_experts_gives_the_softmax_of_its_two_views(splice, standardise, kind, sign):
+    tensors = MemoryTensors({"w": torch.zeros(1, 4)}, {e: {"w": torch.tensor([w])} for e, w in THREE.items()})
+    far = [[2.0 * z for z in of_expert] if kind != "global" else [0.0] * 4 for of_expert in STANDARDISED[standardise]]
+    information = [sign * 0.4 * h if kind != "local" else 0.0 for h in ENTROPY]
+    expected = softmax_mean([[h - z for z in of_expert] for h, of_expert in zip(information, far, strict=True)])
+    options = {} if standardise == "expert" else {"standardise": standardise}
+    view = cki(kind, splice, gain=2.0, sign=sign, **{"bins": 2, **options})
+    assert merged(tensors, preset("cki_soft", tensors.models, splice=view)) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "splice"), [("cki_soft", "score"), ("cki_recommender", "softmax")])
+def test_cki_of_two_that_agree_and_one_far_away_trusts_the_two(name, splice):
+    """1, 1 and 100: distances from the mean 33, 33 and 66, mean 44, standard deviation 11 sqrt(2)."""
+    sizes = {"a": 1.0, "b": 1.0, "c": 100.0}
+    signs = torch.tensor([[1.0, -1.0, 1.0, 1.0], [-1.0, -1.0, 1.0, -1.0]])
+    tensors = MemoryTensors({"w": torch.zeros(2, 4)}, {e: {"w": s * signs} for e, s in sizes.items()})
+    outlier = 1 / (1 + 2 * math.exp(3 / 2**0.5))
+    expected = ((1 - outlier + 100 * outlier) * signs).flatten().tolist()
+    assert merged(tensors, preset(name, tensors.models)) == pytest.approx(expected, rel=1e-5)
+    earlier = preset("cki_soft", tensors.models, splice=cki("dual", splice))  # a recipe without the option
+    assert merged(tensors, earlier) == pytest.approx((34 * signs).flatten().tolist(), rel=1e-5)
+
+
+def test_cki_of_two_that_agree_and_one_far_away_takes_the_first_of_the_two_where_it_takes_one():
+    sizes = {"c": 100.0, "a": 1.0, "b": 1.01}
+    tensors = MemoryTensors({"w": torch.zeros(2, 4)}, {e: {"w": s * ONE} for e, s in sizes.items()})
+    taken = torch.tensor(merged(tensors, preset("cki_hard", tensors.models))).view(2, 4)
+    assert torch.allclose(taken, 1.01 * ONE)  # nearer to the mean 34.003
+
+
+def test_cki_still_weighs_an_entry_where_all_of_three_experts_are_far_from_their_mean():
+    """2, -1 and -1 at one of 40 000 entries: 282 and 141 standard deviations, whose exp is zero in float32."""
+    experts = {e: {"w": torch.zeros(200, 200)} for e in "abc"}
+    for (e, value), rest in zip({"a": 2.0, "b": -1.0, "c": -1.0}.items(), (1e-6, 2e-6, 3e-6), strict=True):
+        experts[e]["w"][3, 3], experts[e]["w"][3, 4] = value, rest
+    tensors = MemoryTensors({"w": torch.zeros(200, 200)}, experts)
+    assert merged(tensors, preset("cki_soft", tensors.models))[3 * 200 + 3] == pytest.approx(-1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cki_soft", "cki_hard", "cki_recommender"])
+def test_how_cki_standardises_changes_no_bit_of_two_experts(toy, name):
+    made = preset(name, toy.models)
+    score = made.splice.score.model_copy(
+        update={"options": {k: v for k, v in made.splice.score.options.items() if k != "standardise"}}
+    )
+    earlier = made.model_copy(update={"splice": made.splice.model_copy(update={"score": score})})
+    assert earlier.fingerprint != made.fingerprint
+    assert merged(toy, earlier) == merged(toy, made)
+
+
+def test_cki_standardises_over_each_expert_or_over_all(toy):
+    with pytest.raises(RecipeError, match="'standardise' of 'cki' must be one of expert, all, got 'both'"):
+        merged(toy, preset("cki_soft", toy.models, splice=cki("dual", "score", standardise="both")))
 
 
 def test_della_keeps_by_rank_in_the_row(toy):
@@ -160,6 +318,22 @@ def test_trust_region_drops_the_entries_where_gradients_meet_other_deltas(toy):
     expected[omega.topk(2).indices] = 0
     recipe = preset("trust_region", toy.models, select={"kind": "band", "scope": "model", "gamma": 0.25}, densities=1.0)
     assert merged(toy, recipe) == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("zero_shot", [False, True])
+def test_trust_region_multiplies_no_gradient_by_the_delta_of_its_own_expert(zero_shot):
+    """1 (10 + 100) + 2 (1 + 100) + 3 (1 + 10) of gradients; 2 (1 10 + 1 100 + 10 100) of deltas alone."""
+    gradients, sizes = {"a": 1.0, "b": 2.0, "c": 3.0}, {"a": -1.0, "b": 10.0, "c": 100.0}
+    statistics = {("absolute_gradient", e, "w"): torch.full((1, 2), g) for e, g in gradients.items()}
+    experts = {e: {"w": torch.full((1, 2), d)} for e, d in sizes.items()}
+    tensors = MemoryTensors({"w": torch.zeros(1, 2)}, experts, statistics=statistics)
+    recipe = preset(
+        "trust_region", tensors.models, assess={"measure": "trust_region", "options": {"zero_shot": zero_shot}}
+    )
+    resolved = ResolvedRecipe.resolve(recipe)
+    (omega, *others) = Measurements(tensors).scores(resolved.assess, "w")
+    assert omega.tolist() == [2220.0] * 2 if zero_shot else [345.0] * 2
+    assert all(torch.equal(omega, other) for other in others)
 
 
 def apl_tensors():

@@ -95,12 +95,17 @@ MEASURES: RuleTable[Measure] = RuleTable("measure", (
         "pcb", "intra x inter competition, as released (PCB-Merging)",
         cheap=True, is_costly=True, options={"inter": "nlp", "temperature": None},
     ),
-    _m("pcb_paper", "softmax intra x softmax inter, as published (PCB-Merging)", bounded=True),
+    _m(
+        "pcb_paper", "softmax intra x softmax inter, as published (PCB-Merging)", bounded=True,
+        options={"scope": "tensor", "centred": False}, choices={"scope": ("tensor", "model")},
+    ),
     _m("tall_ratio", "|delta_i| / |sum of the others' deltas| (TALL masks, Consensus)", cheap=True),
     _m(
         "cki", "compatibility from disagreement and information content (CKI), without training",
         cheap=True, is_costly=True, ordered=True, bounded=True, reduce_options=("bins",),
-        options={"kind": "dual", "a": 0.4, "c": 500.0, "bins": 10, "gain": 1.0, "bias": 0.0, "sign": 1.0},
+        options={"kind": "dual", "a": 0.4, "c": 500.0, "bins": 10, "gain": 1.0, "bias": 0.0, "sign": 1.0,
+                 "standardise": "expert", "order": "given"},
+        choices={"standardise": ("expert", "all"), "order": ("given", "reversed")},
     ),
     _m("random", "counter-based uniform numbers: a control", is_random=True, reads_weights=False, bounded=True),
     _m(

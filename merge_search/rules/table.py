@@ -232,13 +232,13 @@ def option_problems(rule: Rule, options: Mapping[str, Scalar], *, check_values: 
     """What is wrong with the options that a recipe gives to a rule, [] if nothing is.
 
     Args:
-        check_values: Also whether each value has the type of its default.
+        check_values: Also whether each value has the type of its default. Text with choices is always checked.
     """
     out = []
     for name, value in options.items():
         if name not in rule.options:
             out.append(f"{rule.name!r} has no option {name!r}{nearest(name, rule.options)}")
-        elif check_values and (problem := _value_problem(rule, name, value)):
+        elif (check_values or name in rule.choices) and (problem := _value_problem(rule, name, value)):
             out.append(problem)
     return out
 

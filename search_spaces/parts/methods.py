@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from math import fsum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from merge_search.errors import nearest
+from merge_search.errors import RecipeError, SpaceError, nearest
 from merge_search.presets import PRESETS, preset
 from merge_search.recipe import Assess, Group, Recipe, Rescale, Resolve, Select, Splice, value_for
-from merge_search.rules import MEASURES, SELECTIONS, SPLICES
+from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, Rule, option_problems
 from merge_search.space import SpaceContext
 
 __all__ = [
+    "ChosenPreset",
     "Method",
     "PerExpert",
+    "PresetEntry",
     "Stages",
     "canonical",
     "distinct",
     "of_preset",
     "of_stages",
+    "preset_entries",
     "preset_problems",
     "why_senseless",
 ]
 
 PerExpert = Mapping[str, float | dict[str, float]]
 
-STAGES = ("winsorise", "assess", "allocate", "select", "rescale", "resolve", "splice", "operator", "post")
+STAGES = (
+    "winsorise", "winsorise_limits", "assess", "allocate", "select", "rescale", "resolve", "splice", "operator", "post",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,9 +126,119 @@ def preset_problems(names: Iterable[str], context: SpaceContext, *, at: str) -> 
     return problems
 
 
-def of_preset(name: str, context: SpaceContext, *, search_density: bool = True) -> Method:
-    """The choice of a published method; its densities are the published ones where they are not searched."""
-    template = preset(name, context.models, seed=context.seed, dtype=context.dtype)
+PresetEntry = str | dict[str, Any]
+"""A preset by its name, or with options: ``{tsv_m: {rank_share: 0.3}}``."""
+
+
+class ChosenPreset(NamedTuple):
+    """A preset of a study file.
+
+    Attributes:
+        name: Its name.
+        options: Its options as written.
+        settings: Fields of the recipe that they change.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """The name with the options, by which a study knows it."""
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.options.items())})" if self.options else self.name
+
+
+def preset_entries(entries: Sequence[PresetEntry], context: SpaceContext, *, at: str) -> list[ChosenPreset]:
+    """The presets of a study file, each once.
+
+    An option is one of the preset's rules (operator, post rule, measure), or a number that the preset's row gives to a
+    stage (``gamma`` of breadcrumbs) or to ``winsorise``. A measure that both selects and weighs gets it for both.
+
+    Raises:
+        SpaceError: A preset or an option is unknown, cannot be a choice here, or has a wrong value; with all problems.
+    """
+    chosen: dict[str, ChosenPreset] = {}
+    problems: list[str] = []
+    for i, entry in enumerate(entries):
+        place = f"{at}.{i}"
+        pairs: list[tuple[str, Any]] = [(entry, {})] if isinstance(entry, str) else list(entry.items())
+        if len(pairs) != 1 or not isinstance(pairs[0][1], Mapping):
+            problems.append(f"{place}: write NAME or {{NAME: {{option: value}}}}, got {entry!r}")
+            continue
+        name, options = pairs[0]
+        wrong = preset_problems([name], context, at=at)
+        settings: dict[str, Any] = {}
+        if not wrong and options:
+            settings, wrong = _with_options(name, options)
+            wrong = [f"{place}: {text}" for text in wrong or _recipe_problems(name, context, settings)]
+        problems += wrong
+        choice = ChosenPreset(name, options, settings)
+        chosen.setdefault(choice.label, choice)
+    if problems:
+        raise SpaceError(problems)
+    return list(chosen.values())
+
+
+def _recipe_problems(name: str, context: SpaceContext, settings: Mapping[str, Any]) -> list[str]:
+    try:
+        preset(name, context.models, **settings)
+    except RecipeError as error:
+        return list(error.problems)
+    return []
+
+
+def _with_options(name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A preset's settings under these options, and what is wrong with them."""
+    settings: dict[str, Any] = deepcopy(dict(PRESETS[name].settings))
+    rules = list(_rules(settings))
+    stages = [settings, *(settings[s] for s in STAGES if isinstance(settings.get(s), dict))]
+    numbers = {k for stage in stages for k, v in stage.items() if isinstance(v, int | float)}
+    problems = []
+    for key, value in options.items():
+        homes = [(home, rule) for home, rule in rules if key in rule.options]
+        if isinstance(value, list | tuple):
+            problems.append(f"option {key!r} of {name!r} is one value; write one entry for each value, got {value!r}")
+        elif homes:
+            problems += option_problems(homes[0][1], {key: value})
+        elif key not in numbers:
+            known = sorted({*numbers, *(option for _, rule in rules for option in rule.options)})
+            there_are = f"it has {', '.join(known)}" if known else "it has none"
+            problems.append(f"{name!r} has no option {key!r}{nearest(key, known) or f'; {there_are}'}")
+        for home, _ in homes:
+            home["options"] = {**home.get("options", {}), key: value}
+        for stage in stages if not homes else ():
+            if key in stage:
+                stage[key] = value
+    return settings, problems
+
+
+def _rules(settings: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Rule]]:
+    """The rules that a preset names: where its settings have their options, and their rows."""
+    if "operator" in settings:
+        yield settings["operator"], OPERATORS[settings["operator"]["name"]]
+    for post in settings.get("post", ()):
+        yield post, POSTS[post["name"]]
+    splice = settings.get("splice", {})
+    for home in (settings.get("assess"), splice.get("score"), settings.get("allocate")):
+        if home is not None and "measure" in home:
+            yield home, MEASURES[home["measure"]]
+
+
+def of_preset(
+    name: str, context: SpaceContext, *, search_density: bool = True, chosen: ChosenPreset | None = None
+) -> Method:
+    """The choice of a published method; its densities are the published ones where they are not searched.
+
+    Args:
+        name: The preset.
+        context: The study's models.
+        search_density: Whether densities are searched.
+        chosen: Its options, if it has any.
+    """
+    settings = chosen.settings if chosen else {}
+    template = preset(name, context.models, seed=context.seed, dtype=context.dtype, **settings)
+    name = chosen.label if chosen else name
     uses = SELECTIONS[template.select.kind].uses_density and template.operator is None
     return Method(name, template, uses, fixed_densities=not search_density, scaling=_scaling(template))
 
@@ -214,7 +330,7 @@ def distinct(methods: Iterable[Method], n_experts: int) -> tuple[list[Method], l
         parts = (
             (form.assess, form.select, form.resolve, form.splice) if form else (t.assess, t.select, t.resolve, t.splice)
         )
-        others = (t.winsorise, t.allocate, t.rescale, t.operator, *t.post)
+        others = (t.winsorise, t.winsorise_limits, t.allocate, t.rescale, t.operator, *t.post)
         key = (repr(parts), repr(others), method.scaling == "fixed")
         first = kept.setdefault(key, method)
         if first is not method and first.name != method.name:

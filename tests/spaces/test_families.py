@@ -252,3 +252,32 @@ class TestAUsersOwn(SearchSpaceConformance):
     def test_its_recipes_are_those_of_its_own_code(self, case: SearchSpaceCase) -> None:
         recipe = case.build().decode({"strength": 0.5})
         assert (recipe.coefficients["code"], recipe.seed, recipe.dtype) == (0.5, 5, "bfloat16")
+
+
+# --- options of published methods
+
+
+@pytest.mark.parametrize("kind", ["compatibility", "uniform"])
+def test_a_preset_takes_options_of_its_rules_and_numbers_of_its_stages(kind: str) -> None:
+    entries = [
+        {"tsv_m": {"rank_share": 0.3}},
+        {"tsv_m": {"rank_share": 0.5}},
+        {"breadcrumbs": {"gamma": 0.05}},
+        {"cki_soft": {"gain": 2, "kind": "local"}},
+        {"pcb": {"winsorise": 0.02, "inter": "es"}},
+        "ties",
+    ]
+    space = build(kind, presets=entries)
+    names = [
+        "tsv_m(rank_share=0.3)", "tsv_m(rank_share=0.5)", "breadcrumbs(gamma=0.05)", "cki_soft(gain=2, kind=local)",
+        "pcb(winsorise=0.02, inter=es)", "ties",
+    ]  # fmt: skip
+    assert list(space.parameters["preset"].choices) == names
+    recipes = {point["preset"]: space.decode(point) for point in space.initial_points()}
+    assert recipes["tsv_m(rank_share=0.5)"].operator.options == {"rank_share": 0.5}
+    assert recipes["breadcrumbs(gamma=0.05)"].select.gamma == 0.05
+    assert recipes["cki_soft(gain=2, kind=local)"].splice.score.options == {
+        "standardise": "all", "gain": 2, "kind": "local",
+    }  # fmt: skip
+    pcb = recipes["pcb(winsorise=0.02, inter=es)"]
+    assert (pcb.winsorise, pcb.assess.options) == (0.02, {"inter": "es"})

@@ -62,6 +62,18 @@ def test_a_mergekit_file_needs_to_be_there_and_to_have_a_genome(tmp_path: Path) 
         ("compatibility", {"density": {"bounds": [0, 1]}}, r"densities must lie in \(0, 1\]"),
         ("compatibility", {"presets": ["tie"]}, "no preset is called 'tie'; did you mean 'ties'"),
         ("compatibility", {"presets": ["expert"]}, "has no coefficients to search"),
+        (
+            "compatibility",
+            {"presets": ["ties", {"tsv_m": {"rank_shar": 0.3}}]},
+            "space.presets.1: 'tsv_m' has no option 'rank_shar'; did you mean 'rank_share'",
+        ),
+        ("uniform", {"presets": [{"ties": {"x": 1}}]}, "'ties' has no option 'x'"),
+        ("uniform", {"presets": [{"tsv_m": {"rank_share": [0.1, 0.5]}}]}, "one entry for each value"),
+        ("uniform", {"presets": [{"tsv_m": {"rank_share": "half"}}]}, "must be a number, got 'half'"),
+        ("uniform", {"presets": [{"breadcrumbs": {"gamma": 2}}]}, r"gamma: .*less than 1, got 2"),
+        ("uniform", {"presets": [{"tsv_m": 0.3}]}, "space.presets.0: write NAME or {NAME: {option: value}}"),
+        ("uniform", {"presets": [{}]}, "space.presets.0: write NAME or {NAME: {option: value}}"),
+        ("uniform", {"presets": [{"tsvm": {}}]}, "no preset is called 'tsvm'; did you mean 'tsv_m'"),
         ("compatibility", {"presets": ["ties"], "assess": ["magnitude"]}, "not both"),
         ("compatibility", {"assess": ["magnitud"]}, "no assessment is called 'magnitud'; did you mean 'magnitude'"),
         (

@@ -20,6 +20,7 @@ class Norm:
 
     calls = 0
     fails: dict = {}
+    splits: list = []
 
     def __init__(self, options, *, shares, seed):
         pass
@@ -35,6 +36,7 @@ class Norm:
 
     def evaluate(self, split, fidelity=1.0, *, after=0.0):
         Norm.calls += 1
+        Norm.splits.append(split)
         failure = Norm.fails.get(Norm.calls)
         if failure is not None:
             raise failure
@@ -125,7 +127,7 @@ def evaluator(folder: Path, kind: str = "Norm", *, calls: Any = None, losses: An
     """Make the study's own evaluator fail at these numbers of calls."""
     found = catalogue.load("evaluators", f"mine.py:{kind}", folder=folder)
     norm = catalogue.load("evaluators", "mine.py:Norm", folder=folder)
-    norm.calls, norm.fails = 0, calls or {}
+    norm.calls, norm.fails, norm.splits = 0, calls or {}, []
     if kind == "Learned":
         found.asked, found.loss_fails = [], losses or {}
     return found

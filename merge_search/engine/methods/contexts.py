@@ -27,7 +27,8 @@ class AssessContext(NamedTuple):
         numbers: 0-d float32 tensors that the measure's `numbers` made; empty for a measure without.
         options: The recipe's options, completed by the defaults.
         n_experts: Number of experts of the recipe, those that are left out included.
-        experts: Their names; empty inside a pass.
+        experts: Names of those with a delta; empty inside a pass.
+        every_expert: Names of all experts of the recipe; empty inside a pass.
         group: The tensor's name, block and module kind; None inside a pass.
         seed: The recipe's seed where the measure's row says that scores depend on it, else 0.
         coefficients: One per expert where the measure's row says that scores depend on them, else empty.
@@ -41,6 +42,7 @@ class AssessContext(NamedTuple):
     options: Mapping[str, Scalar]
     n_experts: int = 0
     experts: tuple[str, ...] = ()
+    every_expert: tuple[str, ...] = ()
     group: Group | None = None
     seed: int = 0
     coefficients: tuple[float, ...] = ()

@@ -14,7 +14,7 @@ from merge_search.engine.kernels.numerics import log
 from merge_search.engine.kernels.ranks import delta_ranks, row_ranks
 from merge_search.engine.methods.assess import AssessContext
 from merge_search.engine.passes.byte_cache import ByteCache
-from merge_search.engine.passes.order_statistics import OrderStatisticsBuilder, Thresholds
+from merge_search.engine.passes.order_statistics import EXACT_LIMIT, OrderStatisticsBuilder, Thresholds
 from merge_search.engine.passes.settings import Assessment
 from merge_search.errors import NonFiniteError
 from merge_search.memory import MemoryBudget
@@ -50,6 +50,7 @@ class Measurements:
         self._largest_base: dict[str, float] = {}
         self._reductions: dict[Hashable, list[tuple[float, ...]]] = {}
         self._thresholds: dict[Hashable, dict[str, Thresholds]] = {}
+        self._limits: dict[Hashable, dict[str, tuple[float, float]]] = {}
         self._offsets: dict[bool, dict[str, int]] = {}
         self._asked_for: set[Hashable] = set()
         self._stored_at: dict[Hashable, tuple[float, ...]] = {}  # coefficients that stored scores depend on
@@ -202,6 +203,7 @@ class Measurements:
             options=assessment.options,
             n_experts=len(scope.experts),
             experts=active,
+            every_expert=scope.experts,
             group=self.tensors.groups[name],
             seed=scope.seed if assessment.measure.is_random else 0,
             coefficients=assessment.at(coefficients),
@@ -320,6 +322,10 @@ class Measurements:
         scope = assessment.scope
         if not scope.winsorise or not scope.covers(self.tensors.shape(name)):
             return {}
+        if scope.limits == "released":
+            limits = self._released_limits(assessment, name)
+            active = self.active(name, scope.experts)
+            return {"clip_low": [limits[e][0] for e in active], "clip_high": [limits[e][1] for e in active]}
         thresholds = self.thresholds(assessment.of_deltas, name)
         low, high = [], []
         for e in self.active(name, scope.experts):
@@ -328,6 +334,39 @@ class Measurements:
             low.append(thresholds[e].value(n - below))
             high.append(thresholds[e].value(1 + below))
         return {"clip_low": low, "clip_high": high}
+
+    def _released_limits(self, assessment: Assessment, name: str) -> dict[str, tuple[float, float]]:
+        """Sorted |delta| numbers int(n q) and int(n (1 - q) - 1), from 0, of each expert that has a delta."""
+        scope = assessment.scope
+        key = (scope.key(), "" if scope.is_model else name)
+        if key not in self._limits:
+            names = (
+                [n for n in self.tensors.groups if scope.covers(self.tensors.shape(n))] if scope.is_model else [name]
+            )
+            limits = dict[str, tuple[float, float]]()
+            for e, t in self.thresholds(assessment.of_deltas, name).items():
+                if t.n:
+                    numbers = int(t.n * scope.winsorise), max(0, int(t.n * (1 - scope.winsorise) - 1))
+                    low, high = (self._kth_delta(names, e, t, t.n - number) for number in numbers)
+                    limits[e] = (low, high)
+            self._limits[key] = limits
+        return self._limits[key]
+
+    def _kth_delta(self, names: Sequence[str], expert: str, thresholds: Thresholds, k: int) -> float:
+        """The k-th largest |delta| over some tensors, exactly: a histogram's bin is read again and sorted."""
+        if thresholds.n <= EXACT_LIMIT or k >= thresholds.n:
+            return thresholds.value(k)
+        cut = thresholds.cut(k)
+        above, inside = 0, list[Tensor]()
+        for name in names:
+            if not self.active(name, (expert,)):
+                continue
+            base, (own,) = self.flats(name, [expert])
+            for b, t in zip(torch.split(base, _CHUNK), torch.split(own, _CHUNK), strict=True):
+                sizes = (t.to(self.tensors.device, torch.float32) - b.to(self.tensors.device, torch.float32)).abs()
+                above += int((sizes >= cut.high).sum())
+                inside.append(sizes[(sizes >= cut.low) & (sizes < cut.high)])
+        return float(torch.cat(inside).sort(descending=True).values[k - above - 1])
 
     def thresholds(
         self, assessment: Assessment, name: str, coefficients: tuple[float, ...] = ()

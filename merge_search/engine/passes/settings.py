@@ -32,12 +32,14 @@ class Scope:
         select: The recipe's selection.
         winsorise: Share of the deltas that is clipped at either end.
         seed: Of random scores.
+        limits: Which values the limits of clipping are, as in `Recipe.winsorise_limits`.
     """
 
     experts: tuple[str, ...]
     select: Select
     winsorise: float
     seed: int
+    limits: str = "interpolated"
 
     def covers(self, shape: tuple[int, ...] | torch.Size) -> bool:
         """Whether selection applies to tensors of this shape."""
@@ -50,7 +52,7 @@ class Scope:
 
     def key(self) -> tuple[Hashable, ...]:
         """Everything that scores and their distribution depend on, but the seed."""
-        return (self.experts, "model" if self.is_model else "tensor", self.select.vectors, self.winsorise)
+        return (self.experts, "model" if self.is_model else "tensor", self.select.vectors, self.winsorise, self.limits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +153,10 @@ class TensorSettings:
         return TensorSettings(experts, tuple(coefficients), tuple(densities), self.scale)
 
 
+def _scope(recipe: Recipe, experts: tuple[str, ...]) -> Scope:
+    return Scope(experts, recipe.select, recipe.winsorise, recipe.seed, recipe.winsorise_limits)
+
+
 def processing_order(recipe: Recipe, splice: Splicing, measures: Sequence[Measure]) -> tuple[str, ...]:
     """Experts in the order in which they are added up.
 
@@ -199,11 +205,11 @@ class ResolvedRecipe:
         selection, splice = SELECTIONS[recipe.select.kind], SPLICES[recipe.splice.kind]
         measure, score = measure_of(recipe.assess), recipe.splice.score
         if score is None or score == recipe.assess:
-            scope = Scope(processing_order(recipe, splice, [measure]), recipe.select, recipe.winsorise, recipe.seed)
+            scope = _scope(recipe, processing_order(recipe, splice, [measure]))
             assess = Assessment.of(measure, recipe.assess, scope)
             return cls(recipe, scope, selection, splice, assess, assess)
         rows = [measure, measure_of(score)]
-        scope = Scope(processing_order(recipe, splice, rows), recipe.select, recipe.winsorise, recipe.seed)
+        scope = _scope(recipe, processing_order(recipe, splice, rows))
         assess, mixing = (Assessment.of(*pair, scope) for pair in zip(rows, (recipe.assess, score), strict=True))
         return cls(recipe, scope, selection, splice, assess, mixing)
 

@@ -314,6 +314,58 @@ def test_soft_thresholds_give_the_top_score_its_whole_delta_and_the_cut_none():
     assert merged(tensors, recipe(tensors, **settings))["w"].tolist() == [[4.0, 1.5, 0.0, 0.0]]
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_winsorising_clips_the_sizes_of_a_delta_at_both_ends_and_keeps_its_signs(compile):
+    one = torch.tensor([[0.1, 1.0, -2.0, 3.0, -9.0]])
+    long = 400  # long enough for a compiled loop
+    tensors = MemoryTensors({"w": torch.zeros(long, 5)}, {"a": {"w": one.repeat(long, 1)}})
+
+    def at(share):
+        made = recipe(tensors, winsorise=share)
+        return dict(MergeEngine(tensors, compile=compile).merged(made))["w"][-1].tolist()
+
+    assert at(0.0) == one[0].tolist()
+    assert at(0.1) == one[0].tolist()  # less than the share of one value
+    assert at(0.25) == [1.0, 1.0, -2.0, 3.0, -3.0]
+
+
+def test_winsorising_as_released_clips_at_the_sorted_sizes_numbers_nq_and_n_less_nq_less_one():
+    one = torch.tensor([[1.0, -2.0, 3.0, -4.0, 5.0, -6.0, 7.0, -8.0]])
+    tensors = MemoryTensors({"w": torch.zeros(1, 8)}, {"a": {"w": one}})
+
+    def at(share):
+        return merged(tensors, recipe(tensors, winsorise=share, winsorise_limits="released"))["w"].tolist()[0]
+
+    assert at(0.125) == [2.0, -2.0, 3.0, -4.0, 5.0, -6.0, 7.0, -7.0]  # numbers 1 and 6, from 0
+    assert at(0.2) == [2.0, -2.0, 3.0, -4.0, 5.0, -6.0, 6.0, -6.0]  # numbers 1 and 5
+    assert at(0.0) == one.tolist()[0]
+
+
+def test_winsorising_as_released_takes_values_of_the_deltas_however_many_there_are():
+    tensors = models([(300, 300), (200, 150), (70,)], torch.bfloat16, experts=("a", "b"))
+    made = recipe(tensors, winsorise=0.01, winsorise_limits="released", dtype="float32", select={"scope": "model"})
+    for limited in (made, made.model_copy(update={"select": made.select.model_copy(update={"scope": "tensor"})})):
+        together = [["w0", "w1"]] if limited.select.scope == "model" else [["w0"], ["w1"]]
+        out = merged(tensors, limited)
+        for names in together:
+            clipped = {}
+            for e in "ab":
+                sizes = torch.cat([deltas(tensors, n)[e].abs().flatten() for n in names]).sort().values
+                n = len(sizes)
+                clipped[e] = float(sizes[int(n * 0.01)]), float(sizes[int(n * 0.99 - 1)])
+            for name in names:
+                total = sum(d.sign() * d.abs().clamp(*clipped[e]) for e, d in deltas(tensors, name).items())
+                assert torch.allclose(out[name], tensors.base(name).float() + total, atol=1e-6)
+
+
+def test_winsorising_as_released_is_exact_where_a_histogram_holds_many_values_in_a_bin():
+    """1 to 90 000: numbers 900 and 89 099, from 0, are 901 and 89 100."""
+    order = torch.randperm(90_000, generator=torch.Generator().manual_seed(0))
+    tensors = MemoryTensors({"w": torch.zeros(300, 300)}, {"a": {"w": 1.0 + order.float().view(300, 300)}})
+    out = merged(tensors, recipe(tensors, winsorise=0.01, winsorise_limits="released"))["w"]
+    assert (float(out.min()), float(out.max())) == (901.0, 89_100.0)
+
+
 def test_selection_by_mass_keeps_the_fewest_that_reach_it():
     one = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
     tensors = MemoryTensors({"w": torch.zeros(1, 4)}, {"a": {"w": one}})

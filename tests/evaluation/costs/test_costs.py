@@ -68,6 +68,29 @@ def test_drift_is_the_mean_divergence_of_next_tokens(texts: dict[str, Any], make
         drift.evaluate(Split.SEARCH)
 
 
+class Guess(torch.nn.Module):
+    """Answers the same logits at every position of every text."""
+
+    def __init__(self, *logits: float) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(logits), requires_grad=False)
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return type("Answer", (), {"logits": self.logits.expand(*input_ids.shape, -1)})
+
+
+def test_drift_is_the_divergence_from_the_base_to_the_merge_and_not_back(texts: dict[str, Any]) -> None:
+    model = Guess(0.0, 0.0)
+    drift = Drift(texts, shares=SHARES, seed=0)
+    drift.bind(model, Tokens(), folder="")
+    model.logits[1] = math.log(3)  # from (1/2, 1/2) to (1/4, 3/4)
+    there = math.log(2) / 2 + math.log(2 / 3) / 2
+    back = math.log(1 / 2) / 4 + 3 * math.log(3 / 2) / 4
+    found = drift.evaluate(Split.SEARCH).scores["drift/kl"].score
+    assert found == pytest.approx(there, rel=1e-4)
+    assert found != pytest.approx(back, rel=0.05)
+
+
 @pytest.mark.parametrize(("kind", "n_asked"), [(Drift, 2 * 4), (Latency, 2)])
 def test_a_cost_that_fails_says_what_it_asked_until_then(
     texts: dict[str, Any], make_models: Any, kind: Any, n_asked: int
@@ -201,6 +224,33 @@ def test_latency_grows_with_what_is_written(texts: dict[str, Any], make_models: 
         assert (found.values > 0).all()
         seconds[n] = float(np.median(found.values))
     assert seconds[8] > 2 * seconds[0]
+
+
+def test_the_first_texts_of_every_call_are_answered_once_before_anything_is_timed(
+    texts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        """Every answer takes a second, and the first two after `cold` was set take a hundred."""
+
+        now, cold = 0.0, 0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+        def answer(self, *_: Any) -> None:
+            self.now += 100 if self.cold > 0 else 1
+            self.cold -= 1
+
+    clock, model = Clock(), Guess(0.0, 0.0)
+    model.register_forward_pre_hook(clock.answer)
+    monkeypatch.setattr("evaluators.costs.latency.time", clock)
+    latency = Latency({**texts, "new_tokens": 0, "repeats": 1, "warm_up": 2}, shares=SHARES, seed=0)
+    latency.bind(model, Tokens(), folder="")
+    for split in (Split.SEARCH, Split.VALIDATION):
+        clock.cold = 2
+        found = latency.evaluate(split)
+        assert set(found.scores["latency/seconds"].values.tolist()) == {1.0}
+        assert found.cost.evaluate_s == 200 + found.cost.questions
 
 
 ACC = MetricInfo("t", "acc", True, {Split.SEARCH: 4})

@@ -12,7 +12,7 @@ from random_studies import MIXED, fill, new_study, smooth, tell
 
 from merge_search.errors import StorageError
 from merge_search.outcome import Outcome
-from merge_search.search.samplers import distributions, suggest
+from merge_search.search.samplers import acquisition, distributions, suggest
 from merge_search.search.samplers.history import read_history
 from merge_search.search.samplers.noisy_gp import FALLBACK_ATTRIBUTE, default_n_startup
 from merge_search.search.samplers.recommend import recommend
@@ -159,6 +159,24 @@ class TestNoisyGP:
         late = [t.params for t in study.trials[10:]]  # two after the first model
         near = [p for p in late if 0.1 < p["x"] < 0.7 and 0.35 < p["y"] < 0.65]
         assert len(near) >= 4  # of 6; uniform points: 1.1
+
+    def test_every_suggestion_of_parego_weighs_the_objectives_anew(self, monkeypatch):
+        weights = []
+        scalarise = acquisition.get_chebyshev_scalarization
+
+        def seen(drawn, **rest):
+            weights.append(tuple(drawn.tolist()))
+            return scalarise(drawn, **rest)
+
+        monkeypatch.setattr(acquisition, "get_chebyshev_scalarization", seen)
+        study = line_study(m=2, multi_objective="parego")
+        for _ in range(10):
+            trial = study.ask()
+            x, y = suggest(trial, LINE).values()
+            tell(study, trial, [x, -x * y])
+        assert len(set(weights)) == len(weights) == 10 - default_n_startup(UnitCube(LINE))
+        assert all(min(w) >= 0 and sum(w) == pytest.approx(1) for w in weights)
+        assert max(w[0] for w in weights) - min(w[0] for w in weights) > 0.2
 
     @pytest.mark.slow
     def test_finds_better_points_than_random_search_on_a_noisy_mixed_function(self):

@@ -18,7 +18,7 @@ from merge_search import cpu_matmul as products
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.learners.slopes import Parts
 from merge_search.errors import EvaluationError, MergeSearchError
-from merge_search.evaluation import Evaluation
+from merge_search.evaluation import Evaluation, Split
 from merge_search.search.budget import questions_asked
 from merge_search.search.prepare import prepare
 from merge_search.search.records import finished_records
@@ -232,6 +232,20 @@ def test_the_test_stays_sealed_until_search_and_validation_have_ended(demo: Path
     study = run(read_study_file(path), Quiet())
     assert "test_winner" not in study.user_attrs
     assert here("test", path).returncode == 0
+
+
+def test_search_validation_and_test_ask_each_the_questions_of_their_own_split(demo: Path, tmp_path: Path) -> None:
+    path = write_study(tmp_path, demo, finalists=2)
+    mine = evaluator(tmp_path)
+    study = run(read_study_file(path), Quiet())
+    n_validated = len(study.user_attrs["validation"])
+    assert n_validated > 2
+    assert mine.splits[-n_validated:] == [Split.VALIDATION] * n_validated
+    assert set(mine.splits[:-n_validated]) == {Split.SEARCH}
+    del mine.splits[:]
+    open_test(prepare(read_study_file(path)))
+    assert set(mine.splits) == {Split.TEST}
+    assert len(mine.splits) == len(study.user_attrs["test"]) > 2
 
 
 def test_an_export_is_of_the_study_that_was_run_whatever_its_file_says_now(demo: Path, tmp_path: Path) -> None:

@@ -7,8 +7,19 @@ The option ``kind`` selects the scores of (i, j):
     dual         w = 1 - w_glo (1 - w_loc), 1 - w          local   w_loc, 1 - w_loc          global  w_glo, 1 - w_glo
     recommender  exp(u_i), exp(u_j), u_i = w_glo (1 - exp(-w_glo w_loc)), u_j the same with 1 - w_glo, 1 - w_loc
 
-For any other number of experts: exp(u_i), u_i = sign a z(H_i) - gain z(|W_i - mean W|), for ``softmax`` or ``score``
-splicing. The dual and the global rule prefer opposite entropies in the released code, so `sign` (1 or -1) is an option.
+With the option ``order: reversed`` the second expert is i and the first one j.
+
+For any other number of experts: exp(u_i), u_i = sign a z(H_i) - gain z(|W_i - mean W|). The option ``standardise`` says
+over what z standardises these distances:
+
+    all          the entries of all experts together: an expert far from the others gets less everywhere. exp(u_i) is
+                 divided by its sum over the experts. The presets use this form.
+    expert       each expert's own entries, which hides how far it is from the others. The default, so that recipes made
+                 before there was another form keep their merges.
+
+With two experts both are the same.
+
+The dual and the global rule prefer opposite entropies in the released code, so `sign` (1 or -1) is an option.
 Source: CKI, arXiv 2501.07596, released code. Differs: standardisation, gain and bias replace the learned map. The merge
 is on deltas, which is the same because the two weights sum to one. Constant tensors have H = 0.
 """
@@ -109,10 +120,22 @@ def numbers(
         mean = sum(entropies) / len(entropies)
         spread = math.sqrt(sum((h - mean) ** 2 for h in entropies) / len(entropies))
         terms = [sign * a * (h - mean) / spread if spread > 0 else 0.0 for h in entropies]
+        if options["standardise"] == "all":
+            reduced = _together(reduced)
     result = [float(options["gain"]), float(options["bias"])]
     for term, (_, mean, spread) in zip(terms, reduced, strict=True):
         result += [term, mean, 1.0 / spread if spread > 0 else 0.0]
     return result
+
+
+def _together(reduced: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """Return the numbers of `reduce` with mean and standard deviation over the entries of all experts.
+
+    All experts have the same number of entries.
+    """
+    mean = sum(r[1] for r in reduced) / len(reduced)
+    spread = math.sqrt(sum(r[2] ** 2 + (r[1] - mean) ** 2 for r in reduced) / len(reduced))
+    return [(r[0], mean, spread) for r in reduced]
 
 
 def scores(context: AssessContext) -> list[Tensor]:
@@ -120,13 +143,28 @@ def scores(context: AssessContext) -> list[Tensor]:
     kind, n = context.options["kind"], context.numbers
     disagreement = [(d - n[3 + 3 * i]) * n[4 + 3 * i] for i, d in enumerate(_local(context.deltas))]
     if len(context.deltas) == 2:
-        return _two(str(kind), disagreement[0], n)
+        if context.options["order"] == "reversed":
+            return _two(str(kind), disagreement[1], n, n[5])[::-1]
+        return _two(str(kind), disagreement[0], n, n[2])
     use_local, use_global = float(kind != "global"), float(kind != "local")
-    return [exp(use_global * n[2 + 3 * i] - use_local * (n[0] * z)) for i, z in enumerate(disagreement)]
+    logits = [use_global * n[2 + 3 * i] - use_local * (n[0] * z) for i, z in enumerate(disagreement)]
+    return [exp(u) for u in logits] if context.options["standardise"] == "expert" else _shares(logits)
 
 
-def _two(kind: str, z: Tensor, n: Sequence[Tensor]) -> list[Tensor]:
-    share = n[2]
+def _shares(logits: Sequence[Tensor]) -> list[Tensor]:
+    """Return exp(u_i) / sum_j exp(u_j); the largest u is subtracted first, so that the sum is at least one."""
+    peak = logits[0]
+    for u in logits[1:]:
+        peak = torch.maximum(peak, u)
+    parts = [exp(u - peak) for u in logits]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return [part / total for part in parts]
+
+
+def _two(kind: str, z: Tensor, n: Sequence[Tensor], share: Tensor) -> list[Tensor]:
+    """Return the scores of (i, j); `share` is w_glo of i."""
     local = sigmoid(n[0] * z + n[1])
     if kind == "local":
         return [local, 1.0 - local]

@@ -192,6 +192,17 @@ def test_regmean_solves_the_least_squares_problem_on_the_experts_outputs() -> No
     near(residual, torch.zeros(5, 7), atol=1e-6)  # the gradient vanishes
 
 
+def test_regmean_shrinks_the_off_diagonal_of_every_gram_matrix_by_alpha() -> None:
+    """alpha 1/2: total [[3, 1/2], [1/2, 2]] with determinant 23/4, and (1, 0) G_0 = (2, 1/2)."""
+    seen = {"e0": torch.tensor([[2.0, 1.0], [1.0, 1.0]]), "e1": torch.eye(2)}
+    deltas = [torch.tensor([[1.0, 0.0], [-2.0, 0.0]]), torch.zeros(2, 2)]
+    wanted = {0.0: [2 / 3, 0.0], 0.5: [15 / 23, 2 / 23], 1.0: [3 / 5, 1 / 5]}
+    for alpha, expected in wanted.items():
+        options = {"alpha": alpha, "ridge": 0.0}
+        found = total(run("regmean", deltas, statistic=lambda kind, expert: seen[expert], options=options))
+        near(found, [expected, [-2 * x for x in expected]])
+
+
 def test_regmean_averages_inputs_that_were_never_seen() -> None:
     deltas = random_deltas(2, (4, 3))
     seen = torch.diag(torch.tensor([1.0, 1.0, 0.0]))
