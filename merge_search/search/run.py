@@ -219,6 +219,9 @@ class _Driver:
                 ) from error
             stored = {"evaluation": scored.evaluation.to_attribute(), "weights_sha256": scored.weights_sha256}
             self.study.set_user_attr(key, stored)
+        stored_scores = {n: data["evaluation"] for n, data in stored_references(self.study).items()}
+        for text in checks.answer_notes({n: Evaluation.from_attribute(e).answers for n, e in stored_scores.items()}):
+            self.listener.note(text)
         return references_of(self.study, self.plan.metrics, self.plan.context.experts)
 
     def _score_reference(self, name: str, recipe: Recipe) -> Scored:
