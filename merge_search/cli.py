@@ -17,6 +17,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from merge_search.errors import InputError, MergeSearchError, first_line
+from merge_search.stop_signals import exit_status, stoppable
 
 if TYPE_CHECKING:
     import optuna
@@ -50,14 +51,15 @@ OutArgument = Annotated[
 
 @app.command()
 def run(study: StudyArgument, device: DeviceOption = None) -> None:
-    """Run or resume a search. After a crash or a Ctrl-C, the same command goes on."""
-    file = _read(study, device)
-    from merge_search.search.progress import Progress
-    from merge_search.search.run import run as run_study
+    """Run or resume a search. After a crash, a Ctrl-C, SIGTERM or SIGUSR1, the same command goes on."""
+    with _stopping():
+        file = _read(study, device)
+        from merge_search.search.progress import Progress
+        from merge_search.search.run import run as run_study
 
-    with Progress(err) as progress:
-        result = run_study(file, progress)
-    _print_result(result, study)
+        with Progress(err) as progress:
+            result = run_study(file, progress)
+        _print_result(result, study)
 
 
 @app.command()
@@ -80,11 +82,12 @@ def validate(study: StudyArgument) -> None:
 @app.command(name="test")
 def sealed_test(study: StudyArgument, device: DeviceOption = None) -> None:
     """Compare the best merge with base, experts, average and best preset on the sealed test questions."""
-    plan = _plan(study, device)
-    from merge_search.report.table import sealed_table
-    from merge_search.search.verdict.sealed import open_test
+    with _stopping():
+        plan = _plan(study, device)
+        from merge_search.report.table import sealed_table
+        from merge_search.search.verdict.sealed import open_test
 
-    table = sealed_table(open_test(plan), plan.objective, plan.context.experts)
+        table = sealed_table(open_test(plan), plan.objective, plan.context.experts)
     _show(table, "test questions (± one standard error)")
 
 
@@ -99,14 +102,15 @@ def export(
     device: DeviceOption = None,
 ) -> None:
     """Write the best model, or that of a trial, as a Hugging Face folder."""
-    plan = _plan(study, device)
-    from merge_search.export_trial import export_mergekit, export_trial
+    with _stopping():
+        plan = _plan(study, device)
+        from merge_search.export_trial import export_mergekit, export_trial
 
-    if mergekit:
-        record = export_mergekit(plan, out_path, number=trial)
-        out.print(f"{record.name} written to {out_path}, for mergekit-yaml", highlight=False, soft_wrap=True)
-        return
-    record = export_trial(plan, out_path, number=trial)
+        if mergekit:
+            record = export_mergekit(plan, out_path, number=trial)
+            out.print(f"{record.name} written to {out_path}, for mergekit-yaml", highlight=False, soft_wrap=True)
+            return
+        record = export_trial(plan, out_path, number=trial)
     digest = record.weights_sha256
     out.print(f"{record.name} written to {out_path} (sha256 of the weights {digest})", highlight=False, soft_wrap=True)
 
@@ -126,7 +130,8 @@ def merge(
     def note(text: str) -> None:
         err.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    digest = merge_recipe(recipe, out_folder, device=device, note=note)
+    with _stopping():
+        digest = merge_recipe(recipe, out_folder, device=device, note=note)
     out.print(f"written to {out_folder} (sha256 of the weights {digest})", highlight=False, soft_wrap=True)
 
 
@@ -198,6 +203,20 @@ def _version(
 
 
 @contextmanager
+def _stopping() -> Iterator[None]:
+    """Let Ctrl-C, SIGTERM and SIGUSR1 end a long command with a message and the signal's exit status.
+
+    Typer itself would end a command that Ctrl-C stops without a word.
+    """
+    try:
+        with stoppable():
+            yield
+    except KeyboardInterrupt as stop:
+        err.print("stopped; nothing finished is lost, and the same command goes on from here", highlight=False)
+        raise typer.Exit(exit_status(stop)) from stop
+
+
+@contextmanager
 def _importing() -> Iterator[None]:
     """Disable garbage collection during the import.
 
@@ -259,7 +278,8 @@ def _show(table: Table, title: str) -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line. Expected problems become a message and an exit status, and no traceback.
 
-    Exit status: 0 done; 1 it cannot be done here; 2 the input must be changed; 130 interrupted.
+    Exit status: 0 done; 1 it cannot be done here; 2 the input must be changed; 130, 138 or 143 stopped by Ctrl-C,
+    SIGUSR1 or SIGTERM.
     """
     command: Any = typer.main.get_command(app)
     try:
@@ -270,9 +290,6 @@ def main(args: list[str] | None = None) -> None:
     except MergeSearchError as error:
         err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("stopped; nothing finished is lost, and the same command goes on from here", highlight=False)
-        sys.exit(130)
     except Exception as error:
         text = _outage(error)
         if text is None:

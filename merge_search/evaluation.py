@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "AnswerEnds",
+    "ChecksPrompts",
     "Cost",
     "Counting",
     "Differentiable",
@@ -205,18 +207,41 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class AnswerEnds:
+    """How the generated answers of a task ended.
+
+    Attributes:
+        n: Number of answers.
+        cut: Number of answers that have as many tokens as are allowed, and no ending.
+        empty: Number of answers without a character that is not white space.
+    """
+
+    n: int = 0
+    cut: int = 0
+    empty: int = 0
+
+    def __add__(self, other: AnswerEnds) -> AnswerEnds:
+        return AnswerEnds(self.n + other.n, self.cut + other.cut, self.empty + other.empty)
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Scores by metric name (``task/metric``) on one split at one fidelity."""
+    """Scores by metric name (``task/metric``) on one split at one fidelity.
+
+    `answers` says how generated answers ended, by task. An evaluator may leave it out.
+    """
 
     split: Split
     fidelity: float
     scores: Mapping[str, Scores]
     cost: Cost = field(default_factory=Cost)
+    answers: Mapping[str, AnswerEnds] = field(default_factory=dict)
 
     def joined(self, more: Evaluation) -> Evaluation:
         """The evaluation of this prefix and of the questions in `more`, which follow it. All metrics must be means."""
         scores = {name: s.joined(more.scores[name]) for name, s in self.scores.items()}
-        return Evaluation(self.split, more.fidelity, scores, self.cost + more.cost)
+        answers = {t: self.answers.get(t, AnswerEnds()) + ends for t, ends in more.answers.items()}
+        return Evaluation(self.split, more.fidelity, scores, self.cost + more.cost, {**self.answers, **answers})
 
     def check_finite(self) -> None:
         """Raise `NonFiniteError` with every metric whose score or values are not finite."""
@@ -232,6 +257,7 @@ class Evaluation:
             "split": str(self.split),
             "fidelity": self.fidelity,
             "cost": [self.cost.merge_s, self.cost.evaluate_s, self.cost.questions],
+            **({"answers": {t: [a.n, a.cut, a.empty] for t, a in self.answers.items()}} if self.answers else {}),
             "scores": {
                 name: {
                     "score": s.score,
@@ -259,7 +285,8 @@ class Evaluation:
             )
             for name, s in data["scores"].items()
         }
-        return cls(Split(data["split"]), data["fidelity"], scores, Cost(*data["cost"]))
+        answers = {task: AnswerEnds(*numbers) for task, numbers in data.get("answers", {}).items()}
+        return cls(Split(data["split"]), data["fidelity"], scores, Cost(*data["cost"]), answers)
 
 
 def pack(values: NDArray[np.float64]) -> str:
@@ -339,6 +366,22 @@ class Evaluator(Protocol):
         Raises:
             EvaluationError: The model cannot be scored. The trial fails and the study goes on.
         """
+
+
+@runtime_checkable
+class ChecksPrompts(Protocol):
+    """What an `Evaluator` also has where its prompts can be checked before any weight is loaded."""
+
+    def check_prompts(self, folder: str) -> None:
+        """Check what the tokenizer of the base alone decides.
+
+        Args:
+            folder: The folder of the base checkpoint.
+
+        Raises:
+            StudyFileError: Prompts that cannot be rendered with this tokenizer.
+        """
+        ...
 
 
 @runtime_checkable

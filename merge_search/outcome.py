@@ -16,8 +16,8 @@ class Outcome(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     EVALUATOR_ERROR = "evaluator_error"
     MERGE_ERROR = "merge_error"
-    LOST = "lost"  #: the process died during the trial, and its point was queued again
-    DIED = "died"  #: several processes died in the trial's point, which was given up
+    LOST = "lost"  #: the process ended during the trial, which says nothing about its point
+    DIED = "died"  #: the point kills its process: several processes died alone in it, and it was given up
 
     @property
     def is_scored(self) -> bool:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ __all__ = [
     "no_progress_bars",
     "prompts_are_choices",
     "read_task_file",
+    "rendering_with",
     "report_answer",
     "runs_answers_as_code",
     "sampling_shots",
@@ -36,7 +37,9 @@ __all__ = [
     "set_batch_size",
     "task_files",
     "task_manager",
+    "thinking_until",
     "tokenised",
+    "watching_ends",
 ]
 
 
@@ -222,3 +225,50 @@ def decoding(lm: Any, decode: Callable[..., str]) -> Iterator[None]:
         yield
     finally:
         del lm.tok_decode
+
+
+@contextmanager
+def rendering_with(lm: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Let the chat template be called with these arguments."""
+    before = lm.chat_template_args
+    lm.chat_template_args = dict(arguments)
+    try:
+        yield
+    finally:
+        lm.chat_template_args = before
+
+
+@contextmanager
+def thinking_until(lm: Any, end: str | int | None) -> Iterator[None]:
+    """Cut answers after the last occurrence of a token, given as text or number; None: keep them whole."""
+    before = lm.think_end_token
+    lm.think_end_token = end
+    try:
+        yield
+    finally:
+        lm.think_end_token = before
+
+
+@contextmanager
+def watching_ends(lm: Any, report: Callable[[bool], None]) -> Iterator[None]:
+    """Report of every generated answer, batch by batch, whether it was cut: it has all its tokens and no ending."""
+    original = lm._model_generate
+
+    def generate(context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
+        tokens = original(context=context, max_length=max_length, stop=stop, **settings)
+        ends = set(_as_list(lm.model.generation_config.eos_token_id))
+        for answer in tokens[:, context.shape[1] :].tolist():
+            has_all = len(answer) >= max_length - context.shape[1]
+            text = lm.tokenizer.decode(answer) if has_all else ""
+            report(has_all and not ends & set(answer) and not any(s and s in text for s in stop))
+        return tokens
+
+    lm._model_generate = generate
+    try:
+        yield
+    finally:
+        del lm._model_generate
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

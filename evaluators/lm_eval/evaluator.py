@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluators.isolation import isolated_generators
+from evaluators.lm_eval.answers import fit_requests
 from evaluators.lm_eval.fit_rows import FitRows, fit_source, losses_of
 from evaluators.lm_eval.options import LmEvalOptions
 from evaluators.lm_eval.questions import TaskQuestions
 from evaluators.lm_eval.scores import score_task
-from evaluators.lm_eval.tasks import load_tasks, quiet_lm_eval
+from evaluators.lm_eval.tasks import load_tasks, quiet_lm_eval, reason
 from merge_search.errors import EvaluationError, StudyFileError, nearest
 from merge_search.evaluation import Cost, Evaluation, Evaluator, MetricInfo, Scores, Split, SplitShares
 from merge_search.seeding import derive_seed
@@ -68,7 +69,9 @@ class LmEval(Evaluator):
                 source = fit_source(task, self.options.fit)
                 withheld = shares.fit if source == "search" else 0.0
                 try:
-                    questions = TaskQuestions.load(name, task, self.options, replace(shares, fit=withheld), seed)
+                    questions = TaskQuestions.load(
+                        name, task, self.options.for_task(name), replace(shares, fit=withheld), seed
+                    )
                     self.tasks.append(questions)
                     self._fit[name] = FitRows(questions, source, self.options.fit_limit)
                 except StudyFileError as error:
@@ -76,8 +79,9 @@ class LmEval(Evaluator):
         if not problems:
             names = {t.name for t in self.tasks}
             problems = [
-                f"metrics: no task of this evaluator is called {name!r}{nearest(name, names)}"
-                for name in self.options.metrics
+                f"{key}: no task of this evaluator is called {name!r}{nearest(name, names)}"
+                for key, by_task in (("metrics", self.options.metrics), ("task_options", self.options.task_options))
+                for name in by_task
                 if name not in names
             ]
         if problems:
@@ -92,15 +96,46 @@ class LmEval(Evaluator):
 
         Paths and the batch size are no part of it.
         """
-        chat = self.options.apply_chat_template
-        shown = {
+        chat = {t.name: self.options.for_task(t.name).apply_chat_template for t in self.tasks}
+        some = any(chat.values())
+        shown: dict[str, Any] = {
             "tasks": {t.name: t.digest for t in self.tasks},
             "shares": asdict(self.shares),
-            "chat": [self.seed, self.options.system_instruction] if chat else None,
+            "chat": [self.seed, self.options.system_instruction] if some else None,
             "fit": {name: fit.digest() for name, fit in self._fit.items()},
             "cut": [self.options.max_length, self.options.softmax_dtype],
         }
+        if some and not all(chat.values()):
+            shown["chat of"] = [name for name, is_chat in chat.items() if is_chat]
+        if thinking := {t.name: said for t in self.tasks if (said := self.options.for_task(t.name).thinking)}:
+            shown["thinking"] = thinking
         return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+
+    def check_prompts(self, folder: str) -> None:
+        """Render a prompt of each task that uses a chat template with the tokenizer in `folder`.
+
+        Raises:
+            StudyFileError: Every task whose prompt cannot be rendered.
+        """
+        chat = [t for t in self.tasks if t.questions and self.options.for_task(t.name).apply_chat_template]
+        if not chat:
+            return
+        from evaluators.lm_eval.templates import TemplateOnly  # loads transformers
+
+        problems = []
+        with isolated_generators(self.seed), quiet_lm_eval():
+            for task in chat:
+                options = self.options.for_task(task.name)
+                try:
+                    template = TemplateOnly(folder, options.template_args)
+                    fit_requests(task.task, task.questions[0].doc, options, self.seed, template)
+                except Exception as error:  # templates and tokenizers of somebody else
+                    problems.append(
+                        f"task {task.name!r}: its prompts cannot be rendered with the tokenizer in {folder}: "
+                        f"{reason(error)}; give the base a chat template, or set apply_chat_template: false"
+                    )
+        if problems:
+            raise StudyFileError(problems)
 
     def bind(self, model: Any, tokenizer: Any, *, folder: str) -> None:
         """Make and tokenise all requests for a live model.
@@ -147,7 +182,8 @@ class LmEval(Evaluator):
                 self.n_asked += math.ceil(self._live.share_answered * n_questions)
             for task in self.tasks:
                 scores |= score_task(task, asked[task.name], self.seed)
-        return Evaluation(split, fidelity, scores, Cost(evaluate_s=time.perf_counter() - began, questions=n_questions))
+        cost = Cost(evaluate_s=time.perf_counter() - began, questions=n_questions)
+        return Evaluation(split, fidelity, scores, cost, self._live.ends)
 
     def fit_tasks(self) -> dict[str, int]:
         """Number of rows to fit on by task. None of them is ever scored.

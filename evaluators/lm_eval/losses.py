@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from evaluators.distillation import TOP, TeacherOutputs, divergence, join
 from evaluators.isolation import isolated_generators
+from evaluators.lm_eval._compat import rendering_with
 from evaluators.lm_eval.answers import Answer, choices_of, fit_requests, generated_answer, gold_answer
 from evaluators.lm_eval.fit_rows import LOSSES, FitRows, losses_of
 from evaluators.lm_eval.options import LmEvalOptions
@@ -238,7 +239,9 @@ class LiveLoss:
         key = (fit.name, row)
         if key not in self._requests:
             stream = derive_seed(self._seed, "fit", fit.name, fit.rows[row].id)
-            self._requests[key] = fit_requests(fit.task, fit.rows[row].doc, self._options, stream, self._live.lm)
+            options = self._options.for_task(fit.name)
+            with rendering_with(self._live.lm, options.template_args):
+                self._requests[key] = fit_requests(fit.task, fit.rows[row].doc, options, stream, self._live.lm)
         return self._requests[key]
 
     def _parts(self, fit: FitRows, rows: Sequence[int], kind: str) -> list[list[Piece]]:
@@ -260,7 +263,7 @@ class LiveLoss:
         if kind == "choices":
             return choices_of(fit.task, doc, requests)
         if kind == "gold" or (kind == "kl" and fit.task.OUTPUT_TYPE != "generate_until"):
-            return [gold_answer(fit.task, doc, requests, self._options)]
+            return [gold_answer(fit.task, doc, requests, self._options.for_task(fit.name))]
         if fit.task.OUTPUT_TYPE == "multiple_choice":
             return [choices_of(fit.task, doc, requests)[label]]
         return [generated_answer(requests[0], label)]

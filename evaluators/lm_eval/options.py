@@ -16,7 +16,63 @@ __all__ = ["LmEvalOptions"]
 _Words = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
 
-class LmEvalOptions(BaseModel):
+_ALIASES = ("max_new_tokens", "max_tokens", "max_completion_tokens")
+"""lm-eval's other names of ``max_gen_toks``. A task's own ``max_gen_toks`` would win over them without a word."""
+
+
+class _Prompting(BaseModel):
+    """How prompts are rendered and answers generated; see `LmEvalOptions`. None: not set."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    apply_chat_template: bool | None = None
+    enable_thinking: bool | None = None
+    think_end_token: Annotated[int, Field(ge=0, strict=True)] | Annotated[str, Field(min_length=1)] | None = None
+    chat_template_args: dict[str, Any] = {}
+    gen_kwargs: dict[str, Any] = {}
+
+    @field_validator("gen_kwargs")
+    @classmethod
+    def _known_settings(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if alias := next((name for name in _ALIASES if name in value), None):
+            raise ValueError(f"write max_gen_toks in place of {alias!r}")
+        most, until = value.get("max_gen_toks", 1), value.get("until", [])
+        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+            raise ValueError(f"max_gen_toks must be a whole number of at least 1, got {most!r}")
+        if not isinstance(until, str) and not (isinstance(until, list) and all(isinstance(u, str) for u in until)):
+            raise ValueError(f"until must be a text or a list of texts, got {until!r}")
+        return value
+
+    def problems(self) -> list[str]:
+        """What cannot work, each beginning with the key."""
+        if self.apply_chat_template:
+            if self.enable_thinking and self.think_end_token is None:
+                return ["enable_thinking: true needs think_end_token, the token that ends the thoughts (like </think>)"]
+            return []
+        unread = {"enable_thinking": self.enable_thinking is not None, "chat_template_args": self.chat_template_args}
+        why = "needs apply_chat_template: true, since only a chat template reads it"
+        return [f"{key} {why}" for key, is_set in unread.items() if is_set]
+
+    @property
+    def template_args(self) -> dict[str, Any]:
+        """What the chat template is called with besides the messages, as in lm-eval."""
+        thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return {**self.chat_template_args, **thinking}
+
+    @property
+    def thinking(self) -> dict[str, Any]:
+        """What is set of the template's arguments and of `think_end`; empty if nothing is."""
+        said = {"template": self.template_args, "end": self.think_end}
+        return {key: value for key, value in said.items() if value not in (None, {})}
+
+    @property
+    def think_end(self) -> str | int | None:
+        """The token that ends the thoughts. As in lm-eval, digits are a token's number."""
+        token = self.think_end_token
+        return int(token) if isinstance(token, str) and token.isdigit() else token
+
+
+class LmEvalOptions(_Prompting):
     """An entry ``evaluator: lm_eval``.
 
     Attributes:
@@ -27,6 +83,13 @@ class LmEvalOptions(BaseModel):
         limit: Most documents of a task in all splits together, chosen by hash.
         metrics: The main metric of a task by its name: ``metric`` or ``metric,filter``.
         apply_chat_template: Whether prompts are rendered with the tokenizer's chat template.
+        enable_thinking: Passed to the chat template; None: not passed. With true, tasks that generate only.
+        think_end_token: The token that ends the thoughts, as text or number. Only what follows it is the answer.
+        chat_template_args: Passed to the chat template, too.
+        gen_kwargs: Replaces settings in the ``generation_kwargs`` of tasks that generate: ``max_gen_toks`` (most tokens
+            of an answer), ``until`` (stop strings), ``do_sample``, ``temperature`` and so on.
+        task_options: These five options for single tasks, by name. ``gen_kwargs`` and ``chat_template_args`` add to the
+            evaluator's, the others replace them.
         system_instruction: Text in front of every prompt.
         max_length: Most tokens of a prompt with its answer; None: the model's own limit.
         softmax_dtype: ``float32`` prevents ties between choices of a half-precision model.
@@ -38,8 +101,6 @@ class LmEvalOptions(BaseModel):
         confirm_run_unsafe_code: Whether tasks may execute code that the model wrote.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     tasks: _Words
     include_path: PathList = []
     batch_size: Annotated[int, Field(ge=1, strict=True)] = 16
@@ -47,6 +108,7 @@ class LmEvalOptions(BaseModel):
     limit: Annotated[int, Field(ge=2, strict=True)] | None = None
     metrics: dict[str, str] = {}
     apply_chat_template: bool = False
+    task_options: dict[str, _Prompting] = {}
     system_instruction: str | None = None
     max_length: Annotated[int, Field(ge=2, strict=True)] | None = None
     softmax_dtype: Literal["float32"] | None = None
@@ -67,6 +129,16 @@ class LmEvalOptions(BaseModel):
             raise ValueError(f"must be a number, got {value!r}: lm-eval would measure it anew for every candidate")
         return value
 
+    def for_task(self, name: str) -> LmEvalOptions:
+        """The options with those of this task in their place."""
+        own = self.task_options.get(name)
+        if own is None:
+            return self
+        given = {key: getattr(own, key) for key in own.model_fields_set}
+        for key in {"gen_kwargs", "chat_template_args"} & given.keys():
+            given[key] = {**getattr(self, key), **given[key]}
+        return self.model_copy(update=given)
+
     @classmethod
     def parse(cls, options: Mapping[str, Any], folder: Path | None = None) -> LmEvalOptions:
         """Check `options` and make the folders of ``include_path`` absolute.
@@ -81,6 +153,9 @@ class LmEvalOptions(BaseModel):
         parsed = read_options(cls, options)
         searched = [absolute(path, folder) for path in parsed.include_path]
         missing = [f"include_path: no folder {path}" for path in searched if not path.is_dir()]
-        if missing:
-            raise StudyFileError(missing)
+        problems = missing + parsed.problems()
+        for task in parsed.task_options:
+            problems += [f"task_options.{task}.{text}" for text in parsed.for_task(task).problems()]
+        if problems:
+            raise StudyFileError(problems)
         return parsed.model_copy(update={"include_path": [str(path) for path in searched]})

@@ -7,7 +7,7 @@ import gc
 import logging
 import math
 from bisect import bisect_right
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -21,15 +21,19 @@ from evaluators.lm_eval._compat import (
     decoding,
     first_logits,
     log_likelihoods,
+    rendering_with,
     set_answer_hook,
     set_batch_size,
+    thinking_until,
     tokenised,
+    watching_ends,
 )
 from evaluators.lm_eval.options import LmEvalOptions
 from evaluators.lm_eval.packed_scorer import PackedScorer, packed_scorer
 from evaluators.lm_eval.questions import Question, TaskQuestions, build_requests
 from evaluators.lm_eval.tasks import reason
 from merge_search.errors import EvaluationError, NonFiniteError, StudyFileError, TrialError
+from merge_search.evaluation import AnswerEnds
 
 __all__ = ["LiveRequests"]
 
@@ -53,6 +57,9 @@ class LiveRequests:
         tasks: The tasks with their questions.
         seed: Draws the shots.
 
+    Attributes:
+        ends: How the generated answers of the last `ask` ended, by task; tasks that generate only.
+
     Raises:
         StudyFileError: Prompts that cannot be rendered or tokenised for this model.
     """
@@ -75,15 +82,20 @@ class LiveRequests:
             max_length=options.max_length,
             softmax_dtype=options.softmax_dtype,
         )
+        self.ends: dict[str, AnswerEnds] = {}
         self._answered = _Answered()
         set_answer_hook(self.lm, self._answered)
         self._n_requests = 0
+        self._think_ends: dict[str, str | int | None] = {}
         self.encoded: dict[int, Any] = {}
         self.windows: dict[int, list[Any]] = {}
         for task in tasks:
             try:
-                if options.apply_chat_template:
-                    build_requests(task.task, task.questions, options, seed, self.lm)
+                own = options.for_task(task.name)
+                if own.apply_chat_template:
+                    with rendering_with(self.lm, own.template_args):
+                        build_requests(task.task, task.questions, own, seed, self.lm)
+                self._think_ends |= {i.task_name: own.think_end for q in task.questions for i in q.instances}
                 self._encode(task)
             except Exception as error:  # templates and tokenizers of somebody else
                 raise StudyFileError(
@@ -165,6 +177,7 @@ class LiveRequests:
         """
         self.model.eval()
         self._answered.n = self._n_requests = 0
+        self._answered.is_cut.clear()
         requests: dict[str, list[Any]] = defaultdict(list)
         for questions in asked.values():
             for question in sorted(questions, key=lambda q: q.doc_id):
@@ -175,13 +188,23 @@ class LiveRequests:
         kinds: dict[str, Callable[[list[Any]], Sequence[Any]]] = {
             "loglikelihood": self._loglikelihood,
             "loglikelihood_rolling": self._rolling,
-            "generate_until": self._generate,
+            "generate_until": self._generate_without_thoughts,
         }
         self._n_requests = sum(map(len, requests.values()))
         for kind, instances in requests.items():
             answers = self._guarded(kinds[kind], instances)
             for instance, answer in zip(instances, answers, strict=True):
                 instance.resps.append(answer)
+        self.ends = {name: ends for name, questions in asked.items() if (ends := self._ends(questions)).n}
+
+    def _ends(self, questions: list[Question]) -> AnswerEnds:
+        """How the generated answers to these questions ended."""
+        instances = [i for q in questions for i in q.instances if i.request_type == "generate_until"]
+        return AnswerEnds(
+            n=len(instances),
+            cut=sum(self._answered.is_cut.get(_request_key(i.args), False) for i in instances),
+            empty=sum(not i.resps[0].strip() for i in instances),
+        )
 
     @property
     def share_answered(self) -> float:
@@ -192,7 +215,8 @@ class LiveRequests:
         """The texts that the model, as it is now, generates for these requests. Raises the errors of `ask`.
 
         A text begins with a space if its first token does. Some tokenizers (SentencePiece and its like) lose that space
-        in decoding. lm-eval scores such texts without it, but a learner would learn other tokens from them.
+        in decoding. lm-eval scores such texts without it, but a learner would learn other tokens from them. It also has
+        the model's thoughts: without them a learner would learn to answer at once.
         """
         with decoding(self.lm, self._decoded_whole):
             return self._guarded(self._generate, instances)
@@ -246,23 +270,53 @@ class LiveRequests:
         _check_finite(answers, instances)
         return answers
 
+    def _generate_without_thoughts(self, instances: list[Any]) -> Sequence[Any]:
+        """The answers of lm-eval's model, which is asked once for each of the tokens that end the thoughts."""
+        by_end: dict[str | int | None, list[int]] = defaultdict(list)
+        for at, instance in enumerate(instances):
+            by_end[self._think_ends.get(instance.task_name)].append(at)
+        answers = dict[int, Any]()
+        for end, places in by_end.items():
+            with thinking_until(self.lm, end):
+                answers |= zip(places, self._generate([instances[at] for at in places]), strict=True)
+        return [answers[at] for at in range(len(instances))]
+
     def _generate(self, instances: list[Any]) -> Sequence[Any]:
         first = self.lm.tok_encode(instances[0].args[0])[-self.lm.max_length :]
         if first:
             logits = first_logits(self.lm, torch.tensor([first], device=self.lm.device))
             if not torch.isfinite(logits).all():
                 _raise_non_finite(instances[:1], "logits")
-        answers: list[str] = self.lm.generate_until(instances, disable_tqdm=True)
+        self._answered.cut_of_batch.clear()
+        with watching_ends(self.lm, self._answered.cut_of_batch.append):
+            answers: list[str] = self.lm.generate_until(instances, disable_tqdm=True)
         return answers
 
 
 class _Answered:
-    """Counts requests as soon as their batch is answered (`_compat.AnswerHook`)."""
+    """Counts requests as soon as their batch is answered (`_compat.AnswerHook`).
 
-    n = 0
+    Attributes:
+        n: Number of requests answered.
+        cut_of_batch: Whether each answer of the batch that ended last was cut, in the order in which lm-eval reports
+            them.
+        is_cut: Whether the answer to a generation request was cut (`_request_key`).
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.cut_of_batch: deque[bool] = deque()
+        self.is_cut: dict[tuple[str, str], bool] = {}
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
         self.n += 1
+        if kind == "generate_until" and self.cut_of_batch:
+            self.is_cut[_request_key(request)] = self.cut_of_batch.popleft()
+
+
+def _request_key(arguments: Sequence[Any]) -> tuple[str, str]:
+    """Context and settings of a generation request. Requests that are equal in both have the same answer."""
+    return str(arguments[0]), str(arguments[1])
 
 
 def _check_finite(values: Sequence[float], instances: Sequence[Any]) -> None:

@@ -7,6 +7,7 @@ the index only when a task is not found in the user's own folders.
 
 from __future__ import annotations
 
+import copy
 import glob
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,6 +107,8 @@ def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict
             del tasks[name]
         else:
             _set_shots(name, task, options.num_fewshot)
+            if task.OUTPUT_TYPE == "generate_until" and (settings := options.for_task(name).gen_kwargs):
+                task.set_config("generation_kwargs", copy.deepcopy(settings), update=True)
     return tasks, problems
 
 
@@ -229,6 +232,11 @@ def _unsupported(name: str, task: Any, options: LmEvalOptions) -> Iterator[str]:
         yield (
             f"tasks: {name!r} executes code that the model wrote; set confirm_run_unsafe_code: true if this machine "
             "may run it"
+        )
+    if options.for_task(name).enable_thinking and task.OUTPUT_TYPE != "generate_until":
+        yield (
+            f"tasks: {name!r} is {task.OUTPUT_TYPE}, where a model cannot think before it answers; set "
+            f"task_options.{name}.enable_thinking: false"
         )
     if is_multimodal(task):
         yield f"tasks: {name!r} needs images or sound; only text tasks can be scored"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import optuna
 from optuna.trial import TrialState
 
-from merge_search.evaluation import Split, window
+from merge_search.evaluation import AnswerEnds, Split, window
 from merge_search.objective import Constraint, Objective, References
 from merge_search.search.records import Record
 from merge_search.space import Parameter
@@ -15,6 +15,7 @@ from merge_search.study_file import Search
 
 __all__ = [
     "MAX_DIMENSIONS",
+    "answer_notes",
     "budget_notes",
     "constraint_notes",
     "late_baseline_notes",
@@ -26,6 +27,9 @@ __all__ = [
 MAX_DIMENSIONS = 1000
 """The most parameters of a space. Every parameter of every trial is a row of the storage, and a surrogate model of more
 parameters learns nothing from the trials of a study."""
+
+MOST_BROKEN = 0.2
+"""Share of the answers of base or an expert, cut or empty, above which the user is warned."""
 
 
 def search_problems(search: Search, parameters: Mapping[str, Parameter], objective: Objective) -> list[str]:
@@ -106,6 +110,39 @@ def question_notes(budget: int | None, n_baselines: int, per_trial: int, per_ste
         f"search.questions is {budget}, and {n_baselines} baselines come first, which ask {per_trial} each, {first} "
         f"together: that does not pay for a trial of the search, {per_trial} more{fit}. At least {needs} would"
     ]
+
+
+def answer_notes(answers: Mapping[str, Mapping[str, AnswerEnds]]) -> list[str]:
+    """A sentence for each task that generates: how many answers of base and experts were cut or are empty.
+
+    Where it is more than a fifth for one of them, the sentence says what to change.
+
+    Args:
+        answers: Base or expert -> task -> how its answers ended.
+    """
+    return [_about_answers(t, answers) for t in dict.fromkeys(t for by_task in answers.values() for t in by_task)]
+
+
+def _about_answers(task: str, answers: Mapping[str, Mapping[str, AnswerEnds]]) -> str:
+    ends = {name: by_task[task] for name, by_task in answers.items() if by_task.get(task, AnswerEnds()).n}
+    cut = {name: e.cut / e.n for name, e in ends.items()}
+    empty = {name: e.empty / e.n for name, e in ends.items()}
+    text = f"answers to {task} that hit the length limit: {_percent(cut)}; empty: {_percent(empty)}"
+    if max(cut.values(), default=0.0) > MOST_BROKEN:
+        text += (
+            f". WARNING: what is cut is scored as it is; raise gen_kwargs.max_gen_toks (task_options.{task}), or let "
+            "the model think less (enable_thinking: false)"
+        )
+    if max(empty.values(), default=0.0) > MOST_BROKEN:
+        text += (
+            f". WARNING: empty answers score nothing; see gen_kwargs.until, think_end_token and apply_chat_template "
+            f"(task_options.{task})"
+        )
+    return text
+
+
+def _percent(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
 
 
 def constraint_notes(records: Sequence[Record], objective: Objective, references: References) -> list[str]:

@@ -12,7 +12,7 @@ from merge_search.engine.checkpoints.compatibility import check_models
 from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
 from merge_search.engine.checkpoints.layout import layout
 from merge_search.errors import InputError, MergeSearchError, RuleError, StudyFileError, WeightsError, nearest
-from merge_search.evaluation import Differentiable, Evaluator, MetricInfo, SplitShares
+from merge_search.evaluation import ChecksPrompts, Differentiable, Evaluator, MetricInfo, SplitShares
 from merge_search.objective import Objective
 from merge_search.presets import PRESETS
 from merge_search.recipe import Models
@@ -86,6 +86,11 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     space = problems.attempt(lambda: _space(file, context)) if context is not None else None
     built = [problems.attempt(partial(_evaluator, file, i)) for i in range(len(file.evaluate))]
     evaluators = [e for e in built if e is not None]
+    if context is not None and not problems.sentences:
+        folder = str(resolve_model(context.models.base))
+        for evaluator in evaluators:
+            if isinstance(evaluator, ChecksPrompts):
+                problems.attempt(partial(evaluator.check_prompts, folder))
     metrics = [m for e in evaluators for m in e.metrics()]
     objective = _objective(file, metrics, problems) if len(evaluators) == len(built) else None
     learner = file.search.learner

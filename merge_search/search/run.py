@@ -12,6 +12,7 @@ per-question answers, outcome and cost. Kill the process at any time and run the
 from __future__ import annotations
 
 from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import nullcontext
 from typing import Protocol
 
 import optuna
@@ -45,6 +46,7 @@ from merge_search.search.trial.job import Failed, Job, Report, Scored, Spent
 from merge_search.search.trial.racing import comparable_weights
 from merge_search.search.trial.trial import StudyInProgress, TrialInProgress
 from merge_search.search.verdict.validation import validate
+from merge_search.stop_signals import stoppable
 from merge_search.study_file import StudyFile
 
 __all__ = ["Listener", "run"]
@@ -59,8 +61,15 @@ class Listener(Protocol):
     def end(self) -> None: ...
 
 
-def run(file: StudyFile, listener: Listener) -> optuna.Study:
+def run(file: StudyFile, listener: Listener, *, stop_on_signals: bool = False) -> optuna.Study:
     """Run or resume the study until it has its trials and its finalists' validation scores.
+
+    A `KeyboardInterrupt` stops it: running trials are marked, and their questions are charged.
+
+    Args:
+        file: The study file.
+        listener: Follows the search.
+        stop_on_signals: Whether SIGTERM and SIGUSR1 stop it as Ctrl-C does. Without it no signal handler is touched.
 
     Raises:
         StudyFileError: The study file has problems. It lists all of them, before any weight is loaded.
@@ -68,6 +77,11 @@ def run(file: StudyFile, listener: Listener) -> optuna.Study:
         StorageError: The storage cannot be used.
         WeightsError: A checkpoint cannot be used, or base or an expert cannot be scored.
     """
+    with stoppable() if stop_on_signals else nullcontext():
+        return _run(file, listener)
+
+
+def _run(file: StudyFile, listener: Listener) -> optuna.Study:
     plan = prepare(file)
     sampler = _sampler(plan)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -157,6 +171,7 @@ class _Driver:
                     self.done += record.outcome is not Outcome.LOST
                     self.listener.trial(record, best=best(self.study, self.plan.objective), best_expert=expert)
         except KeyboardInterrupt:
+            storage.mark_interrupted(self.study)  # first, and also a trial whose point was just being suggested
             for trial in running:
                 trial.interrupt()
             raise
@@ -204,6 +219,9 @@ class _Driver:
                 ) from error
             stored = {"evaluation": scored.evaluation.to_attribute(), "weights_sha256": scored.weights_sha256}
             self.study.set_user_attr(key, stored)
+        stored_scores = {n: data["evaluation"] for n, data in stored_references(self.study).items()}
+        for text in checks.answer_notes({n: Evaluation.from_attribute(e).answers for n, e in stored_scores.items()}):
+            self.listener.note(text)
         return references_of(self.study, self.plan.metrics, self.plan.context.experts)
 
     def _score_reference(self, name: str, recipe: Recipe) -> Scored:

@@ -20,9 +20,18 @@ from optuna.trial import TrialState
 from merge_search._compat.optuna import set_user_attribute
 from merge_search.errors import StorageError, StudyChangedError, StudyFileError, first_line
 from merge_search.outcome import Outcome
+from merge_search.search.process_record import PROCESS, cause_of_death, this_process
 from merge_search.study_file import StudyFile
 
-__all__ = ["check_identity", "describe_changes", "driver_lock", "load_study", "open_storage", "reclaim_lost_trials"]
+__all__ = [
+    "check_identity",
+    "describe_changes",
+    "driver_lock",
+    "load_study",
+    "mark_interrupted",
+    "open_storage",
+    "reclaim_lost_trials",
+]
 
 
 def open_storage(url: str, *, must_exist: bool = False) -> optuna.storages.RDBStorage:
@@ -136,9 +145,19 @@ def _file_lock(database: Path, name: str, message: str) -> Iterator[None]:
 
 
 TRIES = 3
-"""Number of processes that may die in a point before the point is given up."""
+"""Number of processes that may die alone in a point before the point is given up as one that kills its process."""
+MOST_LOST = 10
+"""Number of processes that may end in a point for any unknown reason before the point is given up without blame."""
 INTERRUPTED = "interrupted"
-"""User attribute of a trial that the user stopped, which is no evidence against its point."""
+"""User attribute of a trial whose run was stopped (by Ctrl-C, for instance), which is no evidence against its point."""
+DEATH = "death"
+"""User attribute of a lost trial whose process died alone in it: what it died of (`process_record`)."""
+
+
+def mark_interrupted(study: optuna.Study) -> None:
+    """Mark all running trials. Call this while holding `driver_lock`, when the run is stopped."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        set_user_attribute(study, trial, INTERRUPTED, True)
 
 
 def reclaim_lost_trials(study: optuna.Study) -> list[str]:
@@ -146,23 +165,31 @@ def reclaim_lost_trials(study: optuna.Study) -> list[str]:
 
     The point is queued before the trial is closed. If the process is killed in between, the next call finds the point
     queued and closes the trial. A trial with neither parameters nor a baseline's label had not begun and is only
-    closed. The new trial's ``retry_of`` is the number of the first try. A point in which `TRIES` processes died (out of
-    main memory, or a crash in a driver) is given up with the outcome ``died``. Call this while holding `driver_lock`.
+    closed. The new trial's ``retry_of`` is the number of the first try. Call this while holding `driver_lock`.
+
+    A point in which `TRIES` processes died alone (out of main memory, or a crash in a driver) is given up with the
+    outcome ``died``, which samplers avoid. A run that was stopped, a machine that went away and a process that left no
+    record do not count. A point in which `MOST_LOST` processes ended without being stopped is given up, too, and stays
+    ``lost``.
 
     Returns:
         A sentence for each trial that had begun.
     """
     trials = study.get_trials(deepcopy=False)
-    sentences = []
+    sentences, now = [], this_process()
     for trial in (t for t in trials if t.state == TrialState.RUNNING):
         keep = {k: v for k, v in trial.user_attrs.items() if k in ("label", "given_recipe")}
         params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
         first = trial.user_attrs.get("retry_of", trial.number)
         tries = [t for t in trials if first in (t.number, t.user_attrs.get("retry_of"))]
-        died = sum(INTERRUPTED not in t.user_attrs for t in tries if t.number <= trial.number)
-        outcome = Outcome.DIED if died >= TRIES else Outcome.LOST
-        if outcome is Outcome.DIED:
-            reason = f"its process died {died} times in it (main memory used up, or a crash)"
+        ends = [t.user_attrs for t in tries if t.number <= trial.number and INTERRUPTED not in t.user_attrs]
+        deaths = [attributes[DEATH] for attributes in ends if DEATH in attributes]
+        if INTERRUPTED not in trial.user_attrs and (cause := cause_of_death(trial.user_attrs.get(PROCESS), now)):
+            set_user_attribute(study, trial, DEATH, cause)
+            deaths.append(cause)
+        outcome = Outcome.DIED if len(deaths) >= TRIES else Outcome.LOST
+        if outcome is Outcome.DIED or len(ends) >= MOST_LOST:
+            reason = _why_given_up(len(ends), deaths)
             set_user_attribute(study, trial, "reason", reason)
             sentences.append(f"trial {trial.number} of a killed run is given up: {reason}")
         elif params or keep:
@@ -172,6 +199,15 @@ def reclaim_lost_trials(study: optuna.Study) -> list[str]:
         set_user_attribute(study, trial, "outcome", str(outcome))
         study.tell(trial.number, state=TrialState.FAIL)
     return sentences
+
+
+def _why_given_up(n_ends: int, deaths: list[str]) -> str:
+    if len(deaths) >= TRIES:
+        return f"its process died {len(deaths)} times in it ({', '.join(dict.fromkeys(deaths))})"
+    return (
+        f"{n_ends} processes ended in it without a trace, so perhaps no machine stays for as long as the trial takes; "
+        "the point is not blamed for it"
+    )
 
 
 def describe_changes(old: Any, new: Any, at: str = "") -> list[str]:

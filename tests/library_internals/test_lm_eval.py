@@ -25,13 +25,16 @@ from evaluators.lm_eval._compat import (
     no_progress_bars,
     prompts_are_choices,
     read_task_file,
+    rendering_with,
     runs_answers_as_code,
     sampling_shots,
     set_answer_hook,
     set_batch_size,
     task_files,
     task_manager,
+    thinking_until,
     tokenised,
+    watching_ends,
 )
 
 pytestmark = pytest.mark.usefixtures("own_dataset_cache")
@@ -166,6 +169,37 @@ def test_generated_tokens_are_decoded_by_the_given_function(lm: Any) -> None:
         assert lm.generate_until([request], disable_tqdm=True) == ["decoded"]
     assert "tok_decode" not in vars(lm)
     assert lm.generate_until([request], disable_tqdm=True) != ["decoded"]
+
+
+def test_a_chat_template_gets_its_arguments_inside_only(lm: Any) -> None:
+    lm.tokenizer.chat_template = "{{ messages[0]['content'] }} {{ tone }}"
+    before, chat = lm.chat_template_args, [{"role": "user", "content": "red"}]
+    with rendering_with(lm, {"tone": "fast"}):
+        assert lm.apply_chat_template(chat) == "red fast"
+    assert lm.chat_template_args == before
+
+
+def generation(n: int, **settings: Any) -> Any:
+    return SimpleNamespace(args=("the red dog", {"until": [], "do_sample": False, "max_gen_toks": n, **settings}))
+
+
+def test_thoughts_are_cut_off_inside_only(lm: Any) -> None:
+    (whole,) = lm.generate_until([generation(8)], disable_tqdm=True)
+    word = whole.split()[1]
+    with thinking_until(lm, word):
+        assert lm.generate_until([generation(8)], disable_tqdm=True) == [whole.split(word)[-1].lstrip()]
+    assert lm.generate_until([generation(8)], disable_tqdm=True) == [whole]
+
+
+def test_an_answer_with_all_its_tokens_and_no_ending_is_reported_as_cut(lm: Any) -> None:
+    reports: list[bool] = []
+    with watching_ends(lm, reports.append):
+        (whole,) = lm.generate_until([generation(8)], disable_tqdm=True)
+        lm.generate_until([generation(8, until=[whole.split()[-1]])], disable_tqdm=True)
+        lm.model.generation_config.eos_token_id = list(range(len(lm.tokenizer)))
+        lm.generate_until([generation(8)], disable_tqdm=True)
+    assert reports == [True, False, False]
+    assert len(whole.split()) > 1
 
 
 def test_no_other_file_uses_a_private_part_of_lm_eval() -> None:

@@ -12,11 +12,12 @@ import tiny_encoder
 import yaml
 
 from merge_search.errors import StudyFileError
-from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split
+from merge_search.evaluation import AnswerEnds, Evaluation, MetricInfo, Scores, Split
 from merge_search.objective import Objective, References
 from merge_search.outcome import Outcome
 from merge_search.search.checks import (
     MAX_DIMENSIONS,
+    answer_notes,
     budget_notes,
     constraint_notes,
     question_notes,
@@ -30,6 +31,22 @@ from merge_search.study_file import Search, read_study_file
 
 METRICS = [MetricInfo(t, "acc", True, {Split.SEARCH: 100}) for t in ("a", "b")]
 ONE = Objective(["mean"], [], [], METRICS)
+
+
+def test_cut_and_empty_answers_are_told_and_above_a_fifth_with_the_key_to_change() -> None:
+    healthy, cut = AnswerEnds(100, 20, 0), AnswerEnds(100, 21, 3)
+    assert answer_notes({"base": {}, "maths": {}}) == []
+    (text,) = answer_notes({"base": {"gsm": healthy}, "maths": {"gsm": healthy}})
+    assert text == "answers to gsm that hit the length limit: base 20 %, maths 20 %; empty: base 0 %, maths 0 %"
+    few, many = answer_notes(
+        {"base": {"gsm": healthy, "code": AnswerEnds(10, 0, 9)}, "maths": {"gsm": cut, "code": AnswerEnds(10)}}
+    )
+    assert "maths 21 %" in few
+    assert "WARNING" in few
+    assert "raise gen_kwargs.max_gen_toks (task_options.gsm)" in few
+    assert "empty: base 90 %, maths 0 %" in many
+    assert "gen_kwargs.until" in many
+    assert "max_gen_toks" not in many
 
 
 def space(n: int) -> dict[str, Parameter]:

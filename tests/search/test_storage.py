@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import optuna
@@ -14,12 +15,15 @@ from optuna.trial import TrialState, create_trial
 from merge_search.errors import StorageError, StudyChangedError
 from merge_search.outcome import Outcome
 from merge_search.search.budget import seconds_spent
+from merge_search.search.process_record import PROCESS, this_process
 from merge_search.search.records import finished_records
 from merge_search.search.storage import (
     INTERRUPTED,
+    MOST_LOST,
     check_identity,
     describe_changes,
     driver_lock,
+    mark_interrupted,
     open_storage,
     reclaim_lost_trials,
 )
@@ -96,11 +100,18 @@ def test_a_queued_point_of_which_a_part_was_stored_comes_back_whole(url: str) ->
     assert again.user_attrs["label"] == "task_arithmetic"
 
 
+def lose(study: optuna.Study, **ended: Any) -> list[str]:
+    """Begin a trial in a process with the given record, and reclaim it."""
+    trial = study.ask()
+    trial.set_user_attr(PROCESS, {**this_process(), **ended})
+    trial.suggest_float("x", 0, 1)
+    return reclaim_lost_trials(study)
+
+
 def test_a_point_in_which_the_process_dies_three_times_is_given_up(url: str) -> None:
     study = study_in(url)
     for _ in range(3):
-        study.ask().suggest_float("x", 0, 1)
-        said = reclaim_lost_trials(study)
+        said = lose(study)
     assert said == [f"trial 2 of a killed run is given up: {study.trials[2].user_attrs['reason']}"]
     assert [t.user_attrs["outcome"] for t in study.trials] == [Outcome.LOST, Outcome.LOST, Outcome.DIED]
     assert [r.number for r in finished_records(study)] == [2]
@@ -115,6 +126,39 @@ def test_a_point_that_the_user_interrupts_is_never_given_up(url: str) -> None:
         reclaim_lost_trials(study)
     assert {t.user_attrs["outcome"] for t in study.trials[:5]} == {Outcome.LOST}
     assert study.trials[5].state == TrialState.WAITING
+
+
+def test_three_machines_that_went_away_are_no_evidence_against_a_point(url: str) -> None:
+    study = study_in(url)
+    for n in range(3):
+        said = lose(study, boot=f"machine {n}")
+    assert said == ["trial 2 of a killed run is closed, and its point queued again"]
+    assert {t.user_attrs["outcome"] for t in study.trials[:3]} == {Outcome.LOST}
+    (waiting,) = study.get_trials(states=(TrialState.WAITING,))
+    assert waiting.system_attrs["fixed_params"] == study.trials[0].params
+    lose(study), lose(study)
+    assert study.trials[4].user_attrs["outcome"] == Outcome.LOST, "two crashes among five ends"
+    lose(study)
+    assert study.trials[5].user_attrs["outcome"] == Outcome.DIED
+
+
+def test_a_point_whose_machine_always_goes_away_is_given_up_without_blame(url: str) -> None:
+    study = study_in(url)
+    for n in range(MOST_LOST):
+        said = lose(study, boot=f"machine {n}")
+    (text,) = said
+    assert f"{MOST_LOST} processes ended in it" in text
+    assert not study.get_trials(states=(TrialState.WAITING,))
+    assert {t.user_attrs["outcome"] for t in study.trials} == {Outcome.LOST}
+    assert finished_records(study) == []
+
+
+def test_all_running_trials_are_marked_when_a_run_is_stopped(url: str) -> None:
+    study = study_in(url)
+    study.tell(study.ask(), 0.5)
+    study.ask(), study.ask()
+    mark_interrupted(study)
+    assert [INTERRUPTED in t.user_attrs for t in study.trials] == [False, True, True]
 
 
 def test_what_a_lost_trial_had_charged_counts_as_time_spent(url: str) -> None:

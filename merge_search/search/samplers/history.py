@@ -47,7 +47,7 @@ REPEAT_ATTRIBUTE = "same_as"
 CRASHED = frozenset(
     {Outcome.NON_FINITE, Outcome.OUT_OF_MEMORY, Outcome.EVALUATOR_ERROR, Outcome.MERGE_ERROR, Outcome.DIED}
 )
-"""Failures that are evidence against the point. A lost process is none."""
+"""Failures that are evidence against the point. A run that was stopped or lost with its machine is none."""
 
 
 FAR, VERY_NOISY, FEWEST_TO_TAME = 20.0, 100.0, 4

@@ -26,6 +26,7 @@ from merge_search.recipe import Recipe
 from merge_search.search import samplers, storage
 from merge_search.search.budget import Budget, affordable_steps
 from merge_search.search.plan import Plan
+from merge_search.search.process_record import PROCESS, this_process
 from merge_search.search.records import Record, best, finished_records
 from merge_search.search.start.learned_space import LearnedSpace
 from merge_search.search.start.warm_start import warm_start
@@ -91,6 +92,7 @@ class TrialInProgress:
     def start(self) -> None:
         """Decode the trial's point and submit its job. Scores that are known already are not asked for again."""
         step: Job | Result
+        self._trial.set_user_attr(PROCESS, this_process())
         try:
             step = self._prepared()
         except Exception as error:

@@ -201,7 +201,8 @@ class Worker:
                 f"{split} split among {', '.join(scores) or 'none'}"
             )
         cost = Cost(0.0, time.perf_counter() - began, self._uncharged())
-        evaluation = Evaluation(split, fidelity, scores, cost)
+        answers = {task: ends for part in parts for task, ends in part.answers.items()}
+        evaluation = Evaluation(split, fidelity, scores, cost, answers)
         evaluation.check_finite()
         return evaluation
 
