@@ -54,7 +54,7 @@ class Group:
     Attributes:
         name: Its name.
         metrics: The main one first.
-        members: The tasks and groups directly in it. They do not count themselves.
+        members: The tasks and groups directly in it, or in one that cannot count. They do not count themselves.
         tasks: The tasks in it, through all levels.
     """
 
@@ -106,21 +106,22 @@ def groups_of(
     out: dict[str, Group] = {}
     apart: list[str] = []
 
-    def add(node: Loaded) -> None:
+    def add(node: Loaded) -> list[str]:
+        """Names of what stands for the group above: the group, or where it cannot count, what is in it."""
         members = [tasks[name] for name in dict.fromkeys(node.tasks)]
         found = _common(members) if node.aggregates is None else list(_aggregated(node.aggregates, members))
-        by_metric = {m.metric: m for m in found}
-        if found and node.name not in out:
-            ordered = main_first(node.name, list(by_metric), main.get(node.name))
-            children = tuple(c if isinstance(c, str) else c.name for c in node.children)
-            out[node.name] = Group(
-                node.name, tuple(by_metric[m] for m in ordered), children, tuple(t.name for t in members)
-            )
-        elif not found:
+        if found:
+            out.setdefault(node.name, Group(node.name, (), (), ()))  # before the groups in it
+        else:
             apart.append(node.name)
-        for child in node.children:
-            if not isinstance(child, str):
-                add(child)
+        children = [name for c in node.children for name in ([c] if isinstance(c, str) else add(c))]
+        if not found:
+            return children
+        by_metric = {m.metric: m for m in found}
+        ordered = main_first(node.name, list(by_metric), main.get(node.name))
+        metrics = tuple(by_metric[m] for m in ordered)
+        out[node.name] = Group(node.name, metrics, tuple(children), tuple(t.name for t in members))
+        return [node.name]
 
     for node in named:
         add(node)

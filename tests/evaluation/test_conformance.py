@@ -80,10 +80,10 @@ class TestLmEvalGroup(EvaluatorConformance):
 
     @pytest.fixture
     def case(self, tmp_path: Path) -> EvaluatorCase:
-        rows = tiny_lm.documents(60, 0)
+        rows = tiny_lm.documents(150, 0)
         tiny_lm.write_tasks(tmp_path, {"t_long": tiny_lm.CHOICE}, test=rows)
         tiny_lm.write_tasks(
-            tmp_path, {"t_short": {**tiny_lm.CHOICE, "test_split": "train"}}, test=rows, train=rows[:30]
+            tmp_path, {"t_short": {**tiny_lm.CHOICE, "test_split": "train"}}, test=rows, train=rows[:90]
         )
         metric = {"metric": "acc", "weight_by_size": False}
         for name, changes in (("g_means", {}), ("g_sized", {"weight_by_size": True})):

@@ -147,5 +147,16 @@ def test_members_count_one_by_one_where_they_share_no_mean_or_the_study_says_so(
     assert evaluator(folder, ["g"]).fingerprint() != evaluator(folder, ["g_means"]).fingerprint()
 
 
+def test_tasks_of_an_inner_group_that_cannot_count_are_members_of_the_outer_one(tmp_path: Path) -> None:
+    write_tasks(tmp_path, {"t_choice": CHOICE, "t_generate": GENERATE, "t_word": WORD})
+    inner = {"group": "inner", "task": ["t_generate", "t_word"]}
+    group = {"group": "h", "task": ["t_choice", inner], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "h.yaml").write_text(yaml.safe_dump(group))
+    e, model = bound(tmp_path, ["h"], tree_packing=False), make_model()
+    assert {m.task: m.member_of for m in e.metrics()} == {"h": "", "t_choice": "h", "t_generate": "h", "t_word": "h"}
+    theirs = by_lm_eval(tmp_path, ["h"], model)["results"]
+    assert e.evaluate(Split.SEARCH).scores["h/acc"].score == theirs["h"]["acc,none"]
+
+
 def test_tasks_that_no_group_names_are_as_before(scored_folder: Path) -> None:
     assert not any(m.member_of for m in evaluator(scored_folder, list(TASKS)).metrics())
