@@ -75,8 +75,8 @@ def validate(study: StudyArgument) -> None:
     for m in plan.metrics:
         counts = ", ".join(f"{n} {split}" for split, n in m.n_questions.items() if n)
         out.print(f"  {m.name}: {counts} questions", highlight=False)
-    for text in plan.objective.notes:
-        out.print(text, highlight=False)
+    for text in (*plan.objective.weight_notes(), *plan.objective.notes):
+        out.print(text, highlight=False, soft_wrap=True)
 
 
 @app.command(name="test")
@@ -85,9 +85,11 @@ def sealed_test(study: StudyArgument, device: DeviceOption = None) -> None:
     with _stopping():
         plan = _plan(study, device)
         from merge_search.report.table import sealed_table
+        from merge_search.search.records import objective_of
         from merge_search.search.verdict.sealed import open_test
 
-        table = sealed_table(open_test(plan), plan.objective, plan.context.experts)
+        tested = open_test(plan)
+        table = sealed_table(tested, *objective_of(tested))
     _show(table, "test questions (± one standard error)")
 
 

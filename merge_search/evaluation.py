@@ -131,6 +131,8 @@ class MetricInfo:
         chance: The expected score of a uniform guess; None if it is not known.
         is_cost: The metric is a price, not a skill (drift, seconds). Costs are no part of means over tasks or of
             retention, and no expert is the teacher of a cost.
+        member_of: The task, a group, that counts instead of this one; '' if this one counts. A member is scored and can
+            be named, and is no part of means over tasks or of retention.
     """
 
     task: str
@@ -139,6 +141,7 @@ class MetricInfo:
     n_questions: Mapping[Split, int]
     chance: float | None = None
     is_cost: bool = False
+    member_of: str = ""
 
     @property
     def name(self) -> str:

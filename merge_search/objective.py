@@ -3,12 +3,19 @@
 Names:
     TASK/METRIC          a metric as the evaluator reports it (or TASK alone: its main metric)
     retention/TASK       r_t = (s_t - base_t) / (expert_t - base_t), expert_t the best expert on that task
-    mean_retention       mean of r_t over the tasks where an expert beats the base
+    mean_retention       mean of r_t over the tasks where an expert's lead over the base is real
     worst_retention      their minimum
     mean, worst          mean and minimum of the main metrics (each flipped so that larger is better)
 
-Costs (`MetricInfo.is_cost`: drift, seconds) can be named as objectives and in constraints. They are no part of the
-composites.
+Both means are sum_t w_t x_t / sum_t w_t, with the weights w_t of the study file, 1 by default. A task of weight 0 is no
+part of the composites.
+
+A lead is real if it is larger than `lead` standard errors of the paired difference between the best expert and the base
+on the search questions. 1 / (expert_t - base_t) makes noise of a lead that is not: one lucky question of 90 would count
+90-fold. The other tasks can be guarded: each must be no worse than the base by more than a margin.
+
+Costs (`MetricInfo.is_cost`: drift, seconds) and members of a group (`MetricInfo.member_of`) can be named as objectives
+and in constraints. They are no part of the composites: a group counts once.
 
 Constraints are text: ``zoo_qtype >= 0.6``, ``zoo_qtype >= base - 0.01``, ``wiki/perplexity <= expert + 0.2``.
 
@@ -36,8 +43,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -116,12 +123,15 @@ class References:
         expert: The best expert's score by metric name. Best is meant in the metric's own direction.
         best_expert: The name of that expert by metric name.
         pairing: The share of the variance that remains between candidates on the same questions, in (0, 1].
+        lead: The best expert's lead over the base in standard errors of the paired difference, by metric name. A metric
+            without an entry has a real lead if its expert is better.
     """
 
     base: Mapping[str, float]
     expert: Mapping[str, float]
     best_expert: Mapping[str, str]
     pairing: float
+    lead: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_evaluations(
@@ -134,19 +144,36 @@ class References:
             base: The base's evaluation.
             experts: Each expert's evaluation, on the same questions.
         """
-        expert, names = {}, {}
+        expert, names, leads = {}, {}, {}
         for m in metrics:
             sign = 1 if m.higher_is_better else -1
             names[m.name] = max(experts, key=lambda e: sign * experts[e].scores[m.name].score)
-            expert[m.name] = experts[names[m.name]].scores[m.name].score
+            best = experts[names[m.name]].scores[m.name]
+            expert[m.name] = best.score
+            leads[m.name] = sign * _in_standard_errors(best, base.scores[m.name]) + 0.0  # never -0.0
         base_scores = {m.name: base.scores[m.name].score for m in metrics}
-        return cls(base_scores, expert, names, _pairing([base, *experts.values()]))
+        counted = [m.name for m in metrics if not m.member_of]
+        return cls(base_scores, expert, names, _pairing([base, *experts.values()], counted), leads)
 
 
-def _pairing(evaluations: Sequence[Evaluation]) -> float:
+def _in_standard_errors(a: Scores, b: Scores) -> float:
+    """(a - b) / se. For means, se is that of the paired difference, else that of two independent scores.
+
+    Infinite if all questions differ alike; a difference whose standard error is not known counts as infinite, too.
+    """
+    gap = a.score - b.score
+    d = a.values - b.values
+    if a.is_mean and b.is_mean:
+        se = math.sqrt(float(d.var(ddof=1)) / len(d)) if len(d) > 1 else math.nan
+    else:
+        se = math.hypot(a.stderr, b.stderr)
+    return gap / se if se > 0 else math.copysign(math.inf, gap) if gap else 0.0
+
+
+def _pairing(evaluations: Sequence[Evaluation], names: Sequence[str] | None = None) -> float:
     """Mean over metrics of the share of the variance that pairing leaves. Each metric counts on its own scale."""
     left = []
-    for name in evaluations[0].scores:
+    for name in evaluations[0].scores if names is None else names:
         rows = [e.scores[name].values for e in evaluations]
         alone = float(np.mean([r.var() for r in rows]))
         between = [(a - b).var() / 2 for a, b in itertools.combinations(rows, 2)]
@@ -176,9 +203,12 @@ class Objective:
         minimise: Names of quantities to minimise. Together with `maximise` at least one.
         constraints: Texts; see the module's docstring.
         metrics: What the evaluators report.
+        task_weights: Weights of tasks in both means; 1 for tasks that are not named.
+        lead: Standard errors by which an expert must beat the base for a task to count in retention.
+        guard: Largest loss against the base that a task without a real lead may have; None: any.
 
     Raises:
-        StudyFileError: Every unknown name and every malformed constraint, all at once.
+        StudyFileError: Every unknown name, malformed constraint and impossible weight, all at once.
     """
 
     def __init__(
@@ -187,12 +217,17 @@ class Objective:
         minimise: Sequence[str],
         constraints: Sequence[str],
         metrics: Sequence[MetricInfo],
+        *,
+        task_weights: Mapping[str, float] | None = None,
+        lead: float = 0.0,
+        guard: float | None = None,
     ) -> None:
+        self.task_weights, self.lead, self.guard = dict(task_weights or {}), lead, guard
         self.metrics = {m.name: m for m in metrics}
         self.main: dict[str, MetricInfo] = {}
         for m in metrics:
             self.main.setdefault(m.task, m)
-        self.skills = {task: m for task, m in self.main.items() if not m.is_cost}
+        self.skills = {task: m for task, m in self.main.items() if not (m.is_cost or m.member_of)}
         problems: list[str] = []
         self.constraints: list[Constraint] = []
         for text in constraints:
@@ -200,7 +235,7 @@ class Objective:
                 self.constraints.append(Constraint.parse(text))
             except StudyFileError as error:
                 problems += error.problems
-        problems += self._problems(maximise, minimise)
+        problems += self._problems(maximise, minimise) + self._weight_problems()
         if problems:
             raise StudyFileError(problems)
         self.names = [*maximise, *minimise]
@@ -208,9 +243,31 @@ class Objective:
         down: Literal["maximize", "minimize"] = "minimize"
         self.directions = [up] * len(maximise) + [down] * len(minimise)
 
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], metrics: Sequence[MetricInfo]) -> Objective:
+        """The objective of a study.
+
+        Args:
+            settings: `ObjectiveSection.settings`, as a study's identity stores it.
+            metrics: What the evaluators report.
+
+        Raises:
+            StudyFileError: As the constructor.
+        """
+        return cls(
+            settings["maximise"],
+            settings["minimise"],
+            settings["constraints"],
+            metrics,
+            task_weights=settings.get("weights"),
+            lead=settings.get("lead", 0.0),
+            guard=settings.get("guard"),
+        )
+
     def _problems(self, maximise: Sequence[str], minimise: Sequence[str]) -> list[str]:
         """One sentence per wrong name of an objective or a constraint."""
-        known = [*COMPOSITES, *self.metrics, *self.main, *(f"retention/{t}" for t in self.skills)]
+        retentions = (f"retention/{task}" for task, m in self.main.items() if not m.is_cost)
+        known = [*COMPOSITES, *self.metrics, *self.main, *retentions]
         goals = [*maximise, *minimise]
         named = [*goals, *(c.name for c in self.constraints)]
         problems = [f"objective: no metric is called {n!r}{nearest(n, known)}" for n in named if n not in known]
@@ -237,6 +294,29 @@ class Objective:
             )
         return problems
 
+    def _weight_problems(self) -> list[str]:
+        """One sentence per weight that cannot be one."""
+        problems = []
+        for task, weight in self.task_weights.items():
+            if task in self.main and self.main[task].member_of:
+                group = self.main[task].member_of
+                problems.append(f"objective.weights: {task!r} counts as a part of {group!r}; give the weight to that")
+            elif task not in self.skills:
+                problems.append(f"objective.weights: no task is called {task!r}{nearest(task, self.skills)}")
+            elif not (math.isfinite(weight) and weight >= 0):
+                problems.append(f"objective.weights: {task!r} needs a number of at least 0, found {weight!r}")
+        if not problems and self.skills and not self._weighted():
+            problems.append("objective.weights: at least one task needs a weight above 0")
+        return problems
+
+    def weight(self, m: MetricInfo) -> float:
+        """The weight of a task, by its main metric, in the means."""
+        return self.task_weights.get(m.task, 1.0)
+
+    def _weighted(self) -> list[MetricInfo]:
+        """The main metrics of the tasks that are part of `mean` and `worst`."""
+        return [m for m in self.skills.values() if self.weight(m) > 0]
+
     @property
     def notes(self) -> list[str]:
         """What is searched for against a metric's own direction: rarely meant, but it may be (a task to unlearn)."""
@@ -252,28 +332,82 @@ class Objective:
                 )
         return out
 
+    def weight_notes(self, references: References | None = None) -> list[str]:
+        """A sentence per mean that the study names: what share of it each task has.
+
+        Args:
+            references: Scores of base and experts; None: they are not known yet, so neither are the leads.
+        """
+        named = {*self.names, *(c.name for c in self.constraints)}
+        out = []
+        if "mean" in named:
+            out.append(f"objective: mean is made of {self._shares(self._weighted())}")
+        if not named & {"mean_retention", "worst_retention"}:
+            return out
+        name = "mean_retention" if "mean_retention" in named else "worst_retention"
+        if references is None:
+            tasks = self._weighted()
+            later = f"; tasks where no expert leads the base by {self.lead:g} standard errors are left out of it"
+            return [*out, f"objective: {name} is made of {self._shares(tasks)}{later if self.lead else ''}"]
+        weightless = [m for m in self.skills.values() if not self.weight(m)]
+        without = [m for m in self.without_lead(references) if m not in weightless]
+        text = f"objective: {name} is made of {self._shares(self._tasks(references))}"
+        if without:
+            leads = (f"{m.task}{self._lead_in_words(m, references)}" for m in without)
+            guarded = "" if self.guard is None else f", guarded to {self.guard:g} below the base at most"
+            text += f"; no lead of an expert: {', '.join(leads)}{guarded}"
+        return [*out, text]
+
+    def _shares(self, tasks: Sequence[MetricInfo]) -> str:
+        total = math.fsum(map(self.weight, tasks))
+        members = Counter(m.member_of for m in self.main.values())
+        of = {m.task: f" (a group of {members[m.task]})" if members[m.task] else "" for m in tasks}
+        return ", ".join(f"{m.task} {self.weight(m) / total:.3g}{of[m.task]}" for m in tasks)
+
     def check_references(self, references: References) -> None:
         """Raises `StudyFileError` when a retention has no meaning: no expert beats the base there."""
         if meaningless := self.meaningless(references):
             rows = ", ".join(
                 f"{m.name}: base {references.base[m.name]:.4g}, best expert {references.expert[m.name]:.4g}"
+                f"{self._lead_in_words(m, references)}"
                 for m in self.skills.values()
             )
+            surely = f" by more than {self.lead:g} standard errors (objective.lead)" if self.lead else ""
             raise StudyFileError(
-                f"objective: {', '.join(meaningless)} needs a task on which an expert beats the base; found {rows}. "
-                "Maximise "
-                "'mean' instead, or check the experts"
+                f"objective: {', '.join(meaningless)} needs a task on which an expert beats the base{surely}; found "
+                f"{rows}. Maximise 'mean' instead, or {'ask more questions' if self.lead else 'check the experts'}"
             )
 
     def meaningless(self, references: References) -> list[str]:
         """Names of retentions that are not defined because no expert beats the base."""
-        useful = self._tasks(references)
-        defined = {f"retention/{m.task}" for m in useful} | (set(COMPOSITES) if useful else set())
+        tasks = [task for task, m in self.main.items() if not m.is_cost and self.gap(m, references) > 0]
+        defined = {f"retention/{task}" for task in tasks} | (set(COMPOSITES) if self._tasks(references) else set())
         named = [*self.names, *(c.name for c in self.constraints)]
         return [n for n in dict.fromkeys(named) if n.startswith(RETENTIONS) and n not in defined]
 
     def _tasks(self, references: References) -> list[MetricInfo]:
-        return [m for m in self.skills.values() if self.gap(m, references) > 0]
+        """The main metrics of the tasks that are part of `mean_retention` and `worst_retention`."""
+        leading = (m for m in self._weighted() if self.gap(m, references) > 0)
+        return [m for m in leading if references.lead.get(m.name, math.inf) > self.lead]
+
+    def without_lead(self, references: References) -> list[MetricInfo]:
+        """The main metrics of the tasks on which no expert's lead over the base is real."""
+        return [m for m in self.skills.values() if references.lead.get(m.name, math.inf) <= self.lead]
+
+    def _lead_in_words(self, m: MetricInfo, references: References) -> str:
+        lead = references.lead.get(m.name, math.inf)
+        return f" ({lead:+.2g} standard errors)" if self.lead and math.isfinite(lead) else ""
+
+    def constraints_on(self, references: References) -> list[Constraint]:
+        """The constraints of the study file, then the guards of the tasks without a real lead."""
+        if self.guard is None:
+            return self.constraints
+        texts = [
+            f"{m.task} {'>= base -' if m.higher_is_better else '<= base +'} {self.guard:g}"
+            for m in self.without_lead(references)
+        ]
+        written = {c.text for c in self.constraints}
+        return [*self.constraints, *(Constraint.parse(text) for text in texts if text not in written)]
 
     @staticmethod
     def gap(m: MetricInfo, references: References) -> float:
@@ -290,15 +424,18 @@ class Objective:
         if name.startswith("retention/"):
             return self._retention(self.main[name.removeprefix("retention/")], evaluation, references)
         if name in ("mean", "worst"):
-            signed = [(m, self.estimate(m.name, evaluation, references)) for m in self.skills.values()]
+            tasks = self._weighted()
+            signed = [(m, self.estimate(m.name, evaluation, references)) for m in tasks]
             parts = [Estimate(e.value if m.higher_is_better else -e.value, e.variance) for m, e in signed]
         else:
-            parts = [self._retention(m, evaluation, references) for m in self._tasks(references)]
+            tasks = self._tasks(references)
+            parts = [self._retention(m, evaluation, references) for m in tasks]
         if name.startswith("worst"):
             return min(parts, key=lambda e: e.value)
-        return Estimate(
-            math.fsum(e.value for e in parts) / len(parts), math.fsum(e.variance for e in parts) / len(parts) ** 2
-        )
+        weights = [self.weight(m) for m in tasks]
+        total = math.fsum(weights)
+        value = math.fsum(w * e.value for w, e in zip(weights, parts, strict=True)) / total
+        return Estimate(value, math.fsum(w**2 * e.variance for w, e in zip(weights, parts, strict=True)) / total**2)
 
     def _retention(self, m: MetricInfo, evaluation: Evaluation, references: References) -> Estimate:
         e = self.estimate(m.name, evaluation, references)
@@ -320,11 +457,12 @@ class Objective:
             m = self.main[name.removeprefix("retention/")]
             metrics = {m.name: self._slope(m, references)}
         elif name == "mean":
-            signed = {m.name: 1.0 if m.higher_is_better else -1.0 for m in self.skills.values()}
-            metrics = {k: v / len(signed) for k, v in signed.items()}
+            total = math.fsum(self.weight(m) for m in self._weighted())
+            metrics = {m.name: self.weight(m) * (1 if m.higher_is_better else -1) / total for m in self._weighted()}
         elif name == "mean_retention":
             tasks = self._tasks(references)
-            metrics = {m.name: self._slope(m, references) / len(tasks) for m in tasks}
+            total = math.fsum(self.weight(m) for m in tasks)
+            metrics = {m.name: self.weight(m) * self._slope(m, references) / total for m in tasks}
         else:
             return None
         sign = 1.0 if self.directions[0] == "maximize" else -1.0
@@ -338,7 +476,7 @@ class Objective:
     def violations(self, evaluation: Evaluation, references: References) -> dict[str, Estimate]:
         """Constraint text -> the amount by which it is violated. It holds if that is at most 0."""
         out = {}
-        for c in self.constraints:
+        for c in self.constraints_on(references):
             e = self.estimate(c.name, evaluation, references)
             bound = self.anchor(c, references) + c.offset
             out[c.text] = Estimate(bound - e.value if c.sign == ">=" else e.value - bound, e.variance)

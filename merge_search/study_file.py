@@ -104,11 +104,26 @@ class ObjectiveSection(_Section):
     maximise: list[str] = []
     minimise: list[str] = []
     constraints: list[str] = []
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Weights of tasks in `mean` and `mean_retention`; 1 for tasks that are not named."""
+    lead: Annotated[float, Field(ge=0)] = 2.0
+    """Standard errors by which an expert must beat the base for a task to count in retention."""
+    guard: Annotated[float, Field(ge=0)] | None = None
+    """Largest loss against the base that a task without such a lead may have; None: any."""
 
     @field_validator("maximise", "minimise", "constraints", mode="before")
     @classmethod
     def _as_list(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The section as a study's identity has it.
+
+        Keys whose value is what studies did before the key existed are left out, so that those keep their identity.
+        """
+        former: dict[str, Any] = {"weights": {}, "lead": 0.0, "guard": None}
+        return {k: v for k, v in self.model_dump(mode="json").items() if k not in former or v != former[k]}
 
 
 class Racing(_Section):

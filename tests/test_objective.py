@@ -184,3 +184,160 @@ def test_a_metric_against_its_own_direction_is_said() -> None:
 def test_a_task_that_no_expert_masters_belongs_to_the_base() -> None:
     worse = References.from_evaluations(METRICS, BASE, {"x": evaluation(half(8), half(4), 5.0)})
     assert teachers_of(objective(["mean"]), worse) == {"a": "x", "b": "base", "p": "base"}
+
+
+# -- groups, weights, leads ------------------------------------------------------------------------------------------
+
+
+def scored(tasks: dict[str, np.ndarray]) -> Evaluation:
+    def scores(v: np.ndarray) -> Scores:
+        return Scores((), v, float(v.mean()), float(v.std(ddof=1) / math.sqrt(len(v))))
+
+    return Evaluation(Split.SEARCH, 1.0, {f"{name}/acc": scores(v) for name, v in tasks.items()})
+
+
+def test_weights_by_hand() -> None:
+    """Retention is 0.5, 1 and 0.5: (3 x 0.5 + 1 + 0.5) / 5; p counts as its score, negative."""
+    candidate = evaluation(half(6), half(9), 3.5)
+    o = Objective(["mean_retention", "mean"], [], [], METRICS, task_weights={"a": 3})
+    retention, mean = o.values(candidate, REFERENCES)
+    assert retention.value == pytest.approx((1.5 + 1 + 0.5) / 5)
+    assert mean.value == pytest.approx((3 * 0.6 + 0.9 - 3.6) / 5)
+    alone = [objective([f"retention/{t}"]).values(candidate, REFERENCES)[0].variance for t in "abp"]
+    assert retention.variance == pytest.approx((9 * alone[0] + alone[1] + alone[2]) / 25)
+    assert o.weights(REFERENCES) == pytest.approx(
+        {"a/acc": 3 / 5 / 0.4, "b/acc": 1 / 5 / 0.4, "p/perplexity": 1 / 5 / -1.0}
+    )
+
+
+def test_a_task_of_weight_zero_is_no_part_of_the_composites() -> None:
+    o = Objective(["mean_retention", "worst_retention", "worst"], [], [], METRICS, task_weights={"a": 0, "p": 0})
+    candidate = evaluation(half(1), half(7), 9.0)
+    assert [e.value for e in o.values(candidate, REFERENCES)] == pytest.approx([0.5, 0.5, 0.7])
+    assert o.weights(REFERENCES) == pytest.approx({"b/acc": 1 / 0.4})
+
+
+def test_wrong_weights_are_told_together() -> None:
+    metrics = [*METRICS, MetricInfo("part", "acc", True, {Split.SEARCH: 5}, member_of="a")]
+    with pytest.raises(StudyFileError) as caught:
+        Objective(["mean"], [], [], metrics, task_weights={"aa": 1, "part": 1, "b": -1.0})
+    assert caught.value.problems == [
+        "objective.weights: no task is called 'aa'; did you mean 'a'?",
+        "objective.weights: 'part' counts as a part of 'a'; give the weight to that",
+        "objective.weights: 'b' needs a number of at least 0, found -1.0",
+    ]
+    with pytest.raises(StudyFileError, match="at least one task needs a weight above 0"):
+        Objective(["mean"], [], [], METRICS, task_weights={"a": 0, "b": 0, "p": 0})
+
+
+GROUPED = [
+    MetricInfo("g", "acc", True, {Split.SEARCH: 10}),
+    *(MetricInfo(f"part{i}", "acc", True, {Split.SEARCH: 5}, member_of="g") for i in (1, 2)),
+]
+
+
+def test_a_group_counts_once_and_its_members_can_be_named() -> None:
+    def of(one: list[float], two: list[float]) -> Evaluation:
+        return scored({"g": np.array(one + two), "part1": np.array(one), "part2": np.array(two)})
+
+    base, expert = of(half(1, 5), half(3, 5)), of(half(5, 5), half(2, 5))
+    references = References.from_evaluations(GROUPED, base, {"x": expert})
+    o = Objective(["mean_retention", "retention/part1", "part2"], [], ["part2 >= base - 0.2"], GROUPED)
+    assert list(o.skills) == ["g"]
+    assert [e.value for e in o.values(expert, references)] == pytest.approx([1, 1, 0.4])
+    assert o.weights(references) == pytest.approx({"g/acc": 1 / 0.3})
+    assert o.violations(expert, references)["part2 >= base - 0.2"].value == pytest.approx(0)
+    with pytest.raises(StudyFileError, match="retention/part2 needs"):
+        Objective(["retention/part2"], [], [], GROUPED).check_references(references)
+    assert teachers_of(o, references) == {"g": "x", "part1": "x", "part2": "x"}
+    assert references.pairing == pytest.approx(_pairing([base, expert], ["g/acc"]))
+
+
+def test_a_lead_is_measured_in_paired_standard_errors() -> None:
+    """One of ten differs: the mean is 0.1 and the standard error sqrt((0.1 - 0.01) 10 / 9 / 10) = 0.1."""
+    references = References.from_evaluations(METRICS[:1], BASE, {"x": evaluation(half(5), half(5))})
+    assert references.lead == pytest.approx({"a/acc": 1.0})
+    worse = References.from_evaluations(METRICS[:1], BASE, {"x": evaluation(half(3), half(5))})
+    assert worse.lead == pytest.approx({"a/acc": -1.0})
+    lower = References.from_evaluations(METRICS[2:], BASE, {"x": evaluation(half(3), half(5), 3.0)})
+    assert lower.lead["p/perplexity"] == math.inf  # every question is one better
+
+
+def test_retention_counts_the_tasks_whose_lead_is_real_and_guards_the_others() -> None:
+    """a: 4 of 10 questions are gained, 0.4 / sqrt(0.24 / 9) = 2.45 standard errors; b: one of ten, 1."""
+    experts = {"x": evaluation(half(8), half(6), 4.0)}
+    references = References.from_evaluations(METRICS, BASE, experts)
+    assert references.lead == pytest.approx({"a/acc": 0.4 / math.sqrt(0.24 / 9), "b/acc": 1.0, "p/perplexity": 0.0})
+    candidate = evaluation(half(6), half(4), 4.05)
+    o = Objective(["mean_retention", "worst_retention", "retention/b"], [], [], METRICS, lead=2.0, guard=0.05)
+    assert [e.value for e in o.values(candidate, references)] == pytest.approx([0.5, 0.5, -1.0])
+    assert [m.task for m in o.without_lead(references)] == ["b", "p"]
+    found = {text: e.value for text, e in o.violations(candidate, references).items()}
+    assert found == pytest.approx({"b >= base - 0.05": 0.05, "p <= base + 0.05": 0.0})
+    assert not Objective(["mean_retention"], [], [], METRICS, lead=2.0).violations(candidate, references)
+    every = Objective(["mean_retention"], [], [], METRICS)
+    assert [m.task for m in every.without_lead(references)] == ["p"]
+    assert every.values(candidate, references)[0].value == pytest.approx((0.5 - 1.0) / 2)
+
+
+def test_without_any_real_lead_the_leads_are_told() -> None:
+    references = References.from_evaluations(METRICS, BASE, {"x": evaluation(half(5), half(5), 4.0)})
+    with pytest.raises(StudyFileError) as caught:
+        Objective(["mean_retention"], [], [], METRICS, lead=2.0).check_references(references)
+    assert (
+        "by more than 2 standard errors (objective.lead); found a/acc: base 0.4, best expert 0.5 (+1 standard"
+        in str(caught.value)
+    )
+
+
+def test_each_tasks_share_of_a_mean_is_told() -> None:
+    o = Objective(["mean_retention"], [], ["mean >= 0"], METRICS, task_weights={"a": 2}, lead=2.0, guard=0.05)
+    assert o.weight_notes() == [
+        "objective: mean is made of a 0.5, b 0.25, p 0.25",
+        "objective: mean_retention is made of a 0.5, b 0.25, p 0.25; "
+        "tasks where no expert leads the base by 2 standard errors are left out of it",
+    ]
+    references = References.from_evaluations(METRICS, BASE, {"x": evaluation(half(8), half(6), 4.0)})
+    assert o.weight_notes(references)[1] == (
+        "objective: mean_retention is made of a 1; no lead of an expert: "
+        "b (+1 standard errors), p (+0 standard errors), guarded to 0.05 below the base at most"
+    )
+    assert Objective(["mean_retention"], [], [], GROUPED).weight_notes() == [
+        "objective: mean_retention is made of g 1 (a group of 2)"
+    ]
+    assert Objective(["a"], [], [], METRICS).weight_notes() == []
+
+
+def test_four_real_gains_are_not_drowned_by_the_57_subjects_of_a_group() -> None:
+    """A candidate keeps 68 to 80 % of four real gains, and answers the group as well as the base and all experts do.
+
+    One by one, a subject whose luckiest expert is ahead by one question of 90 counts with the weight 90.
+    """
+    rng = np.random.default_rng(0)
+    real = {"gsm8k": 0.8, "humaneval": 0.72, "mbpp": 0.68, "ifeval": 0.76}  # what the merge keeps of a gain of 0.3
+    models = {"base": 0.0, "x": 1.0, "y": 0.0, "z": 0.0}
+    subjects = [f"subject{i}" for i in range(57)]
+    apart = [MetricInfo(t, "acc", True, {Split.SEARCH: 90}) for t in [*real, *subjects]]
+    members = [MetricInfo(t, "acc", True, {Split.SEARCH: 90}, member_of="mmlu") for t in subjects]
+    whole = [MetricInfo(t, "acc", True, {Split.SEARCH: 90}) for t in [*real, "mmlu"]]
+    before, after, counted = [], [], 0
+    for _ in range(60):
+        evaluations = {}
+        draws = {task: rng.random(300) for task in real}
+        easy = {subject: rng.random(90) < 0.6 for subject in subjects}
+        for name in [*models, "merge"]:
+            row = {t: (draws[t] < 0.3 + 0.3 * models.get(name, kept)).astype(float) for t, kept in real.items()}
+            row |= {s: (easy[s] ^ (rng.random(90) < 0.05)).astype(float) for s in subjects}
+            row["mmlu"] = np.concatenate([row[s] for s in subjects])
+            evaluations[name] = scored(row)
+        experts = {name: evaluations[name] for name in "xyz"}
+        for metrics, lead, found in ((apart, 0.0, before), ([*whole, *members], 2.0, after)):
+            references = References.from_evaluations(metrics, evaluations["base"], experts)
+            o = Objective(["mean_retention"], [], [], metrics, lead=lead)
+            found.append(o.values(evaluations["merge"], references)[0].value)
+        counted += [m.task for m in o.without_lead(references)] == ["mmlu"]
+    assert np.mean(before) < 0.4
+    assert np.std(before) > 0.1
+    assert np.mean(after) == pytest.approx(0.74, abs=0.03)
+    assert np.std(after) < 0.05
+    assert counted > 45

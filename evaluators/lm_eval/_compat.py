@@ -25,6 +25,7 @@ __all__ = [
     "has_several_answers",
     "is_group",
     "is_multimodal",
+    "is_tag",
     "log_likelihoods",
     "no_progress_bars",
     "prompts_are_choices",
@@ -66,6 +67,11 @@ def read_task_file(path: str | Path, *, recursive: bool = True) -> dict[str, Any
 def is_group(entry: Any) -> bool:
     """Whether an entry of a task index is a group of tasks."""
     return bool(entry.kind is Kind.GROUP)
+
+
+def is_tag(entry: Any) -> bool:
+    """Whether an entry of a task index is a tag, the common name of several tasks."""
+    return bool(entry.kind is Kind.TAG)
 
 
 def task_manager(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from evaluators.isolation import isolated_generators
 from evaluators.lm_eval.answers import fit_requests
 from evaluators.lm_eval.fit_rows import FitRows, fit_source, losses_of
+from evaluators.lm_eval.groups import Group, groups_of, score_group
 from evaluators.lm_eval.options import LmEvalOptions
 from evaluators.lm_eval.questions import TaskQuestions
 from evaluators.lm_eval.scores import score_task
-from evaluators.lm_eval.tasks import load_tasks, quiet_lm_eval, reason
+from evaluators.lm_eval.tasks import Loaded, load_tasks, quiet_lm_eval, reason
 from merge_search.errors import EvaluationError, StudyFileError, nearest
-from merge_search.evaluation import Cost, Evaluation, Evaluator, MetricInfo, Scores, Split, SplitShares
+from merge_search.evaluation import Cost, Evaluation, Evaluator, MetricInfo, Scores, Split, SplitShares, window
 from merge_search.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LmEval"]
 
+log = logging.getLogger(__name__)
+
 
 class LmEval(Evaluator):
     """Tasks of lm-eval 0.4.13 with its Hugging Face backend: an `Evaluator` that is `Teachable`. `bind` imports torch.
@@ -39,7 +43,8 @@ class LmEval(Evaluator):
     between candidates. Only `tree_packing` computes differently: in float32 it changes a log-likelihood by less than
     1e-4. As in lm-eval, the model's own generation settings apply where a task does not override them.
 
-    Metrics are named ``task/metric``, and under a task's second and further filters ``task/metric,filter``.
+    Metrics are named ``task/metric``, and under a task's second and further filters ``task/metric,filter``. A group or
+    tag counts as one task (see `evaluators.lm_eval.groups`). Its members are scored, too.
 
     Args:
         options: See `LmEvalOptions`.
@@ -60,11 +65,12 @@ class LmEval(Evaluator):
         self.seed = seed
         self.n_asked = 0
         self.tasks: list[TaskQuestions] = []
+        self.groups: list[Group] = []
         self._fit: dict[str, FitRows] = {}
         self._live: LiveRequests | None = None
         self._loss: LiveLoss | None = None
         with isolated_generators(seed), quiet_lm_eval():
-            tasks, problems = load_tasks(self.options, folder)
+            tasks, named, problems = load_tasks(self.options, folder)
             for name, task in tasks.items():
                 source = fit_source(task, self.options.fit)
                 withheld = shares.fit if source == "search" else 0.0
@@ -76,8 +82,19 @@ class LmEval(Evaluator):
                     self._fit[name] = FitRows(questions, source, self.options.fit_limit)
                 except StudyFileError as error:
                     problems += error.problems
+        if not problems and self.options.groups == "one":
+            by_name = {t.name: t for t in self.tasks}
+            try:
+                self.groups, apart = groups_of(
+                    [n for n in named if isinstance(n, Loaded)], by_name, self.options.metrics
+                )
+                for name in apart:
+                    log.warning("%r: its tasks report no mean in common and count one by one", name)
+            except StudyFileError as error:
+                problems += error.problems
+        self._counted = {n if isinstance(n, str) else n.name for n in named}
         if not problems:
-            names = {t.name for t in self.tasks}
+            names = {t.name for t in self.tasks} | {g.name for g in self.groups}
             problems = [
                 f"{key}: no task of this evaluator is called {name!r}{nearest(name, names)}"
                 for key, by_task in (("metrics", self.options.metrics), ("task_options", self.options.task_options))
@@ -88,8 +105,26 @@ class LmEval(Evaluator):
             raise StudyFileError(problems)
 
     def metrics(self) -> list[MetricInfo]:
-        """Every metric of every task, in the order of `tasks`. The main metric of each task comes first."""
-        return [info for task in self.tasks for info in task.infos()]
+        """Every metric of every task and group, a group before its members. The main metric of each comes first."""
+        parents = self._parents()
+        own = {task.name: task.infos() for task in self.tasks}
+        by_name = {info.name: info for infos in own.values() for info in infos}
+        out: dict[str, list[MetricInfo]] = {}
+        for name, infos in own.items():
+            for group in self.groups:
+                if name in group.tasks and group.name not in out:
+                    out[group.name] = list(group.infos(by_name, parents.get(group.name, "")))
+            out[name] = [replace(info, member_of=parents.get(name, "")) for info in infos]
+        return [info for infos in out.values() for info in infos]
+
+    def _parents(self) -> dict[str, str]:
+        """Task or group -> the group that counts instead of it. What the option ``tasks`` names counts itself, too."""
+        out: dict[str, str] = {}
+        for group in self.groups:
+            for member in group.members:
+                if member not in self._counted:
+                    out.setdefault(member, group.name)
+        return out
 
     def fingerprint(self) -> str:
         """sha256 of documents, prompts, right answers, task settings, metrics, splits and rows to fit on.
@@ -104,6 +139,7 @@ class LmEval(Evaluator):
             "chat": [self.seed, self.options.system_instruction] if some else None,
             "fit": {name: fit.digest() for name, fit in self._fit.items()},
             "cut": [self.options.max_length, self.options.softmax_dtype],
+            **({"groups": [g.digest() for g in self.groups]} if self.groups else {}),
         }
         if some and not all(chat.values()):
             shown["chat of"] = [name for name, is_chat in chat.items() if is_chat]
@@ -182,6 +218,12 @@ class LmEval(Evaluator):
                 self.n_asked += math.ceil(self._live.share_answered * n_questions)
             for task in self.tasks:
                 scores |= score_task(task, asked[task.name], self.seed)
+        if self.groups:
+            of_split = {task.name: task.select(split, 1.0) for task in self.tasks}
+            n = {name: len(questions) for name, questions in of_split.items()}
+            first = {name: window(k, fidelity, after).start for name, k in n.items()}
+            for group in self.groups:
+                scores |= score_group(group, scores, first, n)
         cost = Cost(evaluate_s=time.perf_counter() - began, questions=n_questions)
         return Evaluation(split, fidelity, scores, cost, self._live.ends)
 

@@ -76,12 +76,14 @@ class LmEvalOptions(_Prompting):
     """An entry ``evaluator: lm_eval``.
 
     Attributes:
-        tasks: Names of tasks, groups or tags, or paths of task files. Groups and tags are expanded to their tasks.
+        tasks: Names of tasks, groups or tags, or paths of task files.
+        groups: ``one``: a group or tag counts as one task, by lm-eval's aggregation (see `groups`). ``each``: it stands
+            for its tasks, which count one by one.
         include_path: Folders searched for task files before lm-eval's own.
         batch_size: Rows of one forward pass. It must be a number, because it changes float32 results by about 1e-5.
         num_fewshot: Number of shots. A task that sets 0 itself keeps it, as in lm-eval.
         limit: Most documents of a task in all splits together, chosen by hash.
-        metrics: The main metric of a task by its name: ``metric`` or ``metric,filter``.
+        metrics: The main metric of a task or group by its name: ``metric`` or ``metric,filter``.
         apply_chat_template: Whether prompts are rendered with the tokenizer's chat template.
         enable_thinking: Passed to the chat template; None: not passed. With true, tasks that generate only.
         think_end_token: The token that ends the thoughts, as text or number. Only what follows it is the answer.
@@ -102,6 +104,7 @@ class LmEvalOptions(_Prompting):
     """
 
     tasks: _Words
+    groups: Literal["one", "each"] = "one"
     include_path: PathList = []
     batch_size: Annotated[int, Field(ge=1, strict=True)] = 16
     num_fewshot: Annotated[int, Field(ge=0, strict=True)] | None = None

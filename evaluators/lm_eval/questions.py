@@ -21,7 +21,7 @@ from evaluators.lm_eval.tasks import reason
 from merge_search.errors import StudyFileError, nearest
 from merge_search.evaluation import MetricInfo, Split, SplitShares, question_order, split_of, window
 
-__all__ = ["Question", "TaskMetric", "TaskQuestions", "build_requests"]
+__all__ = ["Question", "TaskMetric", "TaskQuestions", "build_requests", "main_first"]
 
 VOLATILE = (
     "metadata",
@@ -118,7 +118,7 @@ class TaskQuestions:
         if not metrics and questions:
             problems.append(f"task {name!r} reports no metric")
         try:
-            metrics = _main_first(name, metrics, options.metrics.get(name))
+            metrics = main_first(name, metrics, options.metrics.get(name))
         except StudyFileError as error:
             problems += error.problems
         if problems:
@@ -255,8 +255,8 @@ def _sham_results(task: Any, doc: Any) -> list[Any]:
             return [""]
 
 
-def _main_first(name: str, metrics: list[TaskMetric], wanted: str | None) -> list[TaskMetric]:
-    """The metrics with the wanted one first. Raises `StudyFileError` if the task does not report it."""
+def main_first(name: str, metrics: list[TaskMetric], wanted: str | None) -> list[TaskMetric]:
+    """The metrics with the wanted one first. Raises `StudyFileError` if the task or group does not report it."""
     if wanted is None:
         return metrics
     wanted = wanted.replace(" ", "")

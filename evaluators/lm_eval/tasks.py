@@ -12,6 +12,7 @@ import glob
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from evaluators.isolation import quiet
 from evaluators.lm_eval._compat import (
     is_group,
     is_multimodal,
+    is_tag,
     no_progress_bars,
     read_task_file,
     runs_answers_as_code,
@@ -31,7 +33,7 @@ from evaluators.lm_eval._compat import (
 from evaluators.lm_eval.options import LmEvalOptions
 from merge_search.errors import nearest
 
-__all__ = ["load_tasks", "quiet_lm_eval", "reason"]
+__all__ = ["Loaded", "load_tasks", "quiet_lm_eval", "reason"]
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,29 @@ def reason(error: BaseException) -> str:
     """An exception of another library's code in one line: its type and the start of its message."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A group or tag as lm-eval loaded it.
+
+    Attributes:
+        name: Its name.
+        children: Names of tasks, and groups in it.
+        aggregates: The entries of its ``aggregate_metric_list``; None for a tag, and for a group without the list.
+    """
+
+    name: str
+    children: tuple[str | Loaded, ...]
+    aggregates: tuple[Any, ...] | None = None
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks in it, through all levels, in lm-eval's order."""
+        out: list[str] = []
+        for child in self.children:
+            out += [child] if isinstance(child, str) else child.tasks
+        return out
 
 
 @contextmanager
@@ -58,10 +83,12 @@ def quiet_lm_eval() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict[str, Any], list[str]]:
+def load_tasks(
+    options: LmEvalOptions, folder: Path | None = None
+) -> tuple[dict[str, Any], list[str | Loaded], list[str]]:
     """Load tasks with their documents.
 
-    Groups and tags are expanded to their tasks. A task named twice is loaded once.
+    A task named twice, by itself or through groups and tags, is loaded once.
 
     Args:
         options: The evaluator's options.
@@ -69,7 +96,8 @@ def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict
             directory.
 
     Returns:
-        Tasks by name, in the order of the options, and every problem.
+        Tasks by name, in the order of the options; what the options name, tasks by name and groups and tags with what
+        is in them; and every problem.
     """
     data_files: list[Any] = []
     manager = _manager(options.include_path, data_files, defaults=False)
@@ -78,12 +106,13 @@ def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict
     broken = list(_broken_files(options.include_path))
     is_local = [_is_known(manager.task_index, spec) for spec in specs]
     if not all(is_local) and broken:
-        return {}, broken
+        return {}, [], broken
     for problem in broken:
         log.warning("%s", problem)
     if not all(is_local):
         manager = _manager(options.include_path, data_files, defaults=True)
     tasks: dict[str, Any] = {}
+    named: list[str | Loaded] = []
     problems: list[str] = []
     for spec in specs:
         data_files.clear()
@@ -92,14 +121,17 @@ def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict
             problems.append(f"tasks: lm-eval has no task, tag or group called {spec!r}{hint}")
             continue
         try:
-            loaded = manager.load([spec])["tasks"]
+            found = manager.load([spec])
         except Exception as error:  # whatever a task file, its Python code or its data set raises
             empty = [path for files in data_files for path in _local_files(files) if _is_empty(path)]
             why = f"{', '.join(map(str, empty))} has no rows" if empty else reason(error)
             problems.append(f"tasks: {spec!r} cannot be loaded: {why}")
             continue
+        loaded = found["tasks"]
         if not loaded:
             problems.append(f"tasks: {spec!r} holds no task")
+            continue
+        named += _named(manager.task_index, spec, found)
         tasks |= {name: task for name, task in loaded.items() if name not in tasks}
     for name, task in list(tasks.items()):
         if unsupported := list(_unsupported(name, task, options)):
@@ -109,7 +141,21 @@ def load_tasks(options: LmEvalOptions, folder: Path | None = None) -> tuple[dict
             _set_shots(name, task, options.num_fewshot)
             if task.OUTPUT_TYPE == "generate_until" and (settings := options.for_task(name).gen_kwargs):
                 task.set_config("generation_kwargs", copy.deepcopy(settings), update=True)
-    return tasks, problems
+    return tasks, named, problems
+
+
+def _named(index: Mapping[str, Any], spec: str, found: Mapping[str, Any]) -> list[str | Loaded]:
+    """What the option `spec` names: tasks, a group or a tag."""
+    if found["groups"]:
+        return [_tree(next(iter(found["groups"].values())))]  # lm-eval lists the group itself before those in it
+    if spec in index and is_tag(index[spec]):
+        return [Loaded(spec, tuple(found["tasks"]))]
+    return list(found["tasks"])
+
+
+def _tree(group: Any) -> Loaded:
+    children = tuple(child.task_name if hasattr(child, "task_name") else _tree(child) for child in group)
+    return Loaded(group.name, children, tuple(group.aggregate_metric_list or ()) or None)
 
 
 def _manager(folders: Sequence[str], data_files: list[Any], *, defaults: bool) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import optuna
 
 from merge_search.objective import Objective, References, paired_difference
-from merge_search.search.records import Record, candidates, finished_records
+from merge_search.search.records import Record, candidates, finished_records, references_of
 from merge_search.search.verdict.selection import (
     Standing,
     champions,
@@ -78,8 +78,9 @@ def _unscored(study: optuna.Study, split: str, experts: tuple[str, ...]) -> str:
 
 def _table(study: optuna.Study, objective: Objective, experts: tuple[str, ...], best: list[int], split: str) -> Table:
     rows = standings(study, objective, experts, split=split)
-    others = {task: m for task, m in objective.main.items() if not {task, m.name} & set(objective.names)}
-    texts = [c.text for c in objective.constraints]
+    counted = {task: m for task, m in objective.main.items() if not m.member_of}
+    others = {task: m for task, m in counted.items() if not {task, m.name} & set(objective.names)}
+    texts = [*rows[0].violations] if rows else [c.text for c in objective.constraints]
     cells = []
     for row in rows:
         values = [_with_error(v, e) for v, e in zip(row.values, row.stderrs, strict=True)]
@@ -91,7 +92,17 @@ def _table(study: optuna.Study, objective: Objective, experts: tuple[str, ...], 
         verdict = _front_verdict(rows, objective, split)
     else:
         verdict = _verdict(rows, objective, split, references_on(study, objective, experts, split))
-    return Table(["model", *objective.names, *others, *texts], cells, emphasised, verdict)
+    leaderless = _without_lead(study, objective, experts) if rows else set()
+    titles = [f"{task} (no lead)" if task in leaderless else task for task in others]
+    return Table(["model", *objective.names, *titles, *texts], cells, emphasised, verdict)
+
+
+def _without_lead(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> set[str]:
+    """The tasks that the study's retention leaves out because no expert's lead over the base is real."""
+    if not objective.lead or not {"mean_retention", "worst_retention"} & set(objective.names):
+        return set()
+    references = references_of(study, list(objective.metrics.values()), experts)
+    return {m.task for m in objective.without_lead(references)}
 
 
 def _held(excess: float, stderr: float) -> str:

@@ -154,11 +154,12 @@ def constraint_notes(records: Sequence[Record], objective: Objective, references
         references: Scores of base and experts.
     """
     scored = [r for r in records if r.is_scored]
-    if not scored or not objective.constraints:
+    constraints = objective.constraints_on(references)
+    if not scored or not constraints:
         return []
     violations = {r.number: objective.violations(r.evaluation, references) for r in scored}
     out = []
-    for c in objective.constraints:
+    for c in constraints:
         nearest = min(scored, key=lambda r: violations[r.number][c.text].value)
         if violations[nearest.number][c.text].value > 0:
             out.append(_unmet(c, nearest, objective, references, len(scored)))
@@ -166,7 +167,7 @@ def constraint_notes(records: Sequence[Record], objective: Objective, references
         nearest = min(scored, key=lambda r: max(v.value for v in violations[r.number].values()))
         missed = ", ".join(f"{text} by {v.value:.3g}" for text, v in violations[nearest.number].items() if v.value > 0)
         out.append(
-            f"no baseline meets all {len(objective.constraints)} constraints at once; {nearest.name} comes nearest and "
+            f"no baseline meets all {len(constraints)} constraints at once; {nearest.name} comes nearest and "
             f"misses {missed}"
         )
     return out

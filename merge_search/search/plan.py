@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from merge_search.evaluation import Evaluator, MetricInfo
@@ -17,6 +17,10 @@ __all__ = ["N_ROWS", "Plan"]
 N_ROWS = StatisticsSection().n_rows
 """The default number of rows for statistics. An identity leaves it out, so that studies stored before the setting
 existed keep their identity."""
+
+
+_FORMER = (("groups", "each"),)
+"""Options of evaluators whose value is what versions before the option did. An identity leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,20 @@ class Plan:
     baselines: list[str]
     rules: tuple[RuleFile, ...] = ()
 
+    def resuming(self, stored: Mapping[str, Any] | None) -> Plan:
+        """The plan of a study that goes on: retention keeps its meaning.
+
+        A study that began before ``objective.lead`` existed counts every task on which an expert beats the base.
+
+        Args:
+            stored: The study's stored identity; None if it begins now.
+        """
+        section = self.file.objective
+        if stored is None or "lead" in stored["objective"] or "lead" in section.model_fields_set:
+            return self
+        file = self.file.model_copy(update={"objective": section.model_copy(update={"lead": 0.0})})
+        return replace(self, file=file, objective=Objective.from_settings(file.objective.settings, self.metrics))
+
     def identity(self, hashes: Mapping[str, str]) -> dict[str, Any]:
         """The settings that must not change between runs of one study, as JSON.
 
@@ -56,13 +74,17 @@ class Plan:
             "seed": file.study.seed,
             "space": file.space.model_dump(mode="json"),
             "evaluate": {
-                f"{i}.{entry.evaluator}": {"options": entry.options, "questions": evaluator.fingerprint()}
+                f"{i}.{entry.evaluator}": {"options": _told(entry.options), "questions": evaluator.fingerprint()}
                 for i, (entry, evaluator) in enumerate(zip(file.evaluate, self.evaluators, strict=True))
             },
             "splits": file.splits.model_dump(mode="json"),
             "fidelity": file.search.fidelity,
-            "objective": file.objective.model_dump(mode="json"),
+            "objective": file.objective.settings,
             "learner": file.search.learner.model_dump(mode="json") if file.search.learner else None,
             **({} if file.statistics.n_rows == N_ROWS else {"statistics_rows": file.statistics.n_rows}),
             **({"rules": {rules.name: rules.sha256 for rules in self.rules}} if self.rules else {}),
         }
+
+
+def _told(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if (key, value) not in _FORMER}

@@ -130,8 +130,7 @@ def _objective(file: StudyFile, metrics: list[MetricInfo], problems: _Problems) 
         f"evaluate: two evaluators report {n!r}; name each task once"
         for n in sorted({n for n in names if names.count(n) > 1})
     ]
-    section = file.objective
-    return problems.attempt(lambda: Objective(section.maximise, section.minimise, section.constraints, metrics))
+    return problems.attempt(lambda: Objective.from_settings(file.objective.settings, metrics))
 
 
 def _space(file: StudyFile, context: SpaceContext) -> SearchSpace:

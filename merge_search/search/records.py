@@ -128,7 +128,10 @@ def stored_references(study: optuna.Study) -> dict[str, Mapping[str, Any]]:
 def store_metrics(study: optuna.Study, metrics: Sequence[MetricInfo]) -> None:
     """Store the metrics of the evaluators beside the trials, so that a report needs the storage alone."""
     rows = [
-        [m.task, m.metric, m.higher_is_better, {str(k): v for k, v in m.n_questions.items()}, m.chance, m.is_cost]
+        [
+            *(m.task, m.metric, m.higher_is_better, {str(k): v for k, v in m.n_questions.items()}, m.chance, m.is_cost),
+            *([m.member_of] if m.member_of else []),
+        ]
         for m in metrics
     ]
     if study.user_attrs.get("metrics") != rows:
@@ -146,10 +149,16 @@ def teachers_of(objective: Objective, references: References) -> dict[str, str]:
     """Task -> its teacher: the expert that is best in the task's main metric, or ``base`` if no expert beats the base.
 
     A teacher's answers replace labels, and its statistics are measured on the task's rows. A task that the experts only
-    forgot is better taught by the base.
+    forgot is better taught by the base. A member of a group has the group's teacher.
     """
-    best = {m.task: references.best_expert[m.name] for m in objective.skills.values()}
-    return {m.task: best[m.task] if objective.gap(m, references) > 0 else "base" for m in objective.skills.values()}
+    mains = {task: m for task, m in objective.main.items() if not m.is_cost}
+
+    def teacher(m: MetricInfo) -> str:
+        if m.member_of:
+            return teacher(mains[m.member_of])
+        return references.best_expert[m.name] if objective.gap(m, references) > 0 else "base"
+
+    return {task: teacher(m) for task, m in mains.items()}
 
 
 def objective_of(study: optuna.Study) -> tuple[Objective, tuple[str, ...]]:
@@ -162,9 +171,8 @@ def objective_of(study: optuna.Study) -> tuple[Objective, tuple[str, ...]]:
         raise StudyFileError(f"study {study.study_name!r} was stopped before its first trial; run it first")
     rows = study.user_attrs["metrics"]
     metrics = [
-        MetricInfo(t, m, up, {Split(k): v for k, v in n.items()}, chance, *cost) for t, m, up, n, chance, *cost in rows
+        MetricInfo(t, m, up, {Split(k): v for k, v in n.items()}, chance, *more) for t, m, up, n, chance, *more in rows
     ]
     identity = study.user_attrs["identity"]
     section = identity["objective"]
-    objective = Objective(section["maximise"], section["minimise"], section["constraints"], metrics)
-    return objective, tuple(name for name in identity["models"] if name != "base")
+    return Objective.from_settings(section, metrics), tuple(name for name in identity["models"] if name != "base")

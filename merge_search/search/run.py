@@ -92,6 +92,7 @@ def _run(file: StudyFile, listener: Listener) -> optuna.Study:
             for text in (*executor.notes, *plan.space.notes, *plan.objective.notes):
                 listener.note(text)
             study = _open_study(plan, backend, sampler)
+            plan = plan.resuming(study.user_attrs.get("identity"))
             storage.check_identity(study, plan.identity(executor.models.hashes))
             store_metrics(study, plan.metrics)
             _Driver(plan, study, executor, listener).run()
@@ -135,6 +136,8 @@ class _Driver:
             self.listener.note(text)
         self.references = self._references()
         self.plan.objective.check_references(self.references)
+        for text in self.plan.objective.weight_notes(self.references):
+            self.listener.note(text)
         self.executor.set_teachers(teachers_of(self.plan.objective, self.references))
         weights = self._race_weights() if self.search.racing else None
         self.in_progress = StudyInProgress(self.plan, self.study, self.executor, self.references, weights)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_encoder
 import tiny_lm
+import yaml
 
 from merge_search import catalogue
 from merge_search.evaluation import Evaluator, SplitShares
@@ -70,6 +71,39 @@ class TestLmEval(EvaluatorConformance):
             ],
             wrong=[lambda: build(tasks=[]), lambda: build(include_path="nowhere"), lambda: build(batch_size="auto")],
             fit_ids=fit_ids,
+        )
+
+
+@pytest.mark.usefixtures("own_dataset_cache")
+class TestLmEvalGroup(EvaluatorConformance):
+    """A group of two tasks that weigh the same, whatever their number of questions."""
+
+    @pytest.fixture
+    def case(self, tmp_path: Path) -> EvaluatorCase:
+        rows = tiny_lm.documents(150, 0)
+        tiny_lm.write_tasks(tmp_path, {"t_long": tiny_lm.CHOICE}, test=rows)
+        tiny_lm.write_tasks(
+            tmp_path, {"t_short": {**tiny_lm.CHOICE, "test_split": "train"}}, test=rows, train=rows[:90]
+        )
+        metric = {"metric": "acc", "weight_by_size": False}
+        for name, changes in (("g_means", {}), ("g_sized", {"weight_by_size": True})):
+            group = {"group": name, "task": ["t_long", "t_short"], "aggregate_metric_list": [{**metric, **changes}]}
+            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(group))
+
+        def build(**changes: Any) -> Evaluator:
+            return built("lm_eval", tmp_path.parent, tasks="g_means", include_path=tmp_path.name, **changes)
+
+        def build_other(**options: Any) -> Evaluator:
+            return built("lm_eval", tmp_path.parent, include_path=tmp_path.name, **options)
+
+        return EvaluatorCase(
+            build,
+            tiny_lm.make_model(),
+            tiny_lm.make_tokenizer(),
+            folder="tiny",
+            changed=[lambda: build(groups="each"), lambda: build_other(tasks="g_sized")],
+            wrong=[lambda: build(groups="some"), lambda: build(metrics={"g_means": "acc_norm"})],
+            fit_ids=lambda evaluator, task: [row.id for row in evaluator._fit[task].rows],
         )
 
 

@@ -17,7 +17,8 @@ import yaml
 from command_line import alone, here
 from optuna.trial import TrialState
 
-from merge_search.search.records import Record, finished_records, records
+from merge_search.objective import Objective
+from merge_search.search.records import Record, finished_records, objective_of, records, references_of
 
 TASKS = ["demo_maths", "demo_stories", "demo_spelling"]
 EXPERTS = ["maths", "stories", "spelling"]
@@ -65,6 +66,23 @@ def finished(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     folder = tmp_path_factory.mktemp("finished")
     result = alone("run", write_study(folder, study_text(demo)))
     return folder, result.stdout + result.stderr
+
+
+def test_every_lead_of_the_demo_is_real_so_the_rule_changes_no_number(
+    finished: tuple[Path, str],
+) -> None:
+    study = load(finished[0])
+    objective, experts = objective_of(study)
+    metrics = list(objective.metrics.values())
+    references = references_of(study, metrics, experts)
+    assert objective.lead == 2.0
+    assert not objective.without_lead(references)
+    without_the_rule = Objective(["mean_retention"], [], [], metrics)
+    for record in finished_records(study):
+        assert record.values == (without_the_rule.values(record.evaluation, references)[0].value,)
+    assert (
+        "objective: mean_retention is made of demo_maths 0.333, demo_stories 0.333, demo_spelling 0.333" in finished[1]
+    )
 
 
 def test_every_trial_is_stored_with_all_that_is_known(finished: tuple[Path, str]) -> None:

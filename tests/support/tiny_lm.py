@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
@@ -194,6 +195,22 @@ def bound(folder: Path, tasks: list[str], model: Any = None, *, tokenizer: Any =
     with quiet(["transformers"]):
         e.bind(model if model is not None else make_model(), tokenizer or make_tokenizer(), folder="tiny")
     return e
+
+
+def by_lm_eval(folder: Path, tasks: list[str], model: Any, tokenizer: Any = None, **options: Any) -> dict[str, Any]:
+    """What `simple_evaluate` says of the same model."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    with quiet(["lm_eval", "transformers"]), pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # lm-eval finds data files from there
+        patch.setenv("DISABLE_MULTIPROC", "1")
+        lm = HFLM(pretrained=model, tokenizer=tokenizer or make_tokenizer(), batch_size=16)
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        return simple_evaluate(
+            lm, tasks=tasks, task_manager=manager, fewshot_random_seed=SEED, bootstrap_iters=10, **options
+        )
 
 
 def docs(e: LmEval, task: str) -> list[Any]:

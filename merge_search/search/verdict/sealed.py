@@ -32,6 +32,7 @@ def open_test(plan: Plan) -> optuna.Study:
         StudyChangedError: The study file was changed, so its test questions may have been asked in the search.
     """
     study = storage.load_study(plan.file)
+    plan = plan.resuming(study.user_attrs.get("identity"))
     backend = storage.open_storage(plan.file.storage_url)
     with storage.driver_lock(backend, plan.file.storage_url, plan.file.study.name):
         outdated = selection.outdated_test(study, plan.objective, plan.context.experts)

@@ -181,6 +181,8 @@ def _role(label: str, experts: tuple[str, ...]) -> str:
 def references_on(study: optuna.Study, objective: Objective, experts: tuple[str, ...], split: str) -> References | None:
     """The scores of base and experts that define retention in the rows of `standings`.
 
+    The search questions say which leads are real, so every split means the same tasks.
+
     Returns:
         The scores on the search questions if no expert beats the base on `split`, or if one of them has no scores
         there. None until base and experts were asked.
@@ -192,6 +194,8 @@ def references_on(study: optuna.Study, objective: Objective, experts: tuple[str,
     metrics = list(objective.metrics.values())
     if not lacking:
         references = References.from_evaluations(metrics, by_label["base"], {e: by_label[e] for e in experts})
+        searched = references_of(study, metrics, experts)
+        references = replace(references, lead=searched.lead)
         if not objective.meaningless(references):
             return references
     return references_of(study, metrics, experts)

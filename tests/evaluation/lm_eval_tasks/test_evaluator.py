@@ -18,11 +18,11 @@ from tiny_lm import (
     CHOICE,
     GENERATE,
     MEAN,
-    SEED,
     TASKS,
     THIRDS,
     N,
     bound,
+    by_lm_eval,
     documents,
     evaluator,
     make_model,
@@ -35,22 +35,6 @@ from merge_search.errors import EvaluationError, NonFiniteError, StudyFileError
 from merge_search.evaluation import Evaluation, Split, question_order, split_of
 
 pytestmark = pytest.mark.usefixtures("own_dataset_cache")
-
-
-def by_lm_eval(folder: Path, tasks: list[str], model: Any, tokenizer: Any = None, **options: Any) -> dict[str, Any]:
-    """What `simple_evaluate` says of the same model."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    with quiet(["lm_eval", "transformers"]), pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # lm-eval finds data files from there
-        patch.setenv("DISABLE_MULTIPROC", "1")
-        lm = HFLM(pretrained=model, tokenizer=tokenizer or make_tokenizer(), batch_size=16)
-        manager = TaskManager(include_path=str(folder), include_defaults=False)
-        return simple_evaluate(
-            lm, tasks=tasks, task_manager=manager, fewshot_random_seed=SEED, bootstrap_iters=10, **options
-        )
 
 
 def assert_equal_digits(ours: Evaluation, theirs: dict[str, Any], *, varied: bool = True) -> None:
