@@ -189,20 +189,43 @@ def recipes() -> dict[str, Recipe]:
     return named
 
 
+def _cki(kind: str, **options: Any) -> dict[str, Any]:
+    return {"splice": {"kind": kind, "score": _score("cki", **options)}}
+
+
+EARLIER: dict[str, dict[str, Any]] = {
+    "cki_hard": _cki("argmax"),
+    "cki_recommender": _cki("softmax", kind="recommender"),
+    "cki_soft": _cki("score"),
+    "pcb": {"winsorise_limits": "interpolated"},
+    "pcb_paper": {
+        "assess": {"measure": "pcb_paper"}, "select": {"kind": "top_k", "scope": "model"}, "splice": {"kind": "score"},
+    },
+}  # fmt: skip
+"""Settings that presets had in version 0.1.0. Their formulas were corrected since; recipes of then keep their bits."""
+
+EARLIER_GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
+    "cki_hard": ({}, {"settings": _cki("argmax", sign=-1.0)}),
+    "cki_soft": ({}, {"settings": _cki("score", sign=-1.0)}),
+}
+"""Grids of the same version, where they are others now."""
+
+
 def _presets() -> Iterator[tuple[str, Recipe]]:
     for name, p in PRESETS.items():
+        earlier = EARLIER.get(name, {})
         models = _first(p.experts[1] or len(EXPERTS))
         more: dict[str, Any] = {"expert": "a"} if name == "expert" else {}
         if name == "df_merge":  # its Fisher information is that at the coefficients
             more = {"coefficients": 0.5}
-        default = preset(name, models, **more)
+        default = preset(name, models, **more, **earlier)
         yield f"preset: {name}", default
-        grid = () if name == "df_merge" or depends_on_the_machine(default) else p.grid
+        grid = () if name == "df_merge" or depends_on_the_machine(default) else EARLIER_GRIDS.get(name, p.grid)
         for i, point in enumerate(grid):
             values = {{"coefficient": "coefficients", "density": "densities"}.get(k, k): v for k, v in point.items()}
             settings = values.pop("settings", {})
             if point:
-                yield f"preset: {name}, grid {i}", preset(name, models, **values, **settings)
+                yield f"preset: {name}, grid {i}", preset(name, models, **values, **{**earlier, **settings})
 
 
 def _first(n: int) -> Models:
