@@ -258,7 +258,7 @@ def thinking_until(lm: Any, end: str | int | None) -> Iterator[None]:
 @contextmanager
 def watching_ends(lm: Any, report: Callable[[bool], None]) -> Iterator[None]:
     """Report of every generated answer, batch by batch, whether it was cut: it has all its tokens and no ending."""
-    original = lm._model_generate
+    original, is_own = lm._model_generate, "_model_generate" in vars(lm)
 
     def generate(context: Any, max_length: int, stop: list[str], **settings: Any) -> Any:
         tokens = original(context=context, max_length=max_length, stop=stop, **settings)
@@ -273,7 +273,10 @@ def watching_ends(lm: Any, report: Callable[[bool], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        del lm._model_generate
+        if is_own:  # somebody else replaced the method of this object
+            lm._model_generate = original
+        else:
+            del lm._model_generate
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -189,8 +189,8 @@ def recipes() -> dict[str, Recipe]:
     return named
 
 
-def _cki(kind: str, **options: Any) -> dict[str, Any]:
-    return {"splice": {"kind": kind, "score": _score("cki", **options)}}
+def _cki(splice: str, **options: Any) -> dict[str, Any]:
+    return {"splice": {"kind": splice, "score": {"measure": "cki", "options": options}}}
 
 
 EARLIER: dict[str, dict[str, Any]] = {
