@@ -1,4 +1,4 @@
-"""What a worker is asked to do, what it reports meanwhile, and what comes back: plain values that can be pickled.
+"""Jobs for a worker, its reports and its results: plain values that can go to another process.
 
 An `Evaluation` travels as it is and not as its stored attribute, which rounds the answers.
 """
