@@ -9,12 +9,25 @@ recipe names them (`files`).
     (True, False)
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from merge_search.rules.decorators import measure, operator, post, selection, splice
 from merge_search.rules.files import RuleFile, find_rule_files, in_use, use_rule_files
 from merge_search.rules.measures import MEASURES, Measure, measure_problems
 from merge_search.rules.operators import OPERATORS, POSTS, OperatorInfo, operator_problems
 from merge_search.rules.stages import SELECTIONS, SPLICES, STAGES, Selection, Splicing
 from merge_search.rules.table import OptionInfo, Origin, Rule, RuleTable, option_problems
+
+TABLES: Mapping[str, RuleTable[Any]] = {
+    "measures: assess, splice.score, allocate": MEASURES,
+    "selections: select": SELECTIONS,
+    "splices: splice": SPLICES,
+    "operators: operator": OPERATORS,
+    "post rules: post": POSTS,
+    "stages: options of every preset that reads them": STAGES,
+}
+"""Every table, by its title in lists."""
 
 __all__ = [
     "MEASURES",
@@ -23,6 +36,7 @@ __all__ = [
     "SELECTIONS",
     "SPLICES",
     "STAGES",
+    "TABLES",
     "Measure",
     "OperatorInfo",
     "OptionInfo",

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from merge_search.errors import RecipeError, SpaceError, nearest
 from merge_search.presets import PRESETS, preset
 from merge_search.recipe import Recipe, Scalar
-from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, STAGES, Rule, operator_problems
+from merge_search.recipe_options import Home, Place, options_of, value_at
+from merge_search.rules import MEASURES, POSTS, STAGES, operator_problems
 from merge_search.space import Categorical, SpaceContext
 from search_spaces.parts.methods import Method, of_template, scaling_of
-from search_spaces.parts.option_axes import SEARCH, Home, OptionAxis, option_value, read, write
+from search_spaces.parts.option_axes import SEARCH, OptionAxis, option_value, write
 
 __all__ = [
     "PostEntry",
@@ -35,18 +36,6 @@ PostEntry = str | dict[str, Any]
 """A post rule by its name, or with options: ``{svc: {alpha: 0.2}}``."""
 
 Data = dict[str, Any]
-
-
-class Place(NamedTuple):
-    """Where an option belongs: a row, the row's name for it, and the recipe's place."""
-
-    rule: Rule
-    option: str
-    home: Home
-
-    @property
-    def absent(self) -> Scalar | None:
-        return self.rule.options[self.option]
 
 
 # ------------------------------------------------------------------------------------------------------- presets
@@ -145,7 +134,9 @@ def _preset(
 
     if "allocate" in options:
         take("allocate", *_allocate(name, options["allocate"], data))
-    places = _places(name, data, measure_is_searched=bool(axes))
+    places = options_of(Recipe.model_validate(data), name)
+    if axes:  # other measures have other options
+        places = {k: v for k, v in places.items() if v[0].home[:2] != ("allocate", "options")}
     if "post" in options:
         rules, searched, wrong = _post_rules(options["post"], context, start=len(data["post"]))
         data["post"] += [rule for rule, _ in rules]
@@ -210,7 +201,7 @@ def _option(
     if isinstance(value, Scalar):
         return value, []
     homes = tuple((place.home, place.absent) for place in places)
-    return OptionAxis(name, value, homes, read(data, first.home, first.absent)), []
+    return OptionAxis(name, value, homes, value_at(data, first.home, first.absent)), []
 
 
 def _allocate(name: str, written: object, data: Data) -> tuple[Scalar | OptionAxis | None, list[str]]:
@@ -233,56 +224,6 @@ def _allocate(name: str, written: object, data: Data) -> tuple[Scalar | OptionAx
     if value == "none":
         data["allocate"] = {"kind": "constant"}
     return value, []
-
-
-def _places(name: str, data: Data, *, measure_is_searched: bool) -> dict[str, list[Place]]:
-    """The options of a method, by the names that a study file uses."""
-    out: dict[str, list[Place]] = {}
-    for rule, home in _rules(data):
-        if home == ("allocate",) and measure_is_searched:
-            continue
-        for option in rule.options:
-            out.setdefault(option, []).append(Place(rule, option, (*home, "options", option)))
-    for stage, option, home in _stages(data):
-        row = replace(STAGES[stage], name=name)
-        if option == "scope":
-            row = replace(row, choices={**row.choices, "scope": SELECTIONS[data["select"]["kind"]].scopes})
-        out.setdefault(option, [Place(row, option, home)])
-    return out
-
-
-def _rules(data: Data) -> list[tuple[Rule, Home]]:
-    """The rules that a recipe uses, and where it has them."""
-    out: list[tuple[Rule, Home]] = []
-    if data["operator"] is not None:
-        out.append((OPERATORS[data["operator"]["name"]], ("operator",)))
-    out += [(POSTS[post["name"]], ("post", i)) for i, post in enumerate(data["post"])]
-    if data["operator"] is None:
-        out.append((MEASURES[data["assess"]["measure"]], ("assess",)))
-        if data["splice"]["score"] is not None:
-            out.append((MEASURES[data["splice"]["score"]["measure"]], ("splice", "score")))
-        if data["allocate"].get("kind") == "importance":
-            out.append((MEASURES[data["allocate"]["measure"]], ("allocate",)))
-    return out
-
-
-def _stages(data: Data) -> list[tuple[str, str, Home]]:
-    """(stage, option, place) of every field that changes the merge."""
-    if data["operator"] is not None:
-        return []
-    selection, splice = SELECTIONS[data["select"]["kind"]], SPLICES[data["splice"]["kind"]]
-    out: list[tuple[str, str, Home]] = [("winsorise", k, (k,)) for k in STAGES["winsorise"].options]
-    out += [("select", k, ("select", k)) for k in selection.reads]
-    if selection.name != "all":
-        out += [("rescale", "rescale", ("rescale", "kind"))]
-    if data["resolve"]["kind"] != "none":
-        out += [("resolve", k, ("resolve", k)) for k in STAGES["resolve"].options]
-    boosts = ("unique_boost", "boost_cap")
-    out += [("splice", k, ("splice", k)) for k in splice.reads if selection.name != "all" or k not in boosts]
-    if data["allocate"].get("kind") == "importance":
-        fields = ("spread", "floor", "coefficient_power") if selection.uses_density else ("coefficient_power",)
-        out += [("allocate", k, ("allocate", k)) for k in fields]
-    return out
 
 
 # ---------------------------------------------------------------------------------------------------- post rules

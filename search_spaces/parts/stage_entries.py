@@ -19,10 +19,12 @@ from pydantic import BaseModel, ValidationError
 from merge_search.errors import nearest
 from merge_search.options import sentences_at
 from merge_search.recipe import Assess, Resolve, Scalar, Select, Splice
+from merge_search.recipe_options import Home
 from merge_search.rules import MEASURES, SELECTIONS, SPLICES, STAGES, Rule, option_problems
+from merge_search.rules.stages import select_fields
 from merge_search.rules.table import range_problem
 from search_spaces.parts.methods import Stages
-from search_spaces.parts.option_axes import SEARCH, Home, OptionAxis, option_value, write
+from search_spaces.parts.option_axes import SEARCH, OptionAxis, option_value, write
 
 __all__ = ["StageEntry", "StageItem", "read_options", "stage_entries"]
 
@@ -122,7 +124,7 @@ def _searched(stage: str, name: str, given: Mapping[str, Any]) -> tuple[list[Opt
                 problem = range_problem(rule, option, written) if option in rule.options else ""
                 problems += [problem] if problem else []
             elif len(home) == 1 and option not in _reads(stage, name):
-                problems.append(f"{name!r} does not read {option!r}: there is nothing to search")
+                problems.append(f"{name!r} does not read {option!r}: nothing to search")
             else:
                 domain, wrong = option_value(rule, option, written)
                 problems += wrong
@@ -146,10 +148,8 @@ def _groups(stage: str, name: str, given: Mapping[str, Any]) -> Iterator[tuple[R
         if measure is not None:
             yield measure, (stage, "score", "options"), options
     if stage in STAGES:
-        row = replace(STAGES[stage], name=name)
-        if stage == "select" and name in SELECTIONS:
-            row = replace(row, choices={**row.choices, "scope": SELECTIONS[name].scopes})
-        yield row, (stage,), {k: v for k, v in given.items() if k in row.options}
+        row = select_fields(SELECTIONS[name]) if stage == "select" and name in SELECTIONS else STAGES[stage]
+        yield replace(row, name=name), (stage,), {k: v for k, v in given.items() if k in row.options}
 
 
 def _is_searched(rule: Rule, option: str, written: object) -> bool:
