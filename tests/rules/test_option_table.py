@@ -182,6 +182,13 @@ def test_a_rule_can_be_computed_at_both_ends_of_every_option(row: Rule, option: 
     assert all(bool(t.isfinite().all()) for tensors in found for t in tensors)
 
 
+@pytest.mark.parametrize("name", [n for n, m in MEASURES.items() if not m.after_mask])
+def test_every_measure_that_scores_before_selection_can_allocate(name: str) -> None:
+    """Scores of PCB can be negative, and so can their mean: no complex numbers come of its power."""
+    allocate = {"kind": "importance", "measure": name, "spread": 0.5, "coefficient_power": 0.5}
+    assert all(bool(t.isfinite().all()) for t in merged({"select": {"kind": "top_k"}, "allocate": allocate}))
+
+
 # -------------------------------------------------------------------------------------------------- rules from outside
 
 

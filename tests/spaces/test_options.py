@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from small_spaces import CONTEXT, build, make_context
 
 from merge_search.errors import SpaceError
@@ -331,7 +334,7 @@ def test_search_is_plain_text_where_any_text_is_allowed() -> None:
 
 
 WRONG: list[tuple[Any, str]] = [
-    ({"tsv_m": {"rank_share": [0.3]}}, "needs two or more values to choose from, got [0.3]; to fix it, write rank_share: 0.3"),
+    ({"tsv_m": {"rank_share": [0.3]}}, "two or more values to choose from, got [0.3]; to fix it, write rank_share: 0.3"),
     ({"tsv_m": {"rank_share": []}}, "a list needs two or more values to choose from, got an empty list"),
     ({"tsv_m": {"rank_share": [0.5, 1, 1.0]}}, "1.0 stands twice in [0.5, 1, 1.0]"),
     ({"tsv_m": {"rank_share": [0.5, "x"]}}, "must be a number, got 'x'"),
@@ -396,7 +399,7 @@ def test_wrong_options_are_refused_all_at_once() -> None:
         ("select", {"kind": "band", "gamma": [0.1]}, "a list needs two or more values"),
         ("select", {"kind": "mass", "scope": ["row", "tensor"]}, "must be one of tensor, model, got 'row'"),
         ("splice", {"kind": "softmax", "temperature": {"bounds": [2, 1]}}, "bounds must have low < high"),
-        ("splice", {"kind": "score", "score": {"measure": "fisher", "options": {"power": [9, 1]}}}, "must lie in [0, 4]"),
+        ("splice", {"kind": "score", "score": {"measure": "fisher", "options": {"power": [9, 1]}}}, "lie in [0, 4]"),
         ("assess", {"measure": "fisher", "options": {"powr": [0.5, 1]}}, "no option 'powr'; did you mean 'power'?"),
         ("resolve", {"kind": "none", "tie": "search"}, "'none' does not read 'tie'"),
     ],
@@ -408,6 +411,27 @@ def test_wrong_options_of_an_axis_are_refused_with_their_place(axis: str, entry:
     (problem,) = refused.value.problems
     assert problem.startswith(f"space.{axis}.0: ")
     assert message in problem
+
+
+# -------------------------------------------------------------------------------------------------------- the page
+
+
+def test_the_examples_of_the_page_are_spaces_that_decode_and_encode() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "study-file.md").read_text()
+    section = page.split("### Options of methods")[1].split("## evaluate")[0]
+    presets, axes = (yaml.safe_load(text)["space"] for text in re.findall(r"```yaml\n(.*?)```", section, re.DOTALL))
+    named = {"tsv_m(embeddings=False).rank_share", "assess.fisher.power"}  # on the page
+    assert all(f"`{name}`" in section for name in named)
+    for options in (presets, axes):
+        space = build(options.pop("type"), **options)
+        named -= space.parameters.keys()
+        for point in space.initial_points():
+            assert active_part(space, space.encode(space.decode(point))) == pytest.approx(active_part(space, point))
+    assert not named
+    rows = re.findall(r"^\| `rank_share: (.*?)` \|", section, re.MULTILINE)
+    assert len(rows) == 4
+    for written in rows:
+        build("uniform", presets=[{"tsv_m": {"rank_share": yaml.safe_load(written)}}])
 
 
 # ----------------------------------------------------------------------------------------------- what stands twice
@@ -440,8 +464,8 @@ def test_a_name_cannot_be_that_of_two_parameters() -> None:
     ((table, row),) = rows
     table.add(row)
     try:
+        context = make_context(2, ("rank_share", "b"))
         with pytest.raises(SpaceError, match=r"coefficient.rank_share is the name of two parameters"):
-            context = make_context(2, ("rank_share", "b"))
             build("compatibility", context, presets=[{"coefficient": {"rank_share": "search"}}], coefficients={})
     finally:
         table.remove(row)
