@@ -179,7 +179,7 @@ def _unknown(name: str, key: str, places: Mapping[str, object]) -> str:
     if key == "scale":
         return f"{name!r} has no option 'scale': its coefficients hold all of the strength"
     known = sorted({*places, "allocate", "post"})
-    return f"{name!r} has no option {key!r}{nearest(key, known)}"
+    return f"{name!r} has no option {key!r}{nearest(str(key), known)}"
 
 
 def _option(
@@ -279,7 +279,7 @@ def _post_rules(
         for option, written in options.items():
             home: Home = ("post", start + i, "options", option)
             if option not in row.options:
-                problems.append(f"post.{i}: {name!r} has no option {option!r}{nearest(option, row.options)}")
+                problems.append(f"post.{i}: {name!r} has no option {option!r}{nearest(str(option), row.options)}")
                 continue
             place = Place(row, option, home)
             value, wrong = _option([place], written, f"post.{last}.{option}", {"post": {start + i: {"options": {}}}})

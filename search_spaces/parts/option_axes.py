@@ -46,7 +46,7 @@ def option_value(rule: Rule, name: str, written: object) -> tuple[Scalar | Param
         does not allow, a list without a choice, bounds that are none.
     """
     if name not in rule.options:
-        return None, option_problems(rule, {name: 0})
+        return None, option_problems(rule, {str(name): 0})
     what = f"option {name!r} of {rule.name!r}"
     if isinstance(written, Mapping):
         return _range(rule, name, written, what)
