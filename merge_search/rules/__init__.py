@@ -14,8 +14,8 @@ from merge_search.rules.decorators import measure, operator, post, selection, sp
 from merge_search.rules.files import RuleFile, find_rule_files, in_use, use_rule_files
 from merge_search.rules.measures import MEASURES, Measure, measure_problems
 from merge_search.rules.operators import OPERATORS, POSTS, OperatorInfo, operator_problems
-from merge_search.rules.stages import SELECTIONS, SPLICES, Selection, Splicing
-from merge_search.rules.table import Origin, Rule, RuleTable, option_problems
+from merge_search.rules.stages import SELECTIONS, SPLICES, STAGES, Selection, Splicing
+from merge_search.rules.table import OptionInfo, Origin, Rule, RuleTable, option_problems
 from merge_search.rules.transforms import TRANSFORMS, Preview, Transformed, TransformInfo
 
 __all__ = [
@@ -24,9 +24,11 @@ __all__ = [
     "POSTS",
     "SELECTIONS",
     "SPLICES",
+    "STAGES",
     "TRANSFORMS",
     "Measure",
     "OperatorInfo",
+    "OptionInfo",
     "Origin",
     "Preview",
     "Rule",
