@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from merge_search.rules.option_table import TRANSFORM_OPTIONS
 from merge_search.rules.table import Rule, RuleTable
 
 __all__ = ["TRANSFORMS", "Preview", "TransformInfo", "Transformed"]
@@ -82,8 +83,18 @@ TRANSFORMS: RuleTable[TransformInfo] = RuleTable(
     "transform",
     (
         TransformInfo(
+            name="stack", summary="layers repeated, left out or moved", paper="2312.15166", options={"layers": ""},
+            about=TRANSFORM_OPTIONS["stack"], target=f"{_ROOM}.stack:stack", check=f"{_ROOM}.stack:preview",
+        ),
+        TransformInfo(
+            name="mal", summary="experts of other widths and depths, aligned by assignment problems", aligns=True,
+            paper="2503.21657", options={"blocks": "", "passes": 2, "same_shape": False},
+            about=TRANSFORM_OPTIONS["mal"], target=f"{_ROOM}.mal:mal", check=f"{_ROOM}.mal:preview",
+        ),
+        TransformInfo(
             name="alone", summary="one model as it is: the base, or the expert that `model` names", merges=False,
-            aligns=True, options={"model": "base"}, target=f"{_ROOM}.alone:alone", check=f"{_ROOM}.alone:preview",
+            aligns=True, options={"model": "base"}, about=TRANSFORM_OPTIONS["alone"],
+            target=f"{_ROOM}.alone:alone", check=f"{_ROOM}.alone:preview",
         ),
     ),
 )  # fmt: skip

@@ -14,7 +14,11 @@ from merge_search.rules import TRANSFORMS, use_rule_files
 from merge_search.testing import TransformCase, TransformConformance
 
 USERS = Path(__file__).parents[2] / "support" / "user_transforms.py"
-CASES: dict[str, dict[str, Any]] = {"alone": {"options": {"model": "lora"}, "wrong": [{"model": "nobody"}]}}
+CASES: dict[str, dict[str, Any]] = {
+    "stack": {"options": {"layers": "0 1 1"}, "wrong": [{"layers": "0 2"}, {"layers": "a"}, {"layers": "-"}]},
+    "mal": {"options": {"same_shape": True}, "wrong": [{"blocks": "0", "same_shape": True}, {"passes": 0}]},
+    "alone": {"options": {"model": "lora"}, "wrong": [{"model": "nobody"}]},
+}
 
 
 @pytest.fixture(scope="module")
