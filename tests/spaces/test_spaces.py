@@ -271,3 +271,17 @@ def test_presets_that_differ_only_in_searched_numbers_stand_once() -> None:
     assert space.parameters["preset"].choices == ("task_arithmetic", "dare")
     assert any("'average'" in n for n in space.notes)
     assert any("'linear'" in n for n in space.notes)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, space in SPACES.items() if any(k.startswith("density") for k in space.parameters)]
+)
+def test_densities_are_searched_on_a_logarithmic_scale(name: str) -> None:
+    densities = [d for n, d in SPACES[name].parameters.items() if n.startswith("density")]
+    assert all(isinstance(d, Float) and d.log for d in densities)
+
+
+@pytest.mark.parametrize("name", ["genome", "genome_ties", "genome_linear", "genome_smooth"])
+def test_weights_of_a_mergekit_genome_hold_all_of_the_strength(name: str) -> None:
+    space = SPACES[name]
+    assert {space.decode(p).scale for p in space.initial_points()} == {1.0}
