@@ -164,6 +164,14 @@ def test_where_equations_are_solved_they_are_inverse_up_to_rounding(name: str, d
     assert again == pytest.approx(point, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.parametrize("rank", [2, 3])
+def test_factors_of_several_terms_come_back_from_their_recipe(rank: int) -> None:
+    space = build("lowrank", rank=rank, knots=5)
+    _, _, *inner = SearchSpaceCase(lambda: space, CONTEXT).points(space)  # at the corners terms are proportional
+    for point in inner:
+        assert space.encode(space.decode(point)) == pytest.approx(point, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", EXACT)
 @quick
 @given(data=st.data())
@@ -285,3 +293,12 @@ def test_densities_are_searched_on_a_logarithmic_scale(name: str) -> None:
 def test_weights_of_a_mergekit_genome_hold_all_of_the_strength(name: str) -> None:
     space = SPACES[name]
     assert {space.decode(p).scale for p in space.initial_points()} == {1.0}
+
+
+def test_weights_of_a_normalised_genome_are_relative_within_the_ratio() -> None:
+    genome = {"models": GENOME["models"], "merge_method": "linear"}
+    space = build("mergekit_genome", genome=genome, ratio=[0.2, 4])
+    assert set(space.parameters.values()) == {Float(0.2, 4.0, log=True)}
+    for ratio in ([0.2, 0.9], [1.1, 4], [0.2, 1], [1, 4], [-0.5, 4], [0, 4]):
+        with pytest.raises(SpaceError, match="ratios must be positive, on both sides of 1"):
+            build("mergekit_genome", genome=genome, ratio=ratio)

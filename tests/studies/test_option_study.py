@@ -48,17 +48,17 @@ def searched(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def finished(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that ran to its end, and was resumed with more trials."""
-    path = write_study(tmp_path_factory.mktemp("options"), demo, n_trials=16, sampler="tpe")
+    path = write_study(tmp_path_factory.mktemp("options"), demo, n_trials=14, sampler="tpe")
     data = yaml.safe_load(path.read_text())
     data["search"].pop("baselines")
     path.write_text(yaml.safe_dump(data, sort_keys=False))
     here("run", path)
     first = searched(path)
-    path.write_text(path.read_text().replace("n_trials: 16", "n_trials: 21"))
-    assert "resuming: 16 of 21" in here("run", path).stderr
+    path.write_text(path.read_text().replace("n_trials: 14", "n_trials: 17"))
+    assert "resuming: 14 of 17" in here("run", path).stderr
     points = searched(path)
     assert points[: len(first)] == first
-    assert len(points) == len(first) + 5
+    assert len(points) == len(first) + 3
     return path
 
 

@@ -52,7 +52,7 @@ class TestEverySampler:
         space = build("uniform", presets=presets, post=[{"svc": {"alpha": [0.05, 0.1]}}])
         study = new_study(name, parameters=space.parameters)
         fill(study, space.parameters, score=lambda point: 0.5 + 0.1 * float(point["tsv_m.rank_share"]))
-        for _ in range(3):
+        for _ in range(2):
             point = suggest(study.ask(), space.parameters)
             assert holds(space.parameters, point)
             again = space.encode(space.decode(point))
