@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from merge_search.rules.table import OptionInfo
 
-__all__ = ["MEASURE_OPTIONS", "OPERATOR_OPTIONS", "POST_OPTIONS", "STAGE_OPTIONS"]
+__all__ = ["MEASURE_OPTIONS", "OPERATOR_OPTIONS", "POST_OPTIONS", "STAGE_OPTIONS", "TRANSFORM_OPTIONS"]
 
 About = Mapping[str, Mapping[str, OptionInfo]]
 
@@ -176,3 +176,17 @@ STAGE_OPTIONS: About = {
     },
 }  # fmt: skip
 """Fields of a recipe's stages, by stage; ``merge_search.rules.stages`` has their defaults."""
+
+TRANSFORM_OPTIONS: About = {
+    "stack": {
+        "layers": _O("the old layer of every new one, as in '0 1 1 2'; '' for all of them once", MERGEKIT),
+    },
+    "mal": {
+        "blocks": _O("the expert's block for each of the base's, - for none, as in '0 1 - 3'; '' spreads them", PAPER),
+        "passes": _O("most rounds over all permutations", PAPER, (1, 100), (1, 4)),
+        "same_shape": _O("align experts that have the base's shapes, too", OURS),
+    },
+    "alone": {
+        "model": _O("the expert, or base", OURS),
+    },
+}  # fmt: skip
