@@ -302,3 +302,24 @@ def test_weights_of_a_normalised_genome_are_relative_within_the_ratio() -> None:
     for ratio in ([0.2, 0.9], [1.1, 4], [0.2, 1], [1, 4], [-0.5, 4], [0, 4]):
         with pytest.raises(SpaceError, match="ratios must be positive, on both sides of 1"):
             build("mergekit_genome", genome=genome, ratio=ratio)
+
+
+def test_the_starts_of_a_normalised_genome_also_emphasise_each_model_in_turn() -> None:
+    space = build("mergekit_genome", genome={"models": GENOME["models"], "merge_method": "linear"})
+    weights = [(1.0, p["weight.code"], p["weight.stories"]) for p in space.initial_points()]
+    third = pytest.approx(1 / 3)
+    assert weights[:4] == [(1.0, 1.0, 1.0), (1.0, third, third), (1.0, 3.0, 1.0), (1.0, 1.0, 3.0)]
+
+
+def test_factors_over_depth_reach_zero_only_where_terms_have_anchors_of_their_own() -> None:
+    one, two = build("lowrank"), build("lowrank", rank=2)
+    assert one.parameters["depth.knot.0"] == Float(0.3, 1.7)
+    assert two.parameters["depth.0.knot.1"] == Float(0.0, 1.7)
+
+
+def test_tensors_outside_blocks_follow_the_first_block_or_the_last_in_factors() -> None:
+    space = build("lowrank")
+    point = {**space.initial_points()[0], "depth.knot.0": 0.5, "depth.knot.3": 1.5, "strength.code": 1.0}
+    recipe = space.decode(point)
+    by_kind = {g.kind: recipe.coefficient("code", g) for g in CONTEXT.groups if g.block is None}
+    assert by_kind == {"embedding": pytest.approx(0.5), "norm": pytest.approx(1.5), "head": pytest.approx(1.5)}
