@@ -496,14 +496,16 @@ def test_a_preset_that_is_one_point_of_another_is_left_out() -> None:
     assert apart.parameters["preset"] == Categorical(("tsv_m(rank_share=2)", "tsv_m"))
 
 
-def test_a_name_cannot_be_that_of_two_parameters() -> None:
+@pytest.mark.parametrize(("name", "option"), [("coefficient", "rank_share"), ("density", "winsorise")])
+def test_a_name_cannot_be_that_of_two_parameters(name: str, option: str) -> None:
+    settings = {"coefficient": {"operator": {"name": "tsv_m"}}, "density": PRESETS["ties"].settings}[name]
     with collecting() as rows:
-        add_preset("coefficient", "-", {"operator": {"name": "tsv_m"}})
+        add_preset(name, "-", settings)
     ((table, row),) = rows
     table.add(row)
     try:
-        context = make_context(2, ("rank_share", "b"))
-        with pytest.raises(SpaceError, match=r"coefficient.rank_share is the name of two parameters"):
-            build("compatibility", context, presets=[{"coefficient": {"rank_share": "search"}}], coefficients={})
+        context = make_context(2, (option, "b"))
+        with pytest.raises(SpaceError, match=f"{name}.{option} is the name of two parameters"):
+            build("compatibility", context, presets=[{name: {option: "search"}}], coefficients={})
     finally:
         table.remove(row)
