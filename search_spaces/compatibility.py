@@ -123,11 +123,14 @@ def _by_axes(chosen: CompatibilityOptions, context: SpaceContext) -> tuple[list[
         key = repr((stages, [o.name for o in axes]))
         methods.setdefault(key, replace(of_stages(stages, name, context), options=axes))
     found = list(methods.values())
-    for add, given in ((with_options, chosen.options), (with_post_rules, chosen.post)):
-        try:
-            found = add(found, given, context)  # type: ignore[operator]
-        except SpaceError as error:
-            problems += error.problems
+    try:
+        found = with_options(found, chosen.options, context)
+    except SpaceError as error:
+        problems += error.problems
+    try:
+        found = with_post_rules(found, chosen.post, context)
+    except SpaceError as error:
+        problems += error.problems
     if problems:
         raise SpaceError(problems)
     if not found:

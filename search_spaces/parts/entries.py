@@ -259,11 +259,12 @@ def _option(
         name: The name of its parameter.
         data: The recipe of the method as it is.
     """
-    first = places[0]
-    for place in places:
-        value, problems = option_value(place.rule, place.option, written)
-        if problems or value is None:
-            return None, problems
+    first, *others = places
+    value, problems = option_value(first.rule, first.option, written)
+    for place in others:
+        problems += option_value(place.rule, place.option, written)[1]
+    if problems or value is None:
+        return None, list(dict.fromkeys(problems))
     if isinstance(value, Scalar):
         return value, []
     homes = tuple((place.home, place.absent) for place in places)
