@@ -8,6 +8,7 @@ from contextlib import closing
 from operator import itemgetter
 from pathlib import Path
 
+from merge_search.engine.checkpoints.compatibility import check_models, without_factors
 from merge_search.engine.checkpoints.writer import check_destination, export_folder
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.resident.coefficient_maps import FOLDER as MAPS
@@ -19,9 +20,10 @@ from merge_search.engine.statistics.store import FolderStatistics
 from merge_search.engine.streaming.engine import StreamingEngine
 from merge_search.errors import RecipeError
 from merge_search.mergekit import read_mergekit
+from merge_search.presets import pairs_refusal
 from merge_search.recipe import Models, Recipe
 from merge_search.report.recipe_card import recipe_card
-from merge_search.rules import find_rule_files, in_use, use_rule_files
+from merge_search.rules import OPERATORS, find_rule_files, in_use, use_rule_files
 from merge_search.rules.files import FOLDER as RULES
 
 __all__ = ["merge_recipe", "write_merge"]
@@ -77,6 +79,16 @@ def _beside(path: Path, models: Models) -> Models:
     return models.model_copy(update={"base": place(models.base), "experts": experts})
 
 
+def _require_pairs(recipe: Recipe) -> None:
+    """Raise `RecipeError` if the recipe merges LoRA pairs that an expert does not have. Reads headers alone."""
+    name = "" if recipe.operator is None else recipe.operator.name
+    models = recipe.models
+    if name in OPERATORS and OPERATORS[name].needs_factors and not check_models(models.base, models.experts):
+        reasons = without_factors(models.base, models.experts)
+        if reasons:
+            raise RecipeError([pairs_refusal(f"operator: {name!r}", e, why) for e, why in reasons.items()])
+
+
 def write_merge(
     recipe: Recipe,
     out: Path,
@@ -103,7 +115,9 @@ def write_merge(
 
     Raises:
         WeightsError: the weights are not the expected ones; nothing is written.
+        RecipeError: the operator merges LoRA pairs, and an expert has none. No weight was read.
     """
+    _require_pairs(recipe)
     pool = ModelPool(recipe.models, device=device, map_folders=[maps], streaming=not expected)
     source = pool.statistics = statistics(pool)
     # The engine that made the scored bits makes them again: it may have been compiled.

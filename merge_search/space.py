@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from merge_search.errors import MergeSearchError, SpaceError
@@ -72,12 +72,14 @@ class SpaceContext:
         groups: One entry per mergeable tensor, in the order of the checkpoint.
         seed: The seed of random masks. It is fixed for the whole study.
         dtype: The dtype of the merged tensors; None: the base's own.
+        without_factors: Experts that cannot be merged as LoRA pairs, and why.
     """
 
     models: Models
     groups: tuple[Group, ...]
     seed: int = 0
     dtype: str | None = None
+    without_factors: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def experts(self) -> tuple[str, ...]:

@@ -333,6 +333,8 @@ class MergeEngine:
             options={},
             scale=settings.scale,
             transposed=self.tensors.is_transposed(name),
+            densities=tuple(dict(zip(settings.experts, settings.densities, strict=True))[e] for e in experts),
+            factors=lambda expert: self.tensors.factors(expert, name),
             stored=lambda expert: self.tensors.expert(expert, name),
             statistic=lambda kind, expert: statistic_of(self.tensors, kind, expert, name),
             siblings=lambda: self._siblings(name, experts),

@@ -26,6 +26,9 @@ class OperatorInfo(Rule):
         decomposing: It returns one processed delta per expert.
         scales: Values of the recipe's scale that are usually tried, the published one first.
         statistics: Kinds of statistics it needs from data.
+        needs_factors: It reads LoRA pairs, so every expert must be an adapter.
+        uses_density: Densities decide.
+        pairs: "module:function" that gives the processed deltas as LoRA pairs, so that the merge is an adapter.
     """
 
     ndim: tuple[int, ...] = ()
@@ -35,6 +38,9 @@ class OperatorInfo(Rule):
     decomposing: bool = False
     scales: tuple[float, ...] = (1.0,)
     statistics: tuple[str, ...] = ()
+    needs_factors: bool = False
+    uses_density: bool = False
+    pairs: str = ""
 
 
 _HERE = "merge_search.engine.methods.operators"
@@ -112,6 +118,16 @@ OPERATORS: RuleTable[OperatorInfo] = RuleTable("operator", (
             "embeddings": True,
         },
         choices={"solver": ("adam", "closed"), "norm": ("squared", "plain")},
+    ),
+    _entry(
+        "copa", "parts", "LoRA pairs pruned, rescaled and balanced between experts, then multiplied as sums",
+        "RobustMerge (CoPA-Merging), Zeng et al. 2025, arXiv 2502.17159",
+        ndim=(2,), needs_factors=True, uses_density=True, pairs=f"{_HERE}.copa:pairs",
+        options={
+            "strength": 2.0, "prune": "both", "rescale": True, "clip": 0.0, "normalise": True, "cross": True,
+            "gauge": "stored",
+        },
+        choices={"prune": ("both", "a", "b"), "gauge": ("stored", "balanced", "svd")},
     ),
 ))  # fmt: skip
 """Operators by the name that recipes use."""

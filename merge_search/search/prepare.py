@@ -8,13 +8,13 @@ from functools import partial
 from typing import TypeVar
 
 from merge_search import catalogue
-from merge_search.engine.checkpoints.compatibility import check_models
+from merge_search.engine.checkpoints.compatibility import check_models, without_factors
 from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
 from merge_search.engine.checkpoints.layout import layout
 from merge_search.errors import InputError, MergeSearchError, RuleError, StudyFileError, WeightsError, nearest
 from merge_search.evaluation import ChecksPrompts, Differentiable, Evaluator, MetricInfo, SplitShares
 from merge_search.objective import Objective
-from merge_search.presets import PRESETS
+from merge_search.presets import PRESETS, pairs_refusal
 from merge_search.recipe import Models
 from merge_search.rules import RuleFile, use_rule_files
 from merge_search.search.checks import search_problems
@@ -63,7 +63,9 @@ def _context(file: StudyFile, problems: _Problems) -> SpaceContext | None:
         info = read_checkpoint(resolve_model(models.base))
     except WeightsError:  # `check_models` has found it
         return None
-    return SpaceContext(models, tuple(layout(info).values()), seed=file.study.seed, dtype=file.models.dtype)
+    reasons = {} if problems.sentences else without_factors(models.base, models.experts)
+    groups, dtype = tuple(layout(info).values()), file.models.dtype
+    return SpaceContext(models, groups, seed=file.study.seed, dtype=dtype, without_factors=reasons)
 
 
 def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
@@ -102,6 +104,13 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
         problems.sentences += search_problems(file.search, space.parameters, objective)
     problems.attempt(lambda: _check_sampler(file, 1 if objective is None else len(objective.names)))
     names = _baseline_names(file, problems)
+    if context is not None:
+        problems.sentences += [
+            pairs_refusal(f"search.baselines: {name!r}", expert, why)
+            for name in (file.search.baselines or ())
+            if name in PRESETS and PRESETS[name].needs_factors
+            for expert, why in context.without_factors.items()
+        ]
     problems.sentences += [
         f"models.experts: {name!r} is the name of a baseline that is tried, too; give the expert another name"
         for name in file.models.experts

@@ -9,7 +9,7 @@ from math import fsum
 from typing import Any, Literal, NamedTuple
 
 from merge_search.errors import RecipeError, SpaceError, nearest
-from merge_search.presets import PRESETS, preset
+from merge_search.presets import PRESETS, pairs_refusal, preset
 from merge_search.recipe import Assess, Group, Recipe, Rescale, Resolve, Select, Splice, value_for
 from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, Rule, option_problems
 from merge_search.space import SpaceContext
@@ -123,6 +123,10 @@ def preset_problems(names: Iterable[str], context: SpaceContext, *, at: str) -> 
         elif n < low or (high is not None and n > high):
             wanted = f"at least {low}" if high is None else f"{low} to {high}"
             problems.append(f"{at}: {name!r} needs {wanted} experts, and the study has {n}; leave it out")
+        elif p.needs_factors:
+            problems += [
+                pairs_refusal(f"{at}: {name!r}", expert, why) for expert, why in context.without_factors.items()
+            ]
     return problems
 
 
@@ -239,8 +243,9 @@ def of_preset(
     settings = chosen.settings if chosen else {}
     template = preset(name, context.models, seed=context.seed, dtype=context.dtype, **settings)
     name = chosen.label if chosen else name
-    uses = SELECTIONS[template.select.kind].uses_density and template.operator is None
-    return Method(name, template, uses, fixed_densities=not search_density, scaling=_scaling(template))
+    operator = template.operator
+    rule = SELECTIONS[template.select.kind] if operator is None else OPERATORS[operator.name]
+    return Method(name, template, rule.uses_density, fixed_densities=not search_density, scaling=_scaling(template))
 
 
 def _scaling(template: Recipe) -> Literal["fold", "mean", "fixed"]:
