@@ -26,7 +26,7 @@ from merge_search.report.recipe_card import recipe_card
 from merge_search.rules import OPERATORS, find_rule_files, in_use, use_rule_files
 from merge_search.rules.files import FOLDER as RULES
 
-__all__ = ["merge_recipe", "write_merge"]
+__all__ = ["beside_weights", "merge_recipe", "read_recipe", "write_merge"]
 
 
 def merge_recipe(
@@ -51,9 +51,25 @@ def merge_recipe(
         WeightsError: a model is missing or differs from the recipe's.
         InputError: `out` is in use.
     """
+    check_destination(out)
+    recipe = read_recipe(path, note=note)
+    beside = FolderStatistics(path.parent / STATISTICS)
+    return write_merge(recipe, out, recipe_card(recipe), path.parent / MAPS, lambda _: beside, device=device)
+
+
+def read_recipe(path: Path, *, note: Callable[[str], None] = lambda text: None) -> Recipe:
+    """Read a ``recipe.json`` or a mergekit YAML file, and put the rule files beside it in use.
+
+    Args:
+        path: The recipe, or the mergekit file.
+        note: As in `merge_recipe`.
+
+    Raises:
+        RecipeError: the file is no recipe, or a mergekit file that a recipe cannot express.
+        RuleError: a rule file is missing, has other bytes than the recipe says, or cannot be used.
+    """
     if not path.is_file():
         raise RecipeError(f"no such file: {path}")
-    check_destination(out)
     if path.suffix in (".yaml", ".yml"):
         use_rule_files([])
         recipe = read_mergekit(path)
@@ -64,8 +80,7 @@ def merge_recipe(
         for file in files:
             note(f"runs the rule file {file}, which the recipe names")
         use_rule_files(files)
-    beside = FolderStatistics(path.parent / STATISTICS)
-    return write_merge(recipe, out, recipe_card(recipe), path.parent / MAPS, lambda _: beside, device=device)
+    return recipe
 
 
 def _beside(path: Path, models: Models) -> Models:
@@ -77,6 +92,15 @@ def _beside(path: Path, models: Models) -> Models:
 
     experts = {name: place(text) for name, text in models.experts.items()}
     return models.model_copy(update={"base": place(models.base), "experts": experts})
+
+
+def beside_weights(recipe: Recipe, pool: ModelPool, maps: Path) -> dict[str, str | bytes | Path]:
+    """Recipe, maps and rule files that are written beside weights. The models' tensors were read before."""
+    models = recipe.models.model_copy(update={"hashes": pool.hashes()})
+    whole = recipe.model_copy(update={"models": models})
+    rules = [in_use(name, digest) for name, digest in recipe.rules.items()]
+    sources = {f"{RULES}/{file.name}": file.source for file in rules if file is not None}
+    return {"recipe.json": whole.to_json() + "\n", **map_files([maps], recipe), **sources}
 
 
 def _require_pairs(recipe: Recipe) -> None:
@@ -124,11 +148,7 @@ def write_merge(
     engine = MergeEngine(pool) if expected else StreamingEngine(pool)
 
     def others() -> dict[str, str | bytes | Path]:
-        models = recipe.models.model_copy(update={"hashes": pool.hashes()})  # known now that the tensors were read
-        whole = recipe.model_copy(update={"models": models})
-        rules = [in_use(name, digest) for name, digest in recipe.rules.items()]
-        sources = {f"{RULES}/{file.name}": file.source for file in rules if file is not None}
-        return {"recipe.json": whole.to_json() + "\n", **map_files([maps], recipe), **source.files(), **sources}
+        return {**beside_weights(recipe, pool, maps), **source.files()}
 
     with closing(engine.merged(recipe)) as merged:  # ends the engine's threads if writing fails
         return export_folder(

@@ -364,6 +364,12 @@ _ALL: tuple[Preset, ...] = (
         density=0.2, grid=({}, {"density": 0.5}, {"scale": 0.5}),
     ),
     Preset(
+        "core", "TSV-M, Iso-C or Iso-CTS on the small cores of LoRA pairs: the result is an adapter again",
+        "Core Space, 2025, arXiv 2509.17786", {"operator": {"name": "core"}},
+        differs="Rules on singular values alone; the paper's entry-wise rules depend on the choice of frames.",
+        grid=_each("scale", 0.6, 0.8, 1.0, 1.2, 1.5),
+    ),
+    Preset(
         "model_stock", "average, shrunk towards the base by the angle between the deltas",
         "Model Stock, Jang et al. 2024, arXiv 2403.19522",
         {"operator": {"name": "model_stock"}}, experts=(2, None), grid=_each("scale", 1.0),

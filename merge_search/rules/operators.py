@@ -129,6 +129,12 @@ OPERATORS: RuleTable[OperatorInfo] = RuleTable("operator", (
         },
         choices={"prune": ("both", "a", "b"), "gauge": ("stored", "balanced", "svd")},
     ),
+    _entry(
+        "core", "parts", "a spectral operator on the small cores of LoRA pairs", "Core Space, 2025, arXiv 2509.17786",
+        ndim=(2,), scales=_SCALES, needs_factors=True, pairs=f"{_HERE}.core:pairs",
+        options={"rule": "tsv_m", "rank_share": 1.0, "power": 0.0, "common": 0.8},
+        choices={"rule": ("tsv_m", "iso_c", "iso_cts")},
+    ),
 ))  # fmt: skip
 """Operators by the name that recipes use."""
 

@@ -142,7 +142,19 @@ POSTS: dict[str, dict[str, Any]] = {
     "iso_spectrum": {"power": 0.5},
     "norm_match": {},
 }
-_GEOMETRY = ("slerp", "nuslerp", "multislerp", "karcher", "regmean", "tsv_m", "iso_c", "iso_cts", "wudi", "copa")
+_GEOMETRY = (
+    "slerp",
+    "nuslerp",
+    "multislerp",
+    "karcher",
+    "regmean",
+    "tsv_m",
+    "iso_c",
+    "iso_cts",
+    "wudi",
+    "copa",
+    "core",
+)
 
 
 def depends_on_the_machine(case: Recipe | dict[str, Any]) -> bool:

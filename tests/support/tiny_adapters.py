@@ -50,16 +50,35 @@ def save_adapters(base: Path, folder: Path, n: int = 3, **options: Any) -> dict[
     return {name: str(save_adapter(base, folder / name, seed=i, **options)) for i, name in enumerate(names)}
 
 
-def peft_merged(base: Path, adapter: Path) -> dict[str, Tensor]:
+def peft_merged(base: Path, adapter: Path, *, dtype: Any = "auto") -> dict[str, Tensor]:
     """The base's tensors after peft's ``merge_and_unload`` with an adapter."""
     import peft
 
-    merged = peft.PeftModel.from_pretrained(load(base), adapter).merge_and_unload()
+    merged = peft.PeftModel.from_pretrained(load(base, dtype=dtype), adapter).merge_and_unload()
     return {n: t.detach().clone() for n, t in merged.state_dict().items()}
 
 
-def load(base: Path) -> Any:
-    """The causal model in a folder, in its own dtype."""
+def load(base: Path, *, dtype: Any = "auto") -> Any:
+    """The causal model in a folder, in its own dtype or another."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+
+
+def extract_adapter(base: Path, expert: Path, out: Path, *, rank: int = 16) -> Path:
+    """Write a whole fine-tune's change of its matrices as an adapter, cut to a rank: an expert that knows its task."""
+    from merge_search.engine.checkpoints.adapter_writer import export_adapter
+    from merge_search.engine.checkpoints.checkpoint import Checkpoint
+    from merge_search.engine.execute.pairs import nearest_of
+
+    before, after = Checkpoint(base), Checkpoint(expert)
+    matrices = [n for n, t in before.info.tensors.items() if len(t.shape) == 2 and ".layers." in n]
+    pairs = {
+        name.removesuffix(".weight"): nearest_of(
+            after.tensor(name).float() - before.tensor(name).float(), rank, transpose=False
+        )[0]
+        for name in matrices
+    }
+    configs = [{"task_type": "CAUSAL_LM"}]
+    export_adapter(out, base=str(base), pairs=pairs, embeddings=(), configs=configs, files={})
+    return out

@@ -24,7 +24,7 @@ from merge_search.engine.checkpoints.headers import CheckpointInfo
 if TYPE_CHECKING:
     from merge_search.engine.checkpoints.module_names import Part
 
-__all__ = ["AdapterEntry", "factors_problem", "plan_adapter"]
+__all__ = ["AdapterEntry", "factors_problem", "plan_adapter", "saved_whole"]
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(
@@ -120,6 +120,11 @@ def factors_problem(base: CheckpointInfo, expert: CheckpointInfo) -> str:
         if entry.wrapped is not None:
             return f"{expert.folder} adapts the parameter {entry.wrapped.name!r} by itself (target_parameters)"
     return ""
+
+
+def saved_whole(base: CheckpointInfo, adapter: CheckpointInfo) -> list[str]:
+    """Return the base's tensors that an adapter replaces, in place of adding a product of factors."""
+    return [name for name, entry in plan_adapter(base, adapter)[0].items() if entry.whole and not entry.a]
 
 
 class _Key(NamedTuple):

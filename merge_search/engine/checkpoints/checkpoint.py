@@ -186,6 +186,11 @@ class Expert:
         b, a = self.checkpoint.tensor(entry.b).float() * entry.scale, self.checkpoint.tensor(entry.a).float()
         return Factors(b, a, entry.transpose)
 
+    def adapted_module(self, name: str) -> tuple[str, bool] | None:
+        """Return the module whose factors change the tensor, and whether it is an embedding; None where none does."""
+        entry = self._adapter.get(name)
+        return (entry.module, entry.is_embedding) if entry is not None and entry.a else None
+
     @property
     def factors_problem(self) -> str:
         """Why the expert cannot be merged as LoRA pairs, '' if it can."""

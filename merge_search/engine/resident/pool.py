@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -153,6 +153,15 @@ class ModelPool(Tensors):
             return self._factors[expert, name]
         found = self._experts[expert].factors(name)
         return found and Factors(found.b.to(self.device), found.a.to(self.device), found.transpose)
+
+    def adapted_module(self, name: str) -> tuple[str, bool] | None:
+        """Return the module whose factors change a tensor, and whether it is an embedding; None where none does."""
+        return next((found for e in self._experts.values() if (found := e.adapted_module(name))), None)
+
+    @property
+    def adapter_configs(self) -> list[Mapping[str, Any]]:
+        """The contents of ``adapter_config.json`` of every expert that is an adapter."""
+        return [e.info.config for e in self._experts.values() if e.info.is_adapter]
 
     def factors_problem(self, expert: str) -> str:
         """Return why an expert's matrices have no LoRA pairs, '' if they have."""

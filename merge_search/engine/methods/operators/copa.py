@@ -7,7 +7,7 @@ from torch import Tensor
 
 from merge_search.engine.contracts import Factors
 from merge_search.engine.methods.operators import OperatorContext
-from merge_search.engine.methods.operators.matrix import active, mean_parts, svd, working, zero_parts
+from merge_search.engine.methods.operators.matrix import active, mean_parts, pair_by_svd, zero_parts
 from merge_search.errors import RecipeError
 
 __all__ = ["pairs", "parts"]
@@ -113,16 +113,5 @@ def _in_gauge(f: Factors, gauge: str) -> Factors:
         ratio = torch.sqrt(torch.linalg.norm(f.a) / torch.linalg.norm(f.b))
         return Factors(f.b * ratio, f.a / ratio, f.transpose)
     if gauge == "svd":
-        return by_svd(f)
+        return pair_by_svd(f)
     return f
-
-
-def by_svd(f: Factors) -> Factors:
-    """The pair U sqrt(S), sqrt(S) V^T of the same product, singular values descending."""
-    left, lower = torch.linalg.qr(working(f.b))
-    right, upper = torch.linalg.qr(working(f.a).T.to(left.dtype))
-    u, s, vh = svd(lower @ upper.T)
-    u, v, root = left @ u, right @ vh.T, torch.sqrt(s)
-    signs = torch.sign(u.gather(0, u.abs().argmax(0, keepdim=True)))
-    b, a = u * signs * root, (v * signs * root).T
-    return Factors(b.to(f.b.dtype), a.to(f.a.dtype).contiguous(), f.transpose)
