@@ -94,18 +94,17 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["intent", "qtype", "where"])
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     zoo = Path(os.environ["MERGE_SEARCH_ZOO"])
-    for task in arguments.tasks:
+    for i, task in enumerate(arguments.tasks):
         folder = arguments.out / task
         if folder.is_dir():
             print(f"{task}: {folder} is there")
             continue
-        told = train(
-            zoo, task, folder, rank=arguments.rank, steps=arguments.steps, lr=arguments.lr, seed=arguments.seed
-        )
+        seed = arguments.seed + i  # adapters of one seed begin with the same A
+        told = train(zoo, task, folder, rank=arguments.rank, steps=arguments.steps, lr=arguments.lr, seed=seed)
         print(f"{task}: loss {told['loss']:.4f} after {told['seconds']:.0f} s, written to {folder}", flush=True)
 
 

@@ -19,6 +19,7 @@ from merge_search.engine.streaming.engine import StreamingEngine
 from merge_search.errors import RecipeError
 from merge_search.presets import preset
 from merge_search.recipe import Models, Recipe
+from merge_search.rules import use_rule_files
 
 pytestmark = PEFT_WARNS
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -155,3 +156,31 @@ def test_a_command_merges_adapters_as_pairs(save_model, tmp_path: Path) -> None:
     wanted = dict(MergeEngine(ModelPool(recipe.models, device="cpu"), compile=False).merged(recipe))
     for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
         assert torch.equal(tensor, wanted[name]), name
+
+
+OUTSIDE = """
+from merge_search.rules import operator
+
+@operator("products", decomposing=True, needs_factors=True, uses_density=True)
+def products(context):
+    "every pair's product times its density"
+    factors = [context.factors(expert) for expert in context.experts]
+    return [0 * base if f is None else d * f.delta()
+            for f, d, base in zip(factors, context.densities, context.deltas)]
+"""
+
+
+def test_an_operator_from_outside_may_merge_pairs_and_read_densities(save_model, tmp_path: Path) -> None:
+    base = save_model("llama")
+    (tmp_path / "own.py").write_text(OUTSIDE)
+    use_rule_files([tmp_path / "own.py"])
+    try:
+        models = Models(base=str(base), experts=save_adapters(base, tmp_path, 2))
+        settings = {"operator": {"name": "products"}, "densities": {"a": 0.5, "b": 0.25}}
+        pool = ModelPool(models, device="cpu")
+        found = dict(MergeEngine(pool, compile=False).merged(Recipe.from_dict({"models": models, **settings})))
+        wanted = preset("task_arithmetic", models, coefficients={"a": 0.5, "b": 0.25})
+        for name, tensor in MergeEngine(pool, compile=False).merged(wanted):
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    finally:
+        use_rule_files([])

@@ -110,6 +110,19 @@ def test_only_the_svd_gauge_forgets_how_a_pair_was_written(gauge: str) -> None:
     assert torch.allclose(plain, other, atol=1e-4) == (gauge == "svd")
 
 
+@pytest.mark.parametrize("gauge", ["stored", "balanced"])
+def test_the_balanced_gauge_forgets_the_size_of_either_factor(gauge: str) -> None:
+    sized = [Factors(B_1 * 8, A_1 / 8), TWO[1]]
+    assert torch.allclose(total(copa(TWO, gauge=gauge)), total(copa(sized, gauge=gauge)), atol=1e-3) == (
+        gauge == "balanced"
+    )
+
+
+def test_the_smallest_density_keeps_one_entry_of_each_factor() -> None:
+    (part,) = copa(TWO[:1], 0.01, normalise=False)
+    near(part, [[13 * 5 / 4 * 4, 0, 0], [0, 0, 0], [0, 0, 0]])  # s = 5/4
+
+
 def test_a_clip_outside_its_bounds_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"clip must be in \[0, 1\), got 1"):
         copa(TWO, clip=1.0)
