@@ -19,12 +19,13 @@ from merge_search.engine.contracts import Factors
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.execute.pairs import nearest, nearest_of, pair_problems
 from merge_search.engine.resident.coefficient_maps import FOLDER as MAPS
+from merge_search.engine.resident.coefficient_maps import map_files
 from merge_search.engine.resident.pool import ModelPool
 from merge_search.engine.statistics.provider import DataStatistics
 from merge_search.engine.statistics.store import FOLDER as STATISTICS
 from merge_search.engine.statistics.store import FolderStatistics
 from merge_search.errors import RecipeError, WeightsError
-from merge_search.merge_recipe import beside_weights, read_recipe
+from merge_search.merge_recipe import brought, read_recipe
 from merge_search.recipe import Recipe
 from merge_search.report.recipe_card import recipe_card
 
@@ -107,7 +108,8 @@ def write_adapter(
     left_out, total = (sum(column) for column in zip(*errors.values(), strict=True))
     error = sqrt(left_out / total) if total else 0.0
     report = AdapterReport(max(f.rank for f in pairs.values()), len(pairs), error, (shares[worst], worst))
-    files = {"README.md": card(str(report)), **beside_weights(recipe, pool, maps), **source.files()}
+    files: dict[str, str | bytes | Path] = {"README.md": card(str(report))}
+    files.update({**brought(recipe, pool.hashes()), **map_files([maps], recipe), **source.files()})
     export_adapter(
         out, base=recipe.models.base, pairs=pairs, embeddings=embeddings, configs=pool.adapter_configs, files=files
     )
@@ -133,6 +135,8 @@ def _problems(recipe: Recipe, rank: int | None) -> list[str]:
     """Why the merge cannot be an adapter, from headers alone."""
     if rank is not None and rank < 1:
         return [f"the rank must be at least 1, got {rank}"]
+    if recipe.transform is not None:
+        return [f"transform {recipe.transform.name!r} changes the base, and an adapter is for the base as it is"]
     models = recipe.models
     if unfit := check_models(models.base, models.experts):
         raise WeightsError("these models cannot be merged:\n" + "\n".join(f"  - {p}" for p in unfit))

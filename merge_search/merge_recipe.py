@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from operator import itemgetter
 from pathlib import Path
 
+from merge_search.engine.checkpoints.checkpoint import Checkpoint, tied_aliases
 from merge_search.engine.checkpoints.compatibility import check_models, without_factors
+from merge_search.engine.checkpoints.hashing import hash_once
+from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
 from merge_search.engine.checkpoints.writer import check_destination, export_folder
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.resident.coefficient_maps import FOLDER as MAPS
@@ -18,6 +21,7 @@ from merge_search.engine.statistics.provider import DataStatistics
 from merge_search.engine.statistics.store import FOLDER as STATISTICS
 from merge_search.engine.statistics.store import FolderStatistics
 from merge_search.engine.streaming.engine import StreamingEngine
+from merge_search.engine.transforms.store import transformed_for_once
 from merge_search.errors import RecipeError
 from merge_search.mergekit import read_mergekit
 from merge_search.presets import pairs_refusal
@@ -26,7 +30,7 @@ from merge_search.report.recipe_card import recipe_card
 from merge_search.rules import OPERATORS, find_rule_files, in_use, use_rule_files
 from merge_search.rules.files import FOLDER as RULES
 
-__all__ = ["beside_weights", "merge_recipe", "read_recipe", "write_merge"]
+__all__ = ["brought", "merge_recipe", "read_recipe", "write_merge"]
 
 
 def merge_recipe(
@@ -94,23 +98,14 @@ def _beside(path: Path, models: Models) -> Models:
     return models.model_copy(update={"base": place(models.base), "experts": experts})
 
 
-def beside_weights(recipe: Recipe, pool: ModelPool, maps: Path) -> dict[str, str | bytes | Path]:
-    """Recipe, maps and rule files that are written beside weights. The models' tensors were read before."""
-    models = recipe.models.model_copy(update={"hashes": pool.hashes()})
-    whole = recipe.model_copy(update={"models": models})
-    rules = [in_use(name, digest) for name, digest in recipe.rules.items()]
-    sources = {f"{RULES}/{file.name}": file.source for file in rules if file is not None}
-    return {"recipe.json": whole.to_json() + "\n", **map_files([maps], recipe), **sources}
-
-
 def _require_pairs(recipe: Recipe) -> None:
     """Raise `RecipeError` if the recipe merges LoRA pairs that an expert does not have. Reads headers alone."""
     name = "" if recipe.operator is None else recipe.operator.name
     models = recipe.models
-    if name in OPERATORS and OPERATORS[name].needs_factors and not check_models(models.base, models.experts):
-        reasons = without_factors(models.base, models.experts)
-        if reasons:
-            raise RecipeError([pairs_refusal(f"operator: {name!r}", e, why) for e, why in reasons.items()])
+    if recipe.transform is not None or name not in OPERATORS or not OPERATORS[name].needs_factors:
+        return
+    if not check_models(models.base, models.experts) and (reasons := without_factors(models.base, models.experts)):
+        raise RecipeError([pairs_refusal(f"operator: {name!r}", e, why) for e, why in reasons.items()])
 
 
 def write_merge(
@@ -142,15 +137,23 @@ def write_merge(
         RecipeError: the operator merges LoRA pairs, and an expert has none. No weight was read.
     """
     _require_pairs(recipe)
-    pool = ModelPool(recipe.models, device=device, map_folders=[maps], streaming=not expected)
-    source = pool.statistics = statistics(pool)
-    # The engine that made the scored bits makes them again: it may have been compiled.
-    engine = MergeEngine(pool) if expected else StreamingEngine(pool)
+    with ExitStack() as stack:
+        models = recipe.models
+        if recipe.transform is not None:
+            made = stack.enter_context(transformed_for_once(recipe, out.parent))
+            if not made.experts:
+                return _export_alone(recipe, made.base, out, text, expected)
+            models = Models(base=str(made.base), experts={e: str(path) for e, path in made.experts.items()})
+        pool = ModelPool(models, device=device, map_folders=[maps], streaming=not expected)
+        source = pool.statistics = statistics(pool)
+        # The engine that made the scored bits makes them again: it may have been compiled.
+        engine = MergeEngine(pool) if expected else StreamingEngine(pool)
 
-    def others() -> dict[str, str | bytes | Path]:
-        return {**beside_weights(recipe, pool, maps), **source.files()}
+        def others() -> dict[str, str | bytes | Path]:
+            hashes = pool.hashes() if recipe.transform is None else _hashes(recipe.models)
+            return {**brought(recipe, hashes), **map_files([maps], recipe), **source.files()}
 
-    with closing(engine.merged(recipe)) as merged:  # ends the engine's threads if writing fails
+        merged = stack.enter_context(closing(engine.merged(recipe)))  # ends the engine's threads if writing fails
         return export_folder(
             out,
             base_folder=pool.base_folder,
@@ -161,3 +164,32 @@ def write_merge(
             left_out=pool.aliases,
             expected=expected,
         )
+
+
+def _export_alone(recipe: Recipe, folder: Path, out: Path, text: str, expected: str) -> str:
+    """Export what a transform made, where nothing is merged any further."""
+    made = Checkpoint(folder)
+    aliases = tied_aliases(made)
+    return export_folder(
+        out,
+        base_folder=folder,
+        tensors=((name, made.tensor(name)) for name in sorted(made.info.tensors) if name not in aliases),
+        recipe=recipe,
+        card=text,
+        extra=lambda: brought(recipe, _hashes(recipe.models)),
+        left_out=aliases,
+        expected=expected,
+    )
+
+
+def brought(recipe: Recipe, hashes: dict[str, str]) -> dict[str, str | bytes | Path]:
+    """The recipe with the hashes of its models, known now that the tensors were read, and its rule files."""
+    whole = recipe.model_copy(update={"models": recipe.models.model_copy(update={"hashes": hashes})})
+    rules = [in_use(name, digest) for name, digest in recipe.rules.items()]
+    sources = {f"{RULES}/{file.name}": file.source for file in rules if file is not None}
+    return {"recipe.json": whole.to_json() + "\n", **sources}
+
+
+def _hashes(models: Models) -> dict[str, str]:
+    places = {"base": models.base, **models.experts}
+    return {name: hash_once(read_checkpoint(resolve_model(place))) for name, place in places.items()}

@@ -192,6 +192,11 @@ def test_whole_models_and_modules_saved_whole_are_refused(models: Models, tmp_pa
     assert "expert 'h' saves tensors whole (lm_head.weight)" in text
 
 
+def test_a_merge_on_another_base_is_refused(models: Models, tmp_path: Path) -> None:
+    recipe = preset("average", models, transform={"name": "stack", "options": {}})
+    assert "transform 'stack' changes the base" in refused(recipe, tmp_path)
+
+
 def test_options_that_do_not_go_together_are_refused(models: Models, tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(preset("average", models).to_json())
     done = here("merge", tmp_path / "recipe.json", tmp_path / "out", "--rank", "2", check=False)
