@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["intent", "qtype", "where"])
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     zoo = Path(os.environ["MERGE_SEARCH_ZOO"])

@@ -71,7 +71,10 @@ def _context(file: StudyFile, problems: _Problems) -> SpaceContext | None:
         return None
     groups = tuple(layout(info).values())
     after = partial(_groups_after, Sources(models), groups) if not problems.sentences else None
-    whole = {} if problems.sentences else without_factors(models.base, models.experts)
+    if "transform" in file.space.options:
+        whole = dict.fromkeys(models.experts, "space.transform makes whole models of all experts")
+    else:
+        whole = {} if problems.sentences else without_factors(models.base, models.experts)
     return SpaceContext(
         models, groups, seed=file.study.seed, dtype=file.models.dtype, groups_after=after, without_factors=whole
     )

@@ -93,6 +93,12 @@ def test_a_method_for_pairs_is_refused_on_whole_models_before_any_weight(
     assert "space.presets: 'copa' merges LoRA adapters as pairs, but expert 'maths' has none" in text
     assert "whole model and no LoRA adapter" in text
     assert "'spelling'" not in text
+    path = write_study(tmp_path, demo, {"spelling": adapters["spelling"]}, ["copa"])
+    data = yaml.safe_load(path.read_text())
+    data["space"]["transform"] = {"stack": {"layers": "0-1,0"}}
+    path.write_text(yaml.safe_dump(data))
+    text = " ".join(here("validate", path, check=False).stderr.split())
+    assert "expert 'spelling' has none: space.transform makes whole models" in text
     path = write_study(tmp_path, demo, experts, ["ties"], baselines=["copa_released"])
     text = here("validate", path, check=False).stderr.replace("\n", " ")
     assert "search.baselines: 'copa_released' merges LoRA adapters as pairs, but expert 'maths' has none" in text
