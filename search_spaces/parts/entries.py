@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merge_search.errors import RecipeError, SpaceError, nearest
-from merge_search.presets import PRESETS, preset
+from merge_search.presets import PRESETS, pairs_refusal, preset
 from merge_search.recipe import Recipe, Scalar
 from merge_search.recipe_options import Home, Place, options_of, value_at
 from merge_search.rules import MEASURES, POSTS, STAGES, operator_problems
@@ -58,6 +58,10 @@ def preset_problems(names: Iterable[str], context: SpaceContext, *, at: str) -> 
         elif n < low or (high is not None and n > high):
             wanted = f"at least {low}" if high is None else f"{low} to {high}"
             problems.append(f"{at}: {name!r} needs {wanted} experts, and the study has {n}; leave it out")
+        elif p.needs_factors:
+            problems += [
+                pairs_refusal(f"{at}: {name!r}", expert, why) for expert, why in context.without_factors.items()
+            ]
     return problems
 
 

@@ -38,6 +38,7 @@ from merge_search.rules.option_table import (
     TRANSFORM_OPTIONS,
 )
 from merge_search.rules.table import collecting
+from merge_search.testing.rule import whole_pairs
 
 ROWS = [(table, row) for table in (MEASURES, OPERATORS, POSTS, STAGES) for row in table.values()]
 OPTIONS = [pytest.param(row, o, id=f"{row.name}-{o}") for _, row in ROWS for o in row.options]
@@ -67,7 +68,7 @@ def make(n_experts: int) -> Measured:
         f"e{i}": {n: t + 0.1 * drawn(10 * i + j + 2, *t.shape) for j, (n, t) in enumerate(base.items())}
         for i in range(n_experts)
     }
-    return Measured(base, experts)
+    return Measured(base, experts, factors=whole_pairs(base, experts))
 
 
 TENSORS = {n: make(n) for n in (2, 3)}
