@@ -28,9 +28,14 @@ def test_every_evaluator_of_the_catalogue_is_tested_here() -> None:
 
 
 class TestClassification(EvaluatorConformance):
+    """One task with groups and one without."""
+
     @pytest.fixture
     def case(self, encoder_folder: Path) -> EvaluatorCase:
-        options = tiny_encoder.options(encoder_folder)
+        for name, n in (("animal", 150), ("animal_train", 20)):
+            rows = [{**r, "group": "ab"[i % 2]} for i, r in enumerate(tiny_encoder.sentences(n, 2, seed=n))]
+            tiny_encoder.write_rows(encoder_folder / f"{name}.jsonl", rows)
+        options = tiny_encoder.options(encoder_folder, group="group")
 
         def build(**changes: Any) -> Evaluator:
             return built("classification", encoder_folder, **{**options, "include_path": ".", **changes})
@@ -42,7 +47,7 @@ class TestClassification(EvaluatorConformance):
             build,
             tiny_encoder.make_encoder(),
             tiny_encoder.make_tokenizer(),
-            changed=[lambda: build(limit=40), lambda: build(max_length=5)],
+            changed=[lambda: build(limit=100), lambda: build(max_length=5)],
             wrong=[lambda: build(tasks={}), lambda: build(include_path="nowhere"), lambda: build(limt=3)],
             fit_ids=fit_ids,
         )
