@@ -9,6 +9,7 @@ CATALOGUE = {
     "drift": "evaluators.costs.drift:Drift",
     "latency": "evaluators.costs.latency:Latency",
     "lm_eval": "evaluators.lm_eval.evaluator:LmEval",
+    "self_param": "evaluators.self_param:SelfParam",
     "size": "evaluators.costs.size:Size",
 }
 """Name in a study file -> ``"module:Class"``."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AnswerEnds",
     "ChecksPrompts",
+    "ComparesWithExperts",
     "Cost",
     "Counting",
     "Differentiable",
@@ -395,6 +396,23 @@ class ChecksPrompts(Protocol):
         Raises:
             StudyFileError: Prompts that cannot be rendered with this tokenizer.
         """
+        ...
+
+
+@runtime_checkable
+class ComparesWithExperts(Protocol):
+    """What an `Evaluator` also has where it compares a merge with what single experts answer.
+
+    After `bind` and before the first `evaluate` the live model gets the weights of each of these experts once, and
+    `cache_expert` is called. What an expert is asked then counts as questions.
+    """
+
+    def compared_experts(self) -> Sequence[str]:
+        """Names of the experts. Needs no bound model."""
+        ...
+
+    def cache_expert(self, expert: str) -> None:
+        """Store what is needed of the live model's answers. It has the weights of `expert` at this moment."""
         ...
 
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from evaluators import self_param
 from evaluators.classification import rows as labelled_text
 from evaluators.costs import drift, latency, size
 from evaluators.lm_eval import options as lm_eval_options
@@ -38,6 +39,7 @@ EVALUATORS: dict[str, list[type[BaseModel]]] = {
     "classification": [labelled_text.Options, labelled_text.TaskOptions],
     "drift": [drift.Options],
     "latency": [latency.Options],
+    "self_param": [self_param.Options],
     "size": [size.Options],
 }
 

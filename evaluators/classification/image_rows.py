@@ -182,9 +182,10 @@ class _ImageReader(HeadReader):
         label = class_of(item[self.task.label], self.task.label, names, n_classes)
         if isinstance(label, str):
             return label
-        group = "" if self.task.group is None else group_of(item[self.task.group])
+        field = self.task.group
+        group = "" if field is None else group_of(item[field])
         if group is None:
-            return f"{self.task.group!r} must be a text or a whole number, got {item[self.task.group]!r}"
+            return f"{field!r} must be a text or a whole number, got {item[field or '']!r}"
         head = f"{image.dtype} {image.shape}".encode()
         question = hashlib.sha256(head + np.ascontiguousarray(image).tobytes()).hexdigest()
         document = json.dumps([question, label, *([group] if group else [])])

@@ -11,8 +11,8 @@
         std: 0.5                                 # else 0.5
 
 `evaluators.classification.image_rows` says what the files hold. Images must have the encoder's size: nothing is
-resized. Metrics, heads, groups and rows to fit on are those of `classification`. The live model is any encoder of transformers
-that takes ``pixel_values`` and returns ``last_hidden_state`` (ViT, DeiT, BEiT, Swin, ResNet, ...).
+resized. Metrics, heads, groups and rows to fit on are those of `classification`. The live model is any encoder
+of transformers that takes ``pixel_values`` and returns ``last_hidden_state`` (ViT, DeiT, BEiT, Swin, ResNet, ...).
 """
 
 from __future__ import annotations

@@ -344,9 +344,10 @@ class _TextReader(HeadReader):
         label = class_of(item[self.task.label], self.task.label, names, n_classes)
         if isinstance(label, str):
             return label
-        group = "" if self.task.group is None else group_of(item[self.task.group])
+        field = self.task.group
+        group = "" if field is None else group_of(item[field])
         if group is None:
-            return f"{self.task.group!r} must be a text, a whole number or true or false, got {item[self.task.group]!r}"
+            return f"{field!r} must be a text, a whole number or true or false, got {item[field or '']!r}"
         document = json.dumps([text, label, *([group] if group else [])], ensure_ascii=False)
         return Row(text, label, hashlib.sha256(document.encode()).hexdigest(), group)
 

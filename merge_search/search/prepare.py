@@ -12,7 +12,14 @@ from merge_search.engine.checkpoints.compatibility import check_models
 from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
 from merge_search.engine.checkpoints.layout import layout
 from merge_search.errors import InputError, MergeSearchError, RuleError, StudyFileError, WeightsError, nearest
-from merge_search.evaluation import ChecksPrompts, Differentiable, Evaluator, MetricInfo, SplitShares
+from merge_search.evaluation import (
+    ChecksPrompts,
+    ComparesWithExperts,
+    Differentiable,
+    Evaluator,
+    MetricInfo,
+    SplitShares,
+)
 from merge_search.objective import Objective
 from merge_search.presets import PRESETS
 from merge_search.recipe import Models
@@ -86,6 +93,13 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     space = problems.attempt(lambda: _space(file, context)) if context is not None else None
     built = [problems.attempt(partial(_evaluator, file, i)) for i in range(len(file.evaluate))]
     evaluators = [e for e in built if e is not None]
+    problems.sentences += [
+        f"evaluate: {name!r} must be an expert under models.experts{nearest(name, file.models.experts)}"
+        for e in evaluators
+        if isinstance(e, ComparesWithExperts)
+        for name in e.compared_experts()
+        if name not in file.models.experts
+    ]
     if context is not None and not problems.sentences:
         folder = str(resolve_model(context.models.base))
         for evaluator in evaluators:

@@ -24,7 +24,7 @@ def built(name: str, folder: Path, **options: Any) -> Evaluator:
 
 
 def test_every_evaluator_of_the_catalogue_is_tested_here() -> None:
-    assert set(catalogue.names("evaluators")) == {"classification", "drift", "latency", "lm_eval", "size"}
+    assert set(catalogue.names("evaluators")) == {"classification", "drift", "latency", "lm_eval", "self_param", "size"}
 
 
 class TestClassification(EvaluatorConformance):
@@ -144,7 +144,7 @@ class CostConformance(EvaluatorConformance):
             live.model,
             Tokens(),
             changed=[lambda c=c: build(**c) for c in self.changes],
-            wrong=[lambda: build(limt=3), lambda: build(texts=["gone.txt"])],
+            wrong=[lambda: build(limt=3), lambda: build(texts=["gone.txt"]), lambda: build(texts={"a": "gone.txt"})],
             **self.facts,
         )
 
@@ -160,6 +160,12 @@ class TestLatency(CostConformance):
     options = {"texts": "a.jsonl", "max_length": 10, "new_tokens": 0, "repeats": 1}  # noqa: RUF012
     changes = [{"repeats": 2}, {"limit": 20}, {"new_tokens": 1}]  # noqa: RUF012
     facts = {"is_repeatable": False, "reads_outputs": False}  # noqa: RUF012
+
+
+class TestSelfParam(CostConformance):
+    name = "self_param"
+    options = {"texts": {"a": "a.jsonl", "b": "a.jsonl"}, "max_length": 10, "positions": 3}  # noqa: RUF012
+    changes = [{"positions": 2}, {"limit": 20}, {"texts": {"a": "a.jsonl"}}, {"new_tokens": 2}]  # noqa: RUF012
 
 
 class TestSize(CostConformance):
