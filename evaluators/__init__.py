@@ -7,6 +7,7 @@ __all__ = ["CATALOGUE"]
 CATALOGUE = {
     "classification": "evaluators.classification.evaluator:Classification",
     "drift": "evaluators.costs.drift:Drift",
+    "image_classification": "evaluators.classification.images:ImageClassification",
     "latency": "evaluators.costs.latency:Latency",
     "lm_eval": "evaluators.lm_eval.evaluator:LmEval",
     "self_param": "evaluators.self_param:SelfParam",

@@ -65,6 +65,14 @@ def encoder_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``models/`` and ``data/`` of `small_vision`: a tiny ViT, three experts, their heads and images."""
+    from small_vision import write
+
+    return write(tmp_path_factory.mktemp("vision"))
+
+
+@pytest.fixture(scope="session")
 def llama_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``base``, ``a``, ``b``, ``c``: llama checkpoints of five layers with random weights."""
     from mergekit_files import write_llamas

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_vision
 import tiny_encoder
 import tiny_lm
+import transformers
 import yaml
 
 from merge_search import catalogue
@@ -24,7 +26,15 @@ def built(name: str, folder: Path, **options: Any) -> Evaluator:
 
 
 def test_every_evaluator_of_the_catalogue_is_tested_here() -> None:
-    assert set(catalogue.names("evaluators")) == {"classification", "drift", "latency", "lm_eval", "self_param", "size"}
+    assert set(catalogue.names("evaluators")) == {
+        "classification",
+        "drift",
+        "image_classification",
+        "latency",
+        "lm_eval",
+        "self_param",
+        "size",
+    }
 
 
 class TestClassification(EvaluatorConformance):
@@ -49,6 +59,24 @@ class TestClassification(EvaluatorConformance):
             tiny_encoder.make_tokenizer(),
             changed=[lambda: build(limit=100), lambda: build(max_length=5)],
             wrong=[lambda: build(tasks={}), lambda: build(include_path="nowhere"), lambda: build(limt=3)],
+            fit_ids=fit_ids,
+        )
+
+
+class TestImageClassification(EvaluatorConformance):
+    @pytest.fixture
+    def case(self, vision_folder: Path) -> EvaluatorCase:
+        def build(**changes: Any) -> Evaluator:
+            return built("image_classification", vision_folder, **{**small_vision.options(), **changes})
+
+        def fit_ids(evaluator: Any, task: str) -> Sequence[str]:
+            return [row.hash for row in evaluator._tasks[task].fit]
+
+        return EvaluatorCase(
+            build,
+            transformers.ViTModel.from_pretrained(vision_folder / "models/base", add_pooling_layer=False).eval(),
+            changed=[lambda: build(limit=100), lambda: build(mean=0.4), lambda: build(std=0.4)],
+            wrong=[lambda: build(tasks={}), lambda: build(include_path="nowhere"), lambda: build(std=0)],
             fit_ids=fit_ids,
         )
 
