@@ -10,6 +10,7 @@ CATALOGUE = {
     "image_classification": "evaluators.classification.images:ImageClassification",
     "latency": "evaluators.costs.latency:Latency",
     "lm_eval": "evaluators.lm_eval.evaluator:LmEval",
+    "ranking": "evaluators.ranking.evaluator:Ranking",
     "self_param": "evaluators.self_param:SelfParam",
     "size": "evaluators.costs.size:Size",
 }

@@ -73,6 +73,14 @@ def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def recommender_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``models/`` and ``data/`` of `small_recommender`: a tiny SASRec, an expert per market, and their logs."""
+    from small_recommender import write
+
+    return write(tmp_path_factory.mktemp("recommender"))
+
+
+@pytest.fixture(scope="session")
 def llama_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``base``, ``a``, ``b``, ``c``: llama checkpoints of five layers with random weights."""
     from mergekit_files import write_llamas

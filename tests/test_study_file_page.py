@@ -16,6 +16,7 @@ from evaluators.classification import image_rows as labelled_images
 from evaluators.classification import rows as labelled_text
 from evaluators.costs import drift, latency, size
 from evaluators.lm_eval import options as lm_eval_options
+from evaluators.ranking import rows as sequences
 from merge_search import study_file
 from merge_search.study_file import StudyFile, read_study_file
 
@@ -41,6 +42,7 @@ EVALUATORS: dict[str, list[type[BaseModel]]] = {
     "image_classification": [labelled_images.ImageOptions, labelled_images.ImageTaskOptions],
     "drift": [drift.Options],
     "latency": [latency.Options],
+    "ranking": [sequences.Options, sequences.TaskOptions],
     "self_param": [self_param.Options],
     "size": [size.Options],
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_recommender
 import small_vision
 import tiny_encoder
 import tiny_lm
@@ -32,6 +33,7 @@ def test_every_evaluator_of_the_catalogue_is_tested_here() -> None:
         "image_classification",
         "latency",
         "lm_eval",
+        "ranking",
         "self_param",
         "size",
     }
@@ -77,6 +79,29 @@ class TestImageClassification(EvaluatorConformance):
             transformers.ViTModel.from_pretrained(vision_folder / "models/base", add_pooling_layer=False).eval(),
             changed=[lambda: build(limit=100), lambda: build(mean=0.4), lambda: build(std=0.4)],
             wrong=[lambda: build(tasks={}), lambda: build(include_path="nowhere"), lambda: build(std=0)],
+            fit_ids=fit_ids,
+        )
+
+
+class TestRanking(EvaluatorConformance):
+    @pytest.fixture
+    def case(self, recommender_folder: Path) -> EvaluatorCase:
+        def build(**changes: Any) -> Evaluator:
+            return built("ranking", recommender_folder, **{**small_recommender.options(), **changes})
+
+        def fit_ids(evaluator: Any, task: str) -> Sequence[str]:
+            return [row.hash for row in evaluator._tasks[task].fit]
+
+        return EvaluatorCase(
+            build,
+            small_recommender.load(recommender_folder),
+            changed=[
+                lambda: build(limit=60),
+                lambda: build(k=[3]),
+                lambda: build(negatives=5),
+                lambda: build(max_length=3),
+            ],
+            wrong=[lambda: build(tasks={}), lambda: build(include_path="nowhere"), lambda: build(k=0)],
             fit_ids=fit_ids,
         )
 
