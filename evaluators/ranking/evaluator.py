@@ -61,6 +61,7 @@ class Ranking(LabelledEvaluator[RankingTask]):
     ) -> None:
         self._options = read_options(Options, options)
         super().__init__(read_tasks(self._options, shares, folder), batch_size=self._options.batch_size)
+        self._places = {name: {item: i for i, item in enumerate(task.items)} for name, task in self._tasks.items()}
         self._candidates: dict[tuple[str, str], NDArray[np.int64]] = {}
 
     def metrics(self) -> list[MetricInfo]:
@@ -80,12 +81,11 @@ class Ranking(LabelledEvaluator[RankingTask]):
     def _load(self, model: Any, tokenizer: Any, folder: str) -> LiveOutputs[Any]:
         from evaluators.ranking.items import ItemScores
 
-        self._candidates = {}
         return ItemScores(model, list(self._tasks.values()), max_length=self._options.max_length)
 
     def _scores(self, task: RankingTask, rows: Sequence[SequenceRow], logits: NDArray[np.float32]) -> dict[str, Scores]:
         ids = tuple(row.hash for row in rows)
-        pairs = [_rank(line, row.label, self._wrong(task, row)) for row, line in zip(rows, logits, strict=True)]
+        pairs = [self._rank(task, row, scores) for row, scores in zip(rows, logits, strict=True)]
         rank, n_wrong = np.array(pairs).T
         values = {"auc": 1 - (rank - 1) / n_wrong}
         for k in self._options.k:
@@ -93,21 +93,32 @@ class Ranking(LabelledEvaluator[RankingTask]):
             values[f"ndcg@{k}"] = values[f"hr@{k}"] / np.log2(rank + 1)
         return {f"{task.name}/{label}": mean_scores(ids, v) for label, v in values.items()}
 
-    def _wrong(self, task: RankingTask, row: SequenceRow) -> NDArray[np.int64]:
-        """Places, among the task's items, of the wrong candidates of a question."""
+    def _rank(self, task: RankingTask, row: SequenceRow, scores: NDArray[np.float32]) -> tuple[float, int]:
+        """The rank of the right item from 1 on, ties counted half, and the number of wrong ones (1 if none is)."""
+        right = scores[row.label]
+        if self._options.negatives is None:
+            heard = scores[self._in_history(task, row)]
+            better = (scores > right).sum() - (heard > right).sum()
+            equal = (scores == right).sum() - 1 - (heard == right).sum()
+            n_wrong = len(scores) - 1 - len(heard)
+        else:
+            wrong = scores[self._drawn(task, row)]
+            better, equal, n_wrong = (wrong > right).sum(), (wrong == right).sum(), len(wrong)
+        return 1.0 + float(better) + float(equal) / 2, max(1, n_wrong)
+
+    def _in_history(self, task: RankingTask, row: SequenceRow) -> list[int]:
+        """Places, among the task's items, of those in the history. The right item is none of them."""
+        places = self._places[task.name]
+        return [places[item] for item in {*row.history} - {row.target} if item in places]
+
+    def _drawn(self, task: RankingTask, row: SequenceRow) -> NDArray[np.int64]:
+        """Places, among the task's items, of the wrong candidates that are drawn for a question."""
         key = (task.name, row.hash)
         if key not in self._candidates:
-            out = {*row.history, row.target}
-            places = np.array([i for i, item in enumerate(task.items) if item not in out], dtype=np.int64)
-            n = self._options.negatives
-            if n is not None and n < len(places):
-                places = np.sort(np.random.default_rng(int(row.hash[:16], 16)).choice(places, n, replace=False))
-            self._candidates[key] = places
+            left = np.ones(len(task.items), dtype=bool)
+            left[[*self._in_history(task, row), row.label]] = False
+            places = np.flatnonzero(left)
+            n = min(self._options.negatives or 0, len(places))
+            draw = np.random.default_rng(int(row.hash[:16], 16))
+            self._candidates[key] = np.sort(draw.choice(places, n, replace=False))
         return self._candidates[key]
-
-
-def _rank(scores: NDArray[np.float32], right: int, wrong: NDArray[np.int64]) -> tuple[float, int]:
-    """The rank of the right item from 1 on, ties counted half, and the number of wrong ones (1 if there are none)."""
-    others = scores[wrong]
-    better, equal = (others > scores[right]).sum(), (others == scores[right]).sum()
-    return 1.0 + float(better) + float(equal) / 2, max(1, len(wrong))
