@@ -123,7 +123,7 @@ class SelfParam(Evaluator):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def bind(self, model: Any, tokenizer: Any, *, folder: str) -> None:
-        """Tokenise every text. `cache_expert` stores the answers to them.
+        """Tokenise every text. `cache_expert` stores answers to them, and a second model is compared with the same ones.
 
         Raises:
             StudyFileError: The model has no logits over a vocabulary (an encoder), a text has fewer than two tokens, or
@@ -131,7 +131,10 @@ class SelfParam(Evaluator):
         """
         from evaluators.costs.next_tokens import NextTokens
 
-        options, self._kept = self._options, {}
+        options = self._options
+        if self._live is not None:
+            self._live.model = model
+            return
         live = NextTokens(model, evaluator="self_param", whose="the experts'", batch_size=options.batch_size)
         size = {"max_length": options.max_length, "positions": options.positions}
         self._asked = {

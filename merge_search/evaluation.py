@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnswerEnds",
+    "ChecksModels",
     "ChecksPrompts",
     "ComparesWithExperts",
     "Cost",
@@ -366,6 +367,9 @@ class Evaluator(Protocol):
     def bind(self, model: Any, tokenizer: Any, *, folder: str) -> None:
         """Prepare the requests for a live model.
 
+        It may be called again, with the live model of other shapes that a transform made: from then on that one is
+        scored. What is compared with the base (drift) is compared with the weights of the first call.
+
         Args:
             model: The live model. Its weights are changed in place between calls of `evaluate`.
             tokenizer: The model's tokenizer.
@@ -404,7 +408,7 @@ class ComparesWithExperts(Protocol):
     """What an `Evaluator` also has where it compares a merge with what single experts answer.
 
     After `bind` and before the first `evaluate` the live model gets the weights of each of these experts once, and
-    `cache_expert` is called. What an expert is asked then counts as questions.
+    `cache_expert` is called. What an expert is asked then counts as questions. A second `bind` keeps what was stored.
     """
 
     def compared_experts(self) -> Sequence[str]:
@@ -413,6 +417,23 @@ class ComparesWithExperts(Protocol):
 
     def cache_expert(self, expert: str) -> None:
         """Store what is needed of the live model's answers. It has the weights of `expert` at this moment."""
+        ...
+
+
+@runtime_checkable
+class ChecksModels(Protocol):
+    """What an `Evaluator` also has where it can tell from a config whether it can score a model."""
+
+    def check_model(self, config: Mapping[str, Any], what: str) -> None:
+        """Check a model that a transform makes, or an expert of other shapes, before any weight is loaded.
+
+        Args:
+            config: Its config.json.
+            what: Names the model in messages.
+
+        Raises:
+            StudyFileError: The evaluator cannot score it.
+        """
         ...
 
 

@@ -35,6 +35,7 @@ import numpy as np
 from evaluators.classification.gaps import gap_scores
 from evaluators.classification.rows import HeadTask, Options, read_tasks
 from evaluators.labelled.evaluator import LabelledEvaluator, mean_scores
+from merge_search.errors import StudyFileError
 from merge_search.evaluation import MetricInfo, Scores, SplitShares
 from merge_search.options import read_options
 
@@ -52,6 +53,23 @@ class HeadEvaluator(LabelledEvaluator[HeadTask]):
     def metrics(self) -> list[MetricInfo]:
         """``acc`` and ``nll`` of each task, then its gaps. The chance of ``acc`` is 1 / n_classes."""
         return [info for task in self._tasks.values() for info in _metrics(task)]
+
+    def check_model(self, config: Mapping[str, Any], what: str) -> None:
+        """Compare the hidden size of the heads with a model's.
+
+        Raises:
+            StudyFileError: Heads of another hidden size.
+        """
+        size = config.get("hidden_size")
+        odd = [t for t in self._tasks.values() if isinstance(size, int) and t.head.hidden != size]
+        if odd:
+            raise StudyFileError(
+                [
+                    f"tasks.{t.name}.head: {t.head.path} has hidden size {t.head.hidden}, and {what} has {size}: it "
+                    "cannot be judged; leave it out, or give a model of that width"
+                    for t in odd
+                ]
+            )
 
     def _scores(self, task: HeadTask, rows: Sequence[Any], logits: NDArray[np.float32]) -> dict[str, Scores]:
         """Per-question values from logits of shape (n, n_classes). The lowest class wins a tie."""

@@ -87,10 +87,10 @@ class Drift(Evaluator):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def bind(self, model: Any, tokenizer: Any, *, folder: str) -> None:
-        """Tokenise every text and store the base's answers.
+        """Tokenise every text and store the base's answers. A second model is compared with the first one.
 
         Args:
-            model: The live model. It must have the base's weights.
+            model: The live model. The first one must have the base's weights.
             tokenizer: Its tokenizer.
             folder: Not used.
 
@@ -100,13 +100,17 @@ class Drift(Evaluator):
         """
         from evaluators.costs.next_tokens import NextTokens
 
-        options, self._kept = self._options, {}
-        self._live = live = NextTokens(model, evaluator="drift", whose="the base's", batch_size=options.batch_size)
+        options = self._options
+        if self._live is not None:
+            self._live.model = model
+            return
+        live = NextTokens(model, evaluator="drift", whose="the base's", batch_size=options.batch_size)
         size = {"max_length": options.max_length, "positions": options.positions}
         asked = {split: live.encode(tokenizer, texts, **size) for split, texts in self._texts.items()}
         rows = [row for rows in asked.values() for row in rows]
         live.require_memory(rows, [len(row.places) for row in rows], [self._texts])
         self._kept = {split: live.keep(rows) for split, rows in asked.items()}
+        self._live = live
 
     def evaluate(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
         """Mean KL(base || merge) of the texts in `window(n, fidelity, after)`, and their values.

@@ -192,5 +192,7 @@ def places(last: int, n: int) -> Tensor:
 
 def _divergence(kept: Tensor, merge: Tensor) -> float:
     """Mean over positions of KL(kept || merge). Never negative: the rounded kept one is normalised again."""
+    n = min(kept.shape[-1], merge.shape[-1])  # a model of another vocabulary: the tokens that both have
+    kept, merge = kept[..., :n], merge if merge.shape[-1] == n else merge[..., :n].log_softmax(-1)
     log_p = kept.float().log_softmax(-1)
     return float((log_p.exp() * (log_p - merge)).sum(-1).mean().clamp_min(0.0))

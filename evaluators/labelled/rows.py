@@ -144,7 +144,9 @@ class TaskReader(Generic[RowKind]):
         kept = tuple(row for row in fit if row.question not in asked)
         n_left_out = len(fit) - len(kept)
         if fit and not kept:
-            self.note("train", f"all questions of its {len(fit)} rows also stand in data, so there is nothing to fit on")
+            self.note(
+                "train", f"all questions of its {len(fit)} rows also stand in data, so there is nothing to fit on"
+            )
         elif n_left_out:
             _log.warning(
                 "task %s: %d of %d rows to fit on are also questions: left out", self.name, n_left_out, len(fit)
