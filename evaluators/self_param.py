@@ -123,7 +123,7 @@ class SelfParam(Evaluator):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def bind(self, model: Any, tokenizer: Any, *, folder: str) -> None:
-        """Tokenise every text. `cache_expert` stores answers to them, and a second model is compared with the same ones.
+        """Tokenise every text. `cache_expert` stores the answers. A second model is compared with the same answers.
 
         Raises:
             StudyFileError: The model has no logits over a vocabulary (an encoder), a text has fewer than two tokens, or
