@@ -219,7 +219,7 @@ def _list_options(name: str | None) -> None:
     from merge_search.rules.describe import OptionLine, rule_options
 
     groups: dict[str, list[tuple[str, OptionLine]]] = {}
-    if name in PRESETS:
+    if name is not None and name in PRESETS:
         groups[f"preset {name}"] = [(rule, line) for rule, line in preset_options(name)]
     for title, rules in TABLES.items():
         for key, row in rules.items():

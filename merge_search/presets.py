@@ -497,7 +497,7 @@ def preset_options(name: str) -> list[tuple[str, OptionLine]]:
     """
     low, _ = PRESETS[name].experts
     experts = [f"expert{i}" for i in range(low)]
-    chosen = {"expert": experts[0]} if name == "expert" else {}
+    chosen: dict[str, Any] = {"expert": experts[0]} if name == "expert" else {}
     recipe = preset(name, Models(base="base", experts={e: e for e in experts}), **chosen)
     data = recipe.model_dump()
     out = []

@@ -127,9 +127,7 @@ def _mean(coefficients: PerExpert) -> float | dict[str, float]:
     return {k: _mean_of(v[k] if isinstance(v, dict) else v for v in coefficients.values()) for k in keys}
 
 
-def of_template(
-    name: str, template: Recipe, options: tuple[OptionAxis, ...] = (), *, search_density: bool = True
-) -> Method:
+def of_template(name: str, template: Recipe, options: tuple[OptionAxis, ...], *, search_density: bool) -> Method:
     """The choice of a recipe's stages; its densities are its own where they are not searched.
 
     Args:
