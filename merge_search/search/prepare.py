@@ -16,7 +16,15 @@ from merge_search.engine.checkpoints.layout import layout, name_groups
 from merge_search.engine.transforms.sources import Sources
 from merge_search.engine.transforms.store import preview
 from merge_search.errors import InputError, MergeSearchError, RuleError, StudyFileError, WeightsError, nearest
-from merge_search.evaluation import ChecksModels, ChecksPrompts, Differentiable, Evaluator, MetricInfo, SplitShares
+from merge_search.evaluation import (
+    ChecksModels,
+    ChecksPrompts,
+    ComparesWithExperts,
+    Differentiable,
+    Evaluator,
+    MetricInfo,
+    SplitShares,
+)
 from merge_search.objective import Objective
 from merge_search.presets import PRESETS, pairs_refusal
 from merge_search.recipe import Group, Models, Transform
@@ -154,6 +162,13 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     n_before = len(problems.sentences)
     built = [problems.attempt(partial(_evaluator, file, i)) for i in range(len(file.evaluate))]
     evaluators = [e for e in built if e is not None]
+    problems.sentences += [
+        f"evaluate: {name!r} must be an expert under models.experts{nearest(name, file.models.experts)}"
+        for e in evaluators
+        if isinstance(e, ComparesWithExperts)
+        for name in e.compared_experts()
+        if name not in file.models.experts
+    ]
     if context is not None and space is not None and n_before == len(problems.sentences):
         context = _check_transforms(file, space, context, evaluators, problems)
     if context is not None and not problems.sentences:
