@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_adapters import extract_adapter
 
 __all__ = ["KITS"]
 
@@ -35,5 +36,14 @@ def language(folder: Path, demo: Path, temporary: pytest.TempPathFactory) -> Stu
     )
 
 
-KITS: dict[str, Kit] = {"language": language}
+def adapters(folder: Path, demo: Path, temporary: pytest.TempPathFactory) -> Study:
+    """The demo's language models, experts as LoRA adapters of rank 8."""
+    made, models = temporary.mktemp("adapters"), demo / "models"
+    study = language(folder, demo, temporary)
+    for e in study["models"]["experts"]:
+        study["models"]["experts"][e] = str(extract_adapter(models / "base", models / e, made / e, rank=8))
+    return study
+
+
+KITS: dict[str, Kit] = {"language": language, "adapters": adapters}
 """Kits by the name that the page gives them."""
