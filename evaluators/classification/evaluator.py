@@ -14,8 +14,9 @@ Rows are JSON lines with a text and a label (a class number, or a name listed un
 ``weight`` (n_classes, hidden) and ``bias`` (n_classes,). Each task has two metrics: ``acc``, with the right label's
 probability beside it, and ``nll``, the mean of -log(probability).
 
-A learner fits on the rows of ``train`` or, without them, on the fit share of the search split. `Classification.loss` is
-differentiable in the live model's parameters.
+A learner fits on the rows of ``train`` or, without them, on the fit share of the search split. With ``fit:
+test_inputs`` it fits on the texts of the test split without their labels. `Classification.loss` is differentiable in
+the live model's parameters.
 """
 
 from __future__ import annotations
@@ -206,8 +207,8 @@ class Classification(Evaluator):
         self._pseudo[task] |= {row: int(c) for row, c in labels.items()}
 
     def losses(self, task: str) -> tuple[str, ...]:
-        """Kinds of `loss`. They are the same for every task."""
-        return LOSSES
+        """Kinds of `loss`. They are the same for every task; without labels there is no ``gold``."""
+        return LOSSES if self._tasks[task].has_labels else LOSSES[1:]
 
     def loss(self, task: str, rows: Sequence[int], kind: str = "gold") -> Tensor:
         """Mean loss of the bound model on these rows, with a graph to the parameters that require gradients.
@@ -238,6 +239,11 @@ class Classification(Evaluator):
         encoder, known = self._bound(), self._fit_rows(task, rows)
         if kind not in LOSSES:
             raise InputError(f"no loss is called {kind!r}{nearest(kind, LOSSES)}")
+        if kind not in self.losses(task):
+            raise InputError(
+                f"task {task!r} is fitted on its test texts, whose labels are never read: it has no {kind} loss, only "
+                f"{', '.join(self.losses(task))}"
+            )
         self._check_teacher(task, rows, kind)
         tokens = self._tokens[task, Split.FIT]
         batches = encoder.trim_batches([tokens[i] for i in rows])
@@ -250,6 +256,13 @@ class Classification(Evaluator):
             return -(log_p.exp() * log_p).sum(-1).mean() / math.log(known.head.n_classes)
         labels = [self._pseudo[task][i] if kind == "pseudo" else known.fit[i].label for i in asked]
         return functional.cross_entropy(logits, as_tensor(labels, device=logits.device))
+
+    def answers(self, task: str, row: int) -> tuple[Tensor, Tensor]:
+        """Cross-entropy to every class, with a graph, and the probability of every class. Shape (n_classes,) each."""
+        encoder, known = self._bound(), self._fit_rows(task, [row])
+        (batch,) = encoder.trim_batches([self._tokens[known.name, Split.FIT][row]])
+        log_p = encoder.logits(task, batch)[0].log_softmax(-1)
+        return -log_p, log_p.detach().exp()
 
     def _check_teacher(self, task: str, rows: Sequence[int], kind: str) -> None:
         """Raise `EvaluationError` if the loss needs a teacher's answers and some of these rows have none."""

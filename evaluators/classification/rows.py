@@ -67,6 +67,8 @@ class Options(BaseModel):
         batch_size: Texts of one forward pass.
         max_length: Most tokens per text.
         limit: Most documents per task: the first in the order of questions.
+        fit: The source of the rows to fit on. ``auto``: `TaskOptions.train`, without it the fit share. ``test_inputs``:
+            the texts of the test split without their labels, as in test-time adaptation (AdaMerging).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,6 +78,7 @@ class Options(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] = 64
     max_length: Annotated[int, Field(ge=1)] = 128
     limit: Annotated[int, Field(ge=1)] | None = None
+    fit: Literal["auto", "test_inputs"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ class TaskRows:
         head: Its head file.
         pooling: See `TaskOptions`.
         scored: The rows of the search, validation and test split, each in the order of questions.
-        fit: The rows to fit on. None of their texts is in `scored`.
+        fit: The rows to fit on. None of their texts is in `scored`, unless they have no labels.
+        has_labels: Whether the rows to fit on have labels. Without, their `Row.label` is -1.
     """
 
     name: str
@@ -131,6 +135,7 @@ class TaskRows:
     pooling: Literal["mean", "cls"]
     scored: Mapping[Split, tuple[Row, ...]]
     fit: tuple[Row, ...]
+    has_labels: bool = True
 
 
 def read_tasks(options: Options, shares: SplitShares, folder: Path | None = None) -> list[TaskRows]:
@@ -171,12 +176,16 @@ class _Reader:
         train = self._rows("train", self.task.train, names, n_classes) if has_labels else []
         if head is None or len(self.problems) > before:
             return None
-        if train:
+        is_unlabelled = self.options.fit == "test_inputs"
+        if train or is_unlabelled:
             shares = replace(
                 shares, fit=0.0
             )  # with rows of its own to fit on, a task can be scored on its whole search split
         split = self._split(rows, shares)
         self._check_sizes(split)
+        if is_unlabelled:
+            fit = tuple(Row(row.text, -1, hashlib.sha256(row.text.encode()).hexdigest()) for row in split[Split.TEST])
+            return TaskRows(self.name, head, self.task.pooling, {s: split[s] for s in SCORED}, fit, has_labels=False)
         fit = self._disjoint(train if self.task.train else split[Split.FIT], [r for s in SCORED for r in split[s]])
         return TaskRows(self.name, head, self.task.pooling, {s: split[s] for s in SCORED}, fit)
 
