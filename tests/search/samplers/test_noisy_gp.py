@@ -52,6 +52,13 @@ def add_failure(study: optuna.Study, point, outcome: Outcome) -> None:
     )
 
 
+def enqueued(study: optuna.Study, point: dict[str, float]) -> optuna.Trial:
+    study.enqueue_trial(point)
+    trial = study.ask()
+    suggest(trial, LINE)
+    return trial
+
+
 def grid(n: int) -> list[dict[str, float]]:
     """n x n points in the middle of equal cells."""
     return [{"x": (i + 0.5) / n, "y": (j + 0.5) / n} for i in range(n) for j in range(n)]
@@ -116,6 +123,39 @@ class TestNoisyGP:
             add(study, point, point["x"], constraint=point["x"] + point["y"] - 0.8)
         points = [suggest(study.ask(), LINE) for _ in range(3)]
         assert all(p["x"] > 0.5 and p["x"] + p["y"] < 0.85 for p in points)
+
+    def test_candidates_are_drawn_around_the_best_feasible_points(self):
+        """The objective rises with x; feasible is x <= 0.6, so the best of a 5 x 5 grid are those at x = 0.5."""
+        study, cube = line_study(), UnitCube(LINE)
+        for point in grid(5):
+            add(study, point, point["x"], constraint=point["x"] - 0.6)
+        history = read_history(study, cube)
+        best = acquisition._best_points(acquisition._fit_all(history, cube, "tied"), history)
+        assert best[:, 0].tolist() == pytest.approx([0.5] * 5)
+
+    def test_up_to_three_objectives_are_improved_by_hypervolume_and_more_by_random_weights(self):
+        for m, kind in ((2, "Hypervolume"), (3, "Hypervolume"), (4, "NoisyExpectedImprovement")):
+            study, cube = line_study(m=m), UnitCube(LINE)
+            for point in grid(3):
+                trial = enqueued(study, point)
+                tell(study, trial, [point["x"], -point["x"], point["y"], -point["y"]][:m])
+            history = read_history(study, cube)
+            models = acquisition._fit_all(history, cube, "tied")
+            found = acquisition._acquisition(models, history, seed=0, multi_objective="auto")
+            assert kind in type(found).__name__
+
+    def test_the_reference_point_of_the_hypervolume_is_that_of_the_front(self):
+        """Trials that others beat in everything, however bad, do not make the front look small."""
+        study, cube = line_study(m=2), UnitCube(LINE)
+        for point in grid(3):
+            bad = 0.0 if point["y"] > 0.5 else -100.0
+            tell(study, enqueued(study, point), [point["x"] + bad, 1 - point["x"] + bad])
+        history = read_history(study, cube)
+        models = acquisition._fit_all(history, cube, "tied")
+        found = acquisition._acquisition(models, history, seed=0, multi_objective="hypervolume")
+        means = models.means(history.points)
+        front = means[means.sum(1) > means.sum(1).median()]
+        assert (found.ref_point > front.min(0).values - (front.max(0).values - front.min(0).values)).all()
 
     def test_never_repeats_a_point_while_a_new_one_is_left(self):
         parameters: dict[str, Parameter] = {"preset": Categorical(("a", "b", "c")), "k": Integer(1, 3)}
