@@ -35,6 +35,7 @@ from merge_search.search.records import (
     Record,
     best,
     best_expert,
+    candidates,
     finished_records,
     records,
     references_of,
@@ -210,6 +211,8 @@ class _Driver:
             Whether any waits. False without a note where the space approximates nothing.
         """
         plan, seed = self.plan, self.plan.file.study.seed
+        if not any(plan.space.exact_form(r.recipe) for r in candidates(self.study) if not r.label):
+            return bool(waiting_exact_forms(self.study))
         top = finalists(self.study, plan.objective, plan.space.parameters, seed=seed, n=self.search.finalists)
         forms = {f"{EXACT}{r.number}": plan.space.exact_form(r.recipe) for r in top}
         starts = {t.user_attrs.get("start") for t in self.study.get_trials(deepcopy=False)}
