@@ -13,7 +13,7 @@ The paper's search is 10 random points and 50 by expected improvement over a Gau
     search: {sampler: botorch, sampler_options: {n_startup: 10}, n_trials: 66, baselines: []}
     statistics: {n_rows: 30}
 
-Dimension: M for M experts.
+Dimension: M for M experts, and one for every option that is searched.
 Source: Lee et al. 2025, Dynamic Fisher-weighted Model Merging via Bayesian Optimization, arXiv 2504.18992. Differs: the
 first points are uniform recipes, and expected improvement counts the noise; interpolation is ours.
 """
@@ -30,8 +30,8 @@ from merge_search.recipe import Recipe
 from merge_search.space import SpaceContext
 from search_spaces.parts.axes import per_cell
 from search_spaces.parts.composed import Composed
+from search_spaces.parts.entries import PostEntry, preset_methods
 from search_spaces.parts.grouping import Range
-from search_spaces.parts.methods import of_preset, preset_entries
 from search_spaces.parts.options import Bounds, Options, space_options
 
 __all__ = ["DfMerge"]
@@ -48,10 +48,14 @@ class DfMergeOptions(Options):
         bounds: Bounds of coefficients.
         anchors: Distance between the coefficients at which Fisher information is measured; 0: at every candidate's own.
         answers: The answers that it is taken over: the right ones, or all by their probability.
+        options: Options of the preset, fixed or searched: ``{power: {bounds: [0, 1.5]}}``.
+        post: Post rules on top of it.
     """
 
     fisher: bool = True
     bounds: Bounds = (0.0, 1.0)
+    options: Annotated[dict[str, Any], Field(default_factory=dict)]
+    post: tuple[PostEntry, ...] = ()
     anchors: Annotated[float, Field(ge=0)] = 0.0
     answers: Literal["gold", "all"] = "gold"
 
@@ -67,10 +71,10 @@ class DfMerge(Composed):
 
     def __init__(self, options: Mapping[str, Any], context: SpaceContext, *, folder: Path | None = None) -> None:
         chosen = space_options(DfMergeOptions, options)
-        entry = {"df_merge": chosen.measured} if chosen.fisher else "task_arithmetic"
-        (preset,) = preset_entries([entry], context, at="space")
-        method = of_preset(preset.name, context, chosen=preset)
-        super().__init__(context, [method], per_cell("coefficient", context, Range(bounds=chosen.bounds)))
+        name, fixed = ("df_merge", chosen.measured) if chosen.fisher else ("task_arithmetic", {})
+        entry = {name: {**fixed, **chosen.options}}
+        methods = preset_methods([entry], context, at="space.options", post=chosen.post, one=True)
+        super().__init__(context, methods, per_cell("coefficient", context, Range(bounds=chosen.bounds)))
 
     def exact_form(self, recipe: Recipe) -> Recipe | None:
         """The recipe with Fisher information measured at its own coefficients; None if it was measured there."""

@@ -13,7 +13,7 @@ from typing import Any
 from merge_search.errors import InputError, nearest
 from merge_search.options import read_options
 from merge_search.presets import PRESETS, preset
-from merge_search.recipe import Recipe
+from merge_search.recipe import Recipe, Transform
 from merge_search.search.plan import Baseline
 from merge_search.space import SpaceContext
 from merge_search.study_file import BaselineFit
@@ -53,6 +53,9 @@ def read_baselines(entries: Sequence[str | Mapping[str, Mapping[str, Any]]], pro
 
 def reference_recipes(context: SpaceContext) -> dict[str, Recipe]:
     """Recipes of exact copies of the base and of each expert, by name."""
+    if context.transform is not None:  # experts of other shapes are judged as they are, on models of their own
+        alone = {name: Transform(name="alone", options={"model": name}) for name in context.experts}
+        return {n: context.recipe(transform=t) for n, t in {"base": Transform(name="alone"), **alone}.items()}
     out = {"base": _preset("base", context)}
     return out | {expert: _preset("expert", context, expert=expert) for expert in context.experts}
 
@@ -89,4 +92,5 @@ def _recipe(baseline: Baseline, context: SpaceContext) -> Recipe:
 
 
 def _preset(name: str, context: SpaceContext, **settings: Any) -> Recipe:
-    return preset(name, context.models, seed=context.seed, dtype=context.dtype, **settings)
+    recipe = preset(name, context.models, seed=context.seed, dtype=context.dtype, **settings)
+    return recipe.model_copy(update={"transform": context.transform})
