@@ -7,6 +7,7 @@ import math
 import numpy as np
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState, create_trial
 from random_studies import MIXED, fill, new_study, smooth, tell
 
@@ -156,6 +157,45 @@ class TestNoisyGP:
         means = models.means(history.points)
         front = means[means.sum(1) > means.sum(1).median()]
         assert (found.ref_point > front.min(0).values - (front.max(0).values - front.min(0).values)).all()
+
+    def test_ever_smaller_steps_find_a_more_promising_point_than_the_first_candidates(self, monkeypatch):
+        study, cube = line_study(), UnitCube(LINE)
+        for point in grid(3):
+            add(study, point, -((point["x"] - 0.4) ** 2) - (point["y"] - 0.6) ** 2)
+        history = read_history(study, cube)
+        models = acquisition._fit_all(history, cube, "tied")
+        promise = acquisition._acquisition(models, history, seed=3, multi_objective="auto")
+
+        def found() -> float:
+            point = acquisition.propose(history, cube, seed=3)
+            return promise(torch.tensor([[point]], dtype=torch.double)).item()
+
+        refined = found()
+        monkeypatch.setattr(acquisition, "REFINEMENTS", ())
+        assert refined > found()
+
+    def test_the_model_of_crashes_is_feasible_where_trials_ran(self):
+        study, cube = line_study(), UnitCube(LINE)
+        for point in grid(5):
+            if point["x"] > 0.6:
+                add_failure(study, point, Outcome.OUT_OF_MEMORY)
+            else:
+                add(study, point, point["x"])
+        history = read_history(study, cube)
+        models = acquisition._fit_all(history, cube, "tied")
+        (limit,) = models.limits
+        ran, crashed = (limit.model.posterior(x).mean for x in (history.points, history.failed))
+        assert (len(ran), len(crashed)) == (15, 10)
+        assert ran.max() < limit.standardise(0.0) < crashed.min()  # feasible is below
+
+    def test_steps_move_some_numbers_and_leave_others(self):
+        parameters: dict[str, Parameter] = {f"c{i}": Float(0, 1) for i in range(10)}
+        steps = acquisition._Steps(UnitCube(parameters), seed=0)
+        moved = steps.around(torch.full((1, 10), 0.5, dtype=torch.double), 400, 0.05) != 0.5
+        assert 0.3 < moved.double().mean() < 0.7
+        counts = moved.sum(1)
+        assert counts.min() < 3  # some steps go along few directions, some along nearly all
+        assert counts.max() > 8
 
     def test_never_repeats_a_point_while_a_new_one_is_left(self):
         parameters: dict[str, Parameter] = {"preset": Categorical(("a", "b", "c")), "k": Integer(1, 3)}
