@@ -225,6 +225,8 @@ EARLIER_GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
 
 def _presets() -> Iterator[tuple[str, Recipe]]:
     for name, p in PRESETS.items():
+        if p.fit is not None:  # newer than 0.1.0; its fit begins at plain or trimmed task arithmetic
+            continue
         earlier = EARLIER.get(name, {})
         adapters = Models(base="base", experts={ADAPTER: ADAPTER})
         models = adapters if p.needs_factors else _first(p.experts[1] or len(EXPERTS))
