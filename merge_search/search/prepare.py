@@ -123,7 +123,8 @@ def _check_transforms(
     configs = {f"expert {s.name!r}": s.config for s in sources.experts.values() if s.name in odd}
     for transform in chosen:
         found = preview(transform, sources)
-        problems.sentences += [f"space.transform: {p}" for p in found.problems]
+        sentences = (f"space.transform: {p}" for p in found.problems)
+        problems.sentences += [s for s in sentences if s not in problems.sentences]  # other options, same problem
         if found.config is not None and not found.problems:
             configs[f"what transform {transform.name!r} makes"] = found.config
     for (what, config), evaluator in product(configs.items(), evaluators):

@@ -20,6 +20,7 @@ def _study(models: Study, evaluate: list[Study]) -> Study:
         "study": {"name": "example", "seed": 0},
         "models": models,
         "evaluate": evaluate,
+        "objective": {"maximise": "mean", "lead": 0.0},
         "search": {"finalists": 1},
         "statistics": {"n_rows": 8},
         "device": "cpu",
