@@ -71,6 +71,7 @@ _TIES = "Yadav et al. 2023, TIES-Merging, arXiv 2306.01708"
 _DARE = "Yu et al. 2024, Language Models are Super Mario (DARE), arXiv 2311.03099"
 _PCB = "Du et al. 2024, Parameter Competition Balancing, arXiv 2410.02396"
 _CKI = "Compatibility-aware Knowledge Integration, AAAI 2025, arXiv 2501.07596"
+_APL = "Activated Parameter Locating, 2024, arXiv 2408.09485"
 _RAM = "RAM / RAM+, arXiv 2601.13572"
 
 _SUM_SIGN = {"kind": "sum", "tie": "majority"}
@@ -84,6 +85,17 @@ def _each(key: str, *values: float) -> tuple[Mapping[str, Any], ...]:
 
 def _cki(splice: str, **options: Any) -> Mapping[str, Any]:
     return {"kind": splice, "score": {"measure": "cki", "options": {"standardise": "all", **options}}}
+
+
+def _apl(form: str) -> Mapping[str, Any]:
+    options = {"form": form, "partition": "block"}
+    return {
+        "allocate": {
+            "kind": "importance", "measure": "causal_effect", "options": options,
+            "spread": 0.4, "floor": 0.01, "coefficient_power": 0.5,
+        },
+        "select": {"kind": "bernoulli", "vectors": False}, "rescale": {"kind": "inverse_density"},
+    }  # fmt: skip
 
 
 _ALL: tuple[Preset, ...] = (
@@ -246,12 +258,35 @@ _ALL: tuple[Preset, ...] = (
     ),
     Preset(
         "apl", "density and coefficient of each tensor from its causal effect on the expert's loss",
-        "Activated Parameter Locating, 2024, arXiv 2408.09485",
+        _APL,
         {
             "allocate": {"kind": "importance", "measure": "apl", "spread": 0.4, "coefficient_power": 0.5},
             "select": {"kind": "bernoulli"}, "rescale": {"kind": "inverse_density"},
         },
-        differs="No code was released: dividing importance by both norms and its map to density are ours.",
+        differs=(
+            "No code was released: dividing importance by both norms and its map to density are ours. The parts are "
+            "single tensors; `apl_paper` has the paper's product and its parts. Norms and biases stay whole."
+        ),
+        coefficient=0.3, density=0.5,
+        needs_data=True, grid=({"coefficient": 0.3}, {"coefficient": 0.5}),
+    ),
+    Preset(
+        "apl_paper", "density and coefficient of each block from its effect on the expert's loss, to first order",
+        _APL, _apl("gradient"),
+        differs=(
+            "No code was released: the map from importance to density and coefficient is ours. The parts are blocks; "
+            "`partition` takes model, block_kind or tensor. Norms and biases stay whole unless `vectors` is set."
+        ),
+        coefficient=0.3, density=0.5,
+        needs_data=True, grid=({"coefficient": 0.3}, {"coefficient": 0.5}),
+    ),
+    Preset(
+        "apl_exact", "as apl_paper, by putting each block of the expert into the base and asking again", _APL,
+        _apl("activation"),
+        differs=(
+            "As `apl_paper`. `form: ablation` takes each block out of the expert; `average: rows` averages |change|. "
+            "It asks every fit row of an expert once for each block and once more."
+        ),
         coefficient=0.3, density=0.5,
         needs_data=True, grid=({"coefficient": 0.3}, {"coefficient": 0.5}),
     ),

@@ -84,6 +84,20 @@ class Group:
             return (self.tensor, self.kind, "*")
         return (self.tensor, f"block.{self.block}.{self.kind}", f"block.{self.block}", self.kind, "*")
 
+    def key(self, per: str) -> str:
+        """The key that all tensors of one part share; outside all blocks, parts are module kinds.
+
+        Args:
+            per: ``model``, ``block``, ``block_kind`` (block and module kind) or ``tensor``.
+        """
+        if per == "model":
+            return "*"
+        if per == "tensor":
+            return self.tensor
+        if self.block is None:
+            return self.kind
+        return f"block.{self.block}" if per == "block" else f"block.{self.block}.{self.kind}"
+
 
 def _finite(value: float) -> float:
     if not math.isfinite(value):
@@ -143,7 +157,8 @@ class Allocate(_Value):
 
     ``constant`` takes `densities` as they are. ``importance`` shifts each group's density by
     ``spread * (rank of its importance in [0, 1] - 1/2)``, clips it to [floor, 1] and shifts all of them so that the
-    size-weighted mean stays. The importance of a group is its mean score under the measure (APL: ``apl``).
+    size-weighted mean stays. The importance of a group is its mean score under the measure (APL: ``causal_effect``, or
+    ``apl`` by tensor). Groups are tensors, or what the measure's option ``partition`` says.
     """
 
     kind: Literal["constant", "importance"] = "constant"

@@ -44,6 +44,7 @@ from search_spaces.parts.methods import (
     of_preset,
     of_stages,
     preset_entries,
+    price_notes,
     why_senseless,
 )
 from search_spaces.parts.options import Options, space_options
@@ -91,6 +92,7 @@ class Compatibility(Composed):
             choice="method" if by_axes else "preset",
             advice=f"coefficients and densities per: expert make {1 + 2 * n}",
         )
+        self.notes += price_notes(methods, context)
         self.notes += notes + [
             f"{m.name!r} keeps a whole number of every {m.template.select.block_size} entries: densities act in steps"
             for m in methods

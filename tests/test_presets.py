@@ -22,12 +22,14 @@ ONE = torch.tensor([[0.40, -0.20, 0.10, 0.00], [0.30, -0.50, 0.05, -0.10]])
 TWO = torch.tensor([[0.10, 0.30, -0.10, 0.20], [-0.60, -0.40, 0.00, 0.20]])
 FISHER = (torch.tensor([[1.0, 2, 0.5, 1], [4, 1, 1, 0]]), torch.tensor([[1.0, 1, 0.5, 3], [1, 1, 2, 1]]))
 KINDS = ("fisher", "fisher@0.6", "fisher@0.3", "fisher@0.5", "external", "gradient", "absolute_gradient")
+EFFECTS = tuple(f"effect@form={form},partition=block" for form in ("gradient", "activation"))
 
 
 @pytest.fixture
 def toy() -> MemoryTensors:
     """Base zero, so that weights are deltas; statistics of every kind."""
     statistics = {(kind, e, "w"): f for e, f in zip(("a", "b"), FISHER, strict=True) for kind in KINDS}
+    statistics |= {(kind, e, "w"): torch.tensor([-0.5, 0.75]) for e in "ab" for kind in EFFECTS}
     return MemoryTensors({"w": torch.zeros(2, 4)}, {"a": {"w": ONE}, "b": {"w": TWO}}, statistics=statistics)
 
 

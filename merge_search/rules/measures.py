@@ -23,6 +23,7 @@ class Measure(Rule):
         data_free_option: A switch that makes it need no data.
         shared: All experts have the same scores.
         per_tensor: One number for all parameters of an expert's tensor.
+        partition: Option that says which tensors share one number (`recipe.Group.key`); '' where each has its own.
         is_constant: One number for everything.
         is_random: Scores depend on the recipe's seed.
         ordered: The order of the experts in the recipe matters.
@@ -41,6 +42,7 @@ class Measure(Rule):
     data_free_option: str = ""
     shared: bool = False
     per_tensor: bool = False
+    partition: str = ""
     is_constant: bool = False
     is_random: bool = False
     ordered: bool = False
@@ -121,6 +123,14 @@ MEASURES: RuleTable[Measure] = RuleTable("measure", (
     _m(
         "apl", "|cosine of gradient at the base and delta|, one number per tensor (APL)",
         needs_data=True, statistics=("gradient",), per_tensor=True, options={"normalise": True},
+    ),
+    _m(
+        "causal_effect", "change of the loss by an intervention on a part of the model, one number a part (APL)",
+        needs_data=True, statistics=("effect@form={form},partition={partition}",), per_tensor=True,
+        reads_weights=False, bounded=True, partition="partition",
+        options={"form": "gradient", "partition": "block", "average": "loss"},
+        choices={"form": ("gradient", "activation", "ablation"), "average": ("loss", "rows"),
+                 "partition": ("model", "block", "block_kind", "tensor")},
     ),
     _m(
         "trust_region", "sum over pairs of |gradient_i| |delta_j| (trust region)",

@@ -37,7 +37,8 @@ class Recorded(MemoryTensors):
 
     def statistic(self, kind: str, expert: str, name: str) -> Tensor | None:
         self.asked.add(kind)
-        return drawn(sum(map(ord, kind + expert)), *self.shape(name)).abs()
+        shape = (2,) if kind.startswith("effect") else self.shape(name)
+        return drawn(sum(map(ord, kind + expert)), *shape).abs()
 
     asked: set[str]
 

@@ -80,6 +80,7 @@ class Planner:
                 self.tensors,
                 active=lambda name: self.measurements.active(name, scope.experts),
                 importance=lambda expert, name: self._importance(assessment, expert, name),
+                per=str(assessment.options[assessment.measure.partition]) if assessment.measure.partition else "tensor",
             )
             self._allocations = {resolved.fingerprint: allocation}  # of one candidate; mean scores serve all of them
         return self._allocations[resolved.fingerprint]

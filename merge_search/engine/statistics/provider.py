@@ -180,7 +180,7 @@ class DataStatistics:
             "version": VERSION,
             "kind": kind,
             "base": hashes["base"],
-            "expert": None if entry.point == "base" else hashes[expert],
+            "expert": None if entry.point == "base" and entry.reads != "pair" else hashes[expert],
             "dtype": self._dtype,
             "seed": self._seed,
             "tasks": [[t.task, t.fingerprint, t.rows] for t in self._rows[expert]],
@@ -195,9 +195,10 @@ class DataStatistics:
         assert live is not None
         entry, c = _entry(kind)
         views = {name: live.views[name] for name in self.pool.groups if name in live.views}
-        work = Work(live.model, views, self.pool.groups, self._rows[expert])
-        _log.info("measuring %s of expert %r on %d rows", kind, expert, work.n_rows)
-        self.questions += entry.questions * work.n_rows
+        work = Work(live.model, views, self.pool.groups, self._rows[expert], self.pool, expert, self._seed)
+        asked = work.n_rows * entry.questions_per_row([self.pool.groups[name] for name in self._changed(entry, expert)])
+        _log.info("measuring %s of expert %r on %d rows: %d questions", kind, expert, work.n_rows, asked)
+        self.questions += asked
         with _borrowed(views):
             MergeEngine(self.pool, compile=False).apply(self._point(entry, c, expert), views)
             try:
@@ -205,6 +206,13 @@ class DataStatistics:
             except NonFiniteError as error:
                 raise NonFiniteError(f"measuring {kind!r} of expert {expert!r}: {error}") from error
         return {name: t.to("cpu") for name, t in tensors.items()}
+
+    def _changed(self, entry: Kind, expert: str) -> list[str]:
+        """Return the tensors that an expert changed, where a statistic's price depends on them."""
+        if isinstance(entry.questions, int):
+            return []
+        pool = self.pool
+        return [name for name in pool.groups if not torch.equal(pool.base(name), pool.expert(expert, name))]
 
     def _point(self, entry: Kind, c: float | None, expert: str) -> Recipe:
         """Return the recipe of the weights at which a statistic is measured."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from merge_search.engine.contracts import Tensors
 from merge_search.errors import InputError
 from merge_search.evaluation import Differentiable, loss_of
 from merge_search.recipe import Group
@@ -43,12 +44,18 @@ class Work:
         views: Live views of every merged tensor, by name on disk.
         groups: Group of every merged tensor.
         tasks: Their statistics are averaged. Each task counts once, whatever its number of rows.
+        models: Base and experts as they lie in the pool; None where a statistic reads the live weights alone.
+        expert: The expert that is measured.
+        seed: The study's seed.
     """
 
     model: Any
     views: Mapping[str, Tensor]
     groups: Mapping[str, Group]
     tasks: tuple[TaskRows, ...]
+    models: Tensors | None = None
+    expert: str = ""
+    seed: int = 0
 
     @property
     def n_rows(self) -> int:
