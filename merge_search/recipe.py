@@ -28,7 +28,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -60,6 +60,7 @@ __all__ = [
     "Scalar",
     "Select",
     "Splice",
+    "groups_named",
     "value_for",
 ]
 
@@ -97,6 +98,20 @@ class Group:
         if self.block is None:
             return self.kind
         return f"block.{self.block}" if per == "block" else f"block.{self.block}.{self.kind}"
+
+
+def groups_named(text: str, groups: Iterable[Group]) -> frozenset[str] | None:
+    """The keys in a text like ``head+last``, in which ``last`` is the last block; None if it is empty, for all groups.
+
+    Example:
+        >>> sorted(groups_named("head+last", [Group("a", 0, "mlp"), Group("b", 1, "mlp")]))
+        ['block.1', 'head']
+    """
+    if not text:
+        return None
+    blocks = [group.block for group in groups if group.block is not None]
+    last = f"block.{max(blocks)}" if blocks else "last"
+    return frozenset(last if key == "last" else key for key in text.split("+"))
 
 
 def _finite(value: float) -> float:

@@ -30,6 +30,8 @@ def toy() -> MemoryTensors:
     """Base zero, so that weights are deltas; statistics of every kind."""
     statistics = {(kind, e, "w"): f for e, f in zip(("a", "b"), FISHER, strict=True) for kind in KINDS}
     statistics |= {(kind, e, "w"): torch.tensor([-0.5, 0.75]) for e in "ab" for kind in EFFECTS}
+    statistics |= {("cki_map", e, "w"): torch.eye(5)[:, :4] for e in "ab"}
+    statistics |= {("cki_map@order=reversed", e, "w"): torch.eye(5)[:, :4] for e in "ab"}
     return MemoryTensors({"w": torch.zeros(2, 4)}, {"a": {"w": ONE}, "b": {"w": TWO}}, statistics=statistics)
 
 

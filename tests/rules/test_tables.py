@@ -37,7 +37,8 @@ class Recorded(MemoryTensors):
 
     def statistic(self, kind: str, expert: str, name: str) -> Tensor | None:
         self.asked.add(kind)
-        shape = (2,) if kind.startswith("effect") else self.shape(name)
+        special = {"effect": (2,), "cki_map": (self.shape(name)[-1] + 1, self.shape(name)[-1])}
+        shape = special.get(kind.partition("@")[0], self.shape(name))
         return drawn(sum(map(ord, kind + expert)), *shape).abs()
 
     asked: set[str]

@@ -20,19 +20,20 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from merge_search.recipe import Group, Scalar
+from merge_search.rules import MEASURES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from merge_search.engine.statistics.rows import Work
 
-__all__ = ["KINDS", "PARTITIONS", "Kind", "load", "parse"]
+__all__ = ["KINDS", "PARTITIONS", "Kind", "held_out", "load", "parse"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Kind:
         summary: One line.
         point: The weights at which it is measured: ``base``, ``expert``, or ``either``. ``either`` is the expert, or
             base + c delta where the kind is asked for as ``<kind>@<c>``.
-        questions: Questions counted per row: one for a forward pass, two more for a backward pass. A function of the
-            settings and the groups that the expert changed, where these decide it.
+        questions: Questions counted per row: one for a forward pass, two more for a backward pass. Or a function of the
+            settings, the groups that the expert changed, and the tasks' numbers of rows.
         settings: What a name can set, with defaults.
         choices: Allowed values of text settings.
         reads: Models whose weights the numbers depend on: that of the ``point``, base and expert (``pair``), or base
@@ -55,22 +56,36 @@ class Kind:
     module: str
     summary: str
     point: Literal["base", "expert", "either"]
-    questions: int | Callable[[Mapping[str, Scalar], Collection[Group]], int]
+    questions: int | Callable[[Mapping[str, Scalar], Collection[Group], Sequence[int]], int]
     settings: Mapping[str, Scalar] = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reads: Literal["point", "pair", "all"] = "point"
 
-    def questions_per_row(self, groups: Collection[Group]) -> int:
-        """Questions counted per row of an expert that changed the tensors of `groups`."""
-        return self.questions if isinstance(self.questions, int) else self.questions(self.settings, groups)
+    def asked(self, groups: Collection[Group], n_rows: Sequence[int]) -> int:
+        """Questions of a measurement on tasks of `n_rows` rows, for an expert that changed the tensors of `groups`."""
+        if isinstance(self.questions, int):
+            return self.questions * sum(n_rows)
+        return self.questions(self.settings, groups, n_rows)
 
 
 PARTITIONS = ("model", "block", "block_kind", "tensor")
 """What counts as one part of a model, as in `Group.key`."""
 
 
-def _effect_questions(settings: Mapping[str, Scalar], groups: Collection[Group]) -> int:
-    return 3 if settings["form"] == "gradient" else 1 + len({g.key(str(settings["partition"])) for g in groups})
+def _effect_questions(settings: Mapping[str, Scalar], groups: Collection[Group], n_rows: Sequence[int]) -> int:
+    per_row = 3 if settings["form"] == "gradient" else 1 + len({g.key(str(settings["partition"])) for g in groups})
+    return per_row * sum(n_rows)
+
+
+def held_out(n_rows: int) -> int:
+    """Number of a task's rows on which epochs of a training are compared; 0: on the one row that there is."""
+    return min(n_rows - 1, max(1, n_rows // 5))
+
+
+def _map_questions(settings: Mapping[str, Scalar], groups: Collection[Group], n_rows: Sequence[int]) -> int:
+    epochs, kept = int(settings["epochs"]), [held_out(n) for n in n_rows]
+    trained = sum(n - k for n, k in zip(n_rows, kept, strict=True))
+    return 3 * epochs * trained + (epochs + 1) * sum(max(1, k) for k in kept)
 
 
 KINDS: dict[str, Kind] = {
@@ -84,6 +99,11 @@ KINDS: dict[str, Kind] = {
         reads="pair",
         settings={"form": "gradient", "partition": "block"},
         choices={"form": ("gradient", "activation", "ablation"), "partition": PARTITIONS},
+    ),
+    "cki_map": Kind(
+        "cki_map", "CKI's learned map of every spliced matrix", "base", _map_questions, reads="all",
+        settings={k: v for k, v in MEASURES["cki_learned"].options.items() if v is not None},
+        choices=MEASURES["cki_learned"].choices,
     ),
 }  # fmt: skip
 """Statistics by the name under which measures and operators ask for them."""
@@ -129,7 +149,12 @@ def _read_settings(entry: Kind, text: str) -> dict[str, Scalar] | None:
             return None
         default = settings[key]
         try:
-            settings[key] = value == "True" if isinstance(default, bool) else type(default)(value)
+            if isinstance(default, str):
+                settings[key] = value
+            elif isinstance(default, int) and not float(value).is_integer():
+                return None
+            else:
+                settings[key] = type(default)(float(value))
         except ValueError:
             return None
     return settings

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from merge_search.engine.resident.parameters import parameter_slices, receiving_gradients
-from merge_search.engine.statistics.rows import Work
+from merge_search.engine.statistics.rows import Work, is_changed
 from merge_search.errors import NonFiniteError
 
 __all__ = ["measure"]
@@ -37,10 +37,9 @@ def measure(work: Work, form: str, partition: str) -> dict[str, Tensor]:
         NonFiniteError: A change is NaN or infinite; the message names the part.
     """
     assert work.models is not None
-    base, expert = work.models.base, work.models.expert
     parts: dict[str, list[str]] = {}
     for name in work.views:
-        if not torch.equal(base(name), expert(work.expert, name)):
+        if is_changed(work.models, work.expert, name):
             parts.setdefault(work.groups[name].key(partition), []).append(name)
     changes = _first_order(work, parts) if form == "gradient" else _exact(work, parts, is_ablation=form == "ablation")
     weights = torch.tensor([weight for weight, _ in work.each()], dtype=torch.float64)

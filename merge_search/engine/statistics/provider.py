@@ -20,7 +20,7 @@ from merge_search.engine.engine import MergeEngine
 from merge_search.engine.resident.live_model import LiveModel
 from merge_search.engine.resident.pool import ModelPool
 from merge_search.engine.statistics import Kind, load, parse
-from merge_search.engine.statistics.rows import TaskRows, Work, rows_of_experts
+from merge_search.engine.statistics.rows import TaskRows, Work, is_changed, rows_of_experts
 from merge_search.engine.statistics.store import FOLDER, FolderStatistics, StatisticFile, prune, write
 from merge_search.errors import NonFiniteError, RecipeError, WeightsError
 from merge_search.recipe import Models, Operator, Recipe
@@ -176,15 +176,24 @@ class DataStatistics:
         """Return everything that the numbers depend on."""
         entry, _ = _entry(kind)
         hashes = self.pool.hashes()
-        return {
+        about = {
             "version": VERSION,
             "kind": kind,
             "base": hashes["base"],
             "expert": None if entry.point == "base" and entry.reads != "pair" else hashes[expert],
             "dtype": self._dtype,
             "seed": self._seed,
-            "tasks": [[t.task, t.fingerprint, t.rows] for t in self._rows[expert]],
+            "tasks": [[t.task, t.fingerprint, t.rows] for t in self._rows_of(entry, expert)],
         }
+        if entry.reads == "all":
+            about["experts"] = [hashes[e] for e in self.pool.models.experts]
+        return about
+
+    def _rows_of(self, entry: Kind, expert: str) -> tuple[TaskRows, ...]:
+        """Return the rows of an expert's tasks, or those of all experts where a statistic is of all of them."""
+        if entry.reads != "all":
+            return self._rows[expert]
+        return tuple({t.task: t for tasks in self._rows.values() for t in tasks}.values())
 
     def _path(self, kind: str, expert: str) -> Path:
         text = json.dumps(self._about(kind, expert), sort_keys=True)
@@ -195,8 +204,9 @@ class DataStatistics:
         assert live is not None
         entry, c = _entry(kind)
         views = {name: live.views[name] for name in self.pool.groups if name in live.views}
-        work = Work(live.model, views, self.pool.groups, self._rows[expert], self.pool, expert, self._seed)
-        asked = work.n_rows * entry.questions_per_row([self.pool.groups[name] for name in self._changed(entry, expert)])
+        work = Work(live.model, views, self.pool.groups, self._rows_of(entry, expert), self.pool, expert, self._seed)
+        changed = [self.pool.groups[name] for name in self._changed(entry, expert)]
+        asked = entry.asked(changed, [len(task.rows) for task in work.tasks])
         _log.info("measuring %s of expert %r on %d rows: %d questions", kind, expert, work.n_rows, asked)
         self.questions += asked
         with _borrowed(views):
@@ -211,8 +221,7 @@ class DataStatistics:
         """Return the tensors that an expert changed, where a statistic's price depends on them."""
         if isinstance(entry.questions, int):
             return []
-        pool = self.pool
-        return [name for name in pool.groups if not torch.equal(pool.base(name), pool.expert(expert, name))]
+        return [name for name in self.pool.groups if is_changed(self.pool, expert, name)]
 
     def _point(self, entry: Kind, c: float | None, expert: str) -> Recipe:
         """Return the recipe of the weights at which a statistic is measured."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from merge_search.engine.contracts import Tensors
@@ -15,7 +16,7 @@ from merge_search.evaluation import Differentiable, loss_of
 from merge_search.recipe import Group
 from merge_search.seeding import derive_seed
 
-__all__ = ["TaskRows", "Work", "rows_of_experts"]
+__all__ = ["TaskRows", "Work", "is_changed", "rows_of_experts"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,12 @@ class Work:
         for task in self.tasks:
             for row in task.rows:
                 yield 1.0 / (len(self.tasks) * len(task.rows)), lambda task=task, row=row: task.loss([row])  # type: ignore[misc]
+
+
+def is_changed(models: Tensors, expert: str, name: str) -> bool:
+    """Return whether an expert's tensor differs from the base's, on whatever devices they lie."""
+    base = models.base(name)
+    return not torch.equal(base.to(torch.float32), models.expert(expert, name).to(base.device, torch.float32))
 
 
 def rows_of_experts(

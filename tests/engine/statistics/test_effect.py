@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -10,19 +11,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command_line import here
 from token_bench import N_FIT, OWNERS, Bench, apply, row_loss, snapshot
 from torch import Tensor
 
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.statistics import KINDS, parse
-from merge_search.engine.statistics.agreement import effects, spearman
+from merge_search.engine.statistics.agreement import spearman
 from merge_search.engine.statistics.effect import measure
 from merge_search.engine.statistics.rows import TaskRows, Work
 from merge_search.presets import preset
 from merge_search.recipe import Group
-from merge_search.search.prepare import prepare
-from merge_search.search.trial.worker import Worker
-from merge_search.study_file import read_study_file
 
 
 def part_of(bench: Bench, partition: str) -> dict[str, str]:
@@ -222,7 +221,7 @@ def test_the_presets_merge_and_carry_their_statistics(bench: Bench) -> None:
 
 
 def test_exact_and_first_order_effects_agree_on_real_models(demo: Path, tmp_path: Path) -> None:
-    """The demo's experts by lm-eval's tasks, over blocks' attention and MLP, norms and the embedding."""
+    """The command, on the demo's experts by lm-eval's tasks: blocks' attention, MLP and norms, and the embedding."""
     tasks = {"demo_maths": "maths", "demo_spelling": "spelling"}
     lm_eval = {
         "evaluator": "lm_eval", "tasks": list(tasks), "include_path": str(demo / "tasks"), "limit": 40, "fit_limit": 8,
@@ -236,17 +235,21 @@ def test_exact_and_first_order_effects_agree_on_real_models(demo: Path, tmp_path
         },
         "space": {"presets": ["apl_paper", {"apl_exact": {"form": "ablation", "partition": "block_kind"}}]},
         "evaluate": [lm_eval], "splits": {"search": 0.6, "fit": 0.3}, "device": "cpu",
+        "search": {"n_trials": 1, "baselines": []},
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    worker = Worker(prepare(read_study_file(tmp_path / "study.yaml")), device="cpu")
-    worker.set_teachers(tasks)
-    for expert in tasks.values():
-        first, exact = (
-            effects(worker.pool.statistic, worker.pool.groups, expert, form=form, partition="block_kind")
-            for form in ("gradient", "activation")
-        )
-        assert len(first) >= 12
-        assert spearman(list(first.values()), list(exact.values())) > 0.9, expert
+    early = here("effects", tmp_path / "study.yaml", check=False)
+    assert early.returncode == 2
+    here("run", tmp_path / "study.yaml")
+    done = here("effects", tmp_path / "study.yaml", "--partition", "block_kind")
+    found = re.findall(r"over (\d+) parts: ([-.\d]+) with activation and ([-.\d]+) with ablation", done.stdout)
+    assert len(found) == 2
+    for parts, activation, _ in found:
+        assert int(parts) >= 12
+        assert float(activation) > 0.9
+    assert re.search(r"block\.1\.mlp +0\.\d{5} +0\.\d{5} +0\.\d{5}", done.stdout)
+    wrong = here("effects", tmp_path / "study.yaml", "--partition", "layer", check=False)
+    assert "no partition is called 'layer'" in wrong.stderr
 
 
 def test_rank_correlation_of_values_by_hand() -> None:
