@@ -14,10 +14,12 @@
         "entry-wise median of the experts' weights"
         return context.base + torch.stack(context.deltas).median(0).values
 
-The function takes one context (a post rule also the combined delta). Its keyword-only parameters are the rule's
-options: each has a default, whose type a recipe's value must have; ``Literal["a", "b"]`` allows these words only. The
-first line of its docstring is the rule's line in lists. A function does not change what it is given. What it returns is
-checked: the number of tensors, their shapes, their dtype, and that every number is finite.
+The function takes one context (a post rule also the combined delta, a transform its sources and a folder). Its
+keyword-only parameters are the rule's options: each has a default, whose type a recipe's value must have;
+``Literal["a", "b"]`` allows these words only.
+``Annotated[float, OptionInfo("size that counts as zero", bounds=(1e-6, 1.0), log=True)]`` gives a number its bounds and
+the range of a search. The first line of its docstring is the rule's line in lists. A function does not change what it
+is given. What it returns is checked: the number of tensors, their shapes, their dtype, and that every number is finite.
 
 A function sees the experts in alphabetical order, unless it is declared `ordered`; it sees the recipe's seed and
 coefficients only if it is declared to depend on them. torch-free: a context is made where the rule runs.
@@ -35,9 +37,10 @@ from merge_search.errors import RuleError
 from merge_search.rules.measures import MEASURES, Measure
 from merge_search.rules.operators import OPERATORS, POSTS, OperatorInfo
 from merge_search.rules.stages import SELECTIONS, SPLICES, Selection, Splicing
-from merge_search.rules.table import Origin, Scalar, register
+from merge_search.rules.table import OptionInfo, Origin, Scalar, register
+from merge_search.rules.transforms import TRANSFORMS, Preview, TransformInfo
 
-__all__ = ["measure", "operator", "post", "selection", "splice"]
+__all__ = ["measure", "operator", "post", "selection", "splice", "transform"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -75,7 +78,7 @@ def measure(
 
     def add(function: F) -> F:
         row = Measure(
-            **_described(function, name, summary, 1), function=function, needs_data=needs_data or bool(statistics),
+            **_described(function, name, summary), function=function, needs_data=needs_data or bool(statistics),
             statistics=tuple(statistics), shared=shared, per_tensor=per_tensor, bounded=bounded, ordered=ordered,
             is_random=is_random, at_coefficients=("", "") if depends_on_coefficients else None,
         )  # fmt: skip
@@ -115,7 +118,7 @@ def selection(
     """
 
     def add(function: F) -> F:
-        described = _described(function, name, summary, 1)
+        described = _described(function, name, summary)
         if not scopes or not set(scopes) <= {"tensor", "row"}:
             raise RuleError(
                 f"{described['origin']}: scopes must be among tensor, row, got {', '.join(scopes) or 'none'}"
@@ -153,7 +156,7 @@ def splice(
     """
 
     def add(function: F) -> F:
-        described = _described(function, name, summary, 1)
+        described = _described(function, name, summary)
         row = Splicing(**described, function=function, is_scored=is_scored, is_linear=is_linear, ordered=ordered)
         register(SPLICES, row)
         return function
@@ -189,8 +192,9 @@ def operator(
         paper: Where it was published.
         scales: Values of the recipe's scale that are usually tried.
     """
-    return _whole(OPERATORS, name, summary, 1, decomposing=decomposing, ndim=tuple(ndim), experts=tuple(experts),
-                  exact=exact, statistics=tuple(statistics), paper=paper, scales=tuple(scales))  # fmt: skip
+    return _whole(OPERATORS, name, summary, ("context",), decomposing=decomposing, ndim=tuple(ndim),
+                  experts=tuple(experts), exact=exact, statistics=tuple(statistics), paper=paper,
+                  scales=tuple(scales))  # fmt: skip
 
 
 def post(name: str = "", *, summary: str = "", ndim: tuple[int, ...] = (), paper: str = "-") -> Callable[[F], F]:
@@ -202,12 +206,50 @@ def post(name: str = "", *, summary: str = "", ndim: tuple[int, ...] = (), paper
         ndim: Numbers of axes it handles, () for all; other tensors keep their combined delta.
         paper: Where it was published.
     """
-    return _whole(POSTS, name, summary, 2, ndim=tuple(ndim), paper=paper)
+    return _whole(POSTS, name, summary, ("context", "delta"), ndim=tuple(ndim), paper=paper)
 
 
-def _whole(table: Any, name: str, summary: str, n_arguments: int, **rest: Any) -> Callable[[F], F]:
+def _whole(table: Any, name: str, summary: str, takes: tuple[str, ...], **rest: Any) -> Callable[[F], F]:
     def add(function: F) -> F:
-        register(table, OperatorInfo(**_described(function, name, summary, n_arguments), function=function, **rest))
+        register(table, OperatorInfo(**_described(function, name, summary, takes), function=function, **rest))
+        return function
+
+    return add
+
+
+def transform(
+    name: str = "",
+    *,
+    summary: str = "",
+    check: Callable[..., Preview] | None = None,
+    result: Literal["known", "own"] = "known",
+    aligns: bool = False,
+    merges: bool = True,
+    paper: str = "-",
+    version: int = 1,
+) -> Callable[[F], F]:
+    """Register ``function(sources, out) -> Transformed``: other models in place of the recipe's, before the merge.
+
+    `sources` is an `engine.transforms.sources.Sources`, `out` an empty folder for what is written. The function writes
+    ordinary Hugging Face folders (`engine.checkpoints.writer.write_model`) and depends on its arguments alone.
+
+    Args:
+        name: The name that recipes use; the function's own if not given.
+        summary: One line; the docstring's first if not given.
+        check: ``check(sources, **options) -> Preview``: what it would make, from headers alone. None: it takes any
+            models and keeps names and config of the base.
+        result: ``own`` if transformers alone cannot load what it writes.
+        aligns: It takes experts whose tensors do not have the base's names and shapes.
+        merges: Whether its result has experts. Without, the written base is the merge.
+        paper: Where it was published.
+        version: To be changed when it writes other weights for the same options. A rule file has its hash besides.
+    """
+
+    def add(function: F) -> F:
+        described = _described(function, name, summary, ("sources", "out"))
+        row = TransformInfo(**described, function=function, checker=check, result=result, aligns=aligns,
+                            merges=merges, paper=paper, version=version)  # fmt: skip
+        register(TRANSFORMS, row)
         return function
 
     return add
@@ -216,8 +258,8 @@ def _whole(table: Any, name: str, summary: str, n_arguments: int, **rest: Any) -
 # ------------------------------------------------------------------------------------------- reading a function
 
 
-def _described(function: Any, name: str, summary: str, n_arguments: int) -> dict[str, Any]:
-    """Name, summary, options, choices and origin of a decorated function.
+def _described(function: Any, name: str, summary: str, takes: tuple[str, ...] = ("context",)) -> dict[str, Any]:
+    """Name, summary, options, choices, ranges and origin of a decorated function.
 
     Raises:
         RuleError: it is no function, or has the wrong signature, with its file and line.
@@ -227,24 +269,21 @@ def _described(function: Any, name: str, summary: str, n_arguments: int) -> dict
         raise RuleError(f"{frame.f_code.co_filename}:{frame.f_lineno}: a rule must be a function, got {function!r}")
     code = function.__code__
     origin = Origin(code.co_filename, code.co_firstlineno)
-    options = _options(function, origin, n_arguments)
+    options = _options(function, origin, takes)
     lines = (summary or inspect.getdoc(function) or "").strip().splitlines()
     if not lines:
         raise RuleError(f"{origin}: {function.__name__} needs one line on what it does: a docstring, or summary=")
     return {
         "name": name or function.__name__, "summary": lines[0].rstrip("."), "options": options,
-        "choices": _choices(function), "origin": origin,
+        "choices": _choices(function), "about": _about(function, origin, options), "origin": origin,
     }  # fmt: skip
 
 
-_TAKES = {1: "(context, *, option=default)", 2: "(context, delta, *, option=default)"}
-
-
-def _options(function: Callable[..., Any], origin: Origin, n_arguments: int) -> dict[str, Scalar | None]:
+def _options(function: Callable[..., Any], origin: Origin, takes: tuple[str, ...]) -> dict[str, Scalar | None]:
     """Keyword-only parameters and their defaults."""
     options: dict[str, Scalar | None] = {}
     n_given = 0
-    wanted = f"must take {_TAKES[n_arguments]}"
+    wanted = f"must take ({', '.join(takes)}, *, option=default)"
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             n_given += 1
@@ -257,7 +296,7 @@ def _options(function: Callable[..., Any], origin: Origin, n_arguments: int) -> 
             )
         else:
             options[parameter.name] = parameter.default
-    if n_given != n_arguments:
+    if n_given != len(takes):
         found = str(inspect.signature(function))
         raise RuleError(f"{origin}: {function.__name__} {wanted}, found {found}")
     return options
@@ -270,3 +309,37 @@ def _choices(function: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
     except Exception:  # annotations are a help, not a duty
         return {}
     return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+
+
+def _about(function: Callable[..., Any], origin: Origin, options: Mapping[str, Scalar | None]) -> dict[str, OptionInfo]:
+    """Options whose annotation is ``Annotated[float, OptionInfo(...)]``, and what that says."""
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except Exception:  # annotations are a help, not a duty
+        return {}
+    out = {}
+    for name, hint in hints.items():
+        for info in getattr(hint, "__metadata__", ()):
+            if isinstance(info, OptionInfo) and name in options:
+                out[name] = info
+                _check_bounds(function, origin, name, info, options[name])
+    return out
+
+
+def _check_bounds(
+    function: Callable[..., Any], origin: Origin, name: str, info: OptionInfo, default: Scalar | None
+) -> None:
+    what = f"{origin}: option {name!r} of {function.__name__}"
+    for bounds in (info.bounds, info.usual):
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise RuleError(f"{what} must have bounds (low, high) with low < high, got {bounds}")
+    if info.bounds is None:
+        return
+    if isinstance(default, bool | str):
+        raise RuleError(f"{what} has bounds, so its default must be a number, got {default!r}")
+    if default is not None and not info.bounds[0] <= default <= info.bounds[1]:
+        raise RuleError(f"{what} must have its default in its bounds {info.bounds}, got {default!r}")
+    searched = info.usual or info.bounds
+    if not info.bounds[0] <= searched[0] < searched[1] <= info.bounds[1] or (info.log and searched[0] <= 0):
+        scale = " and above 0, as its scale is logarithmic" if info.log else ""
+        raise RuleError(f"{what} must have its usual range within its bounds{scale}, got {searched}")

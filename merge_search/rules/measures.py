@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from merge_search.rules.option_table import MEASURE_OPTIONS
 from merge_search.rules.table import Rule, RuleTable, Scalar, option_problems
 
 __all__ = ["MEASURES", "Measure", "measure_problems"]
@@ -81,7 +82,8 @@ _HERE = "merge_search.engine.methods.assess"
 
 
 def _m(name: str, summary: str, **rest: Any) -> Measure:
-    return Measure(name=name, summary=summary, target=f"{_HERE}.{name}:scores", **rest)
+    about = MEASURE_OPTIONS.get(name, {})
+    return Measure(name=name, summary=summary, target=f"{_HERE}.{name}:scores", about=about, **rest)
 
 
 MEASURES: RuleTable[Measure] = RuleTable("measure", (
@@ -99,6 +101,7 @@ MEASURES: RuleTable[Measure] = RuleTable("measure", (
     _m(
         "pcb", "intra x inter competition, as released (PCB-Merging)",
         cheap=True, is_costly=True, options={"inter": "nlp", "temperature": None},
+        choices={"inter": ("nlp", "vision", "es")},
     ),
     _m(
         "pcb_paper", "softmax intra x softmax inter, as published (PCB-Merging)", bounded=True,
@@ -128,6 +131,7 @@ MEASURES: RuleTable[Measure] = RuleTable("measure", (
         "fisher", "diagonal Fisher information", needs_data=True, statistics=("fisher",),
         reads_weights=False, added="floor", at_coefficients=("at", "scaled"),
         options={"power": 1.0, "floor": 1e-6, "normalise": False, "at": "expert"},
+        choices={"at": ("expert", "scaled")},
     ),
     _m("gradient_product", "|gradient x delta| per parameter", needs_data=True, statistics=("gradient",)),
     _m(
