@@ -74,6 +74,7 @@ class SpaceContext:
         dtype: The dtype of the merged tensors; None: the base's own.
         transform: The transform of recipes that name none; given where not every expert has the base's shapes.
         groups_after: The groups of the models that a transform makes, from headers alone.
+        without_factors: Experts that cannot be merged as LoRA pairs, and why.
     """
 
     models: Models
@@ -82,6 +83,7 @@ class SpaceContext:
     dtype: str | None = None
     transform: Transform | None = None
     groups_after: Callable[[Transform], tuple[Group, ...]] | None = field(default=None, compare=False, repr=False)
+    without_factors: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def experts(self) -> tuple[str, ...]:

@@ -17,6 +17,8 @@ from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.errors import RecipeError
 from merge_search.presets import PRESETS, preset
 from merge_search.recipe import Models, Recipe
+from merge_search.rules import MEASURES, SELECTIONS, SPLICES
+from merge_search.testing.rule import whole_pairs
 
 ONE = torch.tensor([[0.40, -0.20, 0.10, 0.00], [0.30, -0.50, 0.05, -0.10]])
 TWO = torch.tensor([[0.10, 0.30, -0.10, 0.20], [-0.60, -0.40, 0.00, 0.20]])
@@ -32,7 +34,8 @@ def toy() -> MemoryTensors:
     statistics |= {(kind, e, "w"): torch.tensor([-0.5, 0.75]) for e in "ab" for kind in EFFECTS}
     statistics |= {("cki_map", e, "w"): torch.eye(5)[:, :4] for e in "ab"}
     statistics |= {("cki_map@order=reversed", e, "w"): torch.eye(5)[:, :4] for e in "ab"}
-    return MemoryTensors({"w": torch.zeros(2, 4)}, {"a": {"w": ONE}, "b": {"w": TWO}}, statistics=statistics)
+    base, experts = {"w": torch.zeros(2, 4)}, {"a": {"w": ONE}, "b": {"w": TWO}}
+    return MemoryTensors(base, experts, statistics=statistics, factors=whole_pairs(base, experts))
 
 
 def merged(tensors: MemoryTensors, recipe: Recipe) -> list[float]:
@@ -377,7 +380,7 @@ def test_every_preset_makes_a_recipe_that_survives_json_and_merges(toy):
             continue
         recipe = preset(name, toy.models, **({"expert": "a"} if name == "expert" else {}))
         assert Recipe.from_json(recipe.to_json()) == recipe, name
-        assert all(abs(v) < 3 for v in merged(toy, recipe)), name
+        assert all(abs(v) < 6 for v in merged(toy, recipe)), name
 
 
 def test_every_grid_point_of_every_preset_is_a_valid_recipe(toy):
@@ -426,3 +429,23 @@ def test_presets_know_which_operators_make_one_delta_per_expert() -> None:
             assert p.is_linear == OPERATORS[p.settings["operator"]["name"]].decomposing, p.name
         else:
             assert p.is_linear
+
+
+def test_presets_need_data_where_a_rule_of_theirs_does() -> None:
+    for name, p in PRESETS.items():
+        expert = {"expert": "x"} if name == "expert" else {}
+        recipe = preset(name, Models(base="b", experts={"x": "x", "y": "y"}), **expert)
+        scored = [recipe.assess] if SELECTIONS[recipe.select.kind].uses_scores else []
+        scored += [recipe.splice.score or recipe.assess] if SPLICES[recipe.splice.kind].is_scored else []
+        kinds = [kind for a in scored for kind in MEASURES[a.measure].statistics_asked(a.options)]
+        if recipe.operator is not None:
+            kinds = list(OPERATORS[recipe.operator.name].statistics)
+        elif recipe.allocate.kind == "importance":
+            kinds += MEASURES[recipe.allocate.measure].statistics_asked(recipe.allocate.options)
+        assert p.needs_data == bool(kinds), name
+
+
+def test_the_grid_of_a_preset_has_its_published_numbers() -> None:
+    for name, p in PRESETS.items():
+        for key in ("coefficient", "density", "scale"):
+            assert not p.grid or getattr(p, key) in [entry.get(key, getattr(p, key)) for entry in p.grid], (name, key)

@@ -9,11 +9,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
-__all__ = ["as_saved", "attention_of", "converts_weights", "has_transposed_experts"]
+__all__ = [
+    "as_saved",
+    "attention_of",
+    "auto_model_classes",
+    "config_class_of",
+    "converts_weights",
+    "has_transposed_experts",
+]
 
 
 def converts_weights(model: Any) -> bool:
@@ -37,6 +44,30 @@ def as_saved(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def has_transposed_experts(module: Any) -> bool:
     """Whether a module stores its stacked experts as (experts, in, out) instead of (experts, out, in)."""
     return bool(getattr(module, "is_transposed", False))
+
+
+def config_class_of(model_type: str) -> Any:
+    """The config class of a ``model_type``.
+
+    Raises:
+        ValueError: transformers does not know it.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"transformers does not know the model_type {model_type!r}")
+    return CONFIG_MAPPING[model_type]
+
+
+def auto_model_classes(config_class: Any) -> Iterator[tuple[Any, Any]]:
+    """Every Auto class for models that knows a config class, with the model class that it makes of it."""
+    from transformers.models.auto import modeling_auto
+
+    for name in modeling_auto.__all__:
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        model = None if mapping is None else mapping.get(config_class, None)
+        if isinstance(model, type):  # a few architectures have a choice of classes, which the config decides
+            yield getattr(modeling_auto, name), model
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from merge_search.engine.methods.assess import options_problems
 from merge_search.engine.methods.operators import operator_problems
 from merge_search.engine.resident.coefficient_maps import rows_of
 from merge_search.errors import RecipeError
+from merge_search.presets import pairs_refusal
 from merge_search.recipe import Assess, Group, Recipe, groups_named
 from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, in_use, option_problems
 
@@ -92,6 +93,12 @@ def _operator(recipe: Recipe, tensors: Tensors) -> list[str]:
     operator = recipe.operator
     assert operator is not None
     out = operator_problems(operator, OPERATORS, "operator", len(recipe.models.experts))
+    if operator.name in OPERATORS and OPERATORS[operator.name].needs_factors:
+        out += [
+            pairs_refusal(f"operator: {operator.name!r}", expert, why)
+            for expert in recipe.models.experts
+            if expert in tensors.models.experts and (why := tensors.factors_problem(expert))
+        ]
     kinds = OPERATORS[operator.name].statistics if operator.name in OPERATORS else ()
     asked = {(kind, expert) for kind in kinds for expert in recipe.models.experts}
     return out + _missing(f"operator: {operator.name!r}", asked, tensors)

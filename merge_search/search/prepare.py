@@ -10,15 +10,23 @@ from itertools import product
 from typing import TypeVar
 
 from merge_search import catalogue
-from merge_search.engine.checkpoints.compatibility import misfits, unusable_models
+from merge_search.engine.checkpoints.compatibility import misfits, unusable_models, without_factors
 from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
 from merge_search.engine.checkpoints.layout import layout, name_groups
 from merge_search.engine.transforms.sources import Sources
 from merge_search.engine.transforms.store import preview
 from merge_search.errors import InputError, MergeSearchError, RuleError, StudyFileError, WeightsError, nearest
-from merge_search.evaluation import ChecksModels, ChecksPrompts, Differentiable, Evaluator, MetricInfo, SplitShares
+from merge_search.evaluation import (
+    ChecksModels,
+    ChecksPrompts,
+    ComparesWithExperts,
+    Differentiable,
+    Evaluator,
+    MetricInfo,
+    SplitShares,
+)
 from merge_search.objective import Objective
-from merge_search.presets import PRESETS
+from merge_search.presets import PRESETS, pairs_refusal
 from merge_search.recipe import Group, Models, Transform
 from merge_search.rules import TRANSFORMS, RuleFile, use_rule_files
 from merge_search.search.checks import search_problems
@@ -71,7 +79,13 @@ def _context(file: StudyFile, problems: _Problems) -> SpaceContext | None:
         return None
     groups = tuple(layout(info).values())
     after = partial(_groups_after, Sources(models), groups) if not problems.sentences else None
-    return SpaceContext(models, groups, seed=file.study.seed, dtype=file.models.dtype, groups_after=after)
+    if "transform" in file.space.options:
+        whole = dict.fromkeys(models.experts, "space.transform makes whole models of all experts")
+    else:
+        whole = {} if problems.sentences else without_factors(models.base, models.experts)
+    return SpaceContext(
+        models, groups, seed=file.study.seed, dtype=file.models.dtype, groups_after=after, without_factors=whole
+    )
 
 
 def _misfit_problems(models: Models) -> list[str]:
@@ -148,6 +162,13 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     n_before = len(problems.sentences)
     built = [problems.attempt(partial(_evaluator, file, i)) for i in range(len(file.evaluate))]
     evaluators = [e for e in built if e is not None]
+    problems.sentences += [
+        f"evaluate: {name!r} must be an expert under models.experts{nearest(name, file.models.experts)}"
+        for e in evaluators
+        if isinstance(e, ComparesWithExperts)
+        for name in e.compared_experts()
+        if name not in file.models.experts
+    ]
     if context is not None and space is not None and n_before == len(problems.sentences):
         context = _check_transforms(file, space, context, evaluators, problems)
     if context is not None and not problems.sentences:
@@ -166,6 +187,13 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
         problems.sentences += search_problems(file.search, space.parameters, objective)
     problems.attempt(lambda: _check_sampler(file, 1 if objective is None else len(objective.names)))
     names = _baseline_names(file, problems)
+    if context is not None:
+        problems.sentences += [
+            pairs_refusal(f"search.baselines: {name!r}", expert, why)
+            for name in (file.search.baselines or ())
+            if name in PRESETS and PRESETS[name].needs_factors
+            for expert, why in context.without_factors.items()
+        ]
     problems.sentences += [
         f"models.experts: {name!r} is the name of a baseline that is tried, too; give the expert another name"
         for name in file.models.experts

@@ -21,6 +21,8 @@ from merge_search._compat.transformers import (
     Attention,
     as_saved,
     attention_of,
+    auto_model_classes,
+    config_class_of,
     converts_weights,
     has_transposed_experts,
 )
@@ -78,3 +80,14 @@ def test_configurations_say_how_a_model_attends() -> None:
     assert not attention_of(Qwen2Config(**llama, sliding_window=4)).has_window
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert attention_of(LlamaConfig(**llama, rope_parameters=dynamic)).depends_on_length
+
+
+def test_auto_classes_and_configs_are_found_by_the_model_type() -> None:
+    from transformers import AutoModel, AutoModelForCausalLM, LlamaModel
+
+    assert config_class_of("llama") is LlamaConfig
+    with pytest.raises(ValueError, match="'unheard_of'"):
+        config_class_of("unheard_of")
+    known = dict(auto_model_classes(LlamaConfig))
+    assert known[AutoModelForCausalLM] is LlamaForCausalLM
+    assert known[AutoModel] is LlamaModel

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from merge_search._compat.transformers import as_saved
+from merge_search.engine.architectures import model_class
 from merge_search.engine.checkpoints.headers import CheckpointInfo
 from merge_search.engine.checkpoints.views import affine
 from merge_search.errors import WeightsError
@@ -81,14 +82,14 @@ def _part(name: str, address: torch.Tensor, parameter: torch.Tensor) -> Part:
 
 
 def skeleton(base: CheckpointInfo) -> Any:
-    """Return the base's model on the meta device; None where transformers does not know it."""
+    """Return the base's model on the meta device; None where neither transformers nor this package knows it."""
     import transformers
 
     names = base.config.get("architectures") or []
-    kind = getattr(transformers, names[0], None) if names else transformers.AutoModel
-    if kind is None:
-        return None
     try:
+        kind = model_class(base.config)
+        if kind is None:
+            return None
         config = transformers.AutoConfig.from_pretrained(
             str(base.folder), trust_remote_code=False, local_files_only=True
         )

@@ -1,6 +1,6 @@
 """The live model into which candidates are written, by the names of the base's files.
 
-transformers makes it once, from the base, and each candidate overwrites its weights in place. The bits scored here are
+It is made once, from the base, and each candidate overwrites its weights in place. The bits scored here are
 the bits that a user loads from the exported folder. Everything that would make the two differ is refused here.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_search.engine.architectures import model_class
 from merge_search.engine.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint, dtype_name, raw_bytes, tied_aliases
 from merge_search.engine.checkpoints.dtypes import FLOATING
 from merge_search.engine.checkpoints.hashing import WeightsHash, hash_folder
@@ -136,15 +137,16 @@ def _wanted_dtype(info: CheckpointInfo, dtype: str | torch.dtype | None) -> torc
 def _load(info: CheckpointInfo, dtype: torch.dtype, task: str) -> tuple[Any, dict[str, Any]]:
     import transformers
 
-    names = info.config.get("architectures") or []
-    if task == "causal":
-        model_class = transformers.AutoModelForCausalLM
-    else:
-        model_class = getattr(transformers, names[0], None) if names else transformers.AutoModel
-    if model_class is None:
+    try:
+        named = model_class(info.config)
+    except ValueError as error:
+        raise WeightsError(f"{info.folder / 'config.json'}: {error}") from error
+    kind = transformers.AutoModelForCausalLM if task == "causal" else named
+    if kind is None:
         raise WeightsError(
             f"{info.folder / 'config.json'}: the architecture must be one that transformers "
-            f"{transformers.__version__} knows, got {names[0]!r}; models that bring their own code are not run"
+            f"{transformers.__version__} or merge-search knows, got {info.config['architectures'][0]!r}; "
+            "models that bring their own code are not run"
         )
     options = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True, "use_safetensors": True}
     bars, verbosity = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
@@ -152,9 +154,7 @@ def _load(info: CheckpointInfo, dtype: torch.dtype, task: str) -> tuple[Any, dic
     transformers.utils.logging.set_verbosity_error()  # `_check_loading` reports missing and unexpected tensors
     try:
         # The model must not map the files, which may be replaced while it lives.
-        model, loading = model_class.from_pretrained(
-            str(info.folder), disable_mmap=True, local_files_only=True, **options
-        )
+        model, loading = kind.from_pretrained(str(info.folder), disable_mmap=True, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise WeightsError(f"{info.folder}: transformers cannot load the base: {error}") from error
     finally:

@@ -32,7 +32,7 @@ def baselines(
 
     Args:
         context: The models.
-        names: Names of presets. Those that do not take this many experts are left out.
+        names: Names of presets. Those that do not take these experts are left out.
         can_measure: Says whether presets that need statistics from data can have them. It is called only if one is
             named.
     """
@@ -43,9 +43,11 @@ def baselines(
 
 
 def fits(name: str, context: SpaceContext, *, has_data: bool = False) -> bool:
-    """Whether a preset takes this many experts, and has data if it needs any."""
+    """Whether a preset takes these experts, and has data if it needs any."""
     low, high = PRESETS[name].experts
     n = len(context.experts)
+    if PRESETS[name].needs_factors and context.without_factors:
+        return False
     return low <= n and (high is None or n <= high) and (has_data or not PRESETS[name].needs_data)
 
 

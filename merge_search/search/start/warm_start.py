@@ -8,6 +8,7 @@ with the questions that took plain deltas to 0.82.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import optuna
@@ -82,8 +83,21 @@ def structure_of(recipe: Recipe) -> str:
     return recipe.model_copy(update=blank).to_json()
 
 
+def _without_numbers(data: Any) -> Any:
+    """The data without numbers, and without mappings that hold nothing else."""
+    if isinstance(data, dict):
+        kept = {
+            k: _without_numbers(v) for k, v in data.items() if isinstance(v, bool) or not isinstance(v, int | float)
+        }
+        return {k: v for k, v in kept.items() if v != {}}
+    return [_without_numbers(v) for v in data] if isinstance(data, list) else data
+
+
 def warm_start(recipe: Recipe, study: optuna.Study, objective: Objective) -> tuple[Recipe, Record | None]:
     """`recipe` with the coefficients of the best finished trial of its structure, and that trial.
+
+    Without such a trial those count that differ from `recipe` only in numbers of its options as well: where these are
+    searched, few trials have the same ones.
 
     Returns:
         `recipe` as it is, and None, if no such trial is better than the average of the experts.
@@ -92,6 +106,9 @@ def warm_start(recipe: Recipe, study: optuna.Study, objective: Objective) -> tup
     average = next((r.values for r in done if r.label == "average"), None)
     structure = structure_of(recipe)
     alike = [r for r in done if structure_of(r.recipe) == structure]
+    if not alike:
+        kind = _without_numbers(json.loads(structure))
+        alike = [r for r in done if _without_numbers(json.loads(structure_of(r.recipe))) == kind]
     best = max(alike, key=lambda r: objective.key(r.values), default=None)
     if best is None or (average is not None and objective.key(best.values) <= objective.key(average)):
         return recipe, None

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,11 +36,12 @@ from merge_search.engine.resident.live_model import LiveModel
 from merge_search.engine.resident.pool import ModelPool
 from merge_search.engine.statistics.provider import DataStatistics
 from merge_search.engine.transforms.store import FOLDER as TRANSFORMED
-from merge_search.errors import EvaluationError
-from merge_search.evaluation import Cost, Evaluation, Evaluator, Split, asking
+from merge_search.errors import EvaluationError, TrialError, WeightsError
+from merge_search.evaluation import ComparesWithExperts, Cost, Evaluation, Evaluator, Split, asking
 from merge_search.outcome import Outcome
 from merge_search.recipe import Models, Recipe, Transform
 from merge_search.search.plan import Plan
+from merge_search.search.start.baselines import reference_recipes
 from merge_search.search.trial.bench import Bench
 from merge_search.search.trial.job import Failed, Job, Learned, Reporter, Result, Scored, Spent, failure_of
 from merge_search.search.trial.racing import ask_in_parts
@@ -106,6 +108,8 @@ class Worker:
         # Evaluators see the base first: some keep its answers to compare with.
         self._first = None if plan.context.transform is None else Transform(name="alone")
         self._bench: Bench | None = self._set_up(self._first)
+        with _out_of_memory_explained("while the experts answer the evaluators that compare merges with them"):
+            self._show_experts()
 
     def _set_up(self, transform: Transform | None) -> Bench:
         """Load the models of a transform, and bind the evaluators to their live model."""
@@ -167,6 +171,31 @@ class Worker:
         """Live views of what is merged."""
         return self._here.views
 
+    def _show_experts(self) -> None:
+        """Let evaluators that compare merges with experts see each of these experts once. Then the model is the base.
+
+        Raises:
+            WeightsError: An expert cannot be asked.
+        """
+        watching = [e for e in self.evaluators if isinstance(e, ComparesWithExperts)]
+        recipes = reference_recipes(self._plan.context)
+        for expert in dict.fromkeys(name for e in watching for name in e.compared_experts()):
+            try:
+                self.splice(recipes[expert])
+                for evaluator in watching:
+                    if expert in evaluator.compared_experts():
+                        self._show(evaluator, expert)
+            except TrialError as error:
+                raise WeightsError(f"expert {expert!r} cannot be asked, so nothing can be compared: {error}") from error
+        if watching:
+            self.splice(recipes["base"])
+
+    def _show(self, evaluator: Any, expert: str) -> None:
+        before = evaluator.n_asked
+        with fast_products(self.views), asking(f"evaluator {type(evaluator).__name__}"):
+            evaluator.cache_expert(expert)
+        self._answered += evaluator.n_asked - before
+
     @property
     def notes(self) -> list[str]:
         """Sentences about the models' memory and the live model, for the user."""
@@ -183,7 +212,7 @@ class Worker:
         Raises:
             BaseException: Any error that says nothing about the recipe. The last report has the questions asked.
         """
-        before = self.asked
+        before = self._charged  # with what experts were asked before the first job
         self.on_step = lambda: report(Spent(self.asked - before))
         failed: Failed | None
         try:
