@@ -297,8 +297,8 @@ _ALL: tuple[Preset, ...] = (
         differs=(
             "The map starts at the rule of `cki_soft` and sees standardised disagreement; `inputs: raw, start: xavier` "
             "is the release, whose map hardly moves. All tensors, not the head alone (`only: head`). One map is "
-            "trained for all tasks. `map: diagonal` is for wide models. Where one of two experts left a tensor as "
-            "it was, the other's is taken whole."
+            "trained for all tasks. `map: diagonal` is for wide models and few rows. Where one of two experts left "
+            "a tensor as it was, the other's is taken whole."
         ),
         needs_data=True, experts=(2, None), grid=({},),
     ),

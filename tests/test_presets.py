@@ -9,6 +9,7 @@ import torch
 
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.methods.assess import AssessContext, pcb_paper
+from merge_search.engine.methods.assess.cki import entropy
 from merge_search.engine.methods.operators import OPERATORS
 from merge_search.engine.passes.measurements import Measurements
 from merge_search.engine.passes.planner import Planner
@@ -179,6 +180,18 @@ def cki(kind: str, splice: str, **options: float | str) -> dict[str, object]:
 )
 def test_cki_gives_the_values_of_the_dual_rule(toy, name, splice, expected):
     assert merged(toy, preset(name, toy.models, splice=splice)) == pytest.approx(expected, abs=6e-5)
+
+
+@pytest.mark.parametrize(("bias", "taken"), [(60.0, ONE), (-60.0, TWO)])
+def test_a_large_bias_of_cki_takes_one_expert_whole(toy, bias, taken):
+    recipe = preset("cki_soft", toy.models, splice=cki("local", "score", bias=bias))
+    assert merged(toy, recipe) == pytest.approx(taken.flatten().tolist(), abs=1e-6)
+
+
+def test_a_constant_tensor_has_no_information(toy):
+    assert entropy(torch.full((3, 4), 0.25), 10) == 0.0
+    # 4, the largest, is in no bin
+    assert entropy(torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]), 4) == pytest.approx(-0.8 * math.log(0.2))
 
 
 def test_cki_recommender_gives_the_values_of_its_softmax(toy):
