@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnswerEnds",
+    "Answering",
     "ChecksModels",
     "ChecksPrompts",
     "ComparesWithExperts",
@@ -40,11 +41,13 @@ __all__ = [
     "Differentiable",
     "Evaluation",
     "Evaluator",
+    "Generating",
     "MetricInfo",
     "Scores",
     "Split",
     "SplitShares",
     "Teachable",
+    "answers_of",
     "asking",
     "loss_of",
     "pack",
@@ -448,7 +451,7 @@ class Differentiable(Protocol):
         gold: Negative log-likelihood of the right answer.
         pseudo: Negative log-likelihood of the answer that the task's teacher gives (see `set_pseudo_labels`).
         kl: Divergence from the teacher's output distribution (see `Teachable`).
-        entropy: Entropy of the model's own answer.
+        entropy: Entropy of the model's own answer. Needs no label.
     """
 
     def fit_tasks(self) -> dict[str, int]:
@@ -493,6 +496,29 @@ class Teachable(Differentiable, Protocol):
 
 
 @runtime_checkable
+class Generating(Differentiable, Protocol):
+    """A `Differentiable` with losses of answers that the live model generates first."""
+
+    def generated_questions(self, task: str, kind: str) -> int:
+        """Number of questions that `loss` of this kind asks per row besides its forward and backward pass."""
+        ...
+
+
+@runtime_checkable
+class Answering(Differentiable, Protocol):
+    """A `Differentiable` that can list the answers which a row may have, for the true Fisher information."""
+
+    def answers(self, task: str, row: int) -> tuple[Any, Any] | None:
+        """-log p of every answer that the row may have, and the probability that the live model gives to each.
+
+        Returns:
+            Tensors of shape (answers,): losses with their graph through the live parameters, in the unit of the loss
+            ``gold``, and probabilities without a graph, which sum to one. None where the answers cannot be listed.
+        """
+        ...
+
+
+@runtime_checkable
 class Counting(Protocol):
     """The earlier name of what every `Evaluator` has now: a count of its questions. Kept for classes that import it."""
 
@@ -529,3 +555,13 @@ def loss_of(evaluator: Differentiable, task: str, kind: str = "gold") -> Callabl
             return evaluator.loss(task, rows, kind=kind)
 
     return loss
+
+
+def answers_of(evaluator: Answering, task: str) -> Callable[[int], tuple[Any, Any] | None]:
+    """`Answering.answers` of a task as a function of the row. Its exceptions are those of `asking`."""
+
+    def answers(row: int) -> tuple[Any, Any] | None:
+        with asking(f"task {task!r}: its answers"):
+            return evaluator.answers(task, row)
+
+    return answers

@@ -51,6 +51,8 @@ class Preset:
         scale: lambda_out.
         grid: Published or usual values: any of ``coefficient``, ``density``, ``scale``, and ``settings`` (merged over
             the preset's).
+        fit: How its coefficients are fitted by gradient, from `coefficient` on (fields of `study_file.BaselineFit`);
+            None: they are published numbers. A preset with a fit is a baseline and no choice of a space.
         needs_data: Whether statistics must be measured on data.
         experts: Smallest and largest number of experts; None for no bound.
         origin: Where a preset from outside was added; None for the published ones.
@@ -65,6 +67,7 @@ class Preset:
     density: float | None = None
     scale: float = 1.0
     grid: tuple[Mapping[str, Any], ...] = ()
+    fit: Mapping[str, Any] | None = None
     needs_data: bool = False
     experts: tuple[int, int | None] = (1, None)
     origin: Origin | None = None
@@ -90,6 +93,7 @@ _CKI = "Compatibility-aware Knowledge Integration, AAAI 2025, arXiv 2501.07596"
 _APL = "Activated Parameter Locating, 2024, arXiv 2408.09485"
 _COPA = "Zeng et al. 2025, RobustMerge (CoPA-Merging), arXiv 2502.17159"
 _RAM = "RAM / RAM+, arXiv 2601.13572"
+_ADAMERGING = "Yang et al. 2024, AdaMerging, arXiv 2310.02575"
 
 _SUM_SIGN = {"kind": "sum", "tie": "majority"}
 _TOP_MODEL = {"kind": "top_k", "scope": "model"}
@@ -98,6 +102,21 @@ _MAGNITUDE = {"measure": "magnitude"}
 
 def _each(key: str, *values: float) -> tuple[Mapping[str, Any], ...]:
     return tuple({key: v} for v in values)
+
+
+def _ada(name: str, per: str, *, trimmed: bool = False) -> Preset:
+    """AdaMerging: coefficients of least entropy; `study_file.BaselineFit` has the release's settings."""
+    what = "one coefficient per expert" if per == "expert" else "one coefficient per expert and tensor"
+    deltas = "TIES-trimmed deltas" if trimmed else "deltas"
+    return Preset(
+        name, f"sum of {deltas}, {what}, fitted to the least entropy of the answers", _ADAMERGING,
+        {"assess": _MAGNITUDE, "select": _TOP_MODEL, "resolve": _SUM_SIGN} if trimmed else {},
+        differs=(
+            "Each task's entropy is divided by log of its number of answers. A coefficient is moved back onto [0, 1] "
+            "after a step; in the release it stays outside and only counts as 0 or 1."
+        ),
+        coefficient=0.3, density=0.2 if trimmed else None, fit={"per": per},
+    )  # fmt: skip
 
 
 def _cki_learned(splice: str, **options: Any) -> Mapping[str, Any]:
@@ -160,6 +179,8 @@ _ALL: tuple[Preset, ...] = (
         differs="mergekit keeps everything unless a density is given.", density=0.5,
         grid=({"density": 0.2}, {"density": 0.5}, {"density": 0.8}),
     ),
+    _ada("adamerging", "expert"), _ada("adamerging_layer", "tensor"),
+    _ada("adamerging_pp", "expert", trimmed=True), _ada("adamerging_layer_pp", "tensor", trimmed=True),
     Preset(
         "dare", "drop deltas at random, rescale the rest by 1 / density, sum", _DARE,
         {"select": {"kind": "bernoulli"}, "rescale": {"kind": "inverse_density"}},

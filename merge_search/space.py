@@ -145,6 +145,13 @@ class SearchSpace(Protocol):
     def initial_points(self) -> list[dict[str, str | int | float | bool]]:
         """Points to try before the sampler has a model of the objective, such as uniform recipes. May be empty."""
 
+    def exact_form(self, recipe: Recipe) -> Recipe | None:
+        """The recipe that `recipe` approximates to be cheap; None if it approximates nothing.
+
+        Exact forms of the finalists are scored when the search has ended.
+        """
+        return None
+
 
 def decoded(space: SearchSpace, point: Point) -> Recipe:
     """The recipe of a point.

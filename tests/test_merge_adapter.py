@@ -65,7 +65,7 @@ LINEAR: dict[str, dict[str, Any]] = {
     "task_arithmetic": {"coefficients": {"a": {"*": 0.5, "block.1": -0.25}, "b": 0.75, "c": 0.0}},
     "average": {},
     "linear": {"coefficients": {"a": 0.5, "b": 1.5, "c": 1.0}},
-    "count": {"splice": {"kind": "count"}, "scale": {"*": 0.5, "mlp": 2.0}},
+    "count": {"splice": {"kind": "count", "unique_boost": 0.5}, "scale": {"*": 0.5, "mlp": 2.0}},
     "energy": {"splice": {"kind": "score", "score": {"measure": "energy"}}},
     "allocated": {"allocate": {"kind": "importance", "measure": "magnitude", "coefficient_power": 1.0}},
 }

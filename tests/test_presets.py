@@ -92,6 +92,17 @@ def test_pcb_gives_the_values_of_each_released_inter_term(toy, inter, expected):
     assert merged(toy, recipe) == pytest.approx(expected, abs=6e-5)
 
 
+def test_df_merge_with_anchors_gives_the_golden_values_where_the_information_is_the_same(toy):
+    """At anchors, DF-Merge's; between them both coefficients are 0.45, so it is 0.9 of the Fisher-weighted mean."""
+    options = {"at": "scaled", "floor": 1e-12, "anchors": 0.3}
+    splice = {"kind": "score", "score": {"measure": "fisher", "options": options}}
+    at = preset("df_merge", toy.models, coefficients={"a": 0.6, "b": 0.3}, splice=splice)
+    assert merged(toy, at) == pytest.approx([0.27, -0.1, 0.03, 0.09, 0.216, -0.42, 0.02, 0.12], abs=6e-5)
+    between = preset("df_merge", toy.models, coefficients=0.45, splice=splice)
+    mean = [0.25, -0.0333, 0, 0.15, 0.12, -0.45, 0.0167, 0.2]
+    assert merged(toy, between) == pytest.approx([0.9 * x for x in mean], abs=6e-5)
+
+
 def test_pcb_paper_gives_the_values_of_the_paper_form(toy):
     expected = [0.4, 0.0781, 0, 0.2, -0.4507, -0.4730, 0, 0]
     assert merged(toy, preset("pcb_paper", toy.models, densities=0.5)) == pytest.approx(expected, abs=6e-5)

@@ -32,6 +32,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "search": study_file.Search,
     "search.racing": study_file.Racing,
     "search.learner": study_file.Learner,
+    "search.baselines": study_file.BaselineFit,
     "search.stop": study_file.Stop,
     "search.learn_from": study_file.Earlier,
     "statistics": study_file.StatisticsSection,

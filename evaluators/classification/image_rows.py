@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,8 @@ class ImageOptions(BaseModel):
         mean, std: Pixels of [0, 1] are normalised as (pixel - mean) / std: one number, or one per channel. None: those
             of the base's ``preprocessor_config.json``, and 0.5 where it has none.
         limit: Most documents per task: the first in the order of questions.
+        fit: The source of the rows to fit on. ``auto``: `TaskOptions.train`, without it the fit share. ``test_inputs``:
+            the questions of the test split without their labels, as in test-time adaptation (AdaMerging).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,6 +74,7 @@ class ImageOptions(BaseModel):
     mean: Annotated[list[float], BeforeValidator(_as_list), Field(min_length=1)] | None = None
     std: Annotated[list[Positive], BeforeValidator(_as_list), Field(min_length=1)] | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
+    fit: Literal["auto", "test_inputs"] = "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +115,12 @@ def read_image_tasks(options: ImageOptions, shares: SplitShares, folder: Path | 
         StudyFileError: Every problem of every task.
     """
     problems: list[str] = []
-    at = {"include_path": options.include_path, "folder": folder, "limit": options.limit}
+    at = {
+        "include_path": options.include_path,
+        "folder": folder,
+        "limit": options.limit,
+        "test_inputs": options.fit == "test_inputs",
+    }
     tasks = [_ImageReader(name, task, problems, **at).read(shares) for name, task in options.tasks.items()]
     if problems:
         raise StudyFileError(problems)

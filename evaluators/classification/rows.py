@@ -95,6 +95,8 @@ class Options(BaseModel):
         batch_size: Texts of one forward pass.
         max_length: Most tokens per text.
         limit: Most documents per task: the first in the order of questions.
+        fit: The source of the rows to fit on. ``auto``: `TaskOptions.train`, without it the fit share. ``test_inputs``:
+            the questions of the test split without their labels, as in test-time adaptation (AdaMerging).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -104,6 +106,7 @@ class Options(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] = 64
     max_length: Annotated[int, Field(ge=1)] = 128
     limit: Annotated[int, Field(ge=1)] | None = None
+    fit: Literal["auto", "test_inputs"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,12 @@ def read_tasks(options: Options, shares: SplitShares, folder: Path | None = None
         StudyFileError: Every problem of every task.
     """
     problems: list[str] = []
-    at = {"include_path": options.include_path, "folder": folder, "limit": options.limit}
+    at = {
+        "include_path": options.include_path,
+        "folder": folder,
+        "limit": options.limit,
+        "test_inputs": options.fit == "test_inputs",
+    }
     tasks = [_TextReader(name, task, problems, **at).read(shares) for name, task in options.tasks.items()]
     if problems:
         raise StudyFileError(problems)

@@ -177,8 +177,8 @@ class LabelledEvaluator(Evaluator, Generic[TaskKind]):
         self._pseudo[task] |= {row: int(c) for row, c in labels.items()}
 
     def losses(self, task: str) -> tuple[str, ...]:
-        """Kinds of `loss`. They are the same for every task."""
-        return LOSSES
+        """Kinds of `loss`. They are the same for every task; without labels there is no ``gold``."""
+        return LOSSES if self._tasks[task].has_labels else LOSSES[1:]
 
     def loss(self, task: str, rows: Sequence[int], kind: str = "gold") -> Tensor:
         """Mean loss of the bound model on these rows, with a graph to the parameters that require gradients.
@@ -209,6 +209,11 @@ class LabelledEvaluator(Evaluator, Generic[TaskKind]):
         live, known = self._bound(), self._fit_rows(task, rows)
         if kind not in LOSSES:
             raise InputError(f"no loss is called {kind!r}{nearest(kind, LOSSES)}")
+        if kind not in self.losses(task):
+            raise InputError(
+                f"task {task!r} is fitted on its test questions, whose labels are never read: it has no {kind} loss, "
+                f"only {', '.join(self.losses(task))}"
+            )
         self._check_teacher(task, rows, kind)
         items = self._items[task, Split.FIT]
         batches = live.trim_batches([items[i] for i in rows])
@@ -221,6 +226,13 @@ class LabelledEvaluator(Evaluator, Generic[TaskKind]):
             return -(log_p.exp() * log_p).sum(-1).mean() / math.log(known.n_outcomes)
         labels = [self._pseudo[task][i] if kind == "pseudo" else known.fit[i].label for i in asked]
         return functional.cross_entropy(logits, as_tensor(labels, device=logits.device))
+
+    def answers(self, task: str, row: int) -> tuple[Tensor, Tensor]:
+        """Cross-entropy to every answer, with a graph, and its probability. Shape (n_outcomes,) each."""
+        live, known = self._bound(), self._fit_rows(task, [row])
+        (batch,) = live.trim_batches([self._items[known.name, Split.FIT][row]])
+        log_p = live.logits(task, batch)[0].log_softmax(-1)
+        return -log_p, log_p.detach().exp()
 
     def _check_teacher(self, task: str, rows: Sequence[int], kind: str) -> None:
         """Raise `EvaluationError` if the loss needs a teacher's answers and some of these rows have none."""

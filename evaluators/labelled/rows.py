@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,12 +50,17 @@ class LabelledTask(Generic[RowKind]):
     Attributes:
         name: Its name.
         scored: The rows of the search, validation and test split, each in the order of questions.
-        fit: The rows to fit on. None of their questions is in `scored`.
+        fit: The rows to fit on. None of their questions is in `scored`, unless they have no labels (label -1).
     """
 
     name: str
     scored: Mapping[Split, tuple[RowKind, ...]]
     fit: tuple[RowKind, ...]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the rows to fit on have labels."""
+        return all(row.label >= 0 for row in self.fit)
 
     @property
     def n_outcomes(self) -> int:
@@ -75,12 +81,20 @@ class TaskReader(Generic[RowKind]):
         include_path: Folders of the files; none: `folder`.
         folder: The folder that relative paths are relative to; None: the current directory.
         limit: Most documents: the first in the order of questions.
+        test_inputs: Whether the questions of the test split are fitted on, without their labels.
     """
 
     def __init__(
-        self, name: str, problems: list[str], *, include_path: Sequence[str], folder: Path | None, limit: int | None
+        self,
+        name: str,
+        problems: list[str],
+        *,
+        include_path: Sequence[str],
+        folder: Path | None,
+        limit: int | None,
+        test_inputs: bool = False,
     ) -> None:
-        self.name, self.problems, self.limit = name, problems, limit
+        self.name, self.problems, self.limit, self.test_inputs = name, problems, limit, test_inputs
         self.folders = folders(include_path, folder)
 
     def note(self, field: str, text: str) -> None:
@@ -115,7 +129,7 @@ class TaskReader(Generic[RowKind]):
             shares: Shares of the splits.
             has_train: Whether the task names files to fit on; without them the fit share of `data` is fitted on.
         """
-        by_split = self._by_split(data, replace(shares, fit=0.0) if train else shares)
+        by_split = self._by_split(data, replace(shares, fit=0.0) if train or self.test_inputs else shares)
         n = sum(map(len, by_split.values()))
         for name in SCORED:
             if len(by_split[name]) < 2:
@@ -125,6 +139,8 @@ class TaskReader(Generic[RowKind]):
                     "give more data, a larger share, or a larger limit",
                 )
         scored = {s: by_split[s] for s in SCORED}
+        if self.test_inputs:
+            return scored, tuple(_unlabelled(row) for row in scored[Split.TEST])
         return scored, self._disjoint(train if has_train else by_split[Split.FIT], scored)
 
     def _by_split(self, rows: Sequence[RowKind], shares: SplitShares) -> dict[Split, tuple[RowKind, ...]]:
@@ -152,6 +168,11 @@ class TaskReader(Generic[RowKind]):
                 "task %s: %d of %d rows to fit on are also questions: left out", self.name, n_left_out, len(fit)
             )
         return kept
+
+
+def _unlabelled(row: Any) -> Any:
+    """The row with the label -1 and the hash of its question alone."""
+    return replace(row, label=-1, hash=hashlib.sha256(row.question.encode()).hexdigest())
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | str]]:

@@ -10,6 +10,7 @@ from merge_search.errors import RecipeError
 from merge_search.presets import pairs_refusal
 from merge_search.recipe import Assess, Group, Recipe, groups_named
 from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, in_use, option_problems
+from merge_search.rules.measures import anchors_of
 
 __all__ = ["problems"]
 
@@ -201,7 +202,9 @@ def _asked(assess: Assess, recipe: Recipe, tensors: Tensors) -> set[tuple[str, s
     if recipe.allocate.kind != "constant":
         return set()
     groups = tensors.groups.values()
-    return {(f"{kind}@{recipe.coefficient(e, g)!r}", e) for kind in kinds for e in experts for g in groups}
+    step = float(measure.completed(assess.options).get("anchors", 0.0))
+    at = {(c, e) for e in experts for g in groups for c, _ in anchors_of(recipe.coefficient(e, g), step)}
+    return {(f"{kind}@{c!r}", e) for kind in kinds for c, e in at}
 
 
 def _missing(who: str, asked: set[tuple[str, str]], tensors: Tensors) -> list[str]:

@@ -69,6 +69,8 @@ MEASURE_OPTIONS: About = {
         "floor": _O("added to the Fisher information", RELEASE, (0.0, 1.0), (1e-12, 1e-3), log=True),
         "normalise": _O("divide by the norm over the tensor", RELEASE),
         "at": _O("measured at the expert, or at the base plus its scaled delta", PAPER),
+        "kind": _O("of the right answers, or of all answers by their probability (the true one)", PAPER),
+        "anchors": _O("distance of the coefficients it is interpolated between; 0: none", OURS, (0.0, 2.0), (0.0, 0.5)),
     },
     "apl": {
         "normalise": _O("divide by the norms of gradient and delta", OURS),

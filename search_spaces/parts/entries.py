@@ -48,12 +48,14 @@ def preset_problems(names: Iterable[str], context: SpaceContext, *, at: str) -> 
     n = len(context.experts)
     for name in names:
         if name not in PRESETS:
-            usable = [p.name for p in PRESETS.values() if p.is_linear]
+            usable = [p.name for p in PRESETS.values() if p.is_linear and p.fit is None]
             problems.append(f"{at}: no preset is called {name!r}{nearest(name, usable)}")
             continue
         p = PRESETS[name]
         low, high = p.experts
-        if not p.is_linear:
+        if p.fit is not None:
+            problems.append(f"{at}: {name!r} fits its own coefficients; list it under search.baselines")
+        elif not p.is_linear:
             problems.append(f"{at}: {name!r} has no coefficients to search; list it under search.baselines")
         elif n < low or (high is not None and n > high):
             wanted = f"at least {low}" if high is None else f"{low} to {high}"

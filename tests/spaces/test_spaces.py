@@ -13,7 +13,7 @@ from small_spaces import CONTEXT, FILTERS, GENOME, build, make_context, quick
 
 from merge_search.errors import SpaceError
 from merge_search.presets import PRESETS, preset
-from merge_search.recipe import Models, Recipe
+from merge_search.recipe import Models, Recipe, Splice
 from merge_search.space import Categorical, Float, SearchSpace
 from merge_search.testing import SearchSpaceCase, SearchSpaceConformance
 from search_spaces import CATALOGUE
@@ -57,6 +57,13 @@ EXACT: dict[str, tuple[str, dict[str, Any], int]] = {
     "expert_choice_spans": ("expert_choice", {"span": 4, "base": False}, 3),
     "df_merge": ("df_merge", {}, 3),
     "df_merge_plain": ("df_merge", {"fisher": False}, 3),
+    "df_merge_anchors": ("df_merge", {"anchors": 0.5, "answers": "all"}, 3),
+    "compatibility_fixed_density": (
+        "compatibility",
+        {"presets": ["pcb"], "coefficients": {"per": "expert", "bounds": [0.5, 3]}, "density": 0.1},
+        3,
+    ),
+    "blockwise_fixed_density": ("blockwise", {"preset": "ties", "density": {"fixed": 0.3}}, 3 * 7),
     "genome": (
         "mergekit_genome",
         {"genome": {**GENOME, "merge_method": "task_arithmetic", "layer_granularity": 2}},
@@ -279,6 +286,49 @@ def test_presets_that_differ_only_in_searched_numbers_stand_once() -> None:
     assert space.parameters["preset"].choices == ("task_arithmetic", "dare")
     assert any("'average'" in n for n in space.notes)
     assert any("'linear'" in n for n in space.notes)
+
+
+def test_a_fixed_density_is_that_of_every_recipe_and_no_parameter() -> None:
+    space = build(
+        "compatibility", presets=["pcb", "ties", "task_arithmetic"], coefficients={"per": "expert"}, density=0.1
+    )
+    names = [f"coefficient.{e}" for e in CONTEXT.experts]
+    assert list(space.parameters) == ["preset", *names]
+    for point in space.initial_points():
+        recipe = space.decode(point)
+        wanted = {} if point["preset"] == "task_arithmetic" else dict.fromkeys(CONTEXT.experts, 0.1)
+        assert recipe.densities == wanted
+        assert space.encode(recipe) == point
+    other = space.decode({"preset": "ties", **dict.fromkeys(names, 0.7)}).model_copy(
+        update={"densities": dict.fromkeys(CONTEXT.experts, 0.2)}
+    )
+    assert space.encode(other) is None
+    published = preset("pcb", CONTEXT.models, seed=CONTEXT.seed, dtype=CONTEXT.dtype)  # 0.1, coefficients 1 x scale 1.2
+    assert space.encode(published) == {"preset": "pcb", **dict.fromkeys(names, 1.2)}
+
+
+@pytest.mark.parametrize(
+    ("density", "problem"),
+    [
+        (0, "greater than 0"), (1.5, "less than or equal to 1"), (True, "density"),
+        ({"fixed": 0.1, "per": "block"}, "a fixed density is not searched; leave out per, or fixed"),
+    ],
+)  # fmt: skip
+def test_a_fixed_density_must_be_one_and_stand_alone(density: Any, problem: str) -> None:
+    with pytest.raises(SpaceError, match=problem):
+        build("compatibility", presets=["pcb"], density=density)
+
+
+def test_the_exact_form_of_an_interpolated_recipe_is_df_merge_itself() -> None:
+    space, exact = build("df_merge", anchors=0.5), build("df_merge")
+    point = {f"coefficient.{e}": c for e, c in zip(CONTEXT.experts, (0.2, 0.6, 1.0), strict=True)}
+    recipe = space.decode(point)
+    assert recipe.splice.score is not None
+    assert recipe.splice.score.options["anchors"] == 0.5
+    assert space.exact_form(recipe) == exact.decode(point).model_copy(update={"preset": recipe.preset})
+    assert exact.exact_form(exact.decode(point)) is None
+    assert build("df_merge", fisher=False).exact_form(recipe.model_copy(update={"splice": Splice()})) is None
+    assert build("uniform").exact_form(recipe) is None
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,6 @@ def pair_problems(recipe: Recipe) -> list[str]:
     score = MEASURES.get((splice.score or recipe.assess).measure)
     if splice.kind not in _ENTRY_WISE and not (splice.kind == "score" and score is not None and score.after_mask):
         out.append(f"splice {splice.kind!r} weighs single entries")
-    if splice.unique_boost:
-        out.append("entries of one expert alone are raised (splice.unique_boost)")
     return out
 
 

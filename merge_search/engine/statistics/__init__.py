@@ -45,8 +45,9 @@ class Kind:
         summary: One line.
         point: The weights at which it is measured: ``base``, ``expert``, or ``either``. ``either`` is the expert, or
             base + c delta where the kind is asked for as ``<kind>@<c>``.
-        questions: Questions counted per row: one for a forward pass, two more for a backward pass. Or a function of the
-            settings, the groups that the expert changed, and the tasks' numbers of rows.
+        questions: Questions counted per row: one for a forward pass, two more for a backward pass. What differs between
+            rows, `Work.on_asked` reports. Or a function of the settings, the groups that the expert changed, and the
+            tasks' numbers of rows.
         settings: What a name can set, with defaults.
         choices: Allowed values of text settings.
         reads: Models whose weights the numbers depend on: that of the ``point``, base and expert (``pair``), or base
@@ -90,6 +91,7 @@ def _map_questions(settings: Mapping[str, Scalar], groups: Collection[Group], n_
 
 KINDS: dict[str, Kind] = {
     "fisher": Kind("fisher", "mean of squared gradients, row by row", "either", 3),
+    "true_fisher": Kind("true_fisher", "mean of squared gradients over all answers by p", "either", 1),
     "gradient": Kind("gradient", "mean gradient of the loss at the base", "base", 3),
     "absolute_gradient": Kind("absolute_gradient", "mean of absolute gradients at the base, row by row", "base", 3),
     "activation_norm": Kind("activation_norm", "root mean square of every input feature", "expert", 1),

@@ -42,7 +42,7 @@ def measure(work: Work, form: str, partition: str) -> dict[str, Tensor]:
         if is_changed(work.models, work.expert, name):
             parts.setdefault(work.groups[name].key(partition), []).append(name)
     changes = _first_order(work, parts) if form == "gradient" else _exact(work, parts, is_ablation=form == "ablation")
-    weights = torch.tensor([weight for weight, _ in work.each()], dtype=torch.float64)
+    weights = torch.tensor(work.weights, dtype=torch.float64)
     values = torch.stack([changes @ weights, changes.abs() @ weights], 1)
     for part, value in zip(parts, values, strict=True):
         if not bool(torch.isfinite(value).all()):
@@ -65,7 +65,7 @@ def _first_order(work: Work, parts: dict[str, list[str]]) -> Tensor:
 
     with receiving_gradients(parameter_slices(work.model, {name: work.views[name] for name in place}), add):
         for at, (_, loss) in enumerate(work.each()):  # noqa: B007, read by `add`
-            torch.autograd.backward(loss())
+            torch.autograd.backward(loss)
     return changes
 
 
@@ -80,7 +80,7 @@ def _exact(work: Work, parts: dict[str, list[str]], *, is_ablation: bool) -> Ten
             work.views[name].copy_(models.expert(work.expert, name) if from_expert else models.base(name))
 
     def losses() -> Tensor:
-        return torch.tensor([float(loss()) for _, loss in work.each()], dtype=torch.float64)
+        return torch.tensor([float(loss) for _, loss in work.each()], dtype=torch.float64)
 
     if is_ablation:
         for names in parts.values():

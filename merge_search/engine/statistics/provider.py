@@ -204,7 +204,8 @@ class DataStatistics:
         assert live is not None
         entry, c = _entry(kind)
         views = {name: live.views[name] for name in self.pool.groups if name in live.views}
-        work = Work(live.model, views, self.pool.groups, self._rows_of(entry, expert), self.pool, expert, self._seed)
+        tasks = self._rows_of(entry, expert)
+        work = Work(live.model, views, self.pool.groups, tasks, self._count, self.pool, expert, self._seed)
         changed = [self.pool.groups[name] for name in self._changed(entry, expert)]
         asked = entry.asked(changed, [len(task.rows) for task in work.tasks])
         _log.info("measuring %s of expert %r on %d rows: %d questions", kind, expert, work.n_rows, asked)
@@ -216,6 +217,9 @@ class DataStatistics:
             except NonFiniteError as error:
                 raise NonFiniteError(f"measuring {kind!r} of expert {expert!r}: {error}") from error
         return {name: t.to("cpu") for name, t in tensors.items()}
+
+    def _count(self, questions: int) -> None:
+        self.questions += questions
 
     def _changed(self, entry: Kind, expert: str) -> list[str]:
         """Return the tensors that an expert changed, where a statistic's price depends on them."""

@@ -24,9 +24,9 @@ from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_mod
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.learners.block_outputs import MOST_INPUTS, PASSES, fit_blocks
 from merge_search.engine.learners.fit import (
-    QUESTIONS_PER_ROW,
     FitSettings,
     Fitted,
+    TaskLoss,
     drawn_rows,
     fit,
     task_losses,
@@ -351,23 +351,24 @@ class Worker:
 
     def fit_questions(self, settings: FitSettings) -> int:
         """Number of questions that `fit` would ask now, with those of the teachers. It grows with the steps."""
-        kind, n_rows = _kind_on_rows(settings.loss), self._n_fit_rows(settings)
-        asked = QUESTIONS_PER_ROW * settings.steps * sum(min(settings.batch_rows, n) for n in n_rows.values())
+        kind, losses = _kind_on_rows(settings.loss), self._fit_losses(settings)
+        asked = settings.steps * sum(loss.questions_per_step(settings) for loss in losses.values())
         if settings.loss == "block_output":
-            asked += PASSES * sum(n_rows.values())
+            asked += PASSES * sum(loss.n_rows for loss in losses.values())
         if kind in ("pseudo", "kl"):
             asked += self._here.labels.questions(kind, self._fit_rows(settings))
         return asked
 
-    def _n_fit_rows(self, settings: FitSettings) -> dict[str, int]:
-        """Number of rows of each task that a fit chooses from."""
-        most = MOST_INPUTS if settings.loss == "block_output" else None
+    def _fit_losses(self, settings: FitSettings) -> dict[str, TaskLoss]:
+        """The tasks that a fit runs on, with the number of rows that it chooses from."""
         losses = task_losses(self.evaluators, _kind_on_rows(settings.loss))
-        return {task: loss.n_rows if most is None else min(loss.n_rows, most) for task, loss in losses.items()}
+        if settings.loss != "block_output":
+            return losses
+        return {task: replace(loss, n_rows=min(loss.n_rows, MOST_INPUTS)) for task, loss in losses.items()}
 
     def _fit_rows(self, settings: FitSettings) -> Mapping[str, Iterable[int]]:
         """The rows of each task that a fit runs through the model. For block outputs these are all it chooses from."""
-        n_rows = self._n_fit_rows(settings)
+        n_rows = {task: loss.n_rows for task, loss in self._fit_losses(settings).items()}
         if settings.loss == "block_output":
             return {task: range(n) for task, n in n_rows.items()}
         return drawn_rows(settings, n_rows)

@@ -154,7 +154,7 @@ def test_the_gradient_of_the_map_is_that_of_central_differences_in_float64(exper
         return torch.nn.functional.cross_entropy(model(ids[:-1]), ids[1:])
 
     models: Any = Experts(weights[0], dict(zip(experts, weights[1:], strict=False)))
-    work = Work(model, views, groups, (TaskRows("one", (0,), loss, "f"),), models)
+    work = Work(model, views, groups, (TaskRows("one", (0,), loss, "f"),), models=models)
     training = Training(work, {**DEFAULTS, "kind": kind, "gain": 2.0, "c": 1.0})
     assert set(training.spliced) == set(views)
     for spliced in training.spliced.values():  # away from the start, which is symmetric
@@ -199,6 +199,12 @@ def test_training_lowers_the_loss_is_counted_and_leaves_the_live_weights_alone(b
     again = Bench(bench.pool, bench.live, bench.folder)
     assert torch.equal(again.statistics.get(kind, "b", "lm_head.weight"), found)  # type: ignore[arg-type]
     assert again.statistics.questions == 0
+
+
+def test_an_epoch_that_makes_the_rows_that_were_kept_worse_is_not_taken(bench: Bench) -> None:
+    """Random rows have nothing in common, and steps of this size destroy a map."""
+    found = bench.statistics.get("cki_map@epochs=3,step_size=1.0", "a", "lm_head.weight")
+    assert torch.equal(found, cki_learned.start(DEFAULTS, (24, 16), transposed=False, seed=0))  # type: ignore[arg-type]
 
 
 def test_a_tensor_that_one_expert_left_alone_has_no_map_and_the_other_expert_is_taken(bench: Bench) -> None:

@@ -140,7 +140,7 @@ def test_the_gradient_form_is_the_derivative_of_the_activation_form_in_float64()
             v.copy_(base[n])
         pair: Any = Pair(base, {n: base[n] + size * delta[n] for n in base})
         task = TaskRows("one", (0, 1, 2), loss, "f")
-        return measure(Work(model, views, groups, (task,), pair, "a"), form, "block_kind")
+        return measure(Work(model, views, groups, (task,), models=pair, expert="a"), form, "block_kind")
 
     step = 1e-4
     slopes, ahead, behind = found("gradient", 1.0), found("activation", step), found("activation", -step)

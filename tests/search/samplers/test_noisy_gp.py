@@ -7,6 +7,7 @@ import math
 import numpy as np
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState, create_trial
 from random_studies import MIXED, fill, new_study, smooth, tell
 
@@ -50,6 +51,13 @@ def add_failure(study: optuna.Study, point, outcome: Outcome) -> None:
             state=TrialState.FAIL, params=point, distributions=distributions(LINE), user_attrs={"outcome": str(outcome)}
         )
     )
+
+
+def enqueued(study: optuna.Study, point: dict[str, float]) -> optuna.Trial:
+    study.enqueue_trial(point)
+    trial = study.ask()
+    suggest(trial, LINE)
+    return trial
 
 
 def grid(n: int) -> list[dict[str, float]]:
@@ -116,6 +124,78 @@ class TestNoisyGP:
             add(study, point, point["x"], constraint=point["x"] + point["y"] - 0.8)
         points = [suggest(study.ask(), LINE) for _ in range(3)]
         assert all(p["x"] > 0.5 and p["x"] + p["y"] < 0.85 for p in points)
+
+    def test_candidates_are_drawn_around_the_best_feasible_points(self):
+        """The objective rises with x; feasible is x <= 0.6, so the best of a 5 x 5 grid are those at x = 0.5."""
+        study, cube = line_study(), UnitCube(LINE)
+        for point in grid(5):
+            add(study, point, point["x"], constraint=point["x"] - 0.6)
+        history = read_history(study, cube)
+        best = acquisition._best_points(acquisition._fit_all(history, cube, "tied"), history)
+        assert best[:, 0].tolist() == pytest.approx([0.5] * 5)
+
+    def test_up_to_three_objectives_are_improved_by_hypervolume_and_more_by_random_weights(self):
+        for m, kind in ((2, "Hypervolume"), (3, "Hypervolume"), (4, "NoisyExpectedImprovement")):
+            study, cube = line_study(m=m), UnitCube(LINE)
+            for point in grid(3):
+                trial = enqueued(study, point)
+                tell(study, trial, [point["x"], -point["x"], point["y"], -point["y"]][:m])
+            history = read_history(study, cube)
+            models = acquisition._fit_all(history, cube, "tied")
+            found = acquisition._acquisition(models, history, seed=0, multi_objective="auto")
+            assert kind in type(found).__name__
+
+    def test_the_reference_point_of_the_hypervolume_is_that_of_the_front(self):
+        """Trials that others beat in everything, however bad, do not make the front look small."""
+        study, cube = line_study(m=2), UnitCube(LINE)
+        for point in grid(3):
+            bad = 0.0 if point["y"] > 0.5 else -100.0
+            tell(study, enqueued(study, point), [point["x"] + bad, 1 - point["x"] + bad])
+        history = read_history(study, cube)
+        models = acquisition._fit_all(history, cube, "tied")
+        found = acquisition._acquisition(models, history, seed=0, multi_objective="hypervolume")
+        means = models.means(history.points)
+        front = means[means.sum(1) > means.sum(1).median()]
+        assert (found.ref_point > front.min(0).values - (front.max(0).values - front.min(0).values)).all()
+
+    def test_ever_smaller_steps_find_a_more_promising_point_than_the_first_candidates(self, monkeypatch):
+        study, cube = line_study(), UnitCube(LINE)
+        for point in grid(3):
+            add(study, point, -((point["x"] - 0.4) ** 2) - (point["y"] - 0.6) ** 2)
+        history = read_history(study, cube)
+        models = acquisition._fit_all(history, cube, "tied")
+        promise = acquisition._acquisition(models, history, seed=3, multi_objective="auto")
+
+        def found() -> float:
+            point = acquisition.propose(history, cube, seed=3)
+            return promise(torch.tensor([[point]], dtype=torch.double)).item()
+
+        refined = found()
+        monkeypatch.setattr(acquisition, "REFINEMENTS", ())
+        assert refined > found()
+
+    def test_the_model_of_crashes_is_feasible_where_trials_ran(self):
+        study, cube = line_study(), UnitCube(LINE)
+        for point in grid(5):
+            if point["x"] > 0.6:
+                add_failure(study, point, Outcome.OUT_OF_MEMORY)
+            else:
+                add(study, point, point["x"])
+        history = read_history(study, cube)
+        models = acquisition._fit_all(history, cube, "tied")
+        (limit,) = models.limits
+        ran, crashed = (limit.model.posterior(x).mean for x in (history.points, history.failed))
+        assert (len(ran), len(crashed)) == (15, 10)
+        assert ran.max() < limit.standardise(0.0) < crashed.min()  # feasible is below
+
+    def test_steps_move_some_numbers_and_leave_others(self):
+        parameters: dict[str, Parameter] = {f"c{i}": Float(0, 1) for i in range(10)}
+        steps = acquisition._Steps(UnitCube(parameters), seed=0)
+        moved = steps.around(torch.full((1, 10), 0.5, dtype=torch.double), 400, 0.05) != 0.5
+        assert 0.3 < moved.double().mean() < 0.7
+        counts = moved.sum(1)
+        assert counts.min() < 3  # some steps go along few directions, some along nearly all
+        assert counts.max() > 8
 
     def test_never_repeats_a_point_while_a_new_one_is_left(self):
         parameters: dict[str, Parameter] = {"preset": Categorical(("a", "b", "c")), "k": Integer(1, 3)}

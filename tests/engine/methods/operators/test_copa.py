@@ -118,6 +118,12 @@ def test_the_balanced_gauge_forgets_the_size_of_either_factor(gauge: str) -> Non
     )
 
 
+def test_the_number_of_kept_entries_is_rounded() -> None:
+    """0.6 x 3 entries are 2, and s = 6/5."""
+    (part,) = copa([Factors(torch.ones(1, 1), torch.tensor([[3.0, 2.0, 1.0]]))], 0.6, normalise=False, prune="a")
+    near(part, [[3.6, 2.4, 0]])
+
+
 def test_the_smallest_density_keeps_one_entry_of_each_factor() -> None:
     (part,) = copa(TWO[:1], 0.01, normalise=False)
     near(part, [[13 * 5 / 4 * 4, 0, 0], [0, 0, 0], [0, 0, 0]])  # s = 5/4
