@@ -157,6 +157,31 @@ def merge(
 
 
 @app.command()
+def effects(
+    study: StudyArgument,
+    partition: Annotated[str, typer.Option(help="What is one part: model, block, block_kind or tensor.")] = "block",
+    device: DeviceOption = None,
+) -> None:
+    """Show what every part of each expert does to its loss, exactly and to first order, and whether these agree."""
+    with _stopping():
+        plan = _plan(study, device)
+        from merge_search.effects import FORMS, expert_effects
+        from merge_search.engine.statistics.agreement import spearman
+
+        found = expert_effects(plan, partition, note=lambda text: err.print(text, highlight=False, soft_wrap=True))
+    for expert, by_form in found.items():
+        table = RichTable("part", *FORMS, title=expert, title_justify="left", box=SIMPLE)
+        for part in by_form["gradient"]:
+            table.add_row(part, *(f"{by_form[form].get(part, 0.0):.5f}" for form in FORMS))
+        out.print(table)
+        parts = list(by_form["gradient"])
+        first, *exact = ([by_form[form].get(part, 0.0) for part in parts] for form in FORMS)
+        pairs = zip(FORMS[1:], exact, strict=True)
+        words = " and ".join(f"{spearman(first, values):.2f} with {form}" for form, values in pairs)
+        out.print(f"rank correlation of the gradient form over {len(parts)} parts: {words}", highlight=False)
+
+
+@app.command()
 def report(
     study: StudyArgument,
     trials: Annotated[int, typer.Option(help="Number of trials to list; 0 for all.", min=0)] = 20,

@@ -90,6 +90,7 @@ _TIES = "Yadav et al. 2023, TIES-Merging, arXiv 2306.01708"
 _DARE = "Yu et al. 2024, Language Models are Super Mario (DARE), arXiv 2311.03099"
 _PCB = "Du et al. 2024, Parameter Competition Balancing, arXiv 2410.02396"
 _CKI = "Compatibility-aware Knowledge Integration, AAAI 2025, arXiv 2501.07596"
+_APL = "Activated Parameter Locating, 2024, arXiv 2408.09485"
 _COPA = "Zeng et al. 2025, RobustMerge (CoPA-Merging), arXiv 2502.17159"
 _RAM = "RAM / RAM+, arXiv 2601.13572"
 _ADAMERGING = "Yang et al. 2024, AdaMerging, arXiv 2310.02575"
@@ -118,8 +119,23 @@ def _ada(name: str, per: str, *, trimmed: bool = False) -> Preset:
     )  # fmt: skip
 
 
+def _cki_learned(splice: str, **options: Any) -> Mapping[str, Any]:
+    return {"kind": splice, "score": {"measure": "cki_learned", "options": dict(options)}}
+
+
 def _cki(splice: str, **options: Any) -> Mapping[str, Any]:
     return {"kind": splice, "score": {"measure": "cki", "options": {"standardise": "all", **options}}}
+
+
+def _apl(form: str) -> Mapping[str, Any]:
+    options = {"form": form, "partition": "block"}
+    return {
+        "allocate": {
+            "kind": "importance", "measure": "causal_effect", "options": options,
+            "spread": 0.4, "floor": 0.01, "coefficient_power": 0.5,
+        },
+        "select": {"kind": "bernoulli", "vectors": False}, "rescale": {"kind": "inverse_density"},
+    }  # fmt: skip
 
 
 _ALL: tuple[Preset, ...] = (
@@ -168,7 +184,10 @@ _ALL: tuple[Preset, ...] = (
     Preset(
         "dare", "drop deltas at random, rescale the rest by 1 / density, sum", _DARE,
         {"select": {"kind": "bernoulli"}, "rescale": {"kind": "inverse_density"}},
-        differs="mergekit rescales to the old L1 norm of the tensor: rescale match_l1. Masks are keyed, not drawn.",
+        differs=(
+            "mergekit rescales to the old L1 norm of the tensor: rescale match_l1. Masks are keyed, not drawn. Norms "
+            "and biases stay whole unless `vectors` is set."
+        ),
         coefficient=0.3, density=0.5, grid=({"density": 0.5}, {"density": 0.1}, {"density": 0.5, "coefficient": 0.5}),
     ),
     Preset(
@@ -177,7 +196,10 @@ _ALL: tuple[Preset, ...] = (
             "select": {"kind": "bernoulli"}, "rescale": {"kind": "inverse_density"}, "resolve": _SUM_SIGN,
             "splice": {"kind": "count"},
         },
-        differs="TIES trimming after the drop is left out, as in mergekit; fusion_bench sums with scale 0.5.",
+        differs=(
+            "TIES trimming after the drop is left out, as in mergekit; fusion_bench sums with scale 0.5. Norms and "
+            "biases stay whole unless `vectors` is set."
+        ),
         density=0.5, grid=({"scale": 0.5}, {"scale": 1.0}, {"density": 0.2, "scale": 0.5}),
     ),
     Preset(
@@ -187,7 +209,10 @@ _ALL: tuple[Preset, ...] = (
             "assess": _MAGNITUDE, "select": {"kind": "rank_probability", "scope": "row", "epsilon": 0.07},
             "rescale": {"kind": "inverse_probability"}, "resolve": {"kind": "sum"}, "splice": {"kind": "count"},
         },
-        differs="epsilon is cut to what the density leaves room for. mergekit: epsilon 0.15, rescale match_l1.",
+        differs=(
+            "epsilon is cut to what the density leaves room for. mergekit: epsilon 0.15, rescale match_l1. Norms and "
+            "biases stay whole unless `vectors` is set."
+        ),
         density=0.7, scale=1.1,
         grid=({"density": 0.7, "scale": 1.1}, {"density": 0.5, "scale": 1.0}, {"density": 0.3, "scale": 1.1}),
     ),
@@ -195,6 +220,7 @@ _ALL: tuple[Preset, ...] = (
         "breadcrumbs", "drop the smallest and the very largest deltas of each tensor, sum",
         "Davari and Belilovsky 2024, Model Breadcrumbs, arXiv 2312.06795",
         {"assess": _MAGNITUDE, "select": {"kind": "band", "gamma": 0.01}}, coefficient=0.3, density=0.85,
+        differs="Norms and biases stay whole unless `vectors` is set.",
         grid=({"coefficient": 0.3}, {"coefficient": 0.5}, {"coefficient": 0.3, "density": 0.5}),
     ),
     Preset(
@@ -227,7 +253,10 @@ _ALL: tuple[Preset, ...] = (
             "select": {"kind": "soft_threshold", "scope": "model"},
             "splice": {"kind": "mask"},
         },
-        differs="The paper's form is `pcb_paper`; the three released inter terms are the option `inter`.",
+        differs=(
+            "The paper's form is `pcb_paper`; the three released inter terms are the option `inter`. Norms and biases "
+            "stay whole and take no part in the scores' threshold unless `vectors` is set."
+        ),
         density=0.1, scale=1.2,
         grid=({"density": 0.05, "scale": 1.2}, {"density": 0.1, "scale": 1.0}, {"density": 0.2, "scale": 1.4}),
     ),
@@ -259,8 +288,9 @@ _ALL: tuple[Preset, ...] = (
         "cki_soft", "compatibility-weighted mean, local and global view", _CKI,
         {"splice": _cki("score")},
         differs=(
-            "The learned map is replaced by standardised disagreement; all tensors, not the head alone. More than two "
-            "experts, which the release has not, are weighed by their distance from their mean."
+            "The learned map, for which see `cki_learned`, is replaced by standardised disagreement; all tensors, not "
+            "the head alone (`only: head`). More than two experts, which the release has not, are weighed by their "
+            "distance from their mean. Where one of two experts left a tensor as it was, the other's is taken whole."
         ),
         grid=({}, {"settings": {"splice": _cki("score", sign=-1.0)}}),
     ),
@@ -283,13 +313,57 @@ _ALL: tuple[Preset, ...] = (
         differs="The rule of the training-time forward; deployment in the release uses another one.", grid=({},),
     ),
     Preset(
+        "cki_learned", "compatibility-weighted mean whose local map is trained on fit rows", _CKI,
+        {"splice": _cki_learned("score")},
+        differs=(
+            "The map starts at the rule of `cki_soft` and sees standardised disagreement; `inputs: raw, start: xavier` "
+            "is the release, whose map hardly moves. All tensors, not the head alone (`only: head`). One map is "
+            "trained for all tasks. `map: diagonal` is for wide models and few rows. Where one of two experts left "
+            "a tensor as it was, the other's is taken whole."
+        ),
+        needs_data=True, experts=(2, None), grid=({},),
+    ),
+    Preset(
+        "cki_learned_hard", "at every entry the more compatible expert by a map trained on fit rows", _CKI,
+        {"splice": _cki_learned("argmax")},
+        differs=(
+            "As `cki_learned` and `cki_hard`: try both orders. The map is trained at soft splicing, because no "
+            "gradient passes a hard choice; the release leaves it untrained there."
+        ),
+        needs_data=True, experts=(2, None),
+        grid=({}, {"settings": {"splice": _cki_learned("argmax", order="reversed")}}),
+    ),
+    Preset(
         "apl", "density and coefficient of each tensor from its causal effect on the expert's loss",
-        "Activated Parameter Locating, 2024, arXiv 2408.09485",
+        _APL,
         {
             "allocate": {"kind": "importance", "measure": "apl", "spread": 0.4, "coefficient_power": 0.5},
             "select": {"kind": "bernoulli"}, "rescale": {"kind": "inverse_density"},
         },
-        differs="No code was released: dividing importance by both norms and its map to density are ours.",
+        differs=(
+            "No code was released: dividing importance by both norms and its map to density are ours. The parts are "
+            "single tensors; `apl_paper` has the paper's product and its parts. Norms and biases stay whole."
+        ),
+        coefficient=0.3, density=0.5,
+        needs_data=True, grid=({"coefficient": 0.3}, {"coefficient": 0.5}),
+    ),
+    Preset(
+        "apl_paper", "density and coefficient of each block from its effect on the expert's loss, to first order",
+        _APL, _apl("gradient"),
+        differs=(
+            "No code was released: the map from importance to density and coefficient is ours. The parts are blocks; "
+            "`partition` takes model, block_kind or tensor. Norms and biases stay whole unless `vectors` is set."
+        ),
+        coefficient=0.3, density=0.5,
+        needs_data=True, grid=({"coefficient": 0.3}, {"coefficient": 0.5}),
+    ),
+    Preset(
+        "apl_exact", "as apl_paper, by putting each block of the expert into the base and asking again", _APL,
+        _apl("activation"),
+        differs=(
+            "As `apl_paper`. `form: ablation` takes each block out of the expert; `average: rows` averages |change|. "
+            "It asks every fit row of an expert once for each block and once more."
+        ),
         coefficient=0.3, density=0.5,
         needs_data=True, grid=({"coefficient": 0.3}, {"coefficient": 0.5}),
     ),
@@ -297,7 +371,11 @@ _ALL: tuple[Preset, ...] = (
         "trust_region", "task arithmetic without the one per cent of parameters where tasks interfere most",
         "Sun et al. 2025, Task Arithmetic in Trust Region, arXiv 2501.15065",
         {"assess": {"measure": "trust_region"}, "select": {"kind": "band", "scope": "model", "gamma": 0.01}},
-        differs="Gradients are kept per task, which fusion_bench does not. `zero_shot` needs no data.", coefficient=0.3,
+        differs=(
+            "Gradients are kept per task, which fusion_bench does not. `zero_shot` needs no data. Norms and biases "
+            "stay whole unless `vectors` is set."
+        ),
+        coefficient=0.3,
         density=0.99,
         needs_data=True, grid=({"coefficient": 0.3},), experts=(2, None),
     ),
@@ -309,7 +387,11 @@ _ALL: tuple[Preset, ...] = (
             "resolve": {"kind": "sum", "tie": "plus"},
             "splice": {"kind": "score", "score": {"measure": "energy"}},
         },
-        differs="Energies count by their ratio; mergekit treats small ones as equal.", density=0.5,
+        differs=(
+            "Energies count by their ratio; mergekit treats small ones as equal. Norms and biases stay whole unless "
+            "`vectors` is set."
+        ),
+        density=0.5,
         grid=({"density": 0.1}, {"density": 0.5}, {"density": 1.0}), experts=(2, None),
     ),
     Preset(
@@ -331,7 +413,10 @@ _ALL: tuple[Preset, ...] = (
     Preset(
         "cabs", "n:m masks that do not overlap, expert after expert, sum", "Yang et al. 2025, CABS, arXiv 2503.01874",
         {"assess": _MAGNITUDE, "select": {"kind": "n_m", "block_size": 4, "exclusive": True}},
-        differs="Blocks do not straddle rows. The order of the experts in the recipe is the order of the method.",
+        differs=(
+            "Blocks do not straddle rows. The order of the experts in the recipe is the order of the method. Norms and "
+            "biases stay whole unless `vectors` is set."
+        ),
         density=0.25,
         grid=({"density": 0.25}, {"density": 0.5}),
     ),
@@ -339,7 +424,11 @@ _ALL: tuple[Preset, ...] = (
         "external", "keep what a file of scores calls important (LRP, any attribution), weighted mean",
         "mergekit's LRP branch; any attribution",
         {"assess": {"measure": "external"}, "select": {"kind": "top_k"}},
-        differs="Scores of another shape are an error, not a silent fallback to magnitude.", coefficient="mean",
+        differs=(
+            "Scores of another shape are an error, not a silent fallback to magnitude. Norms and biases stay whole "
+            "unless `vectors` is set."
+        ),
+        coefficient="mean",
         density=0.7,
         needs_data=True, grid=({"density": 0.7},),
     ),

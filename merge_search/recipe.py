@@ -29,7 +29,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -62,6 +62,7 @@ __all__ = [
     "Select",
     "Splice",
     "Transform",
+    "groups_named",
     "value_for",
 ]
 
@@ -85,6 +86,34 @@ class Group:
         if self.block is None:
             return (self.tensor, self.kind, "*")
         return (self.tensor, f"block.{self.block}.{self.kind}", f"block.{self.block}", self.kind, "*")
+
+    def key(self, per: str) -> str:
+        """The key that all tensors of one part share; outside all blocks, parts are module kinds.
+
+        Args:
+            per: ``model``, ``block``, ``block_kind`` (block and module kind) or ``tensor``.
+        """
+        if per == "model":
+            return "*"
+        if per == "tensor":
+            return self.tensor
+        if self.block is None:
+            return self.kind
+        return f"block.{self.block}" if per == "block" else f"block.{self.block}.{self.kind}"
+
+
+def groups_named(text: str, groups: Iterable[Group]) -> frozenset[str] | None:
+    """The keys in a text like ``head+last``, in which ``last`` is the last block; None if it is empty, for all groups.
+
+    Example:
+        >>> sorted(groups_named("head+last", [Group("a", 0, "mlp"), Group("b", 1, "mlp")]))
+        ['block.1', 'head']
+    """
+    if not text:
+        return None
+    blocks = [group.block for group in groups if group.block is not None]
+    last = f"block.{max(blocks)}" if blocks else "last"
+    return frozenset(last if key == "last" else key for key in text.split("+"))
 
 
 def _finite(value: float) -> float:
@@ -145,7 +174,8 @@ class Allocate(_Value):
 
     ``constant`` takes `densities` as they are. ``importance`` shifts each group's density by
     ``spread * (rank of its importance in [0, 1] - 1/2)``, clips it to [floor, 1] and shifts all of them so that the
-    size-weighted mean stays. The importance of a group is its mean score under the measure (APL: ``apl``).
+    size-weighted mean stays. The importance of a group is its mean score under the measure (APL: ``causal_effect``, or
+    ``apl`` by tensor). Groups are tensors, or what the measure's option ``partition`` says.
     """
 
     kind: Literal["constant", "importance"] = "constant"

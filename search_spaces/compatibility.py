@@ -37,7 +37,7 @@ from search_spaces.parts.axes import per_cell
 from search_spaces.parts.composed import Composed
 from search_spaces.parts.entries import PostEntry, PresetEntry, preset_methods, with_options, with_post_rules
 from search_spaces.parts.grouping import DensityRange, Range
-from search_spaces.parts.methods import Method, Stages, canonical, distinct, of_stages, why_senseless
+from search_spaces.parts.methods import Method, Stages, canonical, distinct, of_stages, price_notes, why_senseless
 from search_spaces.parts.options import Options, space_options
 from search_spaces.parts.stage_entries import StageItem, read_options, stage_entries
 
@@ -90,6 +90,7 @@ class Compatibility(Composed):
             choice="method" if by_axes else "preset",
             advice=f"coefficients and densities per: expert make {1 + 2 * n}",
         )
+        self.notes += price_notes(methods, context)
         self.notes += notes + [
             f"{m.name!r} keeps a whole number of every {m.template.select.block_size} entries: densities act in steps"
             for m in methods

@@ -9,6 +9,7 @@ import torch
 
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.methods.assess import AssessContext, pcb_paper
+from merge_search.engine.methods.assess.cki import entropy
 from merge_search.engine.methods.operators import OPERATORS
 from merge_search.engine.passes.measurements import Measurements
 from merge_search.engine.passes.planner import Planner
@@ -24,12 +25,16 @@ ONE = torch.tensor([[0.40, -0.20, 0.10, 0.00], [0.30, -0.50, 0.05, -0.10]])
 TWO = torch.tensor([[0.10, 0.30, -0.10, 0.20], [-0.60, -0.40, 0.00, 0.20]])
 FISHER = (torch.tensor([[1.0, 2, 0.5, 1], [4, 1, 1, 0]]), torch.tensor([[1.0, 1, 0.5, 3], [1, 1, 2, 1]]))
 KINDS = ("fisher", "fisher@0.6", "fisher@0.3", "fisher@0.5", "external", "gradient", "absolute_gradient")
+EFFECTS = tuple(f"effect@form={form},partition=block" for form in ("gradient", "activation"))
 
 
 @pytest.fixture
 def toy() -> MemoryTensors:
     """Base zero, so that weights are deltas; statistics of every kind."""
     statistics = {(kind, e, "w"): f for e, f in zip(("a", "b"), FISHER, strict=True) for kind in KINDS}
+    statistics |= {(kind, e, "w"): torch.tensor([-0.5, 0.75]) for e in "ab" for kind in EFFECTS}
+    statistics |= {("cki_map", e, "w"): torch.eye(5)[:, :4] for e in "ab"}
+    statistics |= {("cki_map@order=reversed", e, "w"): torch.eye(5)[:, :4] for e in "ab"}
     base, experts = {"w": torch.zeros(2, 4)}, {"a": {"w": ONE}, "b": {"w": TWO}}
     return MemoryTensors(base, experts, statistics=statistics, factors=whole_pairs(base, experts))
 
@@ -186,6 +191,18 @@ def cki(kind: str, splice: str, **options: float | str) -> dict[str, object]:
 )
 def test_cki_gives_the_values_of_the_dual_rule(toy, name, splice, expected):
     assert merged(toy, preset(name, toy.models, splice=splice)) == pytest.approx(expected, abs=6e-5)
+
+
+@pytest.mark.parametrize(("bias", "taken"), [(60.0, ONE), (-60.0, TWO)])
+def test_a_large_bias_of_cki_takes_one_expert_whole(toy, bias, taken):
+    recipe = preset("cki_soft", toy.models, splice=cki("local", "score", bias=bias))
+    assert merged(toy, recipe) == pytest.approx(taken.flatten().tolist(), abs=1e-6)
+
+
+def test_a_constant_tensor_has_no_information(toy):
+    assert entropy(torch.full((3, 4), 0.25), 10) == 0.0
+    # 4, the largest, is in no bin
+    assert entropy(torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]), 4) == pytest.approx(-0.8 * math.log(0.2))
 
 
 def test_cki_recommender_gives_the_values_of_its_softmax(toy):

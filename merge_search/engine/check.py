@@ -8,7 +8,7 @@ from merge_search.engine.methods.operators import operator_problems
 from merge_search.engine.resident.coefficient_maps import rows_of
 from merge_search.errors import RecipeError
 from merge_search.presets import pairs_refusal
-from merge_search.recipe import Assess, Group, Recipe
+from merge_search.recipe import Assess, Group, Recipe, groups_named
 from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, in_use, option_problems
 from merge_search.rules.measures import anchors_of
 
@@ -109,7 +109,7 @@ def _stages(recipe: Recipe, tensors: Tensors) -> list[str]:
     out = []
     for assess in _measures(recipe):
         out += options_problems(assess) or _statistics(assess, recipe, tensors)
-    return out + _selection(recipe) + _scores(recipe) + _splice(recipe)
+    return out + _selection(recipe) + _scores(recipe) + _splice(recipe, tensors)
 
 
 def _measures(recipe: Recipe) -> list[Assess]:
@@ -161,11 +161,25 @@ def _scores(recipe: Recipe) -> list[str]:
     return []
 
 
-def _splice(recipe: Recipe) -> list[str]:
+def _splice(recipe: Recipe, tensors: Tensors) -> list[str]:
     splice = recipe.splice
     if problem := SPLICES.unknown(splice.kind):
         return [f"splice: {problem}"]
-    return [f"splice: {p}" for p in option_problems(SPLICES[splice.kind], splice.options)]
+    return [f"splice: {p}" for p in option_problems(SPLICES[splice.kind], splice.options)] + _only(recipe, tensors)
+
+
+def _only(recipe: Recipe, tensors: Tensors) -> list[str]:
+    """Keys of the tensors that a splice is limited to, to which no tensor answers."""
+    score = recipe.splice.score or recipe.assess
+    only = str(score.options.get("only", "")) if SPLICES[recipe.splice.kind].is_scored else ""
+    named = groups_named(only, tensors.groups.values()) or ()
+    known = {key for group in tensors.groups.values() for key in group.keys()}  # noqa: SIM118
+    return [
+        f"splice: {score.measure!r} is limited to {only!r}, and no tensor answers to the key {key!r} "
+        "(join keys by '+': head, last for the last block, block.<n>, a module kind, a tensor)"
+        for key in sorted(named)
+        if key not in known
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- statistics

@@ -21,10 +21,12 @@ class Measure(Rule):
 
     Attributes:
         needs_data: It reads statistics that a provider must have measured.
-        statistics: Kinds of the statistics that it reads; ``{option}`` stands for the value of a text option.
+        statistics: Kinds of the statistics that it reads; ``{option}`` stands for the value of a text option, ``{*}``
+            for ``option=value`` of all options that differ from their defaults.
         data_free_option: A switch that makes it need no data.
         shared: All experts have the same scores.
         per_tensor: One number for all parameters of an expert's tensor.
+        partition: Option that says which tensors share one number (`recipe.Group.key`); '' where each has its own.
         is_constant: One number for everything.
         is_random: Scores depend on the recipe's seed.
         ordered: The order of the experts in the recipe matters.
@@ -43,6 +45,7 @@ class Measure(Rule):
     data_free_option: str = ""
     shared: bool = False
     per_tensor: bool = False
+    partition: str = ""
     is_constant: bool = False
     is_random: bool = False
     ordered: bool = False
@@ -66,7 +69,9 @@ class Measure(Rule):
         """Kinds of statistics that scores under these options of a recipe are made from."""
         if not self.needs_data or (self.data_free_option and options.get(self.data_free_option) is True):
             return ()
-        return tuple(kind.format_map(self.completed(options)) for kind in self.statistics)
+        completed = self.completed(options)
+        changed = ",".join(f"{k}={completed[k]}" for k in sorted(completed) if completed[k] != self.options.get(k))
+        return tuple(kind.replace("{*}", changed).rstrip("@").format_map(completed) for kind in self.statistics)
 
     @property
     def ranks_parameters(self) -> bool:
@@ -122,9 +127,19 @@ MEASURES: RuleTable[Measure] = RuleTable("measure", (
         "cki", "compatibility from disagreement and information content (CKI), without training",
         cheap=True, is_costly=True, ordered=True, bounded=True, reduce_options=("bins",),
         options={"kind": "dual", "a": 0.4, "c": 500.0, "bins": 10, "gain": 1.0, "bias": 0.0, "sign": 1.0,
-                 "standardise": "expert", "order": "given"},
+                 "standardise": "expert", "order": "given", "only": "", "rest": "first"},
         choices={"kind": ("dual", "local", "global", "recommender"), "standardise": ("expert", "all"),
-                 "order": ("given", "reversed")},
+                 "order": ("given", "reversed"), "rest": ("first", "last", "base")},
+    ),
+    _m(
+        "cki_learned", "compatibility whose local map is trained on fit rows (CKI)",
+        needs_data=True, statistics=("cki_map@{*}",), ordered=True, bounded=True, reduce_options=("bins",),
+        options={"kind": "dual", "a": 0.4, "c": 500.0, "bins": 10, "gain": 1.0, "sign": 1.0, "order": "given",
+                 "only": "", "rest": "first", "map": "full", "inputs": "standardised", "start": "identity",
+                 "epochs": 10, "step_size": 0.01, "batch_rows": 16},
+        choices={"kind": ("dual", "local", "recommender"), "order": ("given", "reversed"),
+                 "rest": ("first", "last", "base"), "map": ("full", "diagonal", "scalar"),
+                 "inputs": ("standardised", "raw"), "start": ("identity", "xavier")},
     ),
     _m("random", "counter-based uniform numbers: a control", is_random=True, reads_weights=False, bounded=True),
     _m(
@@ -141,6 +156,14 @@ MEASURES: RuleTable[Measure] = RuleTable("measure", (
     _m(
         "apl", "|cosine of gradient at the base and delta|, one number per tensor (APL)",
         needs_data=True, statistics=("gradient",), per_tensor=True, options={"normalise": True},
+    ),
+    _m(
+        "causal_effect", "change of the loss by an intervention on a part of the model, one number a part (APL)",
+        needs_data=True, statistics=("effect@form={form},partition={partition}",), per_tensor=True,
+        reads_weights=False, bounded=True, partition="partition",
+        options={"form": "gradient", "partition": "block", "average": "loss"},
+        choices={"form": ("gradient", "activation", "ablation"), "average": ("loss", "rows"),
+                 "partition": ("model", "block", "block_kind", "tensor")},
     ),
     _m(
         "trust_region", "sum over pairs of |gradient_i| |delta_j| (trust region)",

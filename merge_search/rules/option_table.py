@@ -44,6 +44,25 @@ MEASURE_OPTIONS: About = {
         "sign": _O("whether the larger or the smaller entropy is preferred", RELEASE, numbers=(1.0, -1.0)),
         "standardise": _O("disagreement over each expert's entries, or over those of all", OURS),
         "order": _O("which of two experts is the first one", OURS),
+        "only": _O("groups that are spliced, joined by '+': head, last, any key; '' for all", RELEASE),
+        "rest": _O("whose weights the other tensors are", OURS),
+    },
+    "cki_learned": {
+        "kind": _O("local view, both, or the recommender's rule", PAPER),
+        "a": _O("weight of the global view", RELEASE, (0.0, 1.0)),
+        "c": _O("steepness of the global view", RELEASE, (0.0, 1e6), (1.0, 1e3), log=True),
+        "bins": _O("bins of the histogram whose entropy is the global view", RELEASE, (2, 4096), (8, 256), log=True),
+        "gain": _O("steepness of the local view", RELEASE, (0.0, 20.0), (0.1, 20.0), log=True),
+        "sign": _O("whether the larger or the smaller entropy is preferred", RELEASE, numbers=(1.0, -1.0)),
+        "order": _O("which of two experts is the first one", OURS),
+        "only": _O("groups that are spliced, joined by '+': head, last, any key; '' for all", RELEASE),
+        "rest": _O("whose weights the other tensors are", OURS),
+        "map": _O("a matrix over the inputs, a number per input, or one number", RELEASE),
+        "inputs": _O("disagreement standardised within the tensor, or as it is", OURS),
+        "start": _O("the map that leaves disagreement as it is, or a drawn one", OURS),
+        "epochs": _O("most passes over the fit rows", RELEASE, (0, 1000), (1, 30), log=True),
+        "step_size": _O("Adam's step size", RELEASE, (1e-7, 1.0), (1e-3, 1e-1), log=True),
+        "batch_rows": _O("rows of each task in a step", OURS, (1, 10000), (4, 64), log=True),
     },
     "fisher": {
         "power": _O("exponent of the Fisher information; 0: every parameter alike", OURS, (0.0, 4.0), (0.0, 1.5)),
@@ -55,6 +74,11 @@ MEASURE_OPTIONS: About = {
     },
     "apl": {
         "normalise": _O("divide by the norms of gradient and delta", OURS),
+    },
+    "causal_effect": {
+        "form": _O("first order, a part put into the base, or a part taken out of the expert", PAPER),
+        "partition": _O("what is one part", PAPER),
+        "average": _O("change of the mean loss, or mean of the rows' |change|", OURS),
     },
     "trust_region": {
         "zero_shot": _O("deltas in place of gradients: no data", RELEASE),

@@ -20,6 +20,7 @@ __all__ = [
     "distinct",
     "of_stages",
     "of_template",
+    "price_notes",
     "scaling_of",
     "why_senseless",
 ]
@@ -154,6 +155,22 @@ def scaling_of(template: Recipe) -> Literal["fold", "mean", "fixed"]:
     if splice.divides_by_coefficients:
         return "mean"
     return "fixed" if template.post or not splice.is_linear else "fold"  # a post rule need not be linear
+
+
+def price_notes(methods: Iterable[Method], context: SpaceContext) -> list[str]:
+    """What methods ask that ask every fit row about each part of the model."""
+    notes = []
+    for method in methods:
+        rule = method.template.allocate
+        row = MEASURES.get(rule.measure) if rule.kind == "importance" else None
+        options = row.completed(rule.options) if row is not None and row.partition else {}
+        if row is not None and options.get("form", "gradient") != "gradient":
+            n = len({group.key(str(options[row.partition])) for group in context.groups})
+            notes.append(
+                f"{method.name!r} asks every fit row of an expert up to {1 + n} times, once in a study: for each of "
+                f"{n} parts of the model (partition {options[row.partition]}) and once more"
+            )
+    return notes
 
 
 @dataclass(frozen=True)

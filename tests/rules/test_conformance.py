@@ -27,11 +27,14 @@ USERS = Path(__file__).parent.parent / "support" / "user_rules.py"
 
 
 def drawn(kind: str, expert: str, name: str, shape: tuple[int, ...]) -> Tensor:
-    """What was measured on data, of every kind: positive numbers, or a Gram matrix of inputs."""
+    """What was measured on data, of every kind: positive numbers, a Gram matrix of inputs, or a map of them."""
     draw = torch.Generator().manual_seed(sum(map(ord, kind + expert + name)))
     if kind == "gram":
         x = torch.randn(*shape[:-2], 64, shape[-1], generator=draw)
         return x.mT @ x / 64
+    if kind.startswith("cki_map"):
+        draw.manual_seed(0)  # one map of all experts
+        return torch.randn((shape[-1] + 1, shape[-1]) if len(shape) == 2 else (2, 1), generator=draw)
     return torch.randn(shape, generator=draw).abs()
 
 

@@ -45,7 +45,7 @@ OPTIONS = [pytest.param(row, o, id=f"{row.name}-{o}") for _, row in ROWS for o i
 OF_TRANSFORMS = [pytest.param(row, o, id=f"{row.name}-{o}") for row in TRANSFORMS.values() for o in row.options]
 FREE_TEXT = {
     ("external", "name"), ("passthrough", "expert"), ("allocate", "allocate"), ("stack", "layers"), ("mal", "blocks"),
-    ("alone", "model"),
+    ("alone", "model"), ("cki", "only"), ("cki_learned", "only"),
 }  # fmt: skip
 """Names of other things: any text is right in itself."""
 
@@ -58,7 +58,10 @@ class Measured(MemoryTensors):
     """Tensors with every statistic."""
 
     def statistic(self, kind: str, expert: str, name: str) -> Tensor | None:
-        x = drawn(sum(map(ord, kind + expert)), *self.shape(name))
+        shape = self.shape(name)
+        if kind.startswith("cki_map"):  # a matrix over the inputs above an offset
+            return drawn(0, shape[-1] + 1, shape[-1]) if len(shape) == 2 else drawn(0, 2, 1)
+        x = drawn(sum(map(ord, kind + expert)), *shape)
         return x.mT @ x if kind == "gram" else x.abs()
 
 

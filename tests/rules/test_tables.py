@@ -37,7 +37,9 @@ class Recorded(MemoryTensors):
 
     def statistic(self, kind: str, expert: str, name: str) -> Tensor | None:
         self.asked.add(kind)
-        return drawn(sum(map(ord, kind + expert)), *self.shape(name)).abs()
+        special = {"effect": (2,), "cki_map": (self.shape(name)[-1] + 1, self.shape(name)[-1])}
+        shape = special.get(kind.partition("@")[0], self.shape(name))
+        return drawn(sum(map(ord, kind + expert)), *shape).abs()
 
     asked: set[str]
 

@@ -82,6 +82,16 @@ def test_one_number_per_tensor_ranks_tensors_and_not_parameters() -> None:
     assert "apl is one number per tensor: within a tensor top_k has nothing to choose by; left out" in space.notes
 
 
+def test_methods_that_ask_about_every_part_of_the_model_say_how_often() -> None:
+    entries = ["apl_paper", "apl_exact", {"apl_exact": {"form": "ablation", "partition": "model"}}]
+    space = build("compatibility", presets=entries, coefficients={"per": "expert"})
+    parts = len({group.key("block") for group in CONTEXT.groups})
+    told = [note for note in space.notes if "asks every fit row" in note]
+    assert len(told) == 2
+    assert f"'apl_exact' asks every fit row of an expert up to {1 + parts} times" in told[0]
+    assert "'apl_exact(form=ablation, partition=model)' asks every fit row of an expert up to 2 times" in told[1]
+
+
 def test_tensors_get_the_coefficient_of_their_cell() -> None:
     space = build("compatibility", presets=["task_arithmetic"], coefficients={"per": "block_kind"})
     point = dict.fromkeys(space.parameters, 0.5) | {"coefficient.code.block.2.mlp": 0.7, "coefficient.code.rest": 0.1}

@@ -176,13 +176,7 @@ class PerRow:
 
 def _key(per: Per, group: Group) -> str:
     """Return the key of a recipe's `PerGroup` value under which a tensor's number stands."""
-    if per == "expert":
-        return "*"
-    if per == "tensor":
-        return group.tensor
-    if group.block is None:
-        return group.kind
-    return f"block.{group.block}" if per == "block" else f"block.{group.block}.{group.kind}"
+    return group.key("model" if per == "expert" else per)
 
 
 def _mean(values: list[tuple[float, int]]) -> float:

@@ -45,13 +45,13 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 
 def spread_densities(
-    given: Sequence[float], sizes: Sequence[int], importance: Sequence[float], spread: float, floor: float
+    given: Sequence[float], sizes: Sequence[int], ranked: Sequence[float], spread: float, floor: float
 ) -> list[float]:
     """given + spread (rank - 1/2), clipped to [floor, 1] and shifted so that the size-weighted mean stays.
 
     Source: APL, arXiv 2408.09485: important partitions are dropped less. Differs: the map from rank to density is ours.
     """
-    wished = [d + spread * (r - 0.5) for d, r in zip(given, ranks(importance), strict=True)]
+    wished = [d + spread * (r - 0.5) for d, r in zip(given, ranked, strict=True)]
     target = sum(d * n for d, n in zip(given, sizes, strict=True))
 
     def at(shift: float) -> list[float]:
@@ -68,13 +68,21 @@ def spread_densities(
 
 
 def allocate(
-    recipe: Recipe, tensors: Tensors, active: Callable[[str], tuple[str, ...]], importance: Importance
+    recipe: Recipe,
+    tensors: Tensors,
+    active: Callable[[str], tuple[str, ...]],
+    importance: Importance,
+    per: str = "tensor",
 ) -> Allocation:
     """Final density and coefficient of every expert for every tensor on which it is active.
 
+    Ranks and means are over the parts that an expert changed.
+
     Args:
         active: Tensor -> experts whose delta is not zero.
-        importance: (expert, tensor) -> non-negative number; asked for only if the recipe allocates by it.
+        importance: (expert, tensor) -> non-negative number, the same for all tensors of a part; asked for only if the
+            recipe allocates by it.
+        per: What is a part, as `recipe.Group.key` takes it.
     """
     density = {(e, name): recipe.density(e, g) for name, g in tensors.groups.items() for e in recipe.models.experts}
     coefficient = {
@@ -87,16 +95,20 @@ def allocate(
         names = [name for name in tensors.groups if expert in active(name)]
         if not names:
             continue
-        weights = [importance(expert, name) for name in names]
+        parts = {name: tensors.groups[name].key(per) for name in names}
+        first: dict[str, str] = {}
+        for name, part in parts.items():
+            first.setdefault(part, name)
+        weights = {part: importance(expert, name) for part, name in first.items()}
+        ranked = dict(zip(weights, ranks(list(weights.values())), strict=True))
         sizes = [tensors.base(name).numel() for name in names]
-        spread = spread_densities([density[expert, n] for n in names], sizes, weights, rule.spread, rule.floor)
+        given = [density[expert, n] for n in names]
+        spread = spread_densities(given, sizes, [ranked[parts[n]] for n in names], rule.spread, rule.floor)
         density.update({(expert, n): d for n, d in zip(names, spread, strict=True)})
-        powers = [_power(w, rule.coefficient_power) for w in weights]
-        mean = sum(powers) / len(powers)
+        powers = {part: _power(w, rule.coefficient_power) for part, w in weights.items()}
+        mean = sum(powers.values()) / len(powers)
         if rule.coefficient_power and mean > 0:
-            coefficient.update(
-                {(expert, n): coefficient[expert, n] * w / mean for n, w in zip(names, powers, strict=True)}
-            )
+            coefficient.update({(expert, n): coefficient[expert, n] * powers[parts[n]] / mean for n in names})
     return Allocation(density, coefficient)
 
 

@@ -18,7 +18,7 @@ from merge_search.engine.passes.settings import Assessment, ResolvedRecipe, Scop
 from merge_search.engine.passes.softmax_weights import SoftmaxWeights
 from merge_search.engine.passes.survivors import SurvivorNumbers
 from merge_search.engine.resident.coefficient_maps import n_rows, rows_of
-from merge_search.recipe import Assess, Recipe
+from merge_search.recipe import Assess, Group, Recipe, groups_named
 
 __all__ = ["Planner", "TensorSettings"]
 
@@ -80,6 +80,7 @@ class Planner:
                 self.tensors,
                 active=lambda name: self.measurements.active(name, scope.experts),
                 importance=lambda expert, name: self._importance(assessment, expert, name),
+                per=str(assessment.options[assessment.measure.partition]) if assessment.measure.partition else "tensor",
             )
             self._allocations = {resolved.fingerprint: allocation}  # of one candidate; mean scores serve all of them
         return self._allocations[resolved.fingerprint]
@@ -103,6 +104,8 @@ class Planner:
         """
         resolved = self.resolved(recipe)
         active = self.measurements.active(name, resolved.scope.experts)
+        if not self._is_spliced(resolved, name):
+            return self._rest(resolved, name, active, emit)
         if not active:
             return None
         settings = self.settings(recipe, name)
@@ -125,6 +128,28 @@ class Planner:
         if has_majority:
             numbers["majority"] = [self._survivors.majority_sign(p, _given_key(resolved, p))]
         return replace(p, bound=self._bound(resolved, p))
+
+    def _is_spliced(self, resolved: ResolvedRecipe, name: str) -> bool:
+        """Whether the tensor is among those that a scored splice is limited to (the mixing measure's option `only`)."""
+        options = resolved.mixing.options
+        if not (resolved.splice.is_scored and options.get("only") and "rest" in options):
+            return True
+        keys = groups_named(str(options["only"]), self.tensors.groups.values())
+        return keys is None or any(key in keys for key in Group.keys(self.tensors.groups[name]))
+
+    def _rest(self, resolved: ResolvedRecipe, name: str, active: tuple[str, ...], emit: str) -> Pass | None:
+        """The pass of a tensor that is not spliced: the delta of one expert, whole; None for the base's bits."""
+        experts, rest = tuple(resolved.recipe.models.experts), resolved.mixing.options["rest"]
+        kept = {"base": (), "first": experts[:1], "last": experts[-1:]}[str(rest)]
+        if not kept or kept[0] not in active:
+            return None
+        settings = self.settings(resolved.recipe, name).of(kept)
+        numbers: Numbers = {"coefficient": list(settings.coefficients), "scale": [settings.scale]}
+        p = Pass(name, self.tensors.shape(name), Structure(experts=1, emit=emit), kept, numbers, {})
+        p = self._rows(resolved, p)
+        delta = abs(numbers["coefficient"][0]) * self.measurements.largest_delta(kept[0], name)
+        bound = self.measurements.largest_base(name) + abs(settings.scale) * delta * 1.0001
+        return replace(p, bound=math.inf if p.structure.rows else bound)
 
     def _mixing(self, resolved: ResolvedRecipe, settings: TensorSettings, p: Pass) -> Pass:
         """The pass with its mixing scores, and with a splice from outside."""

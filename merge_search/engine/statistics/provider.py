@@ -20,7 +20,7 @@ from merge_search.engine.engine import MergeEngine
 from merge_search.engine.resident.live_model import LiveModel
 from merge_search.engine.resident.pool import ModelPool
 from merge_search.engine.statistics import Kind, load, parse
-from merge_search.engine.statistics.rows import TaskRows, Work, rows_of_experts
+from merge_search.engine.statistics.rows import TaskRows, Work, is_changed, rows_of_experts
 from merge_search.engine.statistics.store import FOLDER, FolderStatistics, StatisticFile, prune, write
 from merge_search.errors import NonFiniteError, RecipeError, WeightsError
 from merge_search.recipe import Models, Operator, Recipe
@@ -176,15 +176,24 @@ class DataStatistics:
         """Return everything that the numbers depend on."""
         entry, _ = _entry(kind)
         hashes = self.pool.hashes()
-        return {
+        about = {
             "version": VERSION,
             "kind": kind,
             "base": hashes["base"],
-            "expert": None if entry.point == "base" else hashes[expert],
+            "expert": None if entry.point == "base" and entry.reads != "pair" else hashes[expert],
             "dtype": self._dtype,
             "seed": self._seed,
-            "tasks": [[t.task, t.fingerprint, t.rows] for t in self._rows[expert]],
+            "tasks": [[t.task, t.fingerprint, t.rows] for t in self._rows_of(entry, expert)],
         }
+        if entry.reads == "all":
+            about["experts"] = [hashes[e] for e in self.pool.models.experts]
+        return about
+
+    def _rows_of(self, entry: Kind, expert: str) -> tuple[TaskRows, ...]:
+        """Return the rows of an expert's tasks, or those of all experts where a statistic is of all of them."""
+        if entry.reads != "all":
+            return self._rows[expert]
+        return tuple({t.task: t for tasks in self._rows.values() for t in tasks}.values())
 
     def _path(self, kind: str, expert: str) -> Path:
         text = json.dumps(self._about(kind, expert), sort_keys=True)
@@ -195,9 +204,12 @@ class DataStatistics:
         assert live is not None
         entry, c = _entry(kind)
         views = {name: live.views[name] for name in self.pool.groups if name in live.views}
-        work = Work(live.model, views, self.pool.groups, self._rows[expert], self._count)
-        _log.info("measuring %s of expert %r on %d rows", kind, expert, work.n_rows)
-        self.questions += entry.questions * work.n_rows
+        tasks = self._rows_of(entry, expert)
+        work = Work(live.model, views, self.pool.groups, tasks, self._count, self.pool, expert, self._seed)
+        changed = [self.pool.groups[name] for name in self._changed(entry, expert)]
+        asked = entry.asked(changed, [len(task.rows) for task in work.tasks])
+        _log.info("measuring %s of expert %r on %d rows: %d questions", kind, expert, work.n_rows, asked)
+        self.questions += asked
         with _borrowed(views):
             MergeEngine(self.pool, compile=False).apply(self._point(entry, c, expert), views)
             try:
@@ -208,6 +220,12 @@ class DataStatistics:
 
     def _count(self, questions: int) -> None:
         self.questions += questions
+
+    def _changed(self, entry: Kind, expert: str) -> list[str]:
+        """Return the tensors that an expert changed, where a statistic's price depends on them."""
+        if isinstance(entry.questions, int):
+            return []
+        return [name for name in self.pool.groups if is_changed(self.pool, expert, name)]
 
     def _point(self, entry: Kind, c: float | None, expert: str) -> Recipe:
         """Return the recipe of the weights at which a statistic is measured."""

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from merge_search.engine.contracts import Tensors
 from merge_search.errors import InputError
 from merge_search.evaluation import Answering, Differentiable, answers_of, loss_of
 from merge_search.recipe import Group
 from merge_search.seeding import derive_seed
 
-__all__ = ["TaskRows", "Work", "rows_of_experts"]
+__all__ = ["TaskRows", "Work", "is_changed", "rows_of_experts"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class Work:
         groups: Group of every merged tensor.
         tasks: Their statistics are averaged. Each task counts once, whatever its number of rows.
         on_asked: Called with questions besides those that the kind says.
+        models: Base and experts as they lie in the pool; None where a statistic reads the live weights alone.
+        expert: The expert that is measured.
+        seed: The study's seed.
     """
 
     model: Any
@@ -54,11 +59,19 @@ class Work:
     groups: Mapping[str, Group]
     tasks: tuple[TaskRows, ...]
     on_asked: Callable[[int], None] = lambda questions: None
+    models: Tensors | None = None
+    expert: str = ""
+    seed: int = 0
 
     @property
     def n_rows(self) -> int:
         """Number of rows of all tasks."""
         return sum(len(t.rows) for t in self.tasks)
+
+    @property
+    def weights(self) -> list[float]:
+        """Weight of every row in the mean over tasks, in the order of `each`; they sum to one."""
+        return [weight for weight, _, _ in self._each_row()]
 
     def _each_row(self) -> Iterator[tuple[float, TaskRows, int]]:
         for task in self.tasks:
@@ -80,6 +93,12 @@ class Work:
             for y, loss in enumerate(losses):
                 self.on_asked(2)
                 yield weight * (1.0 if p is None else float(p[y])), loss
+
+
+def is_changed(models: Tensors, expert: str, name: str) -> bool:
+    """Return whether an expert's tensor differs from the base's, on whatever devices they lie."""
+    base = models.base(name)
+    return not torch.equal(base.to(torch.float32), models.expert(expert, name).to(base.device, torch.float32))
 
 
 def rows_of_experts(

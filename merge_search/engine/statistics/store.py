@@ -138,7 +138,7 @@ class FolderStatistics:
 
     def path(self, kind: str, expert: str) -> Path | None:
         """Return the file of a statistic, or None if there is none."""
-        if not re.fullmatch(r"[\w+-][\w.@+-]*", kind):  # a recipe must not name a path outside the folder
+        if not re.fullmatch(r"[\w+-][\w.@+=,-]*", kind):  # a recipe must not name a path outside the folder
             return None
         path = self.folder / kind / f"{expert}.safetensors"
         return path if path.is_file() else None

@@ -19,15 +19,21 @@ over what z standardises these distances:
 
 With two experts both are the same.
 
+``only`` limits the splice to some groups of tensors, joined by '+' (``head``, ``last`` for the last block, any other
+key): the release splices the classification head alone. The other tensors are those of the ``rest``: the first expert,
+the last one, or the base. Where one of two experts left a tensor as it was, there is nothing to compare, and the other
+expert's tensor is taken whole.
+
 The dual and the global rule prefer opposite entropies in the released code, so `sign` (1 or -1) is an option.
-Source: CKI, arXiv 2501.07596, released code. Differs: standardisation, gain and bias replace the learned map. The merge
-is on deltas, which is the same because the two weights sum to one. Constant tensors have H = 0.
+Source: CKI, arXiv 2501.07596, released code. Differs: standardisation, gain and bias replace the learned map, which is
+the measure ``cki_learned``. The merge is on deltas, which is the same because the two weights sum to one. Constant
+tensors have H = 0.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -38,8 +44,9 @@ from merge_search.engine.kernels.ranks import counts_from
 from merge_search.engine.methods.assess import AssessContext
 from merge_search.recipe import Scalar
 
-__all__ = ["entropy", "numbers", "reduce", "scores"]
+__all__ = ["distances", "entropy", "numbers", "pair", "reduce", "scores", "shares"]
 
+Rule = Callable[[Tensor], Tensor]
 _CHUNK = 2**18
 
 
@@ -73,7 +80,8 @@ def _not_below(edges: Tensor) -> Tensor:
     return torch.where(nearest.to(torch.float64) < edges, above, nearest)
 
 
-def _local(deltas: Sequence[Tensor]) -> list[Tensor]:
+def distances(deltas: Sequence[Tensor]) -> list[Tensor]:
+    """Return |difference| of two experts for both, or the distance of each one from their mean."""
     if len(deltas) == 2:
         return [(deltas[0] - deltas[1]).abs()] * 2
     mean = deltas[0]
@@ -97,7 +105,7 @@ def _spreads(deltas: Sequence[Tensor]) -> list[tuple[float, float]]:
     for parts in zip(*(torch.split(t.reshape(-1), _CHUNK) for t in deltas), strict=True):
         before, n = count, parts[0].numel()
         count += n
-        for i, d in enumerate(_local(parts)):
+        for i, d in enumerate(distances(parts)):
             first = float(d[0])  # subtracted so that the terms are near zero, and exactly zero if all are equal
             x = d.to(torch.float64).sub_(first)
             total = float(x.sum())
@@ -141,17 +149,17 @@ def _together(reduced: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
 def scores(context: AssessContext) -> list[Tensor]:
     """Return the scores of each expert, float32."""
     kind, n = context.options["kind"], context.numbers
-    disagreement = [(d - n[3 + 3 * i]) * n[4 + 3 * i] for i, d in enumerate(_local(context.deltas))]
+    disagreement = [(d - n[3 + 3 * i]) * n[4 + 3 * i] for i, d in enumerate(distances(context.deltas))]
     if len(context.deltas) == 2:
         if context.options["order"] == "reversed":
             return _two(str(kind), disagreement[1], n, n[5])[::-1]
         return _two(str(kind), disagreement[0], n, n[2])
     use_local, use_global = float(kind != "global"), float(kind != "local")
     logits = [use_global * n[2 + 3 * i] - use_local * (n[0] * z) for i, z in enumerate(disagreement)]
-    return [exp(u) for u in logits] if context.options["standardise"] == "expert" else _shares(logits)
+    return [exp(u) for u in logits] if context.options["standardise"] == "expert" else shares(logits)
 
 
-def _shares(logits: Sequence[Tensor]) -> list[Tensor]:
+def shares(logits: Sequence[Tensor], exp: Rule = exp) -> list[Tensor]:
     """Return exp(u_i) / sum_j exp(u_j); the largest u is subtracted first, so that the sum is at least one."""
     peak = logits[0]
     for u in logits[1:]:
@@ -165,11 +173,22 @@ def _shares(logits: Sequence[Tensor]) -> list[Tensor]:
 
 def _two(kind: str, z: Tensor, n: Sequence[Tensor], share: Tensor) -> list[Tensor]:
     """Return the scores of (i, j); `share` is w_glo of i."""
-    local = sigmoid(n[0] * z + n[1])
+    return pair(kind, sigmoid(n[0] * z + n[1]), share)
+
+
+def pair(kind: str, local: Tensor, share: Tensor, exp: Rule = exp) -> list[Tensor]:
+    """Return the scores of (i, j) from w_loc and w_glo of i.
+
+    Args:
+        kind: The option ``kind``.
+        local: w_loc.
+        share: w_glo, 0-d.
+        exp: The exponential function: torch's own where gradients are needed.
+    """
     if kind == "local":
         return [local, 1.0 - local]
     if kind == "global":
-        return [share.expand(z.shape), (1.0 - share).expand(z.shape)]
+        return [share.expand(local.shape), (1.0 - share).expand(local.shape)]
     if kind == "recommender":
         other = 1.0 - share
         return [
