@@ -68,7 +68,7 @@ class ItemScores(LiveOutputs[list[int]]):
 
     def outputs(self, task: str, batch: Batch) -> Tensor:
         last = batch.inputs["attention_mask"].sum(1) - 1
-        logits = self.model(**batch.inputs).logits
+        logits: Tensor = self.model(**batch.inputs).logits
         return logits[torch.arange(len(last), device=self.device), last][:, self.items[task]].float()
 
 
