@@ -28,9 +28,17 @@ def _grid(*presets: str) -> Callable[[Zoo], Part]:
     return part
 
 
-def _space(**options: Any) -> Callable[[Zoo], Part]:
-    return lambda zoo: {"space": options, "search": {"baselines": []}}
+def _space(search: Part | None = None, **options: Any) -> Callable[[Zoo], Part]:
+    return lambda zoo: {"space": options, "search": {"baselines": [], **(search or {})}}
 
+
+def _adamerging(name: str) -> Callable[[Zoo], Part]:
+    """Fewer and larger steps than the release's 500 of 1e-3, which alone would ask ten times the budget."""
+    baseline = {name: {"steps": 20, "step_size": 0.02}}
+    return _space({"baselines": [baseline]}, type="uniform", presets=["task_arithmetic"])
+
+
+_PER_EXPERT = {"per": "expert", "bounds": [0.5, 3]}
 
 SYSTEMS: dict[str, Callable[[Zoo], Part]] = {
     "average": _grid("average"),
@@ -42,8 +50,17 @@ SYSTEMS: dict[str, Callable[[Zoo], Part]] = {
         "search": {"baselines": ["tsv_m"], "learner": {}},
     },
     "CKI": _grid("cki_soft", "cki_hard", "cki_recommender"),
-    "APL": _grid("apl"),
+    "CKI, learned map": _space(presets=[{"cki_learned": {"map": "diagonal"}}]),
+    "APL, first order": _space(presets=["apl_paper"]),
+    "APL, exact": _space(presets=["apl_exact"]),
+    "DF-Merge": _space({"sampler_options": {"n_startup": 10}}, type="df_merge", anchors=0.5),
+    "DF-Merge, as published": _space({"sampler_options": {"n_startup": 10}}, type="df_merge"),
     "PCB": _grid("pcb", "pcb_paper"),
+    "PCB-ES": _space({"sampler": "cmaes"}, presets=["pcb"], coefficients=_PER_EXPERT, density=0.1),
+    "AdaMerging": _adamerging("adamerging"),
+    "AdaMerging, layer-wise": _adamerging("adamerging_layer"),
+    "AdaMerging++": _adamerging("adamerging_pp"),
+    "SMILE": _space(type="uniform", transform={"smile": {"rank": [4, 16, 32], "gate_rank": [1, 4]}}),
     "PETAL": _space(type="lowrank"),
 }
-"""Systems by the name that the table shows."""
+"""Systems by the name that the table shows. CoPA needs adapters and MAL other shapes, which the zoo lacks."""

@@ -123,7 +123,8 @@ def _check_transforms(
     configs = {f"expert {s.name!r}": s.config for s in sources.experts.values() if s.name in odd}
     for transform in chosen:
         found = preview(transform, sources)
-        problems.sentences += [f"space.transform: {p}" for p in found.problems]
+        sentences = (f"space.transform: {p}" for p in found.problems)
+        problems.sentences += [s for s in sentences if s not in problems.sentences]  # other options, same problem
         if found.config is not None and not found.problems:
             configs[f"what transform {transform.name!r} makes"] = found.config
     for (what, config), evaluator in product(configs.items(), evaluators):
@@ -159,7 +160,6 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     rules = problems.attempt(lambda: _rules(file))
     context = _context(file, problems)
     space = problems.attempt(partial(_space, file, context)) if context is not None else None
-    n_before = len(problems.sentences)
     built = [problems.attempt(partial(_evaluator, file, i)) for i in range(len(file.evaluate))]
     evaluators = [e for e in built if e is not None]
     problems.sentences += [
@@ -169,7 +169,7 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
         for name in e.compared_experts()
         if name not in file.models.experts
     ]
-    if context is not None and space is not None and n_before == len(problems.sentences):
+    if context is not None and space is not None:
         context = _check_transforms(file, space, context, evaluators, problems)
     if context is not None and not problems.sentences:
         folder = str(resolve_model(context.models.base))

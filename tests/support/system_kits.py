@@ -20,6 +20,7 @@ def _study(models: Study, evaluate: list[Study]) -> Study:
         "study": {"name": "example", "seed": 0},
         "models": models,
         "evaluate": evaluate,
+        "objective": {"maximise": "mean", "lead": 0.0},
         "search": {"finalists": 1},
         "statistics": {"n_rows": 8},
         "device": "cpu",
@@ -87,5 +88,26 @@ def recommender(folder: Path, demo: Path, temporary: pytest.TempPathFactory) -> 
     return _study({"base": "models/base", "experts": experts}, [judge])
 
 
-KITS: dict[str, Kit] = {f.__name__: f for f in (language, prompts, groups, vision, recommender)}
+def adapters(folder: Path, demo: Path, temporary: pytest.TempPathFactory) -> Study:
+    """The demo's experts as LoRA adapters of rank 8."""
+    from tiny_adapters import extract_adapter
+
+    study, made, models = language(folder, demo, temporary), temporary.mktemp("adapters"), demo / "models"
+    experts = {e: str(extract_adapter(models / "base", models / e, made / e, rank=8)) for e in ("maths", "stories")}
+    return {**study, "models": {**study["models"], "experts": experts}}
+
+
+def shapes(folder: Path, demo: Path, temporary: pytest.TempPathFactory) -> Study:
+    """A tiny Llama of two blocks, a fine-tune of it, a wider one and an adapter."""
+    from tiny_families import add_adapter, nudged, save, scrambled, write_family
+    from tiny_lm import make_model
+
+    write_family(folder, experts=("same",))
+    save(scrambled(nudged(make_model(), 7), 3, n_more=2), folder / "wide")
+    judge = {"evaluator": f"{Path(__file__).parent / 'token_judge.py'}:TokenJudge"}
+    experts = {"same": "same", "wide": "wide", "lora": add_adapter(folder / "lora", str(folder / "base"))}
+    return {**_study({"base": "base", "experts": experts}, [judge]), "objective": {"maximise": "rows"}}
+
+
+KITS: dict[str, Kit] = {kit.__name__: kit for kit in (language, adapters, shapes, prompts, groups, vision, recommender)}
 """Kits by the name that the page gives them."""

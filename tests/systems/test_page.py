@@ -19,7 +19,7 @@ from merge_search.study_file import read_study_file
 
 PAGE = Path(__file__).parents[2] / "docs" / "systems.md"
 BLOCK = re.compile(r"^<!-- models: (?P<kit>\w+) -->\n+```yaml\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL)
-HEADING = re.compile(r"^## (?P<title>.+)$", re.MULTILINE)
+HEADING = re.compile(r"^#+ (?P<title>.+)$", re.MULTILINE)
 
 
 class Example(NamedTuple):
