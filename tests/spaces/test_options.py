@@ -457,7 +457,7 @@ def test_wrong_options_of_an_axis_are_refused_with_their_place(axis: str, entry:
 def test_the_examples_of_the_page_are_spaces_that_decode_and_encode() -> None:
     page = (Path(__file__).parents[2] / "docs" / "study-file.md").read_text()
     section = page.split("### Options of methods")[1].split("## evaluate")[0]
-    presets, axes = (yaml.safe_load(text)["space"] for text in re.findall(r"```yaml\n(.*?)```", section, re.DOTALL))
+    presets, axes, *_ = (yaml.safe_load(text)["space"] for text in re.findall(r"```yaml\n(.*?)```", section, re.DOTALL))
     named = {"tsv_m(embeddings=False).rank_share", "assess.fisher.power"}  # on the page
     assert all(f"`{name}`" in section for name in named)
     for options in (presets, axes):
