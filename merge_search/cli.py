@@ -162,10 +162,11 @@ def report(
 
 @app.command(name="list")
 def list_() -> None:
-    """Show presets, rules (measures, selections, splices, operators, post rules), spaces, evaluators and samplers."""
+    """Show presets, rules (measures, selections, splices, operators, post rules, transforms), spaces, evaluators and
+    samplers."""
     from merge_search import catalogue
     from merge_search.presets import PRESETS
-    from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES
+    from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, TRANSFORMS
     from merge_search.search.samplers import SAMPLERS
 
     table = RichTable("preset", "what it does", "source", title="presets", title_justify="left")
@@ -178,6 +179,7 @@ def list_() -> None:
         ("splices: splice", SPLICES),
         ("operators: operator", OPERATORS),
         ("post rules: post", POSTS),
+        ("transforms: transform", TRANSFORMS),
     ]
     for title, rules in tables:
         shown = RichTable("name", "what it does", "options", title=title, title_justify="left")

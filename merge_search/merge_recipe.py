@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from operator import itemgetter
 from pathlib import Path
 
+from merge_search.engine.checkpoints.checkpoint import Checkpoint, tied_aliases
+from merge_search.engine.checkpoints.hashing import hash_once
+from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
 from merge_search.engine.checkpoints.writer import check_destination, export_folder
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.resident.coefficient_maps import FOLDER as MAPS
@@ -17,6 +20,7 @@ from merge_search.engine.statistics.provider import DataStatistics
 from merge_search.engine.statistics.store import FOLDER as STATISTICS
 from merge_search.engine.statistics.store import FolderStatistics
 from merge_search.engine.streaming.engine import StreamingEngine
+from merge_search.engine.transforms.store import transformed_for_once
 from merge_search.errors import RecipeError
 from merge_search.mergekit import read_mergekit
 from merge_search.recipe import Models, Recipe
@@ -104,19 +108,23 @@ def write_merge(
     Raises:
         WeightsError: the weights are not the expected ones; nothing is written.
     """
-    pool = ModelPool(recipe.models, device=device, map_folders=[maps], streaming=not expected)
-    source = pool.statistics = statistics(pool)
-    # The engine that made the scored bits makes them again: it may have been compiled.
-    engine = MergeEngine(pool) if expected else StreamingEngine(pool)
+    with ExitStack() as stack:
+        models = recipe.models
+        if recipe.transform is not None:
+            made = stack.enter_context(transformed_for_once(recipe, out.parent))
+            if not made.experts:
+                return _export_alone(recipe, made.base, out, text, expected)
+            models = Models(base=str(made.base), experts={e: str(path) for e, path in made.experts.items()})
+        pool = ModelPool(models, device=device, map_folders=[maps], streaming=not expected)
+        source = pool.statistics = statistics(pool)
+        # The engine that made the scored bits makes them again: it may have been compiled.
+        engine = MergeEngine(pool) if expected else StreamingEngine(pool)
 
-    def others() -> dict[str, str | bytes | Path]:
-        models = recipe.models.model_copy(update={"hashes": pool.hashes()})  # known now that the tensors were read
-        whole = recipe.model_copy(update={"models": models})
-        rules = [in_use(name, digest) for name, digest in recipe.rules.items()]
-        sources = {f"{RULES}/{file.name}": file.source for file in rules if file is not None}
-        return {"recipe.json": whole.to_json() + "\n", **map_files([maps], recipe), **source.files(), **sources}
+        def others() -> dict[str, str | bytes | Path]:
+            hashes = pool.hashes() if recipe.transform is None else _hashes(recipe.models)
+            return {**_brought(recipe, hashes), **map_files([maps], recipe), **source.files()}
 
-    with closing(engine.merged(recipe)) as merged:  # ends the engine's threads if writing fails
+        merged = stack.enter_context(closing(engine.merged(recipe)))  # ends the engine's threads if writing fails
         return export_folder(
             out,
             base_folder=pool.base_folder,
@@ -127,3 +135,32 @@ def write_merge(
             left_out=pool.aliases,
             expected=expected,
         )
+
+
+def _export_alone(recipe: Recipe, folder: Path, out: Path, text: str, expected: str) -> str:
+    """Export what a transform made, where nothing is merged any further."""
+    made = Checkpoint(folder)
+    aliases = tied_aliases(made)
+    return export_folder(
+        out,
+        base_folder=folder,
+        tensors=((name, made.tensor(name)) for name in sorted(made.info.tensors) if name not in aliases),
+        recipe=recipe,
+        card=text,
+        extra=lambda: _brought(recipe, _hashes(recipe.models)),
+        left_out=aliases,
+        expected=expected,
+    )
+
+
+def _brought(recipe: Recipe, hashes: dict[str, str]) -> dict[str, str | bytes | Path]:
+    """The recipe with the hashes of its models, known now that the tensors were read, and its rule files."""
+    whole = recipe.model_copy(update={"models": recipe.models.model_copy(update={"hashes": hashes})})
+    rules = [in_use(name, digest) for name, digest in recipe.rules.items()]
+    sources = {f"{RULES}/{file.name}": file.source for file in rules if file is not None}
+    return {"recipe.json": whole.to_json() + "\n", **sources}
+
+
+def _hashes(models: Models) -> dict[str, str]:
+    places = {"base": models.base, **models.experts}
+    return {name: hash_once(read_checkpoint(resolve_model(place))) for name, place in places.items()}

@@ -10,7 +10,8 @@ A recipe names one choice per stage of the pipeline, with coefficients and densi
     splice     omega_i coefficients and mixing                              `coefficients`, `Splice`
     combine    theta = theta_0 + scale * post( sum_i omega_i rho_i m_i c_i tau_i )
 
-or, where a method acts on whole matrices, one tensor operator in place of the stages.
+or, where a method acts on whole matrices, one tensor operator in place of the stages. A transform makes other models
+from the recipe's before all of this.
 
 Recipes are frozen, compared by content and free of torch. They have one canonical JSON form, whose sha256 is the
 fingerprint. A colleague makes the same model from the file that `Recipe.to_json` writes.
@@ -44,7 +45,7 @@ from pydantic import (
 )
 
 from merge_search.errors import RecipeError, nearest, sentences
-from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, Rule, RuleTable
+from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, TRANSFORMS, Rule, RuleTable
 from merge_search.rules.table import Scalar
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "Scalar",
     "Select",
     "Splice",
+    "Transform",
     "value_for",
 ]
 
@@ -269,6 +271,13 @@ class Operator(_Value):
     options: dict[str, Scalar] = Field(default_factory=dict)
 
 
+class Transform(_Value):
+    """A rule that makes other models from the recipe's before the merge, by name, with its options."""
+
+    name: str
+    options: dict[str, Scalar] = Field(default_factory=dict)
+
+
 Density = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -281,6 +290,8 @@ class Recipe(_Value):
 
     format: Literal[1] = 1
     models: Models
+    transform: Transform | None = None
+    """Makes the models that are merged from `models`; None: `models` are merged as they are."""
     preset: str = ""
     """The published name of these settings, for people. Only the fields below decide the merge."""
     winsorise: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -387,6 +398,8 @@ class Recipe(_Value):
             names.append((MEASURES, self.allocate.measure))
         if self.operator is not None:
             names.append((OPERATORS, self.operator.name))
+        if self.transform is not None:
+            names.append((TRANSFORMS, self.transform.name))
         return names + [(POSTS, rule.name) for rule in self.post]
 
     def to_dict(self) -> dict[str, Any]:

@@ -23,12 +23,12 @@ or clamped. A space imports no torch and knows the models only through `SpaceCon
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from merge_search.errors import MergeSearchError, SpaceError
-from merge_search.recipe import Group, Models, Recipe
+from merge_search.recipe import Group, Models, Recipe, Transform
 
 __all__ = ["Categorical", "Float", "Integer", "Parameter", "Point", "SearchSpace", "SpaceContext", "decoded"]
 
@@ -72,12 +72,16 @@ class SpaceContext:
         groups: One entry per mergeable tensor, in the order of the checkpoint.
         seed: The seed of random masks. It is fixed for the whole study.
         dtype: The dtype of the merged tensors; None: the base's own.
+        transform: The transform of recipes that name none; given where not every expert has the base's shapes.
+        groups_after: The groups of the models that a transform makes, from headers alone.
     """
 
     models: Models
     groups: tuple[Group, ...]
     seed: int = 0
     dtype: str | None = None
+    transform: Transform | None = None
+    groups_after: Callable[[Transform], tuple[Group, ...]] | None = field(default=None, compare=False, repr=False)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -98,7 +102,8 @@ class SpaceContext:
         Args:
             settings: Fields of `Recipe`.
         """
-        return Recipe.model_validate({"models": self.models, "seed": self.seed, "dtype": self.dtype, **settings})
+        fixed = {"models": self.models, "seed": self.seed, "dtype": self.dtype, "transform": self.transform}
+        return Recipe.model_validate({**fixed, **settings})
 
 
 @runtime_checkable

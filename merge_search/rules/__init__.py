@@ -1,4 +1,5 @@
-"""Every rule that a recipe may name, in tables: measures, selections, splices, operators, post rules. torch-free.
+"""Every rule that a recipe may name, in tables: measures, selections, splices, operators, post
+rules, transforms. torch-free.
 
 A row says what the rest of the code asks about a rule. The engine has the formulas of the built-in ones; a rule from
 outside is one decorated function and is the same thing (`decorators`). Rule files are run where a study file or a
@@ -9,12 +10,13 @@ recipe names them (`files`).
     (True, False)
 """
 
-from merge_search.rules.decorators import measure, operator, post, selection, splice
+from merge_search.rules.decorators import measure, operator, post, selection, splice, transform
 from merge_search.rules.files import RuleFile, find_rule_files, in_use, use_rule_files
 from merge_search.rules.measures import MEASURES, Measure, measure_problems
 from merge_search.rules.operators import OPERATORS, POSTS, OperatorInfo, operator_problems
-from merge_search.rules.stages import SELECTIONS, SPLICES, Selection, Splicing
-from merge_search.rules.table import Origin, Rule, RuleTable, option_problems
+from merge_search.rules.stages import SELECTIONS, SPLICES, STAGES, Selection, Splicing
+from merge_search.rules.table import OptionInfo, Origin, Rule, RuleTable, option_problems
+from merge_search.rules.transforms import TRANSFORMS, Preview, Transformed, TransformInfo
 
 __all__ = [
     "MEASURES",
@@ -22,14 +24,20 @@ __all__ = [
     "POSTS",
     "SELECTIONS",
     "SPLICES",
+    "STAGES",
+    "TRANSFORMS",
     "Measure",
     "OperatorInfo",
+    "OptionInfo",
     "Origin",
+    "Preview",
     "Rule",
     "RuleFile",
     "RuleTable",
     "Selection",
     "Splicing",
+    "TransformInfo",
+    "Transformed",
     "find_rule_files",
     "in_use",
     "measure",
@@ -40,5 +48,6 @@ __all__ = [
     "post",
     "selection",
     "splice",
+    "transform",
     "use_rule_files",
 ]

@@ -14,10 +14,11 @@
         "entry-wise median of the experts' weights"
         return context.base + torch.stack(context.deltas).median(0).values
 
-The function takes one context (a post rule also the combined delta). Its keyword-only parameters are the rule's
-options: each has a default, whose type a recipe's value must have; ``Literal["a", "b"]`` allows these words only. The
-first line of its docstring is the rule's line in lists. A function does not change what it is given. What it returns is
-checked: the number of tensors, their shapes, their dtype, and that every number is finite.
+The function takes one context (a post rule also the combined delta, a transform its sources and a folder). Its
+keyword-only parameters are the rule's options: each has a default, whose type a recipe's value must have;
+``Literal["a", "b"]`` allows these words only. The first line of its docstring is the rule's line in lists. A function
+does not change what it is given. What it returns is checked: the number of tensors, their shapes, their dtype, and that
+every number is finite.
 
 A function sees the experts in alphabetical order, unless it is declared `ordered`; it sees the recipe's seed and
 coefficients only if it is declared to depend on them. torch-free: a context is made where the rule runs.
@@ -36,8 +37,9 @@ from merge_search.rules.measures import MEASURES, Measure
 from merge_search.rules.operators import OPERATORS, POSTS, OperatorInfo
 from merge_search.rules.stages import SELECTIONS, SPLICES, Selection, Splicing
 from merge_search.rules.table import Origin, Scalar, register
+from merge_search.rules.transforms import TRANSFORMS, Preview, TransformInfo
 
-__all__ = ["measure", "operator", "post", "selection", "splice"]
+__all__ = ["measure", "operator", "post", "selection", "splice", "transform"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -75,7 +77,7 @@ def measure(
 
     def add(function: F) -> F:
         row = Measure(
-            **_described(function, name, summary, 1), function=function, needs_data=needs_data or bool(statistics),
+            **_described(function, name, summary), function=function, needs_data=needs_data or bool(statistics),
             statistics=tuple(statistics), shared=shared, per_tensor=per_tensor, bounded=bounded, ordered=ordered,
             is_random=is_random, at_coefficients=("", "") if depends_on_coefficients else None,
         )  # fmt: skip
@@ -115,7 +117,7 @@ def selection(
     """
 
     def add(function: F) -> F:
-        described = _described(function, name, summary, 1)
+        described = _described(function, name, summary)
         if not scopes or not set(scopes) <= {"tensor", "row"}:
             raise RuleError(
                 f"{described['origin']}: scopes must be among tensor, row, got {', '.join(scopes) or 'none'}"
@@ -153,7 +155,7 @@ def splice(
     """
 
     def add(function: F) -> F:
-        described = _described(function, name, summary, 1)
+        described = _described(function, name, summary)
         row = Splicing(**described, function=function, is_scored=is_scored, is_linear=is_linear, ordered=ordered)
         register(SPLICES, row)
         return function
@@ -189,8 +191,9 @@ def operator(
         paper: Where it was published.
         scales: Values of the recipe's scale that are usually tried.
     """
-    return _whole(OPERATORS, name, summary, 1, decomposing=decomposing, ndim=tuple(ndim), experts=tuple(experts),
-                  exact=exact, statistics=tuple(statistics), paper=paper, scales=tuple(scales))  # fmt: skip
+    return _whole(OPERATORS, name, summary, ("context",), decomposing=decomposing, ndim=tuple(ndim),
+                  experts=tuple(experts), exact=exact, statistics=tuple(statistics), paper=paper,
+                  scales=tuple(scales))  # fmt: skip
 
 
 def post(name: str = "", *, summary: str = "", ndim: tuple[int, ...] = (), paper: str = "-") -> Callable[[F], F]:
@@ -202,12 +205,50 @@ def post(name: str = "", *, summary: str = "", ndim: tuple[int, ...] = (), paper
         ndim: Numbers of axes it handles, () for all; other tensors keep their combined delta.
         paper: Where it was published.
     """
-    return _whole(POSTS, name, summary, 2, ndim=tuple(ndim), paper=paper)
+    return _whole(POSTS, name, summary, ("context", "delta"), ndim=tuple(ndim), paper=paper)
 
 
-def _whole(table: Any, name: str, summary: str, n_arguments: int, **rest: Any) -> Callable[[F], F]:
+def _whole(table: Any, name: str, summary: str, takes: tuple[str, ...], **rest: Any) -> Callable[[F], F]:
     def add(function: F) -> F:
-        register(table, OperatorInfo(**_described(function, name, summary, n_arguments), function=function, **rest))
+        register(table, OperatorInfo(**_described(function, name, summary, takes), function=function, **rest))
+        return function
+
+    return add
+
+
+def transform(
+    name: str = "",
+    *,
+    summary: str = "",
+    check: Callable[..., Preview] | None = None,
+    result: Literal["known", "own"] = "known",
+    aligns: bool = False,
+    merges: bool = True,
+    paper: str = "-",
+    version: int = 1,
+) -> Callable[[F], F]:
+    """Register ``function(sources, out) -> Transformed``: other models in place of the recipe's, before the merge.
+
+    `sources` is an `engine.transforms.sources.Sources`, `out` an empty folder for what is written. The function writes
+    ordinary Hugging Face folders (`engine.checkpoints.writer.write_model`) and depends on its arguments alone.
+
+    Args:
+        name: The name that recipes use; the function's own if not given.
+        summary: One line; the docstring's first if not given.
+        check: ``check(sources, **options) -> Preview``: what it would make, from headers alone. None: it takes any
+            models and keeps names and config of the base.
+        result: ``own`` if transformers alone cannot load what it writes.
+        aligns: It takes experts whose tensors do not have the base's names and shapes.
+        merges: Whether its result has experts. Without, the written base is the merge.
+        paper: Where it was published.
+        version: To be changed when it writes other weights for the same options. A rule file has its hash besides.
+    """
+
+    def add(function: F) -> F:
+        described = _described(function, name, summary, ("sources", "out"))
+        row = TransformInfo(**described, function=function, checker=check, result=result, aligns=aligns,
+                            merges=merges, paper=paper, version=version)  # fmt: skip
+        register(TRANSFORMS, row)
         return function
 
     return add
@@ -216,7 +257,7 @@ def _whole(table: Any, name: str, summary: str, n_arguments: int, **rest: Any) -
 # ------------------------------------------------------------------------------------------- reading a function
 
 
-def _described(function: Any, name: str, summary: str, n_arguments: int) -> dict[str, Any]:
+def _described(function: Any, name: str, summary: str, takes: tuple[str, ...] = ("context",)) -> dict[str, Any]:
     """Name, summary, options, choices and origin of a decorated function.
 
     Raises:
@@ -227,7 +268,7 @@ def _described(function: Any, name: str, summary: str, n_arguments: int) -> dict
         raise RuleError(f"{frame.f_code.co_filename}:{frame.f_lineno}: a rule must be a function, got {function!r}")
     code = function.__code__
     origin = Origin(code.co_filename, code.co_firstlineno)
-    options = _options(function, origin, n_arguments)
+    options = _options(function, origin, takes)
     lines = (summary or inspect.getdoc(function) or "").strip().splitlines()
     if not lines:
         raise RuleError(f"{origin}: {function.__name__} needs one line on what it does: a docstring, or summary=")
@@ -237,14 +278,11 @@ def _described(function: Any, name: str, summary: str, n_arguments: int) -> dict
     }  # fmt: skip
 
 
-_TAKES = {1: "(context, *, option=default)", 2: "(context, delta, *, option=default)"}
-
-
-def _options(function: Callable[..., Any], origin: Origin, n_arguments: int) -> dict[str, Scalar | None]:
+def _options(function: Callable[..., Any], origin: Origin, takes: tuple[str, ...]) -> dict[str, Scalar | None]:
     """Keyword-only parameters and their defaults."""
     options: dict[str, Scalar | None] = {}
     n_given = 0
-    wanted = f"must take {_TAKES[n_arguments]}"
+    wanted = f"must take ({', '.join(takes)}, *, option=default)"
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             n_given += 1
@@ -257,7 +295,7 @@ def _options(function: Callable[..., Any], origin: Origin, n_arguments: int) -> 
             )
         else:
             options[parameter.name] = parameter.default
-    if n_given != n_arguments:
+    if n_given != len(takes):
         found = str(inspect.signature(function))
         raise RuleError(f"{origin}: {function.__name__} {wanted}, found {found}")
     return options

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from merge_search.rules.option_table import MEASURE_OPTIONS
 from merge_search.rules.table import Rule, RuleTable, Scalar, option_problems
 
 __all__ = ["MEASURES", "Measure", "measure_problems"]
@@ -76,7 +77,8 @@ _HERE = "merge_search.engine.methods.assess"
 
 
 def _m(name: str, summary: str, **rest: Any) -> Measure:
-    return Measure(name=name, summary=summary, target=f"{_HERE}.{name}:scores", **rest)
+    about = MEASURE_OPTIONS.get(name, {})
+    return Measure(name=name, summary=summary, target=f"{_HERE}.{name}:scores", about=about, **rest)
 
 
 MEASURES: RuleTable[Measure] = RuleTable("measure", (
@@ -94,6 +96,7 @@ MEASURES: RuleTable[Measure] = RuleTable("measure", (
     _m(
         "pcb", "intra x inter competition, as released (PCB-Merging)",
         cheap=True, is_costly=True, options={"inter": "nlp", "temperature": None},
+        choices={"inter": ("nlp", "vision", "es")},
     ),
     _m(
         "pcb_paper", "softmax intra x softmax inter, as published (PCB-Merging)", bounded=True,
@@ -105,13 +108,15 @@ MEASURES: RuleTable[Measure] = RuleTable("measure", (
         cheap=True, is_costly=True, ordered=True, bounded=True, reduce_options=("bins",),
         options={"kind": "dual", "a": 0.4, "c": 500.0, "bins": 10, "gain": 1.0, "bias": 0.0, "sign": 1.0,
                  "standardise": "expert", "order": "given"},
-        choices={"standardise": ("expert", "all"), "order": ("given", "reversed")},
+        choices={"kind": ("dual", "local", "global", "recommender"), "standardise": ("expert", "all"),
+                 "order": ("given", "reversed")},
     ),
     _m("random", "counter-based uniform numbers: a control", is_random=True, reads_weights=False, bounded=True),
     _m(
         "fisher", "diagonal Fisher information", needs_data=True, statistics=("fisher",),
         reads_weights=False, added="floor", at_coefficients=("at", "scaled"),
         options={"power": 1.0, "floor": 1e-6, "normalise": False, "at": "expert"},
+        choices={"at": ("expert", "scaled")},
     ),
     _m("gradient_product", "|gradient x delta| per parameter", needs_data=True, statistics=("gradient",)),
     _m(

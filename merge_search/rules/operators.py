@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from merge_search.rules.option_table import OPERATOR_OPTIONS, POST_OPTIONS
 from merge_search.rules.table import Rule, RuleTable, Scalar, option_problems
 
 __all__ = ["OPERATORS", "POSTS", "OperatorInfo", "operator_problems"]
@@ -47,7 +48,10 @@ _SPACE = {"space": ("weights", "delta")}
 
 def _entry(name: str, function: str, summary: str, paper: str, **rest: Any) -> OperatorInfo:
     target, decomposing = f"{_HERE}.{name}:{function}", function == "parts"
-    return OperatorInfo(name=name, summary=summary, target=target, paper=paper, decomposing=decomposing, **rest)
+    about = (POST_OPTIONS if function == "post" else OPERATOR_OPTIONS).get(name, {})
+    return OperatorInfo(
+        name=name, summary=summary, target=target, paper=paper, about=about, decomposing=decomposing, **rest
+    )
 
 
 OPERATORS: RuleTable[OperatorInfo] = RuleTable("operator", (

@@ -19,7 +19,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from merge_search.errors import InputError, MergeSearchError, RuleError, first_line, nearest
 
-__all__ = ["GROUP", "Origin", "Row", "Rule", "RuleTable", "Scalar", "collecting", "load", "option_problems"]
+__all__ = [
+    "GROUP", "OptionInfo", "Origin", "Row", "Rule", "RuleTable", "Scalar", "collecting", "load", "option_problems",
+    "range_problem",
+]  # fmt: skip
 
 Scalar = bool | int | float | str
 
@@ -47,6 +50,27 @@ class Origin:
         return f"{self.path}:{self.line}"
 
 
+@dataclass(frozen=True)
+class OptionInfo:
+    """What one option of a rule may be, for lists, for checks of a study file and for searches.
+
+    Attributes:
+        what: One line.
+        source: Where the option and its range come from: ``paper``, ``release``, ``mergekit`` or ``ours``.
+        bounds: The smallest and largest number with which the rule can be computed; None for texts and switches.
+        usual: The part of `bounds` that a search takes which gives none; None: all of it.
+        log: Whether that range is searched on a logarithmic scale.
+        numbers: The only numbers allowed, where they are few.
+    """
+
+    what: str
+    source: str = "ours"
+    bounds: tuple[float, float] | None = None
+    usual: tuple[float, float] | None = None
+    log: bool = False
+    numbers: tuple[float, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """One row.
@@ -57,6 +81,7 @@ class Rule:
         target: "module:function" of a built-in rule; '' where the engine has no function of its own for it.
         options: Names and defaults; None: a number without default.
         choices: Allowed values of text options.
+        about: What each option may be; `option_table` has it for built-in rules.
         function: The decorated function of a rule from outside.
         origin: Where that function stands; None for built-in rules.
     """
@@ -66,6 +91,7 @@ class Rule:
     target: str = ""
     options: Mapping[str, Scalar | None] = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    about: Mapping[str, OptionInfo] = field(default_factory=dict)
     function: Callable[..., Any] | None = field(default=None, compare=False, repr=False)
     origin: Origin | None = None
 
@@ -77,6 +103,12 @@ class Rule:
     def completed(self, options: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """A recipe's options over the defaults."""
         return {**{k: v for k, v in self.options.items() if v is not None}, **options}
+
+    def allowed(self, option: str) -> tuple[Scalar, ...]:
+        """The only values of an option, if they are few: words, a switch's two states, single numbers."""
+        if isinstance(self.options[option], bool):
+            return (False, True)
+        return self.choices.get(option) or (self.about[option].numbers if option in self.about else ())
 
 
 class Row(Protocol):
@@ -255,3 +287,19 @@ def _value_problem(rule: Rule, option: str, value: Scalar) -> str:
     else:
         fits, wanted = isinstance(value, int | float) and not isinstance(value, bool), "a number"
     return "" if fits else f"option {option!r} of {rule.name!r} must be {wanted}, got {value!r}"
+
+
+def range_problem(rule: Rule, option: str, value: Scalar) -> str:
+    """Why a number is none of those that the table allows; '' if it is, or if the table has no bounds for it."""
+    info = rule.about.get(option)
+    if info is None or isinstance(value, str | bool):
+        return ""
+    if info.numbers and value not in info.numbers:
+        words = " or ".join(f"{n:g}" for n in info.numbers)
+        return f"option {option!r} of {rule.name!r} must be {words}, got {value!r}"
+    if info.bounds and not info.bounds[0] <= value <= info.bounds[1]:
+        low, high = info.bounds
+        return f"option {option!r} of {rule.name!r} must lie in [{low:g}, {high:g}], got {value!r}"
+    if isinstance(rule.options[option], int) and not isinstance(value, int):
+        return f"option {option!r} of {rule.name!r} must be a whole number, got {value!r}"
+    return ""

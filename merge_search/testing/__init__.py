@@ -1,6 +1,6 @@
-"""Tests that a plug-in inherits: what an evaluator, a search space, a rule or an executor promises, one test a promise.
+"""Tests that a plug-in inherits: what an evaluator, a space, a rule, a transform or an executor promises.
 
-A test file of your own derives a class and says in one fixture, `case`, what is tested:
+Each test is one promise. A test file of your own derives a class and says in one fixture, `case`, what is tested:
 
     import pytest
     from merge_search.testing import SearchSpaceCase, SearchSpaceConformance, example_context
@@ -21,6 +21,7 @@ from merge_search.testing.evaluator import EvaluatorCase, EvaluatorConformance
 from merge_search.testing.executor import ExecutorCase, ExecutorConformance
 from merge_search.testing.rule import RuleCase, RuleConformance
 from merge_search.testing.space import SearchSpaceCase, SearchSpaceConformance, example_context
+from merge_search.testing.transform import TransformCase, TransformConformance
 
 __all__ = [
     "EvaluatorCase",
@@ -31,5 +32,7 @@ __all__ = [
     "RuleConformance",
     "SearchSpaceCase",
     "SearchSpaceConformance",
+    "TransformCase",
+    "TransformConformance",
     "example_context",
 ]

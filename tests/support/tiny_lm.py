@@ -177,9 +177,9 @@ def make_model(kind: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch
         "gpt2": {},
     }
     config = AutoConfig.for_model(
-        kind, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=96, initializer_range=0.4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        **{"vocab_size": len(SPECIAL + WORDS), **sizes[kind], **settings},
+        kind, max_position_embeddings=96, initializer_range=0.4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        **{"vocab_size": len(SPECIAL + WORDS), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+           **sizes[kind], **settings},
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -12,7 +12,7 @@ from merge_search.engine.checkpoints.layout import layout, name_groups
 from merge_search.engine.checkpoints.vocabulary import Vocabulary, compare, is_vocabulary_tensor, read_vocabulary
 from merge_search.errors import WeightsError
 
-__all__ = ["check_models"]
+__all__ = ["check_models", "misfits", "unusable_models"]
 
 N_SHOWN = 5
 _ANOTHER = "give a whole fine-tune of this base, or the base that it was trained from"
@@ -28,27 +28,52 @@ def check_models(base: str | Path, experts: Mapping[str, str | Path]) -> list[st
         experts: Folder or hub id by expert name.
     Cost: reads headers, configs and tokenizer files. Hub ids are downloaded once.
     """
-    problems: list[str] = []
-    base_info = _read(base, "base", problems)
+    return [text for _, text in _problems(base, experts)]
+
+
+def unusable_models(base: str | Path, experts: Mapping[str, str | Path]) -> list[str]:
+    """As `check_models`, without the reasons why whole models are no fine-tunes of the base: some can be aligned."""
+    return [text for misfit, text in _problems(base, experts) if not misfit]
+
+
+def misfits(base: str | Path, experts: Mapping[str, str | Path]) -> dict[str, list[str]]:
+    """Experts that are whole models, but no fine-tunes of the base, and every reason, by name."""
+    found: dict[str, list[str]] = {}
+    for misfit, text in _problems(base, experts):
+        if misfit:
+            found.setdefault(misfit, []).append(text)
+    return found
+
+
+def _problems(base: str | Path, experts: Mapping[str, str | Path]) -> list[tuple[str, str]]:
+    """Every problem, and with it the expert that is a whole model, but no fine-tune of the base; '' for others."""
+    unusable: list[str] = []
+    problems: list[tuple[str, str]] = []
+    base_info = _read(base, "base", unusable)
     vocabulary: Vocabulary | None = None
     if base_info is not None:
-        problems += [f"base: {p}" for p in _check_base(base_info)]
-        vocabulary = _vocabulary(base_info, "base", problems)
+        unusable += [f"base: {p}" for p in _check_base(base_info)]
+        vocabulary = _vocabulary(base_info, "base", unusable)
     for name, path in experts.items():
         where = f"expert {name!r}"
-        info = _read(path, where, problems)
-        if info is None or base_info is None or base_info.is_adapter:
-            continue
-        if info.folder.resolve() == base_info.folder.resolve():
-            problems.append(f"{where}: is the base's own folder, {info.folder}; an expert must differ from the base")
-            continue
-        expert_vocabulary = _vocabulary(info, where, problems)
-        if info.is_adapter:
-            mismatches = _shorten(plan_adapter(base_info, info)[1])
-        else:
-            mismatches = _check_expert(base_info, info, vocabulary, expert_vocabulary)
-        problems += [f"{where} ({info.folder}): {p}" for p in mismatches]
-    return problems
+        info = _read(path, where, unusable)
+        mismatches: list[str] = []
+        if info is not None and base_info is not None and not base_info.is_adapter:
+            if info.folder.resolve() == base_info.folder.resolve():
+                unusable.append(
+                    f"{where}: is the base's own folder, {info.folder}; an expert must differ from the base"
+                )
+                continue
+            expert_vocabulary = _vocabulary(info, where, unusable)
+            where = f"{where} ({info.folder})"
+            if info.is_adapter:
+                unusable += [f"{where}: {p}" for p in _shorten(plan_adapter(base_info, info)[1])]
+            else:
+                unusable += [f"{where}: {p}" for p in _check_quantised(info)]
+                mismatches = _check_expert(base_info, info, vocabulary, expert_vocabulary)
+        problems += [("", text) for text in unusable] + [(name, f"{where}: {p}") for p in mismatches]
+        unusable.clear()
+    return problems + [("", text) for text in unusable]
 
 
 def _read(path: str | Path, where: str, problems: list[str]) -> CheckpointInfo | None:
@@ -90,7 +115,7 @@ def _check_expert(
     base_vocabulary: Vocabulary | None,
     expert_vocabulary: Vocabulary | None,
 ) -> list[str]:
-    problems = _check_quantised(expert) + _check_settings(base, expert)
+    problems = _check_settings(base, expert)
     can_match_rows = base_vocabulary is not None and expert_vocabulary is not None
     if base_vocabulary is not None and expert_vocabulary is not None:
         mismatch = compare(base_vocabulary, expert_vocabulary)

@@ -24,13 +24,19 @@ from torch import Tensor
 from merge_search.engine.checkpoints.checkpoint import TORCH_DTYPES, dtype_name, raw_bytes
 from merge_search.engine.checkpoints.dtypes import DTYPES, RECIPE_NAMES
 from merge_search.engine.checkpoints.hashing import CHUNK_BYTES, HashInTurn
-from merge_search.engine.checkpoints.headers import CheckpointInfo, natural_key, read_checkpoint, read_json
+from merge_search.engine.checkpoints.headers import (
+    CheckpointInfo,
+    TensorHeader,
+    natural_key,
+    read_checkpoint,
+    read_json,
+)
 from merge_search.engine.checkpoints.layout import is_mergeable
 from merge_search.engine.kernels.numerics import is_finite
 from merge_search.errors import InputError, NonFiniteError, WeightsError
 from merge_search.recipe import Recipe
 
-__all__ = ["check_destination", "export_folder"]
+__all__ = ["check_destination", "export_folder", "sync_folder", "write_model"]
 
 SHARD_BYTES = 5 * 10**9
 COPIED = (
@@ -111,7 +117,7 @@ def export_folder(
                 f"the merged weights must be the scored ones, sha256 {expected[:16]}..., got {digest[:16]}...; "
                 "nothing was written. Was the study run on another device or with another version of torch?"
             )
-        _sync(temporary)
+        sync_folder(temporary)
         os.rename(temporary, out)  # refused if `out` has been filled in the meantime
         _sync_folder(out.parent)
     except BaseException:
@@ -120,12 +126,46 @@ def export_folder(
     return digest
 
 
+def write_model(
+    out: Path,
+    *,
+    like: Path,
+    config: Mapping[str, Any],
+    headers: Mapping[str, TensorHeader],
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model that a transform makes, as a Hugging Face folder. The caller's folder makes it whole or nothing.
+
+    Args:
+        out: A new folder.
+        like: The folder whose tokenizer and generation files are copied.
+        config: config.json.
+        headers: Dtype and shape of every tensor by name; nothing else of them is read.
+        tensors: Every tensor of `headers` once; cast where the dtype differs. One at a time is in memory.
+
+    Raises:
+        WeightsError: A tensor is missing, unknown, given twice or of another shape.
+        NonFiniteError: A tensor holds NaN or infinity.
+    Determinism: the same tensors give the same bytes.
+    """
+    out.mkdir(parents=True)
+    entries = [_entry(name, t, t.dtype) for name, t in headers.items()]
+    _write_tensors(out, entries, tensors, shard_bytes, HashInTurn(()))
+    _write_file(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    _copy_files(out, like)
+
+
+def _entry(name: str, t: TensorHeader, dtype: str) -> _Entry:
+    return _Entry(name, dtype, t.shape, t.n_elements * DTYPES[dtype].bits // 8, is_mergeable(t))
+
+
 def _plan(base: CheckpointInfo, dtype: str | None, left_out: Collection[str]) -> list[_Entry]:
     entries = []
     for name, t in base.tensors.items():
         if name not in left_out:
             word = _SAFETENSORS_NAMES[dtype] if dtype is not None and is_mergeable(t) else t.dtype
-            entries.append(_Entry(name, word, t.shape, t.n_elements * DTYPES[word].bits // 8, is_mergeable(t)))
+            entries.append(_entry(name, t, word))
     return entries
 
 
@@ -260,8 +300,12 @@ def _write_settings(folder: Path, base: CheckpointInfo, entries: list[_Entry]) -
         _write_file(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     else:
         _write_file(folder / "config.json", base.folder / "config.json")
+    _copy_files(folder, base.folder)
+
+
+def _copy_files(folder: Path, source: Path) -> None:
     for pattern in COPIED:
-        for file in sorted(base.folder.glob(pattern)):
+        for file in sorted(source.glob(pattern)):
             if file.is_file() and not (folder / file.name).exists():
                 _write_file(folder / file.name, file)
 
@@ -293,10 +337,11 @@ def _write_file(file: Path, content: str | bytes | Path) -> None:
         file.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush every file below a folder to the disk."""
     for file in folder.iterdir():
         if file.is_dir():
-            _sync(file)
+            sync_folder(file)
             continue
         with file.open("rb+") as f:
             os.fsync(f.fileno())

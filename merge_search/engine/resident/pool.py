@@ -32,7 +32,7 @@ from merge_search.errors import WeightsError
 from merge_search.memory import free_bytes
 from merge_search.recipe import Group, Models
 
-__all__ = ["ModelPool", "StatisticsSource"]
+__all__ = ["ModelPool", "StatisticsSource", "chosen_device"]
 
 GIB = 2**30
 MARGIN = 0.9  # share of the free memory that may be taken: allocators and other processes need the rest
@@ -102,7 +102,7 @@ class ModelPool(Tensors):
         if problems:
             raise WeightsError("these models cannot be merged:\n" + "\n".join(f"  - {p}" for p in problems))
         self.models = models
-        self.device = _device(device)
+        self.device = chosen_device(device)
         self._base = Checkpoint(resolve_model(models.base))
         self._experts = {n: Expert(self._base, resolve_model(f), name=n) for n, f in models.experts.items()}
         self.aliases = tied_aliases(self._base)
@@ -356,7 +356,8 @@ class ModelPool(Tensors):
         return "mapped", f"mapped from files: {needs} on {self.device}; tensors come through the page cache"
 
 
-def _device(device: str | torch.device) -> torch.device:
+def chosen_device(device: str | torch.device) -> torch.device:
+    """The device that a name means; ``auto`` is a GPU if there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)

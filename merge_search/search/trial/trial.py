@@ -23,6 +23,7 @@ from merge_search.evaluation import Cost, Evaluation
 from merge_search.objective import Estimate, References
 from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
+from merge_search.rules import TRANSFORMS
 from merge_search.search import samplers, storage
 from merge_search.search.budget import Budget, affordable_steps
 from merge_search.search.plan import Plan
@@ -131,7 +132,7 @@ class TrialInProgress:
                 # Each trial draws other rows, but a second try of a lost trial draws the same rows again.
                 number = self._trial.user_attrs.get("retry_of", self._trial.number)
                 seed = derive_seed(self._s.plan.file.study.seed, "learner", number)
-                settings = space.settings(point, seed=seed)
+                settings = None if _is_final(recipe) else space.settings(point, seed=seed)
                 self._settings = self._affordable(settings)
                 if self._settings != settings:
                     self._trial.set_user_attr(samplers.CUT_ATTRIBUTE, True)
@@ -257,3 +258,9 @@ class TrialInProgress:
         variances = [v.variance for v in values]
         noise |= {"value": variances[0]} if len(variances) == 1 else {"values": variances}
         trial.set_user_attr("noise", noise)
+
+
+def _is_final(recipe: Recipe) -> bool:
+    """Whether the recipe's transform leaves nothing to merge, and so nothing to fit."""
+    transform = recipe.transform
+    return transform is not None and transform.name in TRANSFORMS and not TRANSFORMS[transform.name].merges

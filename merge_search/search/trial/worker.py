@@ -1,10 +1,16 @@
-"""A worker: one live model, one engine and the evaluators, loaded once. It turns jobs into scores."""
+"""A worker: models, live model and evaluators, loaded once. It turns jobs into scores.
+
+Recipes of another transform than the last one need other models: these are loaded in place of the old ones, and the
+evaluators are bound to the new live model.
+"""
 
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +18,10 @@ from pathlib import Path
 import torch
 
 from merge_search.cpu_matmul import fast_products
+from merge_search.engine.checkpoints.hashing import hash_once
+from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.learners.block_outputs import MOST_INPUTS, PASSES, fit_blocks
-from merge_search.engine.learners.expert_labels import ExpertLabels
 from merge_search.engine.learners.fit import (
     QUESTIONS_PER_ROW,
     FitSettings,
@@ -27,21 +34,28 @@ from merge_search.engine.resident.coefficient_maps import FOLDER as MAPS
 from merge_search.engine.resident.live_model import LiveModel
 from merge_search.engine.resident.pool import ModelPool
 from merge_search.engine.statistics.provider import DataStatistics
+from merge_search.engine.transforms.store import FOLDER as TRANSFORMED
 from merge_search.errors import EvaluationError
 from merge_search.evaluation import Cost, Evaluation, Evaluator, Split, asking
 from merge_search.outcome import Outcome
-from merge_search.recipe import Recipe
+from merge_search.recipe import Models, Recipe, Transform
 from merge_search.search.plan import Plan
+from merge_search.search.trial.bench import Bench
 from merge_search.search.trial.job import Failed, Job, Learned, Reporter, Result, Scored, Spent, failure_of
 from merge_search.search.trial.racing import ask_in_parts
 from merge_search.study_file import StudyFile
 
-__all__ = ["Worker", "maps_of", "statistics_of"]
+__all__ = ["Worker", "maps_of", "statistics_of", "transforms_of"]
 
 
 def maps_of(file: StudyFile) -> Path:
     """The folder of a study's coefficient maps: beside the study file, with the study's name."""
     return file.folder / f"{file.study.name}.{MAPS}"
+
+
+def transforms_of(file: StudyFile) -> Path:
+    """The folder of what a study's transforms wrote: beside the study file, with the study's name."""
+    return file.folder / f"{file.study.name}.{TRANSFORMED}"
 
 
 def statistics_of(plan: Plan, pool: ModelPool, teachers: Mapping[str, str], live: LiveModel | None) -> DataStatistics:
@@ -81,27 +95,82 @@ class Worker:
     """
 
     def __init__(self, plan: Plan, *, device: str) -> None:
-        self._plan = plan
-        self._statistics: DataStatistics | None = None
+        self._plan, self._device = plan, device
         self._teachers: Mapping[str, str] = {}
+        self._knows_teachers = False
         self._answered = self._charged = 0
         self.on_step: Callable[[], None] = lambda: None
         self.map_folder = maps_of(plan.file)
-        self.pool = ModelPool(plan.context.models, device=device, map_folders=[self.map_folder])
-        self.models = plan.context.models.model_copy(update={"hashes": self.pool.hashes()})
-        self.live = LiveModel.load(self.pool.base_folder, device=self.pool.device, dtype=plan.file.models.dtype)
-        self.engine = MergeEngine(self.pool)
-        self.views = {name: view for name, view in self.live.views.items() if name in self.pool.groups}
+        self.models = _with_hashes(plan.context.models)
         self.evaluators: list[Evaluator] = plan.evaluators
-        self._labels = ExpertLabels(plan.evaluators)
+        # Evaluators see the base first: some keep its answers to compare with.
+        self._first = None if plan.context.transform is None else Transform(name="alone")
+        self._bench: Bench | None = self._set_up(self._first)
+
+    def _set_up(self, transform: Transform | None) -> Bench:
+        """Load the models of a transform, and bind the evaluators to their live model."""
+        bench = Bench(
+            self._plan.context.recipe(models=self.models, transform=transform),
+            device=self._device,
+            dtype=self._plan.file.models.dtype,
+            map_folder=self.map_folder,
+            transforms=transforms_of(self._plan.file),
+            evaluators=self.evaluators,
+        )
         with _out_of_memory_explained("while the evaluators prepare their questions"):
             for evaluator in self.evaluators:
-                evaluator.bind(self.live.model, self.live.tokenizer, folder=str(self.pool.base_folder))
+                evaluator.bind(bench.live.model, bench.live.tokenizer, folder=str(bench.folder))
+        if self._knows_teachers:
+            self._measure_on(bench)
+        return bench
+
+    def _take_bench(self, transform: Transform | None) -> None:
+        """Make the models of a transform those that recipes are merged from. Only one set of them is in memory."""
+        if self._bench is not None and transform == self._bench.transform:
+            return
+        if self._bench is not None:
+            self._answered += self._bench.asked
+            self._bench.free()
+            self._bench = None
+            _free_memory()
+        self._bench = self._set_up(transform)
+
+    @property
+    def _here(self) -> Bench:
+        """The models at hand: those of the last job, or the first ones if its models could not be loaded."""
+        if self._bench is None:
+            self._bench = self._set_up(self._first)
+        return self._bench
+
+    def _measure_on(self, bench: Bench) -> None:
+        if bench.merges:
+            bench.statistics = statistics_of(self._plan, bench.pool, self._teachers, bench.live)
+            bench.pool.statistics = bench.statistics
+
+    @property
+    def pool(self) -> ModelPool:
+        """The models that recipes are merged from now."""
+        return self._here.pool
+
+    @property
+    def live(self) -> LiveModel:
+        """The model that is scored."""
+        return self._here.live
+
+    @property
+    def engine(self) -> MergeEngine:
+        """The engine that writes into it."""
+        return self._here.engine
+
+    @property
+    def views(self) -> dict[str, torch.Tensor]:
+        """Live views of what is merged."""
+        return self._here.views
 
     @property
     def notes(self) -> list[str]:
         """Sentences about the models' memory and the live model, for the user."""
-        return [self.pool.placement_report, *self.pool.notes, *self.live.notes]
+        return self._here.notes
 
     def run(self, job: Job, report: Reporter = lambda report: None) -> Result:
         """Do a job. A failure that belongs to its recipe is a result, and leaves the worker ready for the next job.
@@ -152,12 +221,16 @@ class Worker:
         Args:
             teachers: Task -> its best expert, or ``base``.
         """
-        self._teachers = teachers
-        self._statistics = self.pool.statistics = statistics_of(self._plan, self.pool, teachers, self.live)
+        self._teachers, self._knows_teachers = teachers, True
+        self._measure_on(self._here)
 
     def can_measure(self) -> bool:
         """Whether the teachers are known and every expert has rows to measure statistics on."""
-        statistics = self._statistics
+        if not self._knows_teachers:
+            return False
+        if not self._here.merges:  # the base alone: baselines are merged from these models
+            self._take_bench(self._plan.context.transform)
+        statistics = self._here.statistics
         return statistics is not None and not any(statistics.problem("fisher", e) for e in self.models.experts)
 
     def splice(self, recipe: Recipe) -> tuple[str, float]:
@@ -172,9 +245,8 @@ class Worker:
             torch.OutOfMemoryError: The device has too little memory.
             MemoryError: The host has too little memory.
         """
-        began = time.perf_counter()
-        self.engine.apply(recipe, self.views)
-        return self.live.hash(), time.perf_counter() - began
+        self._take_bench(recipe.transform)
+        return self._here.splice(recipe)
 
     def ask(self, split: Split, fidelity: float = 1.0, *, after: float = 0.0) -> Evaluation:
         """Ask the live model questions. The cost includes statistics that splicing its recipe measured.
@@ -209,8 +281,7 @@ class Worker:
     @property
     def asked(self) -> int:
         """Questions of the live model so far, for scores, statistics, teachers' answers and fits, completed or not."""
-        measured = 0 if self._statistics is None else self._statistics.questions
-        return self._answered + self._labels.asked + measured
+        return self._answered + (0 if self._bench is None else self._bench.asked)
 
     def _uncharged(self) -> int:
         """Questions since the last call. They are charged to the step that ends now."""
@@ -238,8 +309,9 @@ class Worker:
                 do without.
         """
         kind = _kind_on_rows(settings.loss)
+        self._take_bench(recipe.transform)
         if kind in ("pseudo", "kl"):
-            self._labels.ask(self.engine, self.views, recipe, teachers, kind, self._fit_rows(settings))
+            self._here.labels.ask(self.engine, self.views, recipe, teachers, kind, self._fit_rows(settings))
         losses, folder = task_losses(self.evaluators, kind), self.map_folder
         live = (self.engine, self.live.model, self.views)
         if settings.loss == "block_output":
@@ -255,7 +327,7 @@ class Worker:
         if settings.loss == "block_output":
             asked += PASSES * sum(n_rows.values())
         if kind in ("pseudo", "kl"):
-            asked += self._labels.questions(kind, self._fit_rows(settings))
+            asked += self._here.labels.questions(kind, self._fit_rows(settings))
         return asked
 
     def _n_fit_rows(self, settings: FitSettings) -> dict[str, int]:
@@ -274,10 +346,23 @@ class Worker:
     def recover(self) -> None:
         """Free the memory that a failed job left behind. Its questions are charged to it and not to the next job."""
         self._uncharged()
-        self.engine.forget()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if self._bench is not None:
+            self._bench.forget()
+        _free_memory()
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _with_hashes(models: Models) -> Models:
+    """`models` with the hashes of their files."""
+    places = {"base": models.base, **models.experts}
+    infos = [read_checkpoint(resolve_model(place)) for place in places.values()]
+    with ThreadPoolExecutor(min(len(infos), os.cpu_count() or 1)) as threads:
+        return models.model_copy(update={"hashes": dict(zip(places, threads.map(hash_once, infos), strict=True))})
 
 
 def _learned(fitted: Fitted) -> Learned:

@@ -1,0 +1,117 @@
+"""The models that a transform reads: base and experts, opened lazily, adapters made dense tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from merge_search.engine.checkpoints.checkpoint import Checkpoint, Expert
+from merge_search.engine.checkpoints.compatibility import misfits
+from merge_search.engine.checkpoints.hashing import hash_once
+from merge_search.engine.checkpoints.headers import CheckpointInfo, TensorHeader, resolve_model
+from merge_search.engine.checkpoints.layout import layout
+from merge_search.recipe import Group, Models
+
+__all__ = ["Source", "Sources"]
+
+
+class Source:
+    """One model as a transform reads it.
+
+    Attributes:
+        name: ``base``, or the expert's name.
+        folder: Its folder.
+        problems: Why it is not a fine-tune of the base, a sentence each; () for the base and for what fits it.
+        info: Headers and config of the files; an adapter's are those of its factors.
+    """
+
+    def __init__(self, name: str, base: Checkpoint, folder: Path, problems: tuple[str, ...] = ()) -> None:
+        self.name, self.folder, self.problems = name, folder, problems
+        self._base = base
+        self._of: Checkpoint | Expert = base
+        if name != "base":
+            self._of = Expert(base, folder, name=name) if self.fits else Checkpoint(folder)
+        self.info: CheckpointInfo = self._of.info
+
+    @property
+    def fits(self) -> bool:
+        """Whether it has the base's tensors: the base, a fine-tune of it, an adapter on it."""
+        return not self.problems
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Its config.json; for an adapter the base's."""
+        return self._base.info.config if self.info.is_adapter else self.info.config
+
+    @property
+    def settings_folder(self) -> Path:
+        """The folder whose config and tokenizer files are its own; for an adapter the base's."""
+        return self._base.info.folder if self.info.is_adapter else self.folder
+
+    @cached_property
+    def headers(self) -> Mapping[str, TensorHeader]:
+        """Dtype and shape of every tensor that `tensor` returns. What fits the base has the base's names and shapes."""
+        if self.name == "base" or not self.fits:
+            return self.info.tensors
+        own = {} if self.info.is_adapter else self.info.tensors
+        base = self._base.info.tensors
+        return {n: replace(own.get(n, t), shape=t.shape) for n, t in base.items()}
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        """Group of every tensor that a merge would touch, by name."""
+        return layout(CheckpointInfo(self.folder, self.headers, self.config))
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor, on the CPU: of an adapter the adapted weights, of other vocabularies the base's rows.
+
+        Do not write into it.
+        """
+        if isinstance(self._of, Expert) and not self._of.info.is_adapter and name not in self._of.info.tensors:
+            return self._base.tensor(name)
+        return self._of.tensor(name)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its files hold the tensors exactly as `tensor` returns them."""
+        return not isinstance(self._of, Expert) or all(map(self._of.is_stored, self.groups))
+
+    @property
+    def hash(self) -> str:
+        """sha256 of its files' tensors. Computed once per process."""
+        return hash_once(self.info)
+
+
+class Sources:
+    """Base and experts of a recipe.
+
+    Args:
+        models: Folders or hub ids.
+
+    Attributes:
+        base: The base.
+        experts: The experts by name, in the recipe's order.
+
+    Raises:
+        WeightsError: A folder is not a whole, valid checkpoint.
+    Cost: headers, configs and tokenizer files. Tensors are mapped when they are asked for.
+    """
+
+    def __init__(self, models: Models) -> None:
+        folder = resolve_model(models.base)
+        checkpoint = Checkpoint(folder)
+        problems = misfits(models.base, models.experts)
+        self.base = Source("base", checkpoint, folder)
+        self.experts = {
+            name: Source(name, checkpoint, resolve_model(place), tuple(problems.get(name, ())))
+            for name, place in models.experts.items()
+        }
+
+    def __iter__(self) -> Iterator[Source]:
+        yield self.base
+        yield from self.experts.values()
