@@ -14,7 +14,10 @@ from merge_search.rules import TRANSFORMS, use_rule_files
 from merge_search.testing import TransformCase, TransformConformance
 
 USERS = Path(__file__).parents[2] / "support" / "user_transforms.py"
-CASES: dict[str, dict[str, Any]] = {"alone": {"options": {"model": "lora"}, "wrong": [{"model": "nobody"}]}}
+CASES: dict[str, dict[str, Any]] = {
+    "alone": {"options": {"model": "lora"}, "wrong": [{"model": "nobody"}]},
+    "smile": {"options": {"rank": 2, "top_k": 2}, "wrong": [{"rank": 1000}, {"top_k": 3}, {"modules": "head"}]},
+}
 
 
 @pytest.fixture(scope="module")
