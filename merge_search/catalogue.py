@@ -2,7 +2,8 @@
 
 Built-in classes and a user's own come through the same door. An entry point of the group ``merge_search.search_spaces``
 or ``merge_search.evaluators`` names a table ``{name: "module:Class"}``. A name of the form ``path/to/file.py:Class``
-loads the user's own file. Loading runs the code of that file, so it happens only when the study file names it.
+loads the user's own file. A name ``@key`` in such a table is a key that every family of spaces has; its class is built
+around the family. Loading runs the code of that file, so it happens only when the study file names it.
 
 `build_space` and `build_evaluator` are the only places that ask what a class has. Everything behind them can rely on
 every member of `SearchSpace` and `Evaluator`.
@@ -18,7 +19,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,18 @@ _KINDS = {
 }
 
 
-@cache
 def names(kind: str) -> Mapping[str, str]:
     """Name -> ``"module:object"`` for ``search_spaces`` or ``evaluators``.
 
     Raises:
         InputError: Two distributions register one name.
     """
+    return {name: target for name, target in _registered(kind).items() if not name.startswith("@")}
+
+
+@cache
+def _registered(kind: str) -> Mapping[str, str]:
+    """As `names`, with the keys ``@key`` that every member has."""
     table: dict[str, str] = {}
     problems = []
     for point in entry_points(group=f"merge_search.{kind}"):
@@ -135,8 +141,17 @@ def build_space(name: str, options: Mapping[str, Any], context: SpaceContext, *,
     Raises:
         InputError: See `load`. The space's own problems are a `SpaceError`.
     """
-    space: SearchSpace = _build("search_spaces", name, dict(options), folder, context)
-    return space
+    left = dict(options)
+    around = [(t, left.pop(n[1:])) for n, t in _registered("search_spaces").items() if n[0] == "@" and n[1:] in left]
+
+    def build(context: SpaceContext) -> SearchSpace:
+        space: SearchSpace = _build("search_spaces", name, dict(left), folder, context)
+        return space
+
+    for target, value in around:
+        module, _, attribute = target.partition(":")
+        build = partial(getattr(importlib.import_module(module), attribute), value, build=build)
+    return build(context)
 
 
 def build_evaluator(

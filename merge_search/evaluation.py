@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnswerEnds",
+    "ChecksModels",
     "ChecksPrompts",
     "Cost",
     "Counting",
@@ -354,6 +355,9 @@ class Evaluator(Protocol):
     def bind(self, model: Any, tokenizer: Any, *, folder: str) -> None:
         """Prepare the requests for a live model.
 
+        It may be called again, with the live model of other shapes that a transform made: from then on that one is
+        scored. What is compared with the base (drift) is compared with the weights of the first call.
+
         Args:
             model: The live model. Its weights are changed in place between calls of `evaluate`.
             tokenizer: The model's tokenizer.
@@ -383,6 +387,23 @@ class ChecksPrompts(Protocol):
 
         Raises:
             StudyFileError: Prompts that cannot be rendered with this tokenizer.
+        """
+        ...
+
+
+@runtime_checkable
+class ChecksModels(Protocol):
+    """What an `Evaluator` also has where it can tell from a config whether it can score a model."""
+
+    def check_model(self, config: Mapping[str, Any], what: str) -> None:
+        """Check a model that a transform makes, or an expert of other shapes, before any weight is loaded.
+
+        Args:
+            config: Its config.json.
+            what: Names the model in messages.
+
+        Raises:
+            StudyFileError: The evaluator cannot score it.
         """
         ...
 

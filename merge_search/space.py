@@ -124,10 +124,12 @@ class SearchSpace(Protocol):
     Attributes:
         parameters: Domains by name, in a fixed order. They are the same for every point.
         notes: Sentences for the user's log.
+        transforms: The transforms that its recipes may have; None for recipes without one.
     """
 
     parameters: Mapping[str, Parameter]
     notes: Sequence[str] = ()
+    transforms: Sequence[Transform | None] = (None,)
 
     @abstractmethod
     def decode(self, point: Point) -> Recipe:

@@ -1,4 +1,7 @@
-"""The built-in search spaces, one family a file. Studies name them (``space: {type: NAME}``); nothing imports them."""
+"""The built-in search spaces, one family a file. Studies name them (``space: {type: NAME}``); nothing imports them.
+
+A name with ``@`` is a key of ``space`` that every family has. Its class is built around the family.
+"""
 
 CATALOGUE = {
     "blockwise": "search_spaces.blockwise:Blockwise",
@@ -10,4 +13,5 @@ CATALOGUE = {
     "mergekit_genome": "search_spaces.mergekit_genome:MergekitGenome",
     "module_kind": "search_spaces.module_kind:ModuleKind",
     "uniform": "search_spaces.uniform:Uniform",
+    "@transform": "search_spaces.transformed:Transformed",
 }

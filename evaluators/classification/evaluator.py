@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evaluators.classification.rows import Options, Row, TaskRows, read_tasks
-from merge_search.errors import EvaluationError, InputError, nearest
+from merge_search.errors import EvaluationError, InputError, StudyFileError, nearest
 from merge_search.evaluation import Cost, Evaluation, Evaluator, MetricInfo, Scores, Split, SplitShares, window
 from merge_search.options import read_options
 
@@ -98,6 +98,23 @@ class Classification(Evaluator):
         }
         text = json.dumps({"version": 1, "max_length": self._options.max_length, "tasks": content}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def check_model(self, config: Mapping[str, Any], what: str) -> None:
+        """Compare the hidden size of the heads with a model's.
+
+        Raises:
+            StudyFileError: Heads of another hidden size.
+        """
+        size = config.get("hidden_size")
+        odd = [t for t in self._tasks.values() if isinstance(size, int) and t.head.hidden != size]
+        if odd:
+            raise StudyFileError(
+                [
+                    f"tasks.{t.name}.head: {t.head.path} has hidden size {t.head.hidden}, and {what} has {size}: it "
+                    "cannot be judged; leave it out, or give a model of that width"
+                    for t in odd
+                ]
+            )
 
     def bind(self, model: Any, tokenizer: Any, *, folder: str) -> None:
         """Load the heads onto the model's device and tokenise every question once.

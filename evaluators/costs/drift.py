@@ -93,10 +93,10 @@ class Drift(Evaluator):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def bind(self, model: Any, tokenizer: Any, *, folder: str) -> None:
-        """Tokenise every text and store the base's answers.
+        """Tokenise every text and store the base's answers. A second model is compared with the first one.
 
         Args:
-            model: The live model. It must have the base's weights.
+            model: The live model. The first one must have the base's weights.
             tokenizer: Its tokenizer.
             folder: Not used.
 
@@ -106,7 +106,9 @@ class Drift(Evaluator):
         """
         import torch
 
-        self._model, self._rows = model, {}
+        self._model = model
+        if self._rows:
+            return
         rows: dict[Split, tuple[list[Tensor], list[Tensor]]] = {}
         for split, texts in self._texts.items():
             tokens = [tokenizer(t, truncation=True, max_length=self._options.max_length)["input_ids"] for t in texts]
@@ -220,5 +222,7 @@ def _places(last: int, n: int) -> Tensor:
 
 def _divergence(base: Tensor, merge: Tensor) -> float:
     """Mean over positions of KL(base || merge). Never negative: the rounded base is normalised again."""
+    n = min(base.shape[-1], merge.shape[-1])  # a model of another vocabulary: the tokens that both have
+    base, merge = base[..., :n], merge if merge.shape[-1] == n else merge[..., :n].log_softmax(-1)
     kept = base.float().log_softmax(-1)
     return float((kept.exp() * (kept - merge)).sum(-1).mean().clamp_min(0.0))

@@ -173,6 +173,16 @@ class LmEval(Evaluator):
         if problems:
             raise StudyFileError(problems)
 
+    def check_model(self, config: Mapping[str, Any], what: str) -> None:
+        """Check that a model is a language model.
+
+        Raises:
+            StudyFileError: Its config names another architecture.
+        """
+        names = [str(name) for name in config.get("architectures") or []]
+        if names and not any("CausalLM" in name or "LMHead" in name for name in names):
+            raise StudyFileError(f"lm_eval needs language models, and {what} is a {names[0]}; judge it otherwise")
+
     def bind(self, model: Any, tokenizer: Any, *, folder: str) -> None:
         """Make and tokenise all requests for a live model.
 

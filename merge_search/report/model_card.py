@@ -5,7 +5,7 @@ from __future__ import annotations
 import optuna
 
 from merge_search.objective import Objective
-from merge_search.report.recipe_card import recipe_sources
+from merge_search.report.recipe_card import how_to_load, recipe_sources
 from merge_search.report.table import sealed_table, summary_table
 from merge_search.search.budget import questions_asked
 from merge_search.search.records import Record, finished_records
@@ -44,7 +44,7 @@ Search: {len(done)} trials, {failed} of them failed, {questions_asked(study)} qu
 
 `recipe.json` holds the whole recipe: `merge-search merge recipe.json OUT` gives these weights, bit for bit.
 sha256 of the weights: `{record.weights_sha256}`
-"""
+{how_to_load(recipe)}"""
 
 
 def _sealed(study: optuna.Study, objective: Objective, record: Record, experts: tuple[str, ...]) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from merge_search.recipe import Recipe
+from merge_search.rules import TRANSFORMS
 
-__all__ = ["recipe_card", "recipe_sources"]
+__all__ = ["how_to_load", "recipe_card", "recipe_sources"]
 
 
 def recipe_card(recipe: Recipe) -> str:
@@ -19,7 +20,7 @@ tags: [merge, merge-search]
 {recipe_sources(recipe)}
 
 `recipe.json` holds the whole recipe: `merge-search merge recipe.json OUT` gives these weights, bit for bit.
-"""
+{how_to_load(recipe)}"""
 
 
 def recipe_sources(recipe: Recipe) -> str:
@@ -27,3 +28,14 @@ def recipe_sources(recipe: Recipe) -> str:
     return "\n".join(
         f"- {name}: `{ref}`" for name, ref in {"base": recipe.models.base, **recipe.models.experts}.items()
     )
+
+
+def how_to_load(recipe: Recipe) -> str:
+    """What a model of the package's own architecture needs beside transformers; '' for the others."""
+    if recipe.transform is None or TRANSFORMS[recipe.transform.name].result == "known":
+        return ""
+    return """
+## Load
+
+The architecture is merge-search's own. After `import merge_search.models`, transformers' Auto classes load this folder.
+"""

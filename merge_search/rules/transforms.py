@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from merge_search.rules.table import OptionInfo, Rule, RuleTable
+from merge_search.rules.option_table import TRANSFORM_OPTIONS
+from merge_search.rules.table import Rule, RuleTable
 
 __all__ = ["TRANSFORMS", "Preview", "TransformInfo", "Transformed"]
 
@@ -78,27 +79,26 @@ class TransformInfo(Rule):
 
 _ROOM = "merge_search.engine.transforms"
 
-_SMILE = {
-    "rank": OptionInfo("singular triples of each delta; 0: no mixture", "paper", (0, 4096), (4, 256), log=True),
-    "gate_rank": OptionInfo("right singular vectors of each expert that route", "paper", (1, 4096), (1, 64), log=True),
-    "top_k": OptionInfo("experts that answer a token", "paper", (1, 64), (1, 2)),
-    "modules": OptionInfo("linear layers of the blocks that become mixtures", "ours"),
-    "rest": OptionInfo("everything else: the base's, or the average of the experts", "release"),
-    "shared": OptionInfo("the weight around which the mixture is made: the base's, or the average", "ours"),
-    "route": OptionInfo("whose right singular vectors route", "release"),
-    "temperature": OptionInfo("of the softmax over the chosen experts", "ours", (1e-6, 1e6), (0.1, 10.0), log=True),
-}
-
 TRANSFORMS: RuleTable[TransformInfo] = RuleTable(
     "transform",
     (
         TransformInfo(
+            name="stack", summary="layers repeated, left out or moved", paper="2312.15166", options={"layers": ""},
+            about=TRANSFORM_OPTIONS["stack"], target=f"{_ROOM}.stack:stack", check=f"{_ROOM}.stack:preview",
+        ),
+        TransformInfo(
+            name="mal", summary="experts of other widths and depths, aligned by assignment problems", aligns=True,
+            paper="2503.21657", options={"blocks": "", "passes": 2, "same_shape": False},
+            about=TRANSFORM_OPTIONS["mal"], target=f"{_ROOM}.mal:mal", check=f"{_ROOM}.mal:preview",
+        ),
+        TransformInfo(
             name="alone", summary="one model as it is: the base, or the expert that `model` names", merges=False,
-            aligns=True, options={"model": "base"}, target=f"{_ROOM}.alone:alone", check=f"{_ROOM}.alone:preview",
+            aligns=True, options={"model": "base"}, about=TRANSFORM_OPTIONS["alone"],
+            target=f"{_ROOM}.alone:alone", check=f"{_ROOM}.alone:preview",
         ),
         TransformInfo(
             name="smile", summary="a sparse mixture of low-rank experts, with a router that needs no data",
-            paper="SMILE, Tang et al. 2024, arXiv 2408.10174", result="own", merges=False,
+            paper="2408.10174", result="own", merges=False,
             options={
                 "rank": 32, "gate_rank": 4, "top_k": 1, "modules": "all", "rest": "base", "shared": "base",
                 "route": "deltas", "temperature": 1.0,
@@ -107,7 +107,7 @@ TRANSFORMS: RuleTable[TransformInfo] = RuleTable(
                 "modules": ("all", "attention", "mlp"), "rest": ("base", "average"), "shared": ("base", "average"),
                 "route": ("deltas", "weights"),
             },
-            about=_SMILE, target=f"{_ROOM}.smile:smile", check=f"{_ROOM}.smile:preview",
+            about=TRANSFORM_OPTIONS["smile"], target=f"{_ROOM}.smile:smile", check=f"{_ROOM}.smile:preview",
         ),
     ),
 )  # fmt: skip

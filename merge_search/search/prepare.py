@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import TypeVar
 
 from merge_search import catalogue
-from merge_search.engine.checkpoints.compatibility import check_models
+from merge_search.engine.checkpoints.compatibility import misfits, unusable_models
 from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
-from merge_search.engine.checkpoints.layout import layout
+from merge_search.engine.checkpoints.layout import layout, name_groups
+from merge_search.engine.transforms.sources import Sources
+from merge_search.engine.transforms.store import preview
 from merge_search.errors import InputError, MergeSearchError, RuleError, StudyFileError, WeightsError, nearest
-from merge_search.evaluation import ChecksPrompts, Differentiable, Evaluator, MetricInfo, SplitShares
+from merge_search.evaluation import ChecksModels, ChecksPrompts, Differentiable, Evaluator, MetricInfo, SplitShares
 from merge_search.objective import Objective
 from merge_search.presets import PRESETS
-from merge_search.recipe import Models
-from merge_search.rules import RuleFile, use_rule_files
+from merge_search.recipe import Group, Models, Transform
+from merge_search.rules import TRANSFORMS, RuleFile, use_rule_files
 from merge_search.search.checks import search_problems
 from merge_search.search.plan import Plan
 from merge_search.search.samplers import SAMPLERS, check_sampler
@@ -58,12 +62,69 @@ def _context(file: StudyFile, problems: _Problems) -> SpaceContext | None:
         base=file.model_reference(file.models.base),
         experts={k: file.model_reference(v) for k, v in file.models.experts.items()},
     )
-    problems.sentences += [f"models: {p}" for p in check_models(models.base, models.experts)]
+    problems.sentences += [f"models: {p}" for p in unusable_models(models.base, models.experts)]
+    if "transform" not in file.space.options:
+        problems.sentences += [f"models: {p}" for p in _misfit_problems(models)]
     try:
         info = read_checkpoint(resolve_model(models.base))
-    except WeightsError:  # `check_models` has found it
+    except WeightsError:  # `unusable_models` has found it
         return None
-    return SpaceContext(models, tuple(layout(info).values()), seed=file.study.seed, dtype=file.models.dtype)
+    groups = tuple(layout(info).values())
+    after = partial(_groups_after, Sources(models), groups) if not problems.sentences else None
+    return SpaceContext(models, groups, seed=file.study.seed, dtype=file.models.dtype, groups_after=after)
+
+
+def _misfit_problems(models: Models) -> list[str]:
+    """Why experts are no fine-tunes of the base, and what can be done about other shapes."""
+    odd = misfits(models.base, models.experts)
+    out = [p for found in odd.values() for p in found]
+    return [*out, f"{', '.join(odd)}: {_ALIGN}"] if odd and any(" shape" in p or "missing" in p for p in out) else out
+
+
+_ALIGN = (
+    "an expert of another width or depth can be merged once it is aligned to the base: set space.transform: {mal: {}}"
+)
+
+
+def _groups_after(sources: Sources, groups: tuple[Group, ...], transform: Transform) -> tuple[Group, ...]:
+    names = preview(transform, sources).names
+    return groups if names is None else tuple(name_groups(names).values())
+
+
+def _check_transforms(
+    file: StudyFile, space: SearchSpace, context: SpaceContext, evaluators: Sequence[Evaluator], problems: _Problems
+) -> SpaceContext:
+    """Check what the space's transforms make of the models, and whether it can be judged. Reads headers alone.
+
+    Returns:
+        The context, with the transform of baselines where an expert does not have the base's shapes.
+    """
+    odd = misfits(context.models.base, context.models.experts)
+    if None in space.transforms and "transform" in file.space.options:
+        problems.sentences += [f"space.transform: none: {p}" for p in _misfit_problems(context.models)]
+    chosen = [t for t in space.transforms if t is not None]
+    if not chosen or context.groups_after is None:
+        return context
+    sources = Sources(context.models)
+    configs = {f"expert {s.name!r}": s.config for s in sources.experts.values() if s.name in odd}
+    for transform in chosen:
+        found = preview(transform, sources)
+        problems.sentences += [f"space.transform: {p}" for p in found.problems]
+        if found.config is not None and not found.problems:
+            configs[f"what transform {transform.name!r} makes"] = found.config
+    for (what, config), evaluator in product(configs.items(), evaluators):
+        if isinstance(evaluator, ChecksModels):
+            problems.attempt(partial(evaluator.check_model, config, what))
+    learner = file.search.learner
+    if learner is not None and 0 not in learner.steps and not any(_merges(t) for t in space.transforms):
+        problems.sentences.append(
+            f"search.learner: {chosen[0].name} leaves nothing to merge, and so no coefficient to fit; leave learner out"
+        )
+    return replace(context, transform=chosen[0]) if odd else context
+
+
+def _merges(transform: Transform | None) -> bool:
+    return transform is None or transform.name not in TRANSFORMS or TRANSFORMS[transform.name].merges
 
 
 def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
@@ -83,9 +144,12 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     problems = _Problems()
     rules = problems.attempt(lambda: _rules(file))
     context = _context(file, problems)
-    space = problems.attempt(lambda: _space(file, context)) if context is not None else None
+    space = problems.attempt(partial(_space, file, context)) if context is not None else None
+    n_before = len(problems.sentences)
     built = [problems.attempt(partial(_evaluator, file, i)) for i in range(len(file.evaluate))]
     evaluators = [e for e in built if e is not None]
+    if context is not None and space is not None and n_before == len(problems.sentences):
+        context = _check_transforms(file, space, context, evaluators, problems)
     if context is not None and not problems.sentences:
         folder = str(resolve_model(context.models.base))
         for evaluator in evaluators:

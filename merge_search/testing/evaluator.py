@@ -107,6 +107,26 @@ class EvaluatorConformance:
                 continue
             raise AssertionError("wrong options were accepted")
 
+    def test_a_second_model_may_be_bound(self, case: EvaluatorCase) -> None:
+        """Bound to another model, it scores that one as it would score the same weights in the first one."""
+        if not case.is_repeatable:
+            return
+        import copy
+
+        split = Split.SEARCH
+        with _moved(case.model):
+            other = copy.deepcopy(case.model)
+        twice, once = case.bound(), case.bound()
+        before = twice.evaluate(split)
+        twice.bind(other, case.tokenizer, folder=case.folder)
+        found = twice.evaluate(split)
+        with _moved(case.model):
+            wanted = once.evaluate(split)
+        twice.bind(case.model, case.tokenizer, folder=case.folder)
+        for one, two in ((found, wanted), (twice.evaluate(split), before)):
+            for name, scores in one.scores.items():
+                assert np.allclose(scores.values, two.scores[name].values, atol=1e-6), name
+
     def test_nothing_is_scored_before_a_model_is_bound(self, case: EvaluatorCase) -> None:
         """`evaluate` without a model raises `EvaluationError`."""
         _raises(EvaluationError, lambda: case.build().evaluate(Split.SEARCH))

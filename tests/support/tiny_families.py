@@ -37,6 +37,71 @@ def write_family(
     return Models(base=places.pop("base"), experts=places)
 
 
+def scrambled(model: Any, seed: int, n_more: int = 0) -> Any:
+    """The model with units in another order, and zeros in new ones: residual stream, MLPs and heads.
+
+    There are `n_more` new heads, with eight new residual units and inner units each (a head has eight entries). Where
+    key heads are shared, each of them gets equally many new query heads.
+    """
+    import copy
+    import re
+
+    from merge_search.engine.transforms.axes import axes_of, sizes_of
+
+    sizes, draw = sizes_of(model.config.to_dict()), torch.Generator().manual_seed(seed)
+    head, per = sizes.head, sizes.heads // sizes.kv
+    extra = 0 if per == 1 else -(-n_more // sizes.kv)
+    new = head * (n_more if per == 1 else extra * sizes.kv)
+    more = {"d": new, "m": new}
+
+    def order(n: int, n_new: int) -> torch.Tensor:  # new unit -> old unit, -1 for a unit of zeros
+        return torch.cat([torch.arange(n), torch.full((n_new,), -1)])[torch.randperm(n + n_new, generator=draw)]
+
+    def entries(heads: torch.Tensor) -> torch.Tensor:
+        return torch.where(heads[:, None] < 0, -1, heads[:, None] * head + torch.arange(head)).flatten()
+
+    stream, blocks = order(sizes.d, more["d"]), {}
+
+    def of_block(block: str) -> dict[str, torch.Tensor]:
+        if block not in blocks:
+            keys = order(sizes.kv, n_more if per == 1 else 0)
+            groups = [order(per, extra) for _ in keys]
+            queries = [
+                torch.where(g < 0, -1, g + k * per) if k >= 0 else torch.full_like(g, -1)
+                for k, g in zip(keys.tolist(), groups, strict=True)
+            ]
+            inner = order(sizes.m, more["m"])
+            blocks[block] = {"m": inner, "k": entries(keys), "q": entries(torch.cat(queries))}
+        return blocks[block]
+
+    state = {}
+    for name, tensor in model.state_dict().items():
+        number = re.search(r"\.(\d+)\.", name)
+        axes, out = axes_of(name), tensor
+        if "3" in axes:
+            out = out.reshape(*out.shape[: axes.index("3")], 3, -1)
+        for i, axis in enumerate(axes):
+            if axis in "dmkq":
+                index = stream if axis == "d" else of_block(number[1] if number else "")[axis]
+                zeros = (index < 0).reshape([-1 if j == i else 1 for j in range(out.ndim)])
+                out = out.index_select(i, index.clamp_min(0)).masked_fill(zeros, 0)
+        state[name] = out.reshape(*out.shape[: axes.index("3")], -1) if "3" in axes else out
+    config = copy.deepcopy(model.config)
+    if n_more:
+        queries = len(next(iter(blocks.values()))["q"]) // head
+        wanted = {
+            "hidden_size": len(stream), "n_embd": len(stream), "intermediate_size": sizes.m + more["m"],
+            "n_inner": sizes.m + more["m"], "num_attention_heads": queries, "n_head": queries,
+            "num_key_value_heads": queries if per == 1 else sizes.kv, "head_dim": head,
+        }  # fmt: skip
+        for key, value in wanted.items():
+            if key in config.to_dict():
+                setattr(config, key, value)
+    other = type(model)(config).eval()
+    other.load_state_dict(state)
+    return other
+
+
 def add_adapter(folder: Path, base: str, *, seed: int = 0, rank: int = 2) -> str:
     """A LoRA adapter on a llama's query projections, with random factors."""
     import json

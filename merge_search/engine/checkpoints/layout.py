@@ -14,7 +14,7 @@ from merge_search.engine.checkpoints.dtypes import FLOATING
 from merge_search.engine.checkpoints.headers import CheckpointInfo, TensorHeader, natural_key
 from merge_search.recipe import Group
 
-__all__ = ["is_before_blocks", "is_mergeable", "layout", "name_groups"]
+__all__ = ["is_before_blocks", "is_mergeable", "layer_of", "layout", "name_groups"]
 
 # Parts that may stand before a number without being a stack of layers: ``classifier.0``, ``merger.mlp.2``.
 NOT_A_STACK = re.compile(
@@ -77,7 +77,7 @@ def name_groups(names: Iterable[str]) -> dict[str, Group]:
         None embedding
         0 attention
     """
-    positions = {name: _position(name) for name in sorted(names, key=natural_key)}
+    positions = {name: layer_of(name) for name in sorted(names, key=natural_key)}
     stacks: dict[str, set[int]] = {}
     for position in positions.values():
         if position is not None:
@@ -104,8 +104,13 @@ def is_before_blocks(group: Group) -> bool:
     )
 
 
-def _position(name: str) -> tuple[str, int, str] | None:
-    """Return stack, layer and the rest of a name; None outside any stack."""
+def layer_of(name: str) -> tuple[str, int, str] | None:
+    """Return stack, layer and the rest of a name; None outside any stack.
+
+    Example:
+        >>> layer_of("model.layers.3.mlp.up_proj.weight")
+        ('model.layers', 3, 'mlp.up_proj.weight')
+    """
     parts = name.split(".")
     for i, part in enumerate(parts):
         if part.isdecimal() and i > 0:

@@ -79,8 +79,8 @@ class _Model:
         from merge_search.engine.architectures.smile import LINEAR
 
         model = skeleton(base.info)
-        self.is_known = model is not None
-        if model is None:
+        self.is_known = model is not None and type(model).__module__.startswith("transformers.")
+        if not self.is_known:
             return
         state = model.state_dict(keep_vars=True)
         parts = parts_on_disk(base.info, state)

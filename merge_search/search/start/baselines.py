@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from merge_search.presets import PRESETS, preset
-from merge_search.recipe import Recipe
+from merge_search.recipe import Recipe, Transform
 from merge_search.space import SpaceContext
 
 __all__ = ["ALWAYS", "baselines", "fits", "reference_recipes"]
@@ -17,6 +17,9 @@ ALWAYS = ("average", "task_arithmetic")
 
 def reference_recipes(context: SpaceContext) -> dict[str, Recipe]:
     """Recipes of exact copies of the base and of each expert, by name."""
+    if context.transform is not None:  # experts of other shapes are judged as they are, on models of their own
+        alone = {name: Transform(name="alone", options={"model": name}) for name in context.experts}
+        return {n: context.recipe(transform=t) for n, t in {"base": Transform(name="alone"), **alone}.items()}
     out = {"base": _preset("base", context)}
     return out | {expert: _preset("expert", context, expert=expert) for expert in context.experts}
 
@@ -47,4 +50,5 @@ def fits(name: str, context: SpaceContext, *, has_data: bool = False) -> bool:
 
 
 def _preset(name: str, context: SpaceContext, **settings: Any) -> Recipe:
-    return preset(name, context.models, seed=context.seed, dtype=context.dtype, **settings)
+    recipe = preset(name, context.models, seed=context.seed, dtype=context.dtype, **settings)
+    return recipe.model_copy(update={"transform": context.transform})

@@ -59,6 +59,7 @@ class LearnedSpace:
     def __init__(self, space: SearchSpace, learner: Learner, *, n_rows: int) -> None:
         self.space, self.learner, self.n_rows = space, learner, n_rows
         self.notes: Sequence[str] = space.notes
+        self.transforms = space.transforms
         self.parameters: Mapping[str, Parameter] = {**space.parameters, **self._learner_parameters()}
 
     def _learner_parameters(self) -> dict[str, Parameter]:
