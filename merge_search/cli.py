@@ -16,14 +16,13 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from merge_search.errors import InputError, MergeSearchError, first_line
+from merge_search.errors import InputError, MergeSearchError, first_line, nearest
 from merge_search.stop_signals import exit_status, stoppable
 
 if TYPE_CHECKING:
     import optuna
 
     from merge_search.report.table import Table
-    from merge_search.rules import RuleTable
     from merge_search.search.plan import Plan
     from merge_search.study_file import StudyFile
 
@@ -161,31 +160,29 @@ def report(
 
 
 @app.command(name="list")
-def list_() -> None:
+def list_(
+    name: Annotated[str | None, typer.Argument(help="Only the options of this preset, rule or stage.")] = None,
+    options: Annotated[bool, typer.Option("--options", help="Show every option with type, bounds and source.")] = False,
+) -> None:
     """Show presets, rules (measures, selections, splices, operators, post rules, transforms), spaces, evaluators and
     samplers."""
     from merge_search import catalogue
     from merge_search.presets import PRESETS
-    from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, TRANSFORMS
+    from merge_search.rules import TABLES
     from merge_search.search.samplers import SAMPLERS
 
+    if options or name is not None:
+        _list_options(name)
+        return
     table = RichTable("preset", "what it does", "source", title="presets", title_justify="left")
-    for name, p in PRESETS.items():
-        table.add_row(name, Text(p.summary), Text(p.paper))
+    for key, p in PRESETS.items():
+        table.add_row(key, Text(p.summary), Text(p.paper))
     out.print(table)
-    tables: list[tuple[str, RuleTable[Any]]] = [
-        ("measures: assess, splice.score, allocate", MEASURES),
-        ("selections: select", SELECTIONS),
-        ("splices: splice", SPLICES),
-        ("operators: operator", OPERATORS),
-        ("post rules: post", POSTS),
-        ("transforms: transform", TRANSFORMS),
-    ]
-    for title, rules in tables:
+    for title, rules in TABLES.items():
         shown = RichTable("name", "what it does", "options", title=title, title_justify="left")
-        for name, row in rules.items():
-            options = ", ".join(k if v is None else f"{k}={v}" for k, v in row.options.items())
-            shown.add_row(name, Text(row.summary), Text(options))
+        for key, row in rules.items():
+            defaults = ", ".join(k if v is None else f"{k}={v}" for k, v in row.options.items())
+            shown.add_row(key, Text(row.summary), Text(defaults))
         out.print(shown)
     for title, names in (
         ("search spaces", catalogue.names("search_spaces")),
@@ -193,6 +190,37 @@ def list_() -> None:
         ("samplers", SAMPLERS),
     ):
         out.print(f"{title}: {', '.join(names)}", highlight=False)
+
+
+def _list_options(name: str | None) -> None:
+    """Show the options of a preset, rule or stage, or those of all rules and stages."""
+    from merge_search.presets import PRESETS, preset_options
+    from merge_search.rules import TABLES
+    from merge_search.rules.describe import OptionLine, rule_options
+
+    groups: dict[str, list[tuple[str, OptionLine]]] = {}
+    if name in PRESETS:
+        groups[f"preset {name}"] = [(rule, line) for rule, line in preset_options(name)]
+    for title, rules in TABLES.items():
+        for key, row in rules.items():
+            if name in (None, key):
+                groups.setdefault(title, []).extend((key, line) for line in rule_options(row))
+    if not groups:
+        known = {*PRESETS, *(key for rules in TABLES.values() for key in rules)}
+        raise InputError(f"no preset, rule or stage is called {name!r}{nearest(str(name), known)}")
+    for title, lines in groups.items():
+        header = ("rule", "option", "type", "default", "bounds or choices", "search", "source", "what it is")
+        shown = RichTable(*header, title=title, title_justify="left")
+        for rule, line in lines:
+            shown.add_row(*map(Text, (rule, *line)))
+        out.print(shown)
+        if not lines:
+            out.print("no options", highlight=False)
+    text = (
+        "A study file gives a value, a list to choose from, {bounds: [low, high], log: true}, or the word search for "
+        "the search column: presets: [{NAME: {OPTION: search}}]. Presets also take allocate: MEASURE and post: [RULE]."
+    )
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.callback(invoke_without_command=True)

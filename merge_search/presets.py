@@ -18,10 +18,12 @@ from typing import Any
 
 from merge_search.errors import RecipeError, nearest
 from merge_search.recipe import Models, Recipe
+from merge_search.recipe_options import options_of, value_at
 from merge_search.rules import OPERATORS, Origin, RuleTable
+from merge_search.rules.describe import OptionLine, option_line
 from merge_search.rules.table import register
 
-__all__ = ["PRESETS", "Preset", "add_preset", "preset"]
+__all__ = ["PRESETS", "Preset", "add_preset", "preset", "preset_options"]
 
 Values = float | Mapping[str, Any]
 
@@ -449,6 +451,24 @@ def preset(
     if p.origin is not None and (unknown := recipe.unknown_rules()):
         raise RecipeError(unknown, where=f"{p.origin}: {where}")
     return recipe
+
+
+def preset_options(name: str) -> list[tuple[str, OptionLine]]:
+    """(rule, line) of every option that a study file may give to a preset, with the preset's values as defaults.
+
+    Args:
+        name: One of `PRESETS`.
+    """
+    low, _ = PRESETS[name].experts
+    experts = [f"expert{i}" for i in range(low)]
+    chosen = {"expert": experts[0]} if name == "expert" else {}
+    recipe = preset(name, Models(base="base", experts={e: e for e in experts}), **chosen)
+    data = recipe.model_dump()
+    out = []
+    for option, (place, *_) in options_of(recipe).items():
+        line = option_line(place.rule, place.option, value_at(data, place.home, place.absent))
+        out.append((place.rule.name, line._replace(option=option)))
+    return out
 
 
 def _scale(p: Preset, n_experts: int) -> float:

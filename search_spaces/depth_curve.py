@@ -19,7 +19,7 @@ from merge_search.errors import SpaceError
 from merge_search.space import SpaceContext
 from search_spaces.parts.axes import Linear, curve
 from search_spaces.parts.composed import Composed
-from search_spaces.parts.methods import of_preset, preset_problems
+from search_spaces.parts.entries import PostEntry, PresetEntry, preset_methods
 from search_spaces.parts.options import Bounds, DensityBounds, Options, space_options
 
 __all__ = ["DepthCurve", "knot_positions"]
@@ -35,14 +35,16 @@ class DepthCurveOptions(Options):
     Attributes:
         knots: Knots of the coefficients; None: four, or one per block if there are fewer blocks.
         bounds: Bounds of coefficients.
-        preset: The method whose coefficients are searched.
+        preset: The method whose coefficients are searched: a name, or ``{NAME: {option: value}}``.
+        post: Post rules on top of it.
         density_knots: Knots of the densities; None: densities are as published.
         density_bounds: Bounds of densities.
     """
 
     knots: Knots | None = None
     bounds: Bounds = (0.0, 1.5)
-    preset: str = "task_arithmetic"
+    preset: PresetEntry = "task_arithmetic"
+    post: tuple[PostEntry, ...] = ()
     density_knots: Knots | None = None
     density_bounds: DensityBounds = (0.05, 1.0)
 
@@ -62,7 +64,7 @@ class DepthCurve(Composed):
     def __init__(self, options: Mapping[str, Any], context: SpaceContext, *, folder: Path | None = None) -> None:
         chosen = space_options(DepthCurveOptions, options)
         depth = context.n_blocks
-        problems = preset_problems([chosen.preset], context, at="space.preset")
+        problems = []
         if depth < 2:
             problems.append(
                 f"space: a curve over depth needs at least 2 blocks, and the models have {depth}; use type: uniform"
@@ -74,13 +76,20 @@ class DepthCurve(Composed):
                     f"space.{key}: at most one knot per block, {depth} here, got {n}; "
                     f"with {depth} it is type: blockwise"
                 )
-        if problems:
+        method = None
+        try:
+            (method,) = preset_methods(
+                [chosen.preset], context, at="space.preset", post=chosen.post, one=True,
+                search_density=chosen.density_knots is not None,
+            )  # fmt: skip
+        except SpaceError as error:
+            problems = error.problems + problems
+        if problems or method is None:
             raise SpaceError(problems)
-        method = of_preset(chosen.preset, context, search_density=chosen.density_knots is not None)
         density = None
         if chosen.density_knots is not None:
             if not method.uses_density:
-                raise SpaceError(f"space.density_knots: preset {chosen.preset!r} reads no density; leave it out")
+                raise SpaceError(f"space.density_knots: preset {method.name!r} reads no density; leave it out")
             at = knot_positions(chosen.density_knots, depth)
             density = Linear("density", context, lambda g: curve(at, depth, g), chosen.density_bounds, log=True)
         knots = knot_positions(chosen.knots or min(KNOTS, depth), depth)

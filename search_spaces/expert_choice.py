@@ -19,8 +19,8 @@ from merge_search.recipe import Group
 from merge_search.space import Categorical, Parameter, Point, SpaceContext
 from search_spaces.parts.axes import Read
 from search_spaces.parts.composed import FEWEST, MOST, Composed, Values
+from search_spaces.parts.entries import preset_methods
 from search_spaces.parts.grouping import REST, Slots
-from search_spaces.parts.methods import of_preset
 from search_spaces.parts.options import Options, space_options
 
 __all__ = ["ExpertChoice"]
@@ -49,7 +49,7 @@ class ExpertChoice(Composed):
         if len(choices) < 2:
             raise SpaceError("space.base: with one expert there is nothing to choose from; write base: true")
         self._axis = _Choice(context, choices, chosen.span)
-        super().__init__(context, [of_preset("task_arithmetic", context)], self._axis)
+        super().__init__(context, preset_methods(["task_arithmetic"], context, at="space"), self._axis)
 
     def initial_points(self) -> list[Values]:
         """Every expert alone, then pairs of experts that each have one end of the model, cut at a half, 3/4 and 2/3."""

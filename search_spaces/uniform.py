@@ -1,6 +1,7 @@
 """One coefficient and one density for all experts and tensors, and the choice of a preset.
 
-Dimension: 1 to 3: the coefficient, the preset if several are listed, and the density if one of them reads it.
+Dimension: 1 to 3: the coefficient, the preset if several are listed, and the density if one of them reads it; and one
+for every option that is searched.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pydantic import Field
 from merge_search.space import SpaceContext
 from search_spaces.parts.axes import per_cell
 from search_spaces.parts.composed import Composed
+from search_spaces.parts.entries import PostEntry, PresetEntry, preset_methods
 from search_spaces.parts.grouping import DensityRange, Range
-from search_spaces.parts.methods import PresetEntry, distinct, of_preset, preset_entries
+from search_spaces.parts.methods import distinct
 from search_spaces.parts.options import Bounds, DensityBounds, Options, space_options
 
 __all__ = ["Uniform"]
@@ -26,6 +28,7 @@ class UniformOptions(Options):
 
     Attributes:
         presets: The methods to choose from: names, or ``{NAME: {option: value}}``.
+        post: Post rules on top of every method.
         bounds: Bounds of the coefficient.
         density: Bounds of the density.
     """
@@ -37,6 +40,7 @@ class UniformOptions(Options):
         "della",
         "tsv_m",
     )
+    post: tuple[PostEntry, ...] = ()
     bounds: Bounds = (0.0, 1.5)
     density: DensityBounds = (0.05, 1.0)
 
@@ -46,8 +50,8 @@ class Uniform(Composed):
 
     def __init__(self, options: Mapping[str, Any], context: SpaceContext, *, folder: Path | None = None) -> None:
         chosen = space_options(UniformOptions, options)
-        presets = preset_entries(chosen.presets, context, at="space.presets")
-        methods, notes = distinct((of_preset(p.name, context, chosen=p) for p in presets), len(context.experts))
+        presets = preset_methods(chosen.presets, context, at="space.presets", post=chosen.post)
+        methods, notes = distinct(presets, len(context.experts))
         super().__init__(
             context,
             methods,

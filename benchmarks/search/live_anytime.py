@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import optuna
 import yaml
@@ -36,7 +36,7 @@ from merge_search.search.verdict import selection
 from merge_search.search.verdict.validation import validate
 from merge_search.study_file import read_study_file
 
-__all__ = ["Bench", "Row", "Silent", "Task", "anytime_rows", "main_mean", "make_plan", "row_of"]
+__all__ = ["Bench", "Row", "Silent", "Task", "anytime_rows", "main_mean", "make_plan", "recommended", "row_of"]
 
 NAME = "live"
 Row = dict[str, Any]
@@ -235,7 +235,15 @@ def within(done: Sequence[Record], budget: int) -> list[Record]:
     return out
 
 
-def recommended(study: optuna.Study, done: Sequence[Record], bench: Bench) -> tuple[Record | None, int]:
+class Judge(Protocol):
+    """Scores merges of a study on its validation questions."""
+
+    @property
+    def plan(self) -> Plan: ...
+    def score(self, recipe: Recipe, where: str, *, expected: str = "") -> Evaluation: ...
+
+
+def recommended(study: optuna.Study, done: Sequence[Record], bench: Judge) -> tuple[Record | None, int]:
     """The product's own winner among these trials alone, and the number of validation questions that it took.
 
     The winner is None where no merge has been scored yet.

@@ -10,6 +10,9 @@ recipe names them (`files`).
     (True, False)
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from merge_search.rules.decorators import measure, operator, post, selection, splice, transform
 from merge_search.rules.files import RuleFile, find_rule_files, in_use, use_rule_files
 from merge_search.rules.measures import MEASURES, Measure, measure_problems
@@ -18,6 +21,17 @@ from merge_search.rules.stages import SELECTIONS, SPLICES, STAGES, Selection, Sp
 from merge_search.rules.table import OptionInfo, Origin, Rule, RuleTable, option_problems
 from merge_search.rules.transforms import TRANSFORMS, Preview, Transformed, TransformInfo
 
+TABLES: Mapping[str, RuleTable[Any]] = {
+    "measures: assess, splice.score, allocate": MEASURES,
+    "selections: select": SELECTIONS,
+    "splices: splice": SPLICES,
+    "operators: operator": OPERATORS,
+    "post rules: post": POSTS,
+    "transforms: transform": TRANSFORMS,
+    "stages: options of every preset that reads them": STAGES,
+}
+"""Every table, by its title in lists."""
+
 __all__ = [
     "MEASURES",
     "OPERATORS",
@@ -25,6 +39,7 @@ __all__ = [
     "SELECTIONS",
     "SPLICES",
     "STAGES",
+    "TABLES",
     "TRANSFORMS",
     "Measure",
     "OperatorInfo",

@@ -16,9 +16,10 @@
 
 The function takes one context (a post rule also the combined delta, a transform its sources and a folder). Its
 keyword-only parameters are the rule's options: each has a default, whose type a recipe's value must have;
-``Literal["a", "b"]`` allows these words only. The first line of its docstring is the rule's line in lists. A function
-does not change what it is given. What it returns is checked: the number of tensors, their shapes, their dtype, and that
-every number is finite.
+``Literal["a", "b"]`` allows these words only.
+``Annotated[float, OptionInfo("size that counts as zero", bounds=(1e-6, 1.0), log=True)]`` gives a number its bounds and
+the range of a search. The first line of its docstring is the rule's line in lists. A function does not change what it
+is given. What it returns is checked: the number of tensors, their shapes, their dtype, and that every number is finite.
 
 A function sees the experts in alphabetical order, unless it is declared `ordered`; it sees the recipe's seed and
 coefficients only if it is declared to depend on them. torch-free: a context is made where the rule runs.
@@ -36,7 +37,7 @@ from merge_search.errors import RuleError
 from merge_search.rules.measures import MEASURES, Measure
 from merge_search.rules.operators import OPERATORS, POSTS, OperatorInfo
 from merge_search.rules.stages import SELECTIONS, SPLICES, Selection, Splicing
-from merge_search.rules.table import Origin, Scalar, register
+from merge_search.rules.table import OptionInfo, Origin, Scalar, register
 from merge_search.rules.transforms import TRANSFORMS, Preview, TransformInfo
 
 __all__ = ["measure", "operator", "post", "selection", "splice", "transform"]
@@ -258,7 +259,7 @@ def transform(
 
 
 def _described(function: Any, name: str, summary: str, takes: tuple[str, ...] = ("context",)) -> dict[str, Any]:
-    """Name, summary, options, choices and origin of a decorated function.
+    """Name, summary, options, choices, ranges and origin of a decorated function.
 
     Raises:
         RuleError: it is no function, or has the wrong signature, with its file and line.
@@ -274,7 +275,7 @@ def _described(function: Any, name: str, summary: str, takes: tuple[str, ...] = 
         raise RuleError(f"{origin}: {function.__name__} needs one line on what it does: a docstring, or summary=")
     return {
         "name": name or function.__name__, "summary": lines[0].rstrip("."), "options": options,
-        "choices": _choices(function), "origin": origin,
+        "choices": _choices(function), "about": _about(function, origin, options), "origin": origin,
     }  # fmt: skip
 
 
@@ -308,3 +309,37 @@ def _choices(function: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
     except Exception:  # annotations are a help, not a duty
         return {}
     return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+
+
+def _about(function: Callable[..., Any], origin: Origin, options: Mapping[str, Scalar | None]) -> dict[str, OptionInfo]:
+    """Options whose annotation is ``Annotated[float, OptionInfo(...)]``, and what that says."""
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except Exception:  # annotations are a help, not a duty
+        return {}
+    out = {}
+    for name, hint in hints.items():
+        for info in getattr(hint, "__metadata__", ()):
+            if isinstance(info, OptionInfo) and name in options:
+                out[name] = info
+                _check_bounds(function, origin, name, info, options[name])
+    return out
+
+
+def _check_bounds(
+    function: Callable[..., Any], origin: Origin, name: str, info: OptionInfo, default: Scalar | None
+) -> None:
+    what = f"{origin}: option {name!r} of {function.__name__}"
+    for bounds in (info.bounds, info.usual):
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise RuleError(f"{what} must have bounds (low, high) with low < high, got {bounds}")
+    if info.bounds is None:
+        return
+    if isinstance(default, bool | str):
+        raise RuleError(f"{what} has bounds, so its default must be a number, got {default!r}")
+    if default is not None and not info.bounds[0] <= default <= info.bounds[1]:
+        raise RuleError(f"{what} must have its default in its bounds {info.bounds}, got {default!r}")
+    searched = info.usual or info.bounds
+    if not info.bounds[0] <= searched[0] < searched[1] <= info.bounds[1] or (info.log and searched[0] <= 0):
+        scale = " and above 0, as its scale is logarithmic" if info.log else ""
+        raise RuleError(f"{what} must have its usual range within its bounds{scale}, got {searched}")

@@ -39,7 +39,7 @@ MEASURE_OPTIONS: About = {
         "a": _O("weight of the global view", RELEASE, (0.0, 1.0)),
         "c": _O("steepness of the global view", RELEASE, (0.0, 1e6), (1.0, 1e3), log=True),
         "bins": _O("bins of the histogram whose entropy is the global view", RELEASE, (2, 4096), (8, 256), log=True),
-        "gain": _O("steepness of the local view, for the learned map", OURS, (0.0, 100.0), (0.1, 20.0), log=True),
+        "gain": _O("steepness of the local view, for the learned map", OURS, (0.0, 20.0), (0.1, 20.0), log=True),
         "bias": _O("offset of the local view, for the learned map", OURS, (-20.0, 20.0), (-3.0, 3.0)),
         "sign": _O("whether the larger or the smaller entropy is preferred", RELEASE, numbers=(1.0, -1.0)),
         "standardise": _O("disagreement over each expert's entries, or over those of all", OURS),
@@ -115,7 +115,7 @@ OPERATOR_OPTIONS: About = {
     },
     "wudi": {
         "solver": _O("Adam as released, or the stationary point", RELEASE),
-        "steps": _O("steps of Adam", PAPER, (0, 100_000), (10, 1000), log=True),
+        "steps": _O("steps of Adam", PAPER, (0, 10_000), (10, 1000), log=True),
         "lr": _O("step size of Adam", PAPER, (0.0, 10.0), (1e-6, 1e-3), log=True),
         "relative_lr": _O("step size as a multiple of the root mean square of the summed deltas", OURS),
         "ridge": _O("pull of the closed solution to the sum", OURS, (0.0, 100.0), (1e-4, 1.0), log=True),

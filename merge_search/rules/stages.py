@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from merge_search.rules.option_table import STAGE_OPTIONS
 from merge_search.rules.table import Rule, RuleTable, Scalar
 
-__all__ = ["SELECTIONS", "SPLICES", "STAGES", "Selection", "Splicing"]
+__all__ = ["SELECTIONS", "SPLICES", "STAGES", "Selection", "Splicing", "select_fields"]
 
 SCOPES = ("row", "tensor", "model")
 
@@ -188,3 +188,8 @@ STAGES: RuleTable[Rule] = RuleTable("stage", (
     _stage("scale", "scales the combined delta", {"scale": 1.0}),
 ))  # fmt: skip
 """Stages of a recipe with their numbers, switches and words, which a study file may set beside the rules' options."""
+
+
+def select_fields(selection: Selection) -> Rule:
+    """The fields of a recipe's ``select`` as the options of a row, with what this selection can rank together."""
+    return replace(STAGES["select"], choices={**STAGES["select"].choices, "scope": selection.scopes})

@@ -267,7 +267,8 @@ def _baseline_names(file: StudyFile, problems: _Problems) -> list[str]:
         listed = file.space.options.get("presets")
         if not isinstance(listed, list):
             return ["ties", "dare", "della"]
-        return [n for n in listed if isinstance(n, str) and n in PRESETS]
+        named = [next(iter(n), None) if isinstance(n, dict) else n for n in listed]
+        return list(dict.fromkeys(n for n in named if isinstance(n, str) and n in PRESETS))
     for name in names:
         if name not in PRESETS:
             problems.sentences.append(f"search.baselines: no preset is called {name!r}{nearest(name, PRESETS)}")

@@ -1,8 +1,8 @@
-"""A search space built from methods, an axis of coefficients and an axis of densities.
+"""A search space built from methods with options, an axis of coefficients and an axis of densities.
 
-Different points are different merges, with two exceptions that flat spaces cannot avoid. Densities count only if the
-method reads them (`Composed.active` says which parameters count). An expert's density does not count where its
-coefficient is exactly 0.
+Different points are different merges, with three exceptions that flat spaces cannot avoid. Densities count only if the
+method reads them, and options only where their method is chosen (`Composed.active` says which parameters count). An
+expert's density does not count where its coefficient is exactly 0.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Values = dict[str, str | int | float | bool]
 
 
 class Composed(SearchSpace):
-    """Base class of the families: a method, coefficients and densities.
+    """Base class of the families: a method with its options, coefficients and densities.
 
     Args:
         context: The models of the study.
@@ -48,7 +48,7 @@ class Composed(SearchSpace):
         advice: The way to a smaller space, for the message about its size.
 
     Attributes:
-        parameters: In a fixed order: the method, coefficients, densities.
+        parameters: In a fixed order: the method, its options, coefficients, densities.
         notes: Sentences for the user's log.
     """
 
@@ -70,6 +70,10 @@ class Composed(SearchSpace):
         parameters: dict[str, Parameter] = {}
         if len(methods) > 1:
             parameters[choice] = Categorical(tuple(self._methods))
+        self._options = {option.name: option for m in methods for option in m.options}
+        parameters |= {name: option.domain for name, option in self._options.items()}
+        if taken := parameters.keys() & coefficients.parameters.keys():
+            raise SpaceError(f"space: {', '.join(sorted(taken))} is the name of two parameters; rename the preset")
         parameters |= coefficients.parameters
         if self._density is not None:
             parameters |= self._density.parameters
@@ -81,8 +85,9 @@ class Composed(SearchSpace):
         return self._methods[name]
 
     def active(self, point: Point) -> frozenset[str]:
-        """Names of the parameters that the merge of `point` depends on: densities only if its method reads them."""
-        names = frozenset(self.parameters)
+        """Names of the parameters that the merge of `point` depends on: densities and options only if its method reads
+        them."""
+        names = frozenset(self.parameters) - (self._options.keys() - {o.name for o in self._method(point).options})
         if self._density is not None and not self._method(point).uses_density:
             names -= self._density.parameters.keys()
         return names
@@ -94,7 +99,7 @@ class Composed(SearchSpace):
             SpaceError: Every value that is missing or outside its domain.
         """
         check_point(self.parameters, point)
-        method = self._method(point)
+        method = self._method(point).at(point)
         densities = None
         if self._density is not None and method.uses_density:
             densities = self._density.values(point)
@@ -104,10 +109,14 @@ class Composed(SearchSpace):
         """A point that decodes to `recipe`, or None. Numbers are compared up to rounding, whatever their form."""
         if not same_models(self.context, recipe):
             return None
-        for method in self._methods.values():
+        for choice in self._methods.values():
+            options = choice.options_of(recipe)
+            if options is None:
+                continue
+            method = choice.at(options)
             if not method.same_stages(recipe) or method.turns_signs(recipe):
                 continue
-            point: Values = {self._choice: method.name} if self._choice in self.parameters else {}
+            point = self._chosen(method.name, options)
             point |= self._coefficients.read(lambda e, g, m=method: m.strength(recipe, e, g))  # type: ignore[misc]
             if self._density is not None:
                 point |= (
@@ -116,6 +125,11 @@ class Composed(SearchSpace):
             if not problems_of(self.parameters, point) and self._same(method, self.decode(point), recipe):
                 return {name: point[name] for name in self.parameters}
         return None
+
+    def _chosen(self, name: str, options: Values) -> Values:
+        """The part of a point that chooses a method, with the usual values of all options but these."""
+        choice: Values = {self._choice: name} if self._choice in self.parameters else {}
+        return choice | {n: option.usual for n, option in self._options.items()} | options
 
     def _same(self, method: Method, one: Recipe, two: Recipe) -> bool:
         """Whether two recipes of a method have the same numbers for every tensor."""
@@ -134,7 +148,7 @@ class Composed(SearchSpace):
             for i, method in enumerate(self._methods.values()):
                 many = 3 / len(self.context.experts)
                 strength = level * many if many < 1 and method.is_sum else level
-                point: Values = {self._choice: method.name} if self._choice in self.parameters else {}
+                point = self._chosen(method.name, {o.name: o.usual_at(rank) for o in method.options})
                 point |= self._coefficients.uniform(strength)
                 if self._density is not None:
                     usual = DENSITIES[(i + rank) % len(DENSITIES)] if method.uses_density else UNUSED_DENSITY

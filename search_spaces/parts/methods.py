@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import fsum
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from merge_search.errors import RecipeError, SpaceError, nearest
-from merge_search.presets import PRESETS, preset
-from merge_search.recipe import Assess, Group, Recipe, Rescale, Resolve, Select, Splice, value_for
-from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, Rule, option_problems
-from merge_search.space import SpaceContext
+from merge_search.recipe import Assess, Group, Recipe, Rescale, Resolve, Scalar, Select, Splice, value_for
+from merge_search.rules import MEASURES, SELECTIONS, SPLICES
+from merge_search.space import Point, SpaceContext
+from search_spaces.parts.option_axes import OptionAxis, holds
 
 __all__ = [
-    "ChosenPreset",
     "Method",
     "PerExpert",
-    "PresetEntry",
     "Stages",
     "canonical",
     "distinct",
-    "of_preset",
     "of_stages",
-    "preset_entries",
-    "preset_problems",
+    "of_template",
+    "scaling_of",
     "why_senseless",
 ]
 
@@ -48,6 +43,7 @@ class Method:
         scaling: How `scale` is set. ``fold``: to 1, so that the coefficients hold all of the strength. ``mean``: to the
             mean of the coefficients, for a splice that divides by their sum and so forgets their size. ``fixed``: as in
             the template.
+        options: Its searched options.
     """
 
     name: str
@@ -55,6 +51,30 @@ class Method:
     uses_density: bool
     fixed_densities: bool = False
     scaling: Literal["fold", "mean", "fixed"] = "fold"
+    options: tuple[OptionAxis, ...] = ()
+
+    def at(self, values: Point) -> Method:
+        """The method with its options fixed at these values, which may hold others, too."""
+        if not self.options:
+            return self
+        data = self.template.model_dump()
+        for option in self.options:
+            option.write(data, values[option.name])
+        template = Recipe.from_dict(data)
+        return replace(self, template=template, scaling=scaling_of(template), options=())
+
+    def options_of(self, recipe: Recipe) -> dict[str, Scalar] | None:
+        """The values of its options in a recipe; None if the recipe has others, or no place for them."""
+        data = recipe.model_dump() if self.options else {}
+        values = {option.name: option.read(data) for option in self.options}
+        if not all(holds(option.domain, values[option.name]) for option in self.options):
+            return None
+        return {name: value for name, value in values.items() if value is not None}
+
+    def holds(self, other: Method) -> bool:
+        """Whether another method, which has nothing to search, is this one with some values of its options."""
+        values = self.options_of(other.template)
+        return not other.options and values is not None and self.at(values).same_stages(other.template)
 
     @property
     def is_sum(self) -> bool:
@@ -107,152 +127,34 @@ def _mean(coefficients: PerExpert) -> float | dict[str, float]:
     return {k: _mean_of(v[k] if isinstance(v, dict) else v for v in coefficients.values()) for k in keys}
 
 
-def preset_problems(names: Iterable[str], context: SpaceContext, *, at: str) -> list[str]:
-    """Why presets cannot be choices: they are unknown, do not fit the number of experts, or have no coefficients."""
-    problems = []
-    n = len(context.experts)
-    for name in names:
-        if name not in PRESETS:
-            usable = [p.name for p in PRESETS.values() if p.is_linear]
-            problems.append(f"{at}: no preset is called {name!r}{nearest(name, usable)}")
-            continue
-        p = PRESETS[name]
-        low, high = p.experts
-        if not p.is_linear:
-            problems.append(f"{at}: {name!r} has no coefficients to search; list it under search.baselines")
-        elif n < low or (high is not None and n > high):
-            wanted = f"at least {low}" if high is None else f"{low} to {high}"
-            problems.append(f"{at}: {name!r} needs {wanted} experts, and the study has {n}; leave it out")
-    return problems
-
-
-PresetEntry = str | dict[str, Any]
-"""A preset by its name, or with options: ``{tsv_m: {rank_share: 0.3}}``."""
-
-
-class ChosenPreset(NamedTuple):
-    """A preset of a study file.
-
-    Attributes:
-        name: Its name.
-        options: Its options as written.
-        settings: Fields of the recipe that they change.
-    """
-
-    name: str
-    options: Mapping[str, Any]
-    settings: Mapping[str, Any]
-
-    @property
-    def label(self) -> str:
-        """The name with the options, by which a study knows it."""
-        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.options.items())})" if self.options else self.name
-
-
-def preset_entries(entries: Sequence[PresetEntry], context: SpaceContext, *, at: str) -> list[ChosenPreset]:
-    """The presets of a study file, each once.
-
-    An option is one of the preset's rules (operator, post rule, measure), or a number that the preset's row gives to a
-    stage (``gamma`` of breadcrumbs) or to ``winsorise``. A measure that both selects and weighs gets it for both.
-
-    Raises:
-        SpaceError: A preset or an option is unknown, cannot be a choice here, or has a wrong value; with all problems.
-    """
-    chosen: dict[str, ChosenPreset] = {}
-    problems: list[str] = []
-    for i, entry in enumerate(entries):
-        place = f"{at}.{i}"
-        pairs: list[tuple[str, Any]] = [(entry, {})] if isinstance(entry, str) else list(entry.items())
-        if len(pairs) != 1 or not isinstance(pairs[0][1], Mapping):
-            problems.append(f"{place}: write NAME or {{NAME: {{option: value}}}}, got {entry!r}")
-            continue
-        name, options = pairs[0]
-        wrong = preset_problems([name], context, at=at)
-        settings: dict[str, Any] = {}
-        if not wrong and options:
-            settings, wrong = _with_options(name, options)
-            wrong = [f"{place}: {text}" for text in wrong or _recipe_problems(name, context, settings)]
-        problems += wrong
-        choice = ChosenPreset(name, options, settings)
-        chosen.setdefault(choice.label, choice)
-    if problems:
-        raise SpaceError(problems)
-    return list(chosen.values())
-
-
-def _recipe_problems(name: str, context: SpaceContext, settings: Mapping[str, Any]) -> list[str]:
-    try:
-        preset(name, context.models, **settings)
-    except RecipeError as error:
-        return list(error.problems)
-    return []
-
-
-def _with_options(name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A preset's settings under these options, and what is wrong with them."""
-    settings: dict[str, Any] = deepcopy(dict(PRESETS[name].settings))
-    rules = list(_rules(settings))
-    stages = [settings, *(settings[s] for s in STAGES if isinstance(settings.get(s), dict))]
-    numbers = {k for stage in stages for k, v in stage.items() if isinstance(v, int | float)}
-    problems = []
-    for key, value in options.items():
-        homes = [(home, rule) for home, rule in rules if key in rule.options]
-        if isinstance(value, list | tuple):
-            problems.append(f"option {key!r} of {name!r} is one value; write one entry for each value, got {value!r}")
-        elif homes:
-            problems += option_problems(homes[0][1], {key: value})
-        elif key not in numbers:
-            known = sorted({*numbers, *(option for _, rule in rules for option in rule.options)})
-            there_are = f"it has {', '.join(known)}" if known else "it has none"
-            problems.append(f"{name!r} has no option {key!r}{nearest(key, known) or f'; {there_are}'}")
-        for home, _ in homes:
-            home["options"] = {**home.get("options", {}), key: value}
-        for stage in stages if not homes else ():
-            if key in stage:
-                stage[key] = value
-    return settings, problems
-
-
-def _rules(settings: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Rule]]:
-    """The rules that a preset names: where its settings have their options, and their rows."""
-    if "operator" in settings:
-        yield settings["operator"], OPERATORS[settings["operator"]["name"]]
-    for post in settings.get("post", ()):
-        yield post, POSTS[post["name"]]
-    splice = settings.get("splice", {})
-    for home in (settings.get("assess"), splice.get("score"), settings.get("allocate")):
-        if home is not None and "measure" in home:
-            yield home, MEASURES[home["measure"]]
-
-
-def of_preset(
-    name: str, context: SpaceContext, *, search_density: bool = True, chosen: ChosenPreset | None = None
+def of_template(
+    name: str, template: Recipe, options: tuple[OptionAxis, ...] = (), *, search_density: bool = True
 ) -> Method:
-    """The choice of a published method; its densities are the published ones where they are not searched.
+    """The choice of a recipe's stages; its densities are its own where they are not searched.
 
     Args:
-        name: The preset.
-        context: The study's models.
+        name: The parameter's value.
+        template: The recipe.
+        options: Its searched options.
         search_density: Whether densities are searched.
-        chosen: Its options, if it has any.
     """
-    settings = chosen.settings if chosen else {}
-    template = preset(name, context.models, seed=context.seed, dtype=context.dtype, **settings)
-    name = chosen.label if chosen else name
     uses = SELECTIONS[template.select.kind].uses_density and template.operator is None
-    return Method(name, template, uses, fixed_densities=not search_density, scaling=_scaling(template))
+    return Method(
+        name, template, uses, fixed_densities=not search_density, scaling=scaling_of(template), options=options
+    )
 
 
-def _scaling(template: Recipe) -> Literal["fold", "mean", "fixed"]:
+def scaling_of(template: Recipe) -> Literal["fold", "mean", "fixed"]:
+    """How a method's scale is set; `Method` says what the words mean."""
     # NOTE: Fisher information measured at the scaled experts depends on the coefficients themselves, so a factor must
     # not move between them and the scale.
     score, splice = template.splice.score or template.assess, SPLICES[template.splice.kind]
     measure = MEASURES.get(score.measure)
-    if template.post or (measure is not None and measure.depends_on_coefficients(score.options)):
-        return "fixed"  # a rule on the combined delta need not be linear
+    if measure is not None and measure.depends_on_coefficients(score.options):
+        return "fixed"
     if splice.divides_by_coefficients:
         return "mean"
-    return "fold" if splice.is_linear else "fixed"
+    return "fixed" if template.post or not splice.is_linear else "fold"  # a post rule need not be linear
 
 
 @dataclass(frozen=True)
@@ -331,12 +233,17 @@ def distinct(methods: Iterable[Method], n_experts: int) -> tuple[list[Method], l
             (form.assess, form.select, form.resolve, form.splice) if form else (t.assess, t.select, t.resolve, t.splice)
         )
         others = (t.winsorise, t.winsorise_limits, t.allocate, t.rescale, t.operator, *t.post)
-        key = (repr(parts), repr(others), method.scaling == "fixed")
+        searched = tuple((o.homes, o.domain) for o in method.options)
+        key = (repr(parts), repr(others), method.scaling == "fixed", searched)
         first = kept.setdefault(key, method)
         if first is not method and first.name != method.name:
             notes.append(
                 f"{method.name!r} differs from {first.name!r} only in numbers that are searched here; it is left out"
             )
+    for method in list(kept.values()):
+        if other := next((m for m in kept.values() if m.options and m is not method and m.holds(method)), None):
+            notes.append(f"{method.name!r} is one point of {other.name!r}, whose options are searched; it is left out")
+            kept = {key: m for key, m in kept.items() if m is not method}
     return list(kept.values()), notes
 
 
@@ -350,4 +257,4 @@ def of_stages(stages: Stages, name: str, context: SpaceContext) -> Method:
         resolve=stages.resolve,
         splice=stages.splice,
     )
-    return Method(name, template, selection.uses_density, scaling=_scaling(template))
+    return Method(name, template, selection.uses_density, scaling=scaling_of(template))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from merge_search.errors import SpaceError
 from merge_search.space import SpaceContext
 from search_spaces.parts.axes import Linear, per_cell
+from search_spaces.parts.entries import PostEntry, PresetEntry, preset_methods
 from search_spaces.parts.grouping import DensityRange
-from search_spaces.parts.methods import Method, of_preset, preset_problems
+from search_spaces.parts.methods import Method
 from search_spaces.parts.options import Bounds, Options
 
 __all__ = ["OneMethod", "method_and_density"]
@@ -17,12 +18,14 @@ class OneMethod(Options):
 
     Attributes:
         bounds: Bounds of coefficients.
-        preset: The method.
+        preset: The method: a name, or ``{NAME: {option: value}}``.
+        post: Post rules on top of it.
         density: Cells and bounds of densities; None: densities are as published.
     """
 
     bounds: Bounds = (0.0, 1.5)
-    preset: str = "task_arithmetic"
+    preset: PresetEntry = "task_arithmetic"
+    post: tuple[PostEntry, ...] = ()
     density: DensityRange | None = None
 
 
@@ -32,12 +35,12 @@ def method_and_density(chosen: OneMethod, context: SpaceContext) -> tuple[Method
     Raises:
         SpaceError: No such preset, or it reads no density.
     """
-    problems = preset_problems([chosen.preset], context, at="space.preset")
-    if problems:
-        raise SpaceError(problems)
-    method = of_preset(chosen.preset, context, search_density=chosen.density is not None)
+    searched = chosen.density is not None
+    (method,) = preset_methods(
+        [chosen.preset], context, at="space.preset", post=chosen.post, search_density=searched, one=True
+    )
     if chosen.density is None:
         return method, None
     if not method.uses_density:
-        raise SpaceError(f"space.density: preset {chosen.preset!r} reads no density; leave it out")
+        raise SpaceError(f"space.density: preset {method.name!r} reads no density; leave it out")
     return method, per_cell("density", context, chosen.density)

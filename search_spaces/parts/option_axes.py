@@ -22,17 +22,15 @@ from typing import Any
 
 from merge_search.errors import nearest
 from merge_search.recipe import Scalar
+from merge_search.recipe_options import Home, value_at
 from merge_search.rules import Rule, option_problems
 from merge_search.rules.table import range_problem
 from merge_search.space import Categorical, Float, Integer, Parameter
 
-__all__ = ["SEARCH", "Home", "OptionAxis", "duplicates", "holds", "option_value", "usual", "usual_at"]
+__all__ = ["SEARCH", "OptionAxis", "duplicates", "holds", "option_value", "usual", "usual_at"]
 
 SEARCH = "search"
 """What a study file writes for the range of the table."""
-
-Home = tuple[str | int, ...]
-"""Where a recipe has a value: keys of its mappings and indices of its lists."""
 
 GOLDEN = 0.6180339887498949
 
@@ -48,7 +46,7 @@ def option_value(rule: Rule, name: str, written: object) -> tuple[Scalar | Param
         does not allow, a list without a choice, bounds that are none.
     """
     if name not in rule.options:
-        return None, option_problems(rule, {name: 0})
+        return None, option_problems(rule, {str(name): 0})
     what = f"option {name!r} of {rule.name!r}"
     if isinstance(written, Mapping):
         return _range(rule, name, written, what)
@@ -78,7 +76,7 @@ def _range(rule: Rule, name: str, written: Mapping[Any, Any], what: str) -> tupl
     problems = [
         f"{what}: unknown key {k!r}{nearest(str(k), ('bounds', 'log'))}" for k in written if k not in RANGE_KEYS
     ]
-    if "bounds" not in written:
+    if "bounds" not in written and not problems:
         problems.append(f"{what}: a range needs bounds: {{bounds: [low, high]}}, got {dict(written)!r}")
     if not isinstance(written.get("log", False), bool):
         problems.append(f"{what}: log must be true or false, got {written['log']!r}")
@@ -227,7 +225,7 @@ class OptionAxis:
 
     def read(self, data: Mapping[str, Any]) -> Scalar | None:
         """The value that a recipe's data have; None where they have no place for it, or two values."""
-        values = [read(data, home, absent) for home, absent in self.homes]
+        values = [value_at(data, home, absent) for home, absent in self.homes]
         return values[0] if all(_same(v, values[0]) for v in values) else None
 
     @property
@@ -242,7 +240,7 @@ class OptionAxis:
 
 def write(data: dict[str, Any], home: Home, value: Scalar, absent: Scalar | None) -> None:
     """Put a value at its place. An option that has the value already, or takes it by itself, is not written."""
-    if _same(read(data, home, absent), value):
+    if _same(value_at(data, home, absent), value):
         return
     where: Any = data
     for key in home[:-1]:
@@ -251,17 +249,6 @@ def write(data: dict[str, Any], home: Home, value: Scalar, absent: Scalar | None
         del where[home[-1]]
     else:
         where[home[-1]] = value
-
-
-def read(data: Mapping[str, Any], home: Home, absent: Scalar | None) -> Scalar | None:
-    """The value at a place, `absent` where an option is not written, None where there is no such place."""
-    where: Any = data
-    for key in home[:-1]:
-        try:
-            where = where[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return None if where is None else where.get(home[-1], absent)
 
 
 def _same(a: Scalar | None, b: Scalar | None) -> bool:

@@ -1,4 +1,20 @@
-"""Densities and coefficients per tensor and expert, after a recipe's `Allocate`."""
+"""Densities and coefficients per tensor and expert, after a recipe's `Allocate`.
+
+A recipe gives each expert a density and a coefficient per group. Allocation spreads both over the tensors that the
+expert changed, by the importance of each: its mean score under a measure, any of `merge_search.rules.MEASURES` that
+can score before selection. Important tensors keep more of their delta:
+
+    density      d + spread (rank - 1/2), clipped to [floor, 1], shifted so that the size-weighted mean stays d
+    coefficient  lambda importance^coefficient_power / mean over the tensors of importance^coefficient_power
+
+``rank`` is in [0, 1]. A ``spread`` of 0 and a ``coefficient_power`` of 0 change nothing. Densities count only where the
+selection reads them. A study file gives any preset that selects an allocation, fixed or searched:
+
+    presets: [{dare: {allocate: magnitude, spread: {bounds: [0, 0.6]}, coefficient_power: [0, 0.5, 1]}}]
+
+Source: APL, arXiv 2408.09485, for the idea and for alpha, the coefficient's power. Differs: no code was released, and
+the map from importance to density is ours.
+"""
 
 from __future__ import annotations
 
@@ -75,10 +91,15 @@ def allocate(
         sizes = [tensors.base(name).numel() for name in names]
         spread = spread_densities([density[expert, n] for n in names], sizes, weights, rule.spread, rule.floor)
         density.update({(expert, n): d for n, d in zip(names, spread, strict=True)})
-        powers = [w**rule.coefficient_power for w in weights]
+        powers = [_power(w, rule.coefficient_power) for w in weights]
         mean = sum(powers) / len(powers)
         if rule.coefficient_power and mean > 0:
             coefficient.update(
                 {(expert, n): coefficient[expert, n] * w / mean for n, w in zip(names, powers, strict=True)}
             )
     return Allocation(density, coefficient)
+
+
+def _power(importance: float, exponent: float) -> float:
+    """importance^exponent; 0 where scores below zero make the mean negative and the power is no real number."""
+    return importance**exponent if importance >= 0 or exponent == int(exponent) else 0.0
