@@ -5,9 +5,8 @@ Problems are collected in a list, so that a file's author sees all of them at on
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Slice:
-    """Layers start to end - 1 of every source; an ``end`` of None stands for all layers."""
+    """Layers start to end - 1 of the merged model; an ``end`` of None stands for all layers."""
 
     sources: tuple[Source, ...]
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -52,6 +51,9 @@ class Slice:
 class Document:
     """A mergekit file. Its models are absolute paths of folders that exist, or hub ids.
 
+    `layers` has the sources' layer of every layer of the merged model, where layers are repeated, left out or moved; ()
+    where they are not.
+
     Invariant: there is at least one slice, and each has at least one source. A file with ``models:`` has one slice,
     whose ``end`` is None.
     """
@@ -61,6 +63,7 @@ class Document:
     parameters: Mapping[str, Any]
     base: str | None
     dtype: str | None
+    layers: tuple[int, ...] = ()
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -102,7 +105,8 @@ def read_document(text: str, folder: Path | None, problems: list[str], *, where:
     parameters = _parameters(data.get("parameters"), "parameters", problems)
     if not isinstance(method, str) or not slices:
         return None
-    document = Document(method, slices, parameters, base, dtype)
+    slices, layers = _stacked(slices)
+    document = Document(method, slices, parameters, base, dtype, layers)
     _tokenizer(data, document, place, problems)
     return document
 
@@ -201,13 +205,19 @@ def _slices(data: Mapping[str, Any], place: _Places, problems: list[str]) -> tup
         assert ranges[0] is not None
         settings = _parameters(entry.get("parameters"), f"{where}.parameters", problems)
         found.append(Slice(tuple(s for s, _ in sources), settings, *ranges[0], where=where))
-    if any(b.start != a.end for a, b in itertools.pairwise(found)) or (found and found[0].start != 0):
-        got = ", ".join(f"[{s.start}, {s.end}]" for s in found)
-        problems.append(
-            "slices: layer_range must run through the layers once and in order (no layer repeated, left out or moved), "
-            f"got {got}"
-        )
     return tuple(found)
+
+
+def _stacked(slices: tuple[Slice, ...]) -> tuple[tuple[Slice, ...], tuple[int, ...]]:
+    """Slices in the layers of the merged model, and the sources' layers of these; () where both are the same."""
+    layers: list[int] = []
+    found = []
+    for part in slices:
+        if part.end is None:
+            return slices, ()
+        found.append(replace(part, start=len(layers), end=len(layers) + part.end - part.start))
+        layers += range(part.start, part.end)
+    return tuple(found), () if layers == [*range(len(layers))] else tuple(layers)
 
 
 def _sources(value: Any, where: str, keys: set[str], place: _Places, problems: list[str]) -> list[tuple[Source, Any]]:

@@ -8,8 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
-from merge_search.engine.checkpoints.layout import layout
+from merge_search.engine.checkpoints.headers import CheckpointInfo, read_checkpoint, resolve_model
+from merge_search.engine.checkpoints.layout import layout, name_groups
+from merge_search.engine.transforms.layers import config_problems, read_layers, restacked_names
 from merge_search.errors import RecipeError, WeightsError, nearest
 from merge_search.mergekit.document import Document, Slice, Source, read_document
 from merge_search.mergekit.methods import CANCEL, EPS, IGNORED, METHODS, PER_MODEL, Method, Numbers, cancel
@@ -39,8 +40,11 @@ def read_mergekit(path_or_text: str | Path, *, where: str = "") -> Recipe:
         where: What to call the file in messages; its name if not given.
 
     Raises:
-        RecipeError: with every problem, each by its key: layers moved or repeated, tokenizers other than the base's,
-            unknown methods and parameters, and whatever else a recipe cannot express.
+        RecipeError: with every problem, each by its key: tokenizers other than the base's, unknown methods and
+            parameters, and whatever else a recipe cannot express.
+
+    Slices that repeat layers, leave some out or move them become the transform ``stack``, whose layers the numbers of
+    the recipe belong to. Sources with different ranges in one slice are refused.
 
     Cost: the base's headers are read where numbers differ between layers or tensors.
     """
@@ -72,6 +76,7 @@ class _Reader:
         self.groups: Mapping[str, Group] = _ALONE
         self.slices: Sequence[Slice] = document.slices
         self.places = {"": (0, 0.0)}
+        self.layers = ""
 
     def recipe(self) -> dict[str, Any]:
         document = self.document
@@ -91,6 +96,7 @@ class _Reader:
             "models": {"base": self.base, "experts": {names[m]: m for m in experts}},
             "preset": f"mergekit {document.method}",
             "dtype": document.dtype,
+            **({"transform": {"name": "stack", "options": {"layers": self.layers}}} if self.layers else {}),
             **made,
         }
         for field in ("coefficients", "densities"):
@@ -173,11 +179,20 @@ class _Reader:
         last = self.slices[-1]
         if last.end is None:
             self.slices = [Slice(last.sources, last.parameters, 0, n_blocks, last.where)]
-        elif last.end != n_blocks:
-            self.problems.append(
-                f"{last.where}: the last layer_range must end at {n_blocks}, the model's layers, got {last.end}"
-            )
+        elif (layers := self.document.layers or tuple(range(last.end))) != tuple(range(n_blocks)):
+            return self._stack(info, n_blocks, layers)
+        self.places = {name: place_of(g, self.slices) for name, g in self.groups.items()}
+        return True
+
+    def _stack(self, info: CheckpointInfo, depth: int, layers: tuple[int, ...]) -> bool:
+        """Take the tensors of a base whose layers are repeated, left out or moved; whether that went well."""
+        self.layers = " ".join(map(str, layers))
+        _, problems = read_layers(self.layers, depth, what="slices: layer_range")
+        problems += [f"base_model: {p}" for p in config_problems(info.config, depth)]
+        if problems:
+            self.problems += problems
             return False
+        self.groups = name_groups(new for new, _ in restacked_names(self.groups, layers))
         self.places = {name: place_of(g, self.slices) for name, g in self.groups.items()}
         return True
 

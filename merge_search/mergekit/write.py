@@ -44,6 +44,8 @@ def to_mergekit(
     written = stages_as_method(recipe, reasons) if recipe.operator is None else operator_as_method(recipe, reasons)
     if recipe.post:
         reasons.append(f"post: mergekit has no rule {recipe.post[0].name!r} on combined deltas")
+    if recipe.transform is not None:
+        reasons.append(f"transform: {recipe.transform.name!r} makes other models before the merge; export the folder")
     if recipe.maps:
         reasons.append("maps: mergekit has no coefficients by row")
     if written is not None and written.spare_vectors and vectors is None:

@@ -24,10 +24,12 @@ tags: [merge, merge-search]
 
 
 def recipe_sources(recipe: Recipe) -> str:
-    """Base and experts, one a line."""
-    return "\n".join(
-        f"- {name}: `{ref}`" for name, ref in {"base": recipe.models.base, **recipe.models.experts}.items()
-    )
+    """Base and experts, one a line, and the transform that made other models of them."""
+    lines = [f"- {name}: `{ref}`" for name, ref in {"base": recipe.models.base, **recipe.models.experts}.items()]
+    if recipe.transform is not None:
+        options = ", ".join(f"{k}={v}" for k, v in recipe.transform.options.items())
+        lines.append(f"\nMerged after the transform `{recipe.transform.name}`{f' ({options})' if options else ''}.")
+    return "\n".join(lines)
 
 
 def how_to_load(recipe: Recipe) -> str:

@@ -145,10 +145,9 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     rules = problems.attempt(lambda: _rules(file))
     context = _context(file, problems)
     space = problems.attempt(partial(_space, file, context)) if context is not None else None
-    n_before = len(problems.sentences)
     built = [problems.attempt(partial(_evaluator, file, i)) for i in range(len(file.evaluate))]
     evaluators = [e for e in built if e is not None]
-    if context is not None and space is not None and n_before == len(problems.sentences):
+    if context is not None and space is not None:
         context = _check_transforms(file, space, context, evaluators, problems)
     if context is not None and not problems.sentences:
         folder = str(resolve_model(context.models.base))

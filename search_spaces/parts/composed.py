@@ -174,12 +174,14 @@ def _close(a: float, b: float) -> bool:
 
 
 def same_models(context: SpaceContext, recipe: Recipe) -> bool:
-    """Whether `recipe` merges the context's models in its order, with its seed and dtype.
+    """Whether `recipe` merges the context's models as they are and in their order, with its seed and dtype.
 
     Models are compared by their hashes if both have them, else by their places.
     """
     wanted, given = context.models, recipe.models
-    if (recipe.seed, recipe.dtype) != (context.seed, context.dtype) or list(wanted.experts) != list(given.experts):
+    if recipe.transform is not None or (recipe.seed, recipe.dtype) != (context.seed, context.dtype):
+        return False
+    if list(wanted.experts) != list(given.experts):
         return False
     if wanted.hashes and given.hashes:
         return wanted.hashes == given.hashes

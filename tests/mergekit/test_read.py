@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from safetensors.torch import load_file
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.resident.pool import ModelPool
 from merge_search.errors import RecipeError
+from merge_search.merge_recipe import merge_recipe
 from merge_search.mergekit import read_mergekit
 from merge_search.mergekit.values import gradient_at
-from merge_search.recipe import Recipe
+from merge_search.recipe import Recipe, Transform
 
 
 class TestGradients:
@@ -293,13 +295,9 @@ REFUSED = {
             }
         ],
     },
-    "no layer repeated": {
+    "layers from 0 to 4, got 5": {
         "merge_method": "passthrough",
-        "slices": slices(([0, 4], [model("a")]), ([2, 5], [model("b")])),
-    },
-    "last layer_range must end at 5": {
-        "merge_method": "passthrough",
-        "slices": slices(([0, 2], [model("a")]), ([2, 4], [model("b")])),
+        "slices": slices(([0, 4], [model("a")]), ([2, 6], [model("b")])),
     },
     "cannot be scaled": {
         "merge_method": "passthrough",
@@ -308,6 +306,41 @@ REFUSED = {
     "modules: several modules": {"merge_method": "linear", "modules": {}},
     "must be a number, a list": task_arithmetic(model("a", weight="much")),
 }
+
+
+class TestStacks:
+    """mergekit 0.1.5 makes a layer of the merged model from each layer of each slice, in their order."""
+
+    def test_passthrough_with_repeated_layers_copies_every_layer_from_its_source(
+        self, llama_folders: Path, tmp_path: Path
+    ) -> None:
+        parts = slices(([0, 4], [model("a")]), ([2, 5], [model("b")]))
+        recipe = read(llama_folders, {"merge_method": "passthrough", "slices": parts})
+        assert recipe.transform == Transform(name="stack", options={"layers": "0 1 2 3 2 3 4"})
+        (tmp_path / "recipe.json").write_text(recipe.to_json())
+        merge_recipe(tmp_path / "recipe.json", tmp_path / "out", device="cpu")
+        made = load_file(tmp_path / "out" / "model.safetensors")
+        a, b = (load_file(llama_folders / n / "model.safetensors") for n in "ab")
+        for new, (source, old) in enumerate([(a, 0), (a, 1), (a, 2), (a, 3), (b, 2), (b, 3), (b, 4)]):
+            name = "model.layers.{}.mlp.up_proj.weight"
+            torch.testing.assert_close(made[name.format(new)], source[name.format(old)])
+        assert len(made) == 7 * 9 + 3
+        torch.testing.assert_close(made["model.embed_tokens.weight"], a["model.embed_tokens.weight"])
+        torch.testing.assert_close(made["lm_head.weight"], b["lm_head.weight"])
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 7
+
+    def test_numbers_belong_to_the_layers_of_the_merged_model(self, llama_folders: Path) -> None:
+        parts = slices(([0, 2], [model("base"), model("a")]), ([1, 4], [model("base"), model("a")]))
+        parts[1]["parameters"] = {"weight": [1, 3]}
+        data = {"merge_method": "task_arithmetic", "base_model": "base", "slices": parts, "parameters": {"weight": 0.5}}
+        recipe = read(llama_folders, data)
+        assert recipe.transform == Transform(name="stack", options={"layers": "0 1 1 2 3"})
+        assert weights(recipe, "a") == [0.5, 0.5, 1, 2, 3]
+
+    def test_last_layers_may_be_left_out(self, llama_folders: Path) -> None:
+        parts = slices(([0, 2], [model("a")]), ([2, 4], [model("b")]))
+        recipe = read(llama_folders, {"merge_method": "passthrough", "slices": parts})
+        assert recipe.transform == Transform(name="stack", options={"layers": "0 1 2 3"})
 
 
 class TestRefusals:

@@ -27,7 +27,7 @@ from merge_search.mergekit import read_mergekit, to_mergekit
 from merge_search.mergekit.filters import as_value
 from merge_search.mergekit.values import evaluate, shorten
 from merge_search.presets import preset
-from merge_search.recipe import Group, Models, Recipe, value_for
+from merge_search.recipe import Group, Models, Recipe, Transform, value_for
 
 GROUPS = name_groups(llama_names(12))
 
@@ -96,6 +96,12 @@ class TestWriting:
         again = round_trip(recipe, llama_folders)
         assert again.fingerprint == recipe.fingerprint
         assert again.models == recipe.models
+
+    def test_a_transform_is_refused_with_the_reason(self) -> None:
+        models = Models(base="org/base", experts={"a": "org/a"})
+        recipe = preset("task_arithmetic", models).model_copy(update={"transform": Transform(name="mal")})
+        with pytest.raises(RecipeError, match="transform: 'mal' makes other models before the merge"):
+            to_mergekit(recipe, GROUPS)
 
     @settings(max_examples=40, deadline=None)
     @given(

@@ -134,7 +134,7 @@ class TestFamilies(SearchSpaceConformance):
 
 
 def test_every_family_of_the_catalogue_is_exercised() -> None:
-    assert {kind for kind, _, _ in ALL.values()} == set(CATALOGUE)
+    assert {kind for kind, _, _ in ALL.values()} == {name for name in CATALOGUE if not name.startswith("@")}
 
 
 @pytest.mark.parametrize("name", EXACT)

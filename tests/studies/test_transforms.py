@@ -110,12 +110,11 @@ def stacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished study over stacked layers and none, whose trials may fit their coefficients."""
     folder = tmp_path_factory.mktemp("stacked")
     models = write_family(folder)
-    space = {"type": "blockwise", "transform": ["none", {"stack": {"layers": ["0 1 1", "0 0 1"]}}]}
-    del space["type"]
+    transform = [{"stack": {"layers": ["0 1 1", "0 0 1"]}}, "none"]
     learner = {"steps": [0, 3], "per": ["block"], "step_size": 0.03, "batch_rows": 12, "warm_start": False}
-    path = write_study(folder, dict(models.experts), space, search={"n_trials": 24, "learner": learner})
-    text = path.read_text().replace("type: uniform\n  presets:\n  - task_arithmetic", "type: blockwise")
-    path.write_text(text)
+    path = write_study(folder, dict(models.experts), {}, search={"n_trials": 14, "learner": learner})
+    whole = {**yaml.safe_load(path.read_text()), "space": {"type": "blockwise", "transform": transform}}
+    path.write_text(yaml.safe_dump(whole))
     run(read_study_file(path), Quiet())
     return path
 
@@ -127,13 +126,12 @@ def test_layers_are_a_choice_beside_none_and_a_learner_works_through_them(stacke
     assert set(layers) == {None, "0 1 1", "0 0 1"}
     assert layers[:5] == [None] * 5  # base, experts and baselines
     fitted = [r for r in records if "learner" in r.attributes]
-    assert {r.recipe.transform is None for r in fitted} == {True, False}
     for r in fitted:
         first, last = r.attributes["learner"]["losses"]["rows"]
         assert last < first
     deep = next(r for r in fitted if r.recipe.transform is not None)
-    assert "block.2" in deep.recipe.coefficients["a"]
-    assert all("block.2" not in r.recipe.coefficients["a"] for r in records[5:] if r.recipe.transform is None)
+    assert "block.2" in str(deep.recipe.coefficients["a"])
+    assert "block.2" not in str([r.recipe.coefficients for r in records if r.recipe.transform is None])
 
 
 def test_a_stacked_export_loads_as_a_causal_model(stacked: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from merge_search.engine.checkpoints.writer import write_model
 from merge_search.engine.transforms.sources import Source, Sources
 from merge_search.rules.transforms import Preview, Transformed
 
@@ -25,6 +24,8 @@ def alone(sources: Sources, out: Path, *, model: str) -> Transformed:
     source = _named(sources)[model]
     if source.is_dense:
         return Transformed(source.folder)
+    from merge_search.engine.checkpoints.writer import write_model  # loads torch, and the check does not
+
     tensors = ((name, source.tensor(name)) for name in source.headers)
     write_model(
         out / "base", like=source.settings_folder, config=source.config, headers=source.headers, tensors=tensors

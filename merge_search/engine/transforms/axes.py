@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from merge_search.engine.checkpoints.headers import TensorHeader
 
-__all__ = ["Sizes", "axes_of", "shape_problem", "sizes_of"]
+__all__ = ["Sizes", "axes_of", "is_head", "shape_problem", "sizes_of", "stored_name"]
 
 _AXES: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
     (re.compile(pattern), weight, bias)
@@ -54,6 +54,21 @@ def axes_of(name: str) -> str:
         if pattern.search(owner) and last in ("weight", "bias"):
             return weight if last == "weight" else bias
     return ""
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is a head over the vocabulary."""
+    return name.endswith(("lm_head.weight", "predictions.decoder.weight"))
+
+
+def stored_name(name: str, names: Collection[str], config: Mapping[str, Any]) -> str | None:
+    """An expert's own name of a tensor; its embedding for a head that is tied to it. None: it has none."""
+    if name in names:
+        return name
+    if is_head(name) and config.get("tie_word_embeddings", True):
+        embeddings = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight")
+        return next((n for n in names if n.endswith(embeddings)), None)
+    return None
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from merge_search.engine.checkpoints.headers import CheckpointInfo
 from merge_search.engine.checkpoints.layout import layer_of
 
-__all__ = ["DEPTH_KEYS", "config_problems", "read_layers", "restacked_config", "stack_of"]
+__all__ = ["DEPTH_KEYS", "config_problems", "read_layers", "restacked_config", "restacked_names", "stack_of"]
 
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 NONE = "-"
@@ -69,6 +69,18 @@ def config_problems(config: Mapping[str, Any], depth: int) -> list[str]:
         if odd
         else []
     )
+
+
+def restacked_names(names: Iterable[str], layers: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """(new name, old name) of every tensor of a model whose new layer i is the old one `layers[i]`."""
+    for name in names:
+        place = layer_of(name)
+        if place is None:
+            yield name, name
+            continue
+        for new, old in enumerate(layers):
+            if old == place[1]:
+                yield f"{place[0]}.{new}.{place[2]}", name
 
 
 def restacked_config(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:

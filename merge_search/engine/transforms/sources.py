@@ -6,16 +6,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from merge_search.engine.checkpoints.checkpoint import Checkpoint, Expert
 from merge_search.engine.checkpoints.compatibility import misfits
 from merge_search.engine.checkpoints.hashing import hash_once
-from merge_search.engine.checkpoints.headers import CheckpointInfo, TensorHeader, resolve_model
+from merge_search.engine.checkpoints.headers import CheckpointInfo, TensorHeader, read_checkpoint, resolve_model
 from merge_search.engine.checkpoints.layout import layout
 from merge_search.recipe import Group, Models
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from merge_search.engine.checkpoints.checkpoint import Checkpoint, Expert
 
 __all__ = ["Source", "Sources"]
 
@@ -30,13 +32,17 @@ class Source:
         info: Headers and config of the files; an adapter's are those of its factors.
     """
 
-    def __init__(self, name: str, base: Checkpoint, folder: Path, problems: tuple[str, ...] = ()) -> None:
+    def __init__(self, name: str, base: CheckpointInfo, folder: Path, problems: tuple[str, ...] = ()) -> None:
         self.name, self.folder, self.problems = name, folder, problems
         self._base = base
-        self._of: Checkpoint | Expert = base
-        if name != "base":
-            self._of = Expert(base, folder, name=name) if self.fits else Checkpoint(folder)
-        self.info: CheckpointInfo = self._of.info
+        self.info = base if name == "base" else read_checkpoint(folder)
+
+    @cached_property
+    def _of(self) -> Checkpoint | Expert:
+        from merge_search.engine.checkpoints.checkpoint import Checkpoint, Expert  # load torch, and headers do not
+
+        fits = self.name != "base" and self.fits
+        return Expert(Checkpoint(self._base.folder), self.folder, name=self.name) if fits else Checkpoint(self.folder)
 
     @property
     def fits(self) -> bool:
@@ -46,12 +52,12 @@ class Source:
     @property
     def config(self) -> Mapping[str, Any]:
         """Its config.json; for an adapter the base's."""
-        return self._base.info.config if self.info.is_adapter else self.info.config
+        return self._base.config if self.info.is_adapter else self.info.config
 
     @property
     def settings_folder(self) -> Path:
         """The folder whose config and tokenizer files are its own; for an adapter the base's."""
-        return self._base.info.folder if self.info.is_adapter else self.folder
+        return self._base.folder if self.info.is_adapter else self.folder
 
     @cached_property
     def headers(self) -> Mapping[str, TensorHeader]:
@@ -59,7 +65,7 @@ class Source:
         if self.name == "base" or not self.fits:
             return self.info.tensors
         own = {} if self.info.is_adapter else self.info.tensors
-        base = self._base.info.tensors
+        base = self._base.tensors
         return {n: replace(own.get(n, t), shape=t.shape) for n, t in base.items()}
 
     @property
@@ -72,14 +78,15 @@ class Source:
 
         Do not write into it.
         """
-        if isinstance(self._of, Expert) and not self._of.info.is_adapter and name not in self._of.info.tensors:
-            return self._base.tensor(name)
-        return self._of.tensor(name)
+        of = self._of
+        if self.fits and self.name != "base" and not self.info.is_adapter and name not in self.info.tensors:
+            return of.base.tensor(name)  # type: ignore[union-attr]
+        return of.tensor(name)
 
     @property
     def is_dense(self) -> bool:
         """Whether its files hold the tensors exactly as `tensor` returns them."""
-        return not isinstance(self._of, Expert) or all(map(self._of.is_stored, self.groups))
+        return all(map(self._of.is_stored, self.groups))
 
     @property
     def hash(self) -> str:
@@ -104,11 +111,11 @@ class Sources:
 
     def __init__(self, models: Models) -> None:
         folder = resolve_model(models.base)
-        checkpoint = Checkpoint(folder)
+        info = read_checkpoint(folder)
         problems = misfits(models.base, models.experts)
-        self.base = Source("base", checkpoint, folder)
+        self.base = Source("base", info, folder)
         self.experts = {
-            name: Source(name, checkpoint, resolve_model(place), tuple(problems.get(name, ())))
+            name: Source(name, info, resolve_model(place), tuple(problems.get(name, ())))
             for name, place in models.experts.items()
         }
 

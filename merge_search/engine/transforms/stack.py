@@ -8,18 +8,24 @@ are copies that the merge treats as layers of their own: each has its own coeffi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from merge_search.engine.checkpoints.headers import TensorHeader
-from merge_search.engine.checkpoints.layout import layer_of
-from merge_search.engine.checkpoints.writer import write_model
-from merge_search.engine.transforms.layers import config_problems, read_layers, restacked_config, stack_of
+from merge_search.engine.transforms.layers import (
+    config_problems,
+    read_layers,
+    restacked_config,
+    restacked_names,
+    stack_of,
+)
 from merge_search.engine.transforms.sources import Source, Sources
 from merge_search.rules.transforms import Preview, Transformed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["preview", "stack"]
 
@@ -34,7 +40,7 @@ def preview(sources: Sources, *, layers: str) -> Preview:
     if problems:
         return Preview(tuple(problems))
     chosen = [layer for layer in wanted if layer is not None]
-    names = [new for new, old in _names(sources.base.headers, chosen) if old in sources.base.groups]
+    names = [new for new, old in restacked_names(sources.base.headers, chosen) if old in sources.base.groups]
     return Preview(config=restacked_config(sources.base.config, chosen), names=tuple(names))
 
 
@@ -56,20 +62,10 @@ def stack(sources: Sources, out: Path, *, layers: str) -> Transformed:
     )
 
 
-def _names(names: Mapping[str, object], layers: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """(new name, old name) of every tensor."""
-    for name in names:
-        place = layer_of(name)
-        if place is None:
-            yield name, name
-            continue
-        for new, old in enumerate(layers):
-            if old == place[1]:
-                yield f"{place[0]}.{new}.{place[2]}", name
-
-
 def _restacked(source: Source, out: Path, layers: Sequence[int]) -> Path:
-    pairs = list(_names(source.headers, layers))
+    from merge_search.engine.checkpoints.writer import write_model  # loads torch, and the check does not
+
+    pairs = list(restacked_names(source.headers, layers))
     headers: dict[str, TensorHeader] = {new: replace(source.headers[old], name=new) for new, old in pairs}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from merge_search.engine.checkpoints.headers import read_json
-from merge_search.engine.checkpoints.writer import sync_folder
 from merge_search.engine.transforms.sources import Sources
 from merge_search.errors import MergeSearchError, RecipeError, WeightsError
 from merge_search.recipe import Recipe, Transform
@@ -111,6 +110,8 @@ def _key(recipe: Recipe, row: TransformInfo, options: dict[str, Any], sources: S
 
 
 def _write(place: Path, row: TransformInfo, options: dict[str, Any], sources: Sources) -> None:
+    from merge_search.engine.checkpoints.writer import sync_folder  # loads torch, and `preview` does not
+
     temporary = place.with_name(f"{place.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)  # a leftover of an earlier process with the same id
     temporary.mkdir(parents=True)

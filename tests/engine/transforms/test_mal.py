@@ -11,7 +11,8 @@ from tiny_families import nudged, save, scrambled, write_family
 from tiny_lm import make_model
 from torch import Tensor
 
-from merge_search.engine.transforms.mal import Alignment, spread
+from merge_search.engine.transforms.alignment import Alignment
+from merge_search.engine.transforms.mal import spread
 from merge_search.engine.transforms.sources import Sources
 from merge_search.engine.transforms.store import preview, transformed
 from merge_search.recipe import Models, Recipe, Transform

@@ -9,6 +9,7 @@ import pytest
 from tiny_families import nudged, save, write_family
 from tiny_lm import make_model
 
+import merge_search.engine.checkpoints.writer as writer
 import merge_search.engine.transforms.store as store
 from merge_search.engine.checkpoints.hashing import hash_folder
 from merge_search.errors import RecipeError, WeightsError
@@ -71,7 +72,7 @@ def test_a_kill_in_the_middle_leaves_nothing_that_is_taken_for_a_result(
 ) -> None:
     folder = tmp_path / "kept"
     if (child := os.fork()) == 0:  # killed after the last weight was written, before the result is whole
-        monkeypatch.setattr(store, "sync_folder", lambda path: os.kill(os.getpid(), 9))
+        monkeypatch.setattr(writer, "sync_folder", lambda path: os.kill(os.getpid(), 9))
         store.transformed(recipe(models), folder)
     assert os.waitpid(child, 0)[1] == 9
     (left,) = folder.iterdir()
