@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from merge_search.errors import InputError, MergeSearchError, nearest
@@ -39,7 +40,7 @@ class _Kind:
     Attributes:
         noun: Its name in messages.
         contract: The protocol: abstract methods are required, annotated members without a value are set by the
-            constructor, annotated members with a value are defaults.
+            constructor, annotated members with a value and other methods are defaults.
         path_option: The option that holds paths in classes from before `folder` was passed to them.
         earlier_names: Today's name of a method -> the name that an older class may use.
     """
@@ -60,7 +61,8 @@ class _Kind:
     @property
     def defaults(self) -> dict[str, Any]:
         members = vars(self.contract)
-        return {name: members[name] for name in self.contract.__annotations__ if name in members}
+        methods = [n for n, m in members.items() if inspect.isfunction(m) and n[0] != "_" and n not in self.methods]
+        return {name: members[name] for name in (*self.contract.__annotations__, *methods) if name in members}
 
 
 _KINDS = {
@@ -212,7 +214,7 @@ def _complete(contract: _Kind, built: Any) -> None:
             missing[name] = getattr(built, earlier)
     for name, value in missing.items():
         try:
-            object.__setattr__(built, name, value)
+            object.__setattr__(built, name, MethodType(value, built) if inspect.isfunction(value) else value)
         except AttributeError:  # a class with __slots__
             raise InputError(
                 f"{contract.noun} {type(built).__name__} must have the attribute {name!r}: "

@@ -47,6 +47,11 @@ OutArgument = Annotated[
     Path, typer.Argument(help="Folder to write. It must be empty or not exist.", show_default=False)
 ]
 
+AdapterOption = Annotated[bool, typer.Option("--adapter", help="Write a LoRA adapter; every expert must be one.")]
+RankOption = Annotated[
+    int | None, typer.Option(help="With --adapter: the largest rank. The nearest adapter of that rank is written.")
+]
+
 
 @app.command()
 def run(study: StudyArgument, device: DeviceOption = None) -> None:
@@ -100,13 +105,20 @@ def export(
     mergekit: Annotated[
         bool, typer.Option("--mergekit", help="Write a mergekit YAML file instead of a model.")
     ] = False,
+    adapter: AdapterOption = False,
+    rank: RankOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Write the best model, or that of a trial, as a Hugging Face folder."""
+    _check_adapter(adapter, rank, mergekit)
     with _stopping():
         plan = _plan(study, device)
-        from merge_search.export_trial import export_mergekit, export_trial
+        from merge_search.export_trial import export_adapter_of_trial, export_mergekit, export_trial
 
+        if adapter:
+            record, report = export_adapter_of_trial(plan, out_path, number=trial, rank=rank)
+            out.print(f"{record.name} written to {out_path}. {report}", highlight=False, soft_wrap=True)
+            return
         if mergekit:
             record = export_mergekit(plan, out_path, number=trial)
             out.print(f"{record.name} written to {out_path}, for mergekit-yaml", highlight=False, soft_wrap=True)
@@ -120,18 +132,26 @@ def export(
 def merge(
     recipe: Annotated[Path, typer.Argument(help="recipe.json, or a mergekit YAML file.", show_default=False)],
     out_folder: OutArgument,
+    adapter: AdapterOption = False,
+    rank: RankOption = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "auto",
 ) -> None:
     """Merge a recipe or a mergekit file without a study."""
+    _check_adapter(adapter, rank)
     if not recipe.is_file():
         raise InputError(f"no such file: {recipe}")
     with _importing():
+        from merge_search.merge_adapter import merge_recipe_to_adapter
         from merge_search.merge_recipe import merge_recipe
 
     def note(text: str) -> None:
         err.print(text, highlight=False, markup=False, soft_wrap=True)
 
     with _stopping():
+        if adapter:
+            report = merge_recipe_to_adapter(recipe, out_folder, rank=rank, device=device, note=note)
+            out.print(f"written to {out_folder}. {report}", highlight=False, soft_wrap=True)
+            return
         digest = merge_recipe(recipe, out_folder, device=device, note=note)
     out.print(f"written to {out_folder} (sha256 of the weights {digest})", highlight=False, soft_wrap=True)
 
@@ -199,7 +219,7 @@ def _list_options(name: str | None) -> None:
     from merge_search.rules.describe import OptionLine, rule_options
 
     groups: dict[str, list[tuple[str, OptionLine]]] = {}
-    if name in PRESETS:
+    if name is not None and name in PRESETS:
         groups[f"preset {name}"] = [(rule, line) for rule, line in preset_options(name)]
     for title, rules in TABLES.items():
         for key, row in rules.items():
@@ -232,6 +252,14 @@ def _version(
 
         out.print(__version__, highlight=False)
         raise typer.Exit
+
+
+def _check_adapter(adapter: bool, rank: int | None, mergekit: bool = False) -> None:
+    """Refuse options that do not go together."""
+    if rank is not None and not adapter:
+        raise InputError("--rank is the rank of a LoRA adapter; give it together with --adapter")
+    if adapter and mergekit:
+        raise InputError("--adapter and --mergekit ask for two different things; give one of them")
 
 
 @contextmanager

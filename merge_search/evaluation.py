@@ -32,18 +32,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnswerEnds",
+    "Answering",
     "ChecksModels",
     "ChecksPrompts",
+    "ComparesWithExperts",
     "Cost",
     "Counting",
     "Differentiable",
     "Evaluation",
     "Evaluator",
+    "Generating",
     "MetricInfo",
     "Scores",
     "Split",
     "SplitShares",
     "Teachable",
+    "answers_of",
     "asking",
     "loss_of",
     "pack",
@@ -162,6 +166,9 @@ class Scores:
             multiple choice. Shape (n,).
         is_corrected: Whether `score` was extrapolated from a prefix of the questions to all of them. `stderr` includes
             the uncertainty of that.
+        is_linearised: Whether `values` are each question's part of `score` to first order (a difference between groups,
+            for instance). Their mean is the score and they can be paired, but they depend on what was asked together.
+            They cannot be joined.
     """
 
     ids: tuple[str, ...]
@@ -170,14 +177,20 @@ class Scores:
     stderr: float
     probability: NDArray[np.float64] | None = None
     is_corrected: bool = False
+    is_linearised: bool = False
 
     @property
     def is_mean(self) -> bool:
-        """Whether `score` is the mean of `values`, up to the rounding of `pack`. Only means can be joined."""
+        """Whether `score` is the mean of `values`, up to the rounding of `pack`. Then scores can be paired."""
         return math.isclose(self.score, float(self.values.mean()), rel_tol=1e-3, abs_tol=1e-4)
 
+    @property
+    def is_joinable(self) -> bool:
+        """Whether a question's value does not depend on the others, so that parts of the questions can be joined."""
+        return self.is_mean and not self.is_linearised
+
     def joined(self, more: Scores) -> Scores:
-        """The scores of these questions and of those in `more`, which follow them. For metrics that are means only."""
+        """The scores of these questions and of those in `more`, which follow them. Both must be joinable."""
         values = np.concatenate([self.values, more.values])
         both = self.probability is not None and more.probability is not None
         return Scores(
@@ -242,7 +255,7 @@ class Evaluation:
     answers: Mapping[str, AnswerEnds] = field(default_factory=dict)
 
     def joined(self, more: Evaluation) -> Evaluation:
-        """The evaluation of this prefix and of the questions in `more`, which follow it. All metrics must be means."""
+        """The evaluation of this prefix and of the questions in `more`, which follow it. All must be joinable."""
         scores = {name: s.joined(more.scores[name]) for name, s in self.scores.items()}
         answers = {t: self.answers.get(t, AnswerEnds()) + ends for t, ends in more.answers.items()}
         return Evaluation(self.split, more.fidelity, scores, self.cost + more.cost, {**self.answers, **answers})
@@ -268,6 +281,7 @@ class Evaluation:
                     "stderr": s.stderr if math.isfinite(s.stderr) else None,
                     "n": len(s.values),
                     **({"is_corrected": True} if s.is_corrected else {}),
+                    **({"is_linearised": True} if s.is_linearised else {}),
                     "values": pack(s.values),
                     **({} if s.probability is None else {"probability": pack(s.probability)}),
                 }
@@ -286,6 +300,7 @@ class Evaluation:
                 stderr=math.nan if s["stderr"] is None else s["stderr"],
                 probability=unpack(s["probability"]) if "probability" in s else None,
                 is_corrected=s.get("is_corrected", False),
+                is_linearised=s.get("is_linearised", False),
             )
             for name, s in data["scores"].items()
         }
@@ -392,6 +407,23 @@ class ChecksPrompts(Protocol):
 
 
 @runtime_checkable
+class ComparesWithExperts(Protocol):
+    """What an `Evaluator` also has where it compares a merge with what single experts answer.
+
+    After `bind` and before the first `evaluate` the live model gets the weights of each of these experts once, and
+    `cache_expert` is called. What an expert is asked then counts as questions. A second `bind` keeps what was stored.
+    """
+
+    def compared_experts(self) -> Sequence[str]:
+        """Names of the experts. Needs no bound model."""
+        ...
+
+    def cache_expert(self, expert: str) -> None:
+        """Store what is needed of the live model's answers. It has the weights of `expert` at this moment."""
+        ...
+
+
+@runtime_checkable
 class ChecksModels(Protocol):
     """What an `Evaluator` also has where it can tell from a config whether it can score a model."""
 
@@ -419,7 +451,7 @@ class Differentiable(Protocol):
         gold: Negative log-likelihood of the right answer.
         pseudo: Negative log-likelihood of the answer that the task's teacher gives (see `set_pseudo_labels`).
         kl: Divergence from the teacher's output distribution (see `Teachable`).
-        entropy: Entropy of the model's own answer.
+        entropy: Entropy of the model's own answer. Needs no label.
     """
 
     def fit_tasks(self) -> dict[str, int]:
@@ -464,6 +496,29 @@ class Teachable(Differentiable, Protocol):
 
 
 @runtime_checkable
+class Generating(Differentiable, Protocol):
+    """A `Differentiable` with losses of answers that the live model generates first."""
+
+    def generated_questions(self, task: str, kind: str) -> int:
+        """Number of questions that `loss` of this kind asks per row besides its forward and backward pass."""
+        ...
+
+
+@runtime_checkable
+class Answering(Differentiable, Protocol):
+    """A `Differentiable` that can list the answers which a row may have, for the true Fisher information."""
+
+    def answers(self, task: str, row: int) -> tuple[Any, Any] | None:
+        """-log p of every answer that the row may have, and the probability that the live model gives to each.
+
+        Returns:
+            Tensors of shape (answers,): losses with their graph through the live parameters, in the unit of the loss
+            ``gold``, and probabilities without a graph, which sum to one. None where the answers cannot be listed.
+        """
+        ...
+
+
+@runtime_checkable
 class Counting(Protocol):
     """The earlier name of what every `Evaluator` has now: a count of its questions. Kept for classes that import it."""
 
@@ -500,3 +555,13 @@ def loss_of(evaluator: Differentiable, task: str, kind: str = "gold") -> Callabl
             return evaluator.loss(task, rows, kind=kind)
 
     return loss
+
+
+def answers_of(evaluator: Answering, task: str) -> Callable[[int], tuple[Any, Any] | None]:
+    """`Answering.answers` of a task as a function of the row. Its exceptions are those of `asking`."""
+
+    def answers(row: int) -> tuple[Any, Any] | None:
+        with asking(f"task {task!r}: its answers"):
+            return evaluator.answers(task, row)
+
+    return answers

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import optuna
 
@@ -14,9 +16,10 @@ from merge_search.engine.checkpoints.writer import check_destination
 from merge_search.engine.resident.pool import ModelPool
 from merge_search.engine.statistics.provider import DataStatistics
 from merge_search.errors import InputError, StudyFileError
+from merge_search.merge_adapter import AdapterReport, write_adapter
 from merge_search.merge_recipe import write_merge
 from merge_search.mergekit import to_mergekit
-from merge_search.recipe import Models
+from merge_search.recipe import Models, Recipe
 from merge_search.report.model_card import card
 from merge_search.rules import use_rule_files
 from merge_search.search.plan import Plan
@@ -25,7 +28,7 @@ from merge_search.search.storage import load_study
 from merge_search.search.trial.worker import maps_of, statistics_of
 from merge_search.search.verdict.selection import champions, nothing_to_hand_over
 
-__all__ = ["export_mergekit", "export_trial"]
+__all__ = ["export_adapter_of_trial", "export_mergekit", "export_trial"]
 
 
 def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
@@ -45,20 +48,67 @@ def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
         WeightsError: the weights differ from the scored ones; nothing is written.
     """
     check_destination(out)
+    stored = _stored(plan, number)
+    record, device = stored.record, plan.file.device
+    text, maps = stored.card(), maps_of(plan.file)
+    write_merge(stored.recipe, out, text, maps, stored.statistics, device=device, expected=record.weights_sha256)
+    return record
+
+
+def export_adapter_of_trial(
+    plan: Plan, out: Path, *, number: int | None = None, rank: int | None = None
+) -> tuple[Record, AdapterReport]:
+    """Write a trial's merge of LoRA adapters as a LoRA adapter to `out`.
+
+    Args:
+        plan: The prepared study.
+        out: A new or empty folder.
+        number: The trial's number; None: the study's best merge.
+        rank: Largest rank; None: whatever the merge takes.
+
+    Returns:
+        The trial, and what was written.
+
+    Raises:
+        StudyFileError: there is no study or no such trial, or the trial was never scored.
+        RecipeError: the trial's merge is no LoRA adapter, with every reason.
+        InputError: `out` is in use.
+    """
+    check_destination(out)
+    stored = _stored(plan, number)
+    maps, device = maps_of(plan.file), plan.file.device
+    report = write_adapter(stored.recipe, out, stored.card, maps, stored.statistics, device=device, rank=rank)
+    return stored.record, report
+
+
+class _Stored(NamedTuple):
+    """A trial of a study, as it is exported.
+
+    Attributes:
+        recipe: Its recipe, with the models' places on this machine.
+        card: README.md, from a sentence on the adapter if one is written.
+        statistics: Makes the source of statistics for a pool.
+    """
+
+    record: Record
+    recipe: Recipe
+    card: Callable[..., str]
+    statistics: Callable[[ModelPool], DataStatistics]
+
+
+def _stored(plan: Plan, number: int | None) -> _Stored:
     use_rule_files(plan.file.rule_files)
     study = load_study(plan.file)
     objective, experts = objective_of(study)
     record = _wanted(study, number)
     recipe = record.recipe.model_copy(update={"models": _local(record.recipe.models, plan.context.models)})
-    text = card(study, objective, record, experts)
     teachers = teachers_of(objective, references_of(study, list(objective.metrics.values()), experts))
-
-    def statistics(pool: ModelPool) -> DataStatistics:
-        return statistics_of(plan, pool, teachers, None)
-
-    device = plan.file.device
-    write_merge(recipe, out, text, maps_of(plan.file), statistics, device=device, expected=record.weights_sha256)
-    return record
+    return _Stored(
+        record,
+        recipe,
+        lambda adapter="": card(study, objective, record, experts, adapter),
+        lambda pool: statistics_of(plan, pool, teachers, None),
+    )
 
 
 def _wanted(study: optuna.Study, number: int | None) -> Record:

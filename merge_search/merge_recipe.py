@@ -9,6 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from merge_search.engine.checkpoints.checkpoint import Checkpoint, tied_aliases
+from merge_search.engine.checkpoints.compatibility import check_models, without_factors
 from merge_search.engine.checkpoints.hashing import hash_once
 from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
 from merge_search.engine.checkpoints.writer import check_destination, export_folder
@@ -23,12 +24,13 @@ from merge_search.engine.streaming.engine import StreamingEngine
 from merge_search.engine.transforms.store import transformed_for_once
 from merge_search.errors import RecipeError
 from merge_search.mergekit import read_mergekit
+from merge_search.presets import pairs_refusal
 from merge_search.recipe import Models, Recipe
 from merge_search.report.recipe_card import recipe_card
-from merge_search.rules import find_rule_files, in_use, use_rule_files
+from merge_search.rules import OPERATORS, find_rule_files, in_use, use_rule_files
 from merge_search.rules.files import FOLDER as RULES
 
-__all__ = ["merge_recipe", "write_merge"]
+__all__ = ["brought", "merge_recipe", "read_recipe", "write_merge"]
 
 
 def merge_recipe(
@@ -53,9 +55,25 @@ def merge_recipe(
         WeightsError: a model is missing or differs from the recipe's.
         InputError: `out` is in use.
     """
+    check_destination(out)
+    recipe = read_recipe(path, note=note)
+    beside = FolderStatistics(path.parent / STATISTICS)
+    return write_merge(recipe, out, recipe_card(recipe), path.parent / MAPS, lambda _: beside, device=device)
+
+
+def read_recipe(path: Path, *, note: Callable[[str], None] = lambda text: None) -> Recipe:
+    """Read a ``recipe.json`` or a mergekit YAML file, and put the rule files beside it in use.
+
+    Args:
+        path: The recipe, or the mergekit file.
+        note: As in `merge_recipe`.
+
+    Raises:
+        RecipeError: the file is no recipe, or a mergekit file that a recipe cannot express.
+        RuleError: a rule file is missing, has other bytes than the recipe says, or cannot be used.
+    """
     if not path.is_file():
         raise RecipeError(f"no such file: {path}")
-    check_destination(out)
     if path.suffix in (".yaml", ".yml"):
         use_rule_files([])
         recipe = read_mergekit(path)
@@ -66,8 +84,7 @@ def merge_recipe(
         for file in files:
             note(f"runs the rule file {file}, which the recipe names")
         use_rule_files(files)
-    beside = FolderStatistics(path.parent / STATISTICS)
-    return write_merge(recipe, out, recipe_card(recipe), path.parent / MAPS, lambda _: beside, device=device)
+    return recipe
 
 
 def _beside(path: Path, models: Models) -> Models:
@@ -79,6 +96,16 @@ def _beside(path: Path, models: Models) -> Models:
 
     experts = {name: place(text) for name, text in models.experts.items()}
     return models.model_copy(update={"base": place(models.base), "experts": experts})
+
+
+def _require_pairs(recipe: Recipe) -> None:
+    """Raise `RecipeError` if the recipe merges LoRA pairs that an expert does not have. Reads headers alone."""
+    name = "" if recipe.operator is None else recipe.operator.name
+    models = recipe.models
+    if recipe.transform is not None or name not in OPERATORS or not OPERATORS[name].needs_factors:
+        return
+    if not check_models(models.base, models.experts) and (reasons := without_factors(models.base, models.experts)):
+        raise RecipeError([pairs_refusal(f"operator: {name!r}", e, why) for e, why in reasons.items()])
 
 
 def write_merge(
@@ -107,7 +134,9 @@ def write_merge(
 
     Raises:
         WeightsError: the weights are not the expected ones; nothing is written.
+        RecipeError: the operator merges LoRA pairs, and an expert has none. No weight was read.
     """
+    _require_pairs(recipe)
     with ExitStack() as stack:
         models = recipe.models
         if recipe.transform is not None:
@@ -122,7 +151,7 @@ def write_merge(
 
         def others() -> dict[str, str | bytes | Path]:
             hashes = pool.hashes() if recipe.transform is None else _hashes(recipe.models)
-            return {**_brought(recipe, hashes), **map_files([maps], recipe), **source.files()}
+            return {**brought(recipe, hashes), **map_files([maps], recipe), **source.files()}
 
         merged = stack.enter_context(closing(engine.merged(recipe)))  # ends the engine's threads if writing fails
         return export_folder(
@@ -147,13 +176,13 @@ def _export_alone(recipe: Recipe, folder: Path, out: Path, text: str, expected: 
         tensors=((name, made.tensor(name)) for name in sorted(made.info.tensors) if name not in aliases),
         recipe=recipe,
         card=text,
-        extra=lambda: _brought(recipe, _hashes(recipe.models)),
+        extra=lambda: brought(recipe, _hashes(recipe.models)),
         left_out=aliases,
         expected=expected,
     )
 
 
-def _brought(recipe: Recipe, hashes: dict[str, str]) -> dict[str, str | bytes | Path]:
+def brought(recipe: Recipe, hashes: dict[str, str]) -> dict[str, str | bytes | Path]:
     """The recipe with the hashes of its models, known now that the tensors were read, and its rule files."""
     whole = recipe.model_copy(update={"models": recipe.models.model_copy(update={"hashes": hashes})})
     rules = [in_use(name, digest) for name, digest in recipe.rules.items()]

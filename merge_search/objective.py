@@ -185,7 +185,8 @@ def _pairing(evaluations: Sequence[Evaluation], names: Sequence[str] | None = No
 def variance_of(scores: Scores) -> float:
     """Variance of a mean of per-question values; see the module's docstring."""
     n = len(scores.values)
-    if scores.is_corrected or (n == 1 and scores.stderr == 0):  # a count of the whole model has no noise
+    is_count = n == 1 and scores.stderr == 0  # of the whole model, without noise
+    if scores.is_corrected or scores.is_linearised or is_count:
         return scores.stderr**2
     if np.isin(scores.values, (0.0, 1.0)).all():
         p = (scores.values.sum() + 0.5) / (n + 1)

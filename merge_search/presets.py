@@ -23,9 +23,17 @@ from merge_search.rules import OPERATORS, Origin, RuleTable
 from merge_search.rules.describe import OptionLine, option_line
 from merge_search.rules.table import register
 
-__all__ = ["PRESETS", "Preset", "add_preset", "preset", "preset_options"]
+__all__ = ["PRESETS", "Preset", "add_preset", "pairs_refusal", "preset", "preset_options"]
 
 Values = float | Mapping[str, Any]
+
+
+def pairs_refusal(who: str, expert: str, why: str) -> str:
+    """The problem of a method for LoRA adapters with an expert that has no pairs, with what to do."""
+    return (
+        f"{who} merges LoRA adapters as pairs, but expert {expert!r} has none: {why}; give the adapter that it was "
+        "merged from, or take a method for whole models (task_arithmetic, ties, tsv_m)"
+    )
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,8 @@ class Preset:
         scale: lambda_out.
         grid: Published or usual values: any of ``coefficient``, ``density``, ``scale``, and ``settings`` (merged over
             the preset's).
+        fit: How its coefficients are fitted by gradient, from `coefficient` on (fields of `study_file.BaselineFit`);
+            None: they are published numbers. A preset with a fit is a baseline and no choice of a space.
         needs_data: Whether statistics must be measured on data.
         experts: Smallest and largest number of experts; None for no bound.
         origin: Where a preset from outside was added; None for the published ones.
@@ -57,6 +67,7 @@ class Preset:
     density: float | None = None
     scale: float = 1.0
     grid: tuple[Mapping[str, Any], ...] = ()
+    fit: Mapping[str, Any] | None = None
     needs_data: bool = False
     experts: tuple[int, int | None] = (1, None)
     origin: Origin | None = None
@@ -67,13 +78,21 @@ class Preset:
         operator = self.settings.get("operator")
         return operator is None or ((row := OPERATORS.get(operator["name"])) is not None and row.decomposing)
 
+    @property
+    def needs_factors(self) -> bool:
+        """Whether it merges LoRA pairs, so that every expert must be an adapter."""
+        operator = self.settings.get("operator")
+        return operator is not None and (row := OPERATORS.get(operator["name"])) is not None and row.needs_factors
+
 
 _TASK_ARITHMETIC = "Ilharco et al. 2023, Editing Models with Task Arithmetic, arXiv 2212.04089"
 _TIES = "Yadav et al. 2023, TIES-Merging, arXiv 2306.01708"
 _DARE = "Yu et al. 2024, Language Models are Super Mario (DARE), arXiv 2311.03099"
 _PCB = "Du et al. 2024, Parameter Competition Balancing, arXiv 2410.02396"
 _CKI = "Compatibility-aware Knowledge Integration, AAAI 2025, arXiv 2501.07596"
+_COPA = "Zeng et al. 2025, RobustMerge (CoPA-Merging), arXiv 2502.17159"
 _RAM = "RAM / RAM+, arXiv 2601.13572"
+_ADAMERGING = "Yang et al. 2024, AdaMerging, arXiv 2310.02575"
 
 _SUM_SIGN = {"kind": "sum", "tie": "majority"}
 _TOP_MODEL = {"kind": "top_k", "scope": "model"}
@@ -82,6 +101,21 @@ _MAGNITUDE = {"measure": "magnitude"}
 
 def _each(key: str, *values: float) -> tuple[Mapping[str, Any], ...]:
     return tuple({key: v} for v in values)
+
+
+def _ada(name: str, per: str, *, trimmed: bool = False) -> Preset:
+    """AdaMerging: coefficients of least entropy; `study_file.BaselineFit` has the release's settings."""
+    what = "one coefficient per expert" if per == "expert" else "one coefficient per expert and tensor"
+    deltas = "TIES-trimmed deltas" if trimmed else "deltas"
+    return Preset(
+        name, f"sum of {deltas}, {what}, fitted to the least entropy of the answers", _ADAMERGING,
+        {"assess": _MAGNITUDE, "select": _TOP_MODEL, "resolve": _SUM_SIGN} if trimmed else {},
+        differs=(
+            "Each task's entropy is divided by log of its number of answers. A coefficient is moved back onto [0, 1] "
+            "after a step; in the release it stays outside and only counts as 0 or 1."
+        ),
+        coefficient=0.3, density=0.2 if trimmed else None, fit={"per": per},
+    )  # fmt: skip
 
 
 def _cki(splice: str, **options: Any) -> Mapping[str, Any]:
@@ -129,6 +163,8 @@ _ALL: tuple[Preset, ...] = (
         differs="mergekit keeps everything unless a density is given.", density=0.5,
         grid=({"density": 0.2}, {"density": 0.5}, {"density": 0.8}),
     ),
+    _ada("adamerging", "expert"), _ada("adamerging_layer", "tensor"),
+    _ada("adamerging_pp", "expert", trimmed=True), _ada("adamerging_layer_pp", "tensor", trimmed=True),
     Preset(
         "dare", "drop deltas at random, rescale the rest by 1 / density, sum", _DARE,
         {"select": {"kind": "bernoulli"}, "rescale": {"kind": "inverse_density"}},
@@ -336,6 +372,27 @@ _ALL: tuple[Preset, ...] = (
         {"operator": {"name": "wudi"}}, grid=_each("scale", 1.0),
     ),
     Preset(
+        "copa", "LoRA pairs pruned, rescaled and balanced between experts, then multiplied as sums: the paper's form",
+        _COPA, {"operator": {"name": "copa"}},
+        differs=(
+            "The kept fraction is the release's. alpha / r is folded into B, so that adapters may differ in it. An "
+            "adapter counts with scale 1 in the ranks that it lacks. Tensors without pairs are averaged."
+        ),
+        density=0.2, grid=({}, {"density": 0.5}, {"density": 1.0}, {"scale": 0.5}, {"scale": 1.5}),
+    ),
+    Preset(
+        "copa_released", "as `copa`, with the release's clipped scales and its doubled strength", _COPA,
+        {"operator": {"name": "copa", "options": {"strength": 4.0, "clip": 0.8}}},
+        differs="The release doubles both factors, which is strength 4, and clips four fifths of the scales to one.",
+        density=0.2, grid=({}, {"density": 0.5}, {"scale": 0.5}),
+    ),
+    Preset(
+        "core", "TSV-M, Iso-C or Iso-CTS on the small cores of LoRA pairs: the result is an adapter again",
+        "Core Space, 2025, arXiv 2509.17786", {"operator": {"name": "core"}},
+        differs="Rules on singular values alone; the paper's entry-wise rules depend on the choice of frames.",
+        grid=_each("scale", 0.6, 0.8, 1.0, 1.2, 1.5),
+    ),
+    Preset(
         "model_stock", "average, shrunk towards the base by the angle between the deltas",
         "Model Stock, Jang et al. 2024, arXiv 2403.19522",
         {"operator": {"name": "model_stock"}}, experts=(2, None), grid=_each("scale", 1.0),
@@ -461,7 +518,7 @@ def preset_options(name: str) -> list[tuple[str, OptionLine]]:
     """
     low, _ = PRESETS[name].experts
     experts = [f"expert{i}" for i in range(low)]
-    chosen = {"expert": experts[0]} if name == "expert" else {}
+    chosen: dict[str, Any] = {"expert": experts[0]} if name == "expert" else {}
     recipe = preset(name, Models(base="base", experts={e: e for e in experts}), **chosen)
     data = recipe.model_dump()
     out = []

@@ -74,6 +74,7 @@ class SpaceContext:
         dtype: The dtype of the merged tensors; None: the base's own.
         transform: The transform of recipes that name none; given where not every expert has the base's shapes.
         groups_after: The groups of the models that a transform makes, from headers alone.
+        without_factors: Experts that cannot be merged as LoRA pairs, and why.
     """
 
     models: Models
@@ -82,6 +83,7 @@ class SpaceContext:
     dtype: str | None = None
     transform: Transform | None = None
     groups_after: Callable[[Transform], tuple[Group, ...]] | None = field(default=None, compare=False, repr=False)
+    without_factors: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -142,6 +144,13 @@ class SearchSpace(Protocol):
     @abstractmethod
     def initial_points(self) -> list[dict[str, str | int | float | bool]]:
         """Points to try before the sampler has a model of the objective, such as uniform recipes. May be empty."""
+
+    def exact_form(self, recipe: Recipe) -> Recipe | None:
+        """The recipe that `recipe` approximates to be cheap; None if it approximates nothing.
+
+        Exact forms of the finalists are scored when the search has ended.
+        """
+        return None
 
 
 def decoded(space: SearchSpace, point: Point) -> Recipe:

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from merge_search.errors import StudyFileError, sentences
 
-__all__ = ["StudyFile", "read_study_file"]
+__all__ = ["BaselineFit", "StudyFile", "read_study_file"]
 
 
 class _Section(BaseModel):
@@ -187,6 +187,36 @@ class Learner(_Section):
         return self
 
 
+class BaselineFit(_Section):
+    """How the coefficients of a baseline that is fitted are found. The defaults are AdaMerging's (arXiv 2310.02575)."""
+
+    per: Granularity = "expert"
+    loss: Loss = "entropy"
+    start: float | None = None
+    """Coefficient of every expert at which the fit begins; None: the preset's."""
+    clamp: tuple[float, float] | None = (0.0, 1.0)
+    """Bounds onto which coefficients are moved back after each step."""
+    steps: Annotated[int, Field(ge=1)] = 500
+    step_size: Annotated[float, Field(gt=0)] = 1e-3
+    batch_rows: Annotated[int, Field(ge=1)] = 16
+    average: Annotated[float, Field(ge=0, le=1)] = 0.0
+    density: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Kept share of each delta; None: the preset's."""
+
+    @model_validator(mode="after")
+    def _sensible(self) -> BaselineFit:
+        if self.clamp is not None and not self.clamp[0] < self.clamp[1]:
+            raise ValueError(f"clamp must be [low, high] with low < high, got {list(self.clamp)}")
+        if self.loss == "block_output" and self.per == "expert":
+            raise ValueError("the loss block_output fits block after block: take another per than 'expert'")
+        return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The `FitSettings` fields."""
+        return self.model_dump(mode="json", exclude={"start", "density"})
+
+
 class Stop(_Section):
     """The search ends early if its suggestions promise less than the noise (`search.stopping` has the formula)."""
 
@@ -239,8 +269,8 @@ class Search(_Section):
     """Share of the search questions that every trial is asked."""
     finalists: Annotated[int, Field(ge=1)] = 3
     """Number of the best trials that are scored on the validation questions."""
-    baselines: list[str] | None = None
-    """Published presets to try first. None: those of the space."""
+    baselines: list[str | dict[str, dict[str, Any]]] | None = None
+    """Published presets to try first, ``NAME`` or ``{NAME: {option: value}}``. None: those of the space."""
 
 
 class StatisticsSection(_Section):

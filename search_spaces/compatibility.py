@@ -12,7 +12,8 @@ With lists of ``assess``, ``select``, ``splice`` (and ``resolve``) the categoric
 their distinct valid combinations, named like "magnitude/top_k/sum". Combinations that mean the same merges, such as
 random selection under two assessments, are one choice. An entry is a name or a mapping with options
 (``{kind: top_k, scope: model}``, ``{measure: fisher, options: {normalise: true}}``), which may be searched, too
-(``{kind: softmax, temperature: search}``). Names are those of `merge_search.rules`, rules from outside included.
+(``{kind: softmax, temperature: search}``). ``options: {winsorise: search, allocate: magnitude}`` are
+those of every combination that reads them. Names are those of `merge_search.rules`, rules from outside included.
 
 The space has 1 + O + M * C + M * D dimensions for O searched options, M experts, C cells of coefficients and D cells of
 densities. It has no category where there is one choice, and no densities where no choice reads them. Densities are
@@ -34,7 +35,7 @@ from merge_search.rules import SELECTIONS
 from merge_search.space import SpaceContext
 from search_spaces.parts.axes import per_cell
 from search_spaces.parts.composed import Composed
-from search_spaces.parts.entries import PostEntry, PresetEntry, preset_methods, with_post_rules
+from search_spaces.parts.entries import PostEntry, PresetEntry, preset_methods, with_options, with_post_rules
 from search_spaces.parts.grouping import DensityRange, Range
 from search_spaces.parts.methods import Method, Stages, canonical, distinct, of_stages, why_senseless
 from search_spaces.parts.options import Options, space_options
@@ -56,6 +57,7 @@ class CompatibilityOptions(Options):
     select: Entries | None = None
     resolve: Entries | None = None
     splice: Entries | None = None
+    options: Annotated[dict[str, Any], Field(default_factory=dict)]
 
 
 class Compatibility(Composed):
@@ -67,6 +69,10 @@ class Compatibility(Composed):
         by_axes = [k for k in ("assess", "select", "resolve", "splice") if getattr(chosen, k) is not None]
         if by_axes and chosen.presets is not None:
             raise SpaceError(f"space: give either presets or {', '.join(by_axes)}, not both")
+        if chosen.options and not by_axes:
+            raise SpaceError(
+                "space.options: options of presets stand in their entries: presets: [{ties: {winsorise: 0.01}}]"
+            )
         methods, notes = _by_axes(chosen, context) if by_axes else _by_presets(chosen, context)
         if chosen.coefficients.bounds[0] < 0:
             forgetful = [m.name for m in methods if m.scaling == "mean"]
@@ -116,8 +122,13 @@ def _by_axes(chosen: CompatibilityOptions, context: SpaceContext) -> tuple[list[
         axes = read_options((a, s, r, p), stages)
         key = repr((stages, [o.name for o in axes]))
         methods.setdefault(key, replace(of_stages(stages, name, context), options=axes))
+    found = list(methods.values())
     try:
-        found = with_post_rules(list(methods.values()), chosen.post, context)
+        found = with_options(found, chosen.options, context)
+    except SpaceError as error:
+        problems += error.problems
+    try:
+        found = with_post_rules(found, chosen.post, context)
     except SpaceError as error:
         problems += error.problems
     if problems:

@@ -65,6 +65,22 @@ def encoder_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``models/`` and ``data/`` of `small_vision`: a tiny ViT, three experts, their heads and images."""
+    from small_vision import write
+
+    return write(tmp_path_factory.mktemp("vision"))
+
+
+@pytest.fixture(scope="session")
+def recommender_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``models/`` and ``data/`` of `small_recommender`: a tiny SASRec, an expert per market, and their logs."""
+    from small_recommender import write
+
+    return write(tmp_path_factory.mktemp("recommender"))
+
+
+@pytest.fixture(scope="session")
 def llama_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``base``, ``a``, ``b``, ``c``: llama checkpoints of five layers with random weights."""
     from mergekit_files import write_llamas

@@ -153,6 +153,7 @@ def test_a_space_that_does_not_inherit_gets_the_defaults_and_an_absolute_file(fo
     built = space(folder, "Plain", file="genome.yaml")
     assert isinstance(built, SearchSpace)
     assert built.notes == ()
+    assert built.exact_form(None) is None
     assert built.options == {"file": str(folder / "genome.yaml")}
 
 

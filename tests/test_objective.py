@@ -100,6 +100,13 @@ def test_pairing_is_what_identical_questions_leave() -> None:
     assert 0.1 < REFERENCES.pairing <= 1
 
 
+def test_pairing_leaves_out_metrics_whose_answers_never_differ() -> None:
+    rows = (np.array([1.0, 0.0, 1.0, 1.0]), np.array([0.0, 1.0, 1.0, 1.0]))
+    both = [scored({"a": r, "b": np.ones(4)}) for r in rows]
+    assert _pairing(both) == pytest.approx(_pairing([scored({"a": r}) for r in rows]))
+    assert _pairing([scored({"b": np.ones(4)})] * 2) == 1.0
+
+
 def test_pairing_counts_every_metric_alike_whatever_its_unit() -> None:
     """a: 4 of 10 answers differ, (0.24 / 2) / ((0.24 + 0.16) / 2) = 0.6; p: the same for both models, 0."""
 

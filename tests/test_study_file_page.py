@@ -11,9 +11,12 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from evaluators import self_param
+from evaluators.classification import image_rows as labelled_images
 from evaluators.classification import rows as labelled_text
 from evaluators.costs import drift, latency, size
 from evaluators.lm_eval import options as lm_eval_options
+from evaluators.ranking import rows as sequences
 from merge_search import study_file
 from merge_search.study_file import StudyFile, read_study_file
 
@@ -29,6 +32,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "search": study_file.Search,
     "search.racing": study_file.Racing,
     "search.learner": study_file.Learner,
+    "search.baselines": study_file.BaselineFit,
     "search.stop": study_file.Stop,
     "search.learn_from": study_file.Earlier,
     "statistics": study_file.StatisticsSection,
@@ -36,8 +40,11 @@ SECTIONS: dict[str, type[BaseModel]] = {
 EVALUATORS: dict[str, list[type[BaseModel]]] = {
     "lm_eval": [lm_eval_options.LmEvalOptions],
     "classification": [labelled_text.Options, labelled_text.TaskOptions],
+    "image_classification": [labelled_images.ImageOptions, labelled_images.ImageTaskOptions],
     "drift": [drift.Options],
     "latency": [latency.Options],
+    "ranking": [sequences.Options, sequences.TaskOptions],
+    "self_param": [self_param.Options],
     "size": [size.Options],
 }
 

@@ -1,83 +1,70 @@
-"""A live encoder with linear heads: tokens in, float32 logits out."""
+"""A live encoder with linear heads: texts or images in, float32 logits out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from evaluators.classification.rows import TaskRows
+from evaluators.classification.image_rows import ImageRow
+from evaluators.classification.rows import HeadTask
+from evaluators.labelled.live import Batch, LiveOutputs, eval_mode
 from merge_search.cpu_matmul import short_attention
-from merge_search.errors import EvaluationError, MergeSearchError, NonFiniteError, StudyFileError
+from merge_search.errors import StudyFileError
 
-__all__ = ["Batch", "EncoderHeads"]
+__all__ = ["ImageHeads", "TextHeads"]
 
 _MOST_CUTS = 128
 """Largest number of places at which a batch may be parted. All pairs of them are compared."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Texts of one forward pass, padded on the right.
-
-    Attributes:
-        rows: The position of each text in the list that was batched. Shape (n,).
-        input_ids, attention_mask: Shape (n, length), int64, on the model's device.
-    """
-
-    rows: list[int]
-    input_ids: Tensor
-    attention_mask: Tensor
-
-
-class EncoderHeads:
+class Heads(LiveOutputs[Any]):
     """An encoder, used as it is at each call, and heads in float32, which never change.
 
     Args:
-        model: Called with ``input_ids`` and ``attention_mask``. Its output must have ``last_hidden_state``.
-        tokenizer: A Hugging Face tokenizer.
+        model: Its output must have ``last_hidden_state``.
         tasks: The tasks whose heads are loaded.
-        max_length: Most tokens per text. It is lowered to what the tokenizer and the encoder allow.
 
     Raises:
         StudyFileError: The model is no encoder, or heads have another hidden size.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, tasks: Sequence[TaskRows], *, max_length: int) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.device = next(model.parameters()).device
+    noun = ""
+    advice = ""
+
+    def __init__(self, model: Any, tasks: Sequence[HeadTask]) -> None:
+        super().__init__(model)
         self.pooling = {t.name: t.pooling for t in tasks}
-        positions = getattr(model.config, "max_position_embeddings", None) or max_length
-        self.max_length = min(max_length, tokenizer.model_max_length, positions)
+        self.n_positions = 0
         self.heads: dict[str, tuple[Tensor, Tensor | None]] = {}
         for task in tasks:
             tensors = load_file(task.head.path)
             weight = tensors[task.head.weight].to(self.device, torch.float32)
             bias = None if task.head.bias is None else tensors[task.head.bias].to(self.device, torch.float32)
             self.heads[task.name] = weight, bias
-        self._check_hidden_size(tasks)
 
-    def _check_hidden_size(self, tasks: Sequence[TaskRows]) -> None:
-        """Find the encoder's hidden size with one text of the first task, and compare the heads with it."""
+    def check_hidden_size(self, tasks: Sequence[HeadTask]) -> None:
+        """Find the encoder's hidden size with one question of the first task, and compare the heads with it."""
         row = tasks[0].scored[next(iter(tasks[0].scored))][0]
-        batch = self.batches(self.encode([row.text], where=f"task {tasks[0].name!r}"), size=1)[0]
-        with _eval_mode(self.model), torch.inference_mode():
-            output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        batch = self.batches(self.encode([row], where=f"task {tasks[0].name!r}"), size=1)[0]
+        with eval_mode(self.model), torch.inference_mode():
+            output = self.model(**batch.inputs)
         hidden = getattr(output, "last_hidden_state", None)
         if hidden is None:
             raise StudyFileError(
-                "classification needs an encoder whose output has last_hidden_state, "
-                f"got {type(self.model).__name__}; judge language models with lm_eval"
+                f"{self.noun} needs an encoder whose output has last_hidden_state, "
+                f"got {type(self.model).__name__}; {self.advice}"
             )
-        size = hidden.shape[-1]
+        self.n_positions, size = self.states(hidden).shape[1:]
         problems = [
             f"tasks.{t.name}.head: {t.head.path} has hidden size {t.head.hidden}, but the encoder's is {size}"
             for t in tasks
@@ -86,20 +73,58 @@ class EncoderHeads:
         if problems:
             raise StudyFileError(problems)
 
-    def encode(self, texts: Sequence[str], *, where: str) -> list[list[int]]:
-        """Token ids of each text, special tokens included, cut at `max_length`.
+    def states(self, hidden: Tensor) -> Tensor:
+        """The encoder's states as (n, positions, hidden)."""
+        return hidden
 
-        Args:
-            texts: The texts.
-            where: Their place, for the message.
+    def length(self, batch: Batch) -> int:
+        """The number of positions of a batch."""
+        return self.n_positions
+
+    @abstractmethod
+    def pooled(self, hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
+        """One vector per question from float32 states (n, positions, hidden). Shape (n, hidden)."""
+
+    def outputs(self, task: str, batch: Batch) -> Tensor:
+        """Pooling and head are computed in float32 whatever the model's dtype."""
+        weight, bias = self.heads[task]
+        with short_attention(self.length(batch), self.device):
+            output = self.model(**batch.inputs)
+        hidden = self.states(output.last_hidden_state.float())
+        return functional.linear(self.pooled(hidden, batch, self.pooling[task]), weight, bias)
+
+
+class TextHeads(Heads):
+    """Texts, as token ids, padded on the right.
+
+    Args:
+        model: Called with ``input_ids`` and ``attention_mask``.
+        tokenizer: A Hugging Face tokenizer.
+        tasks: The tasks whose heads are loaded.
+        max_length: Most tokens per text. It is lowered to what the tokenizer and the encoder allow.
+    """
+
+    noun = "classification"
+    advice = "judge language models with lm_eval"
+
+    def __init__(self, model: Any, tokenizer: Any, tasks: Sequence[HeadTask], *, max_length: int) -> None:
+        super().__init__(model, tasks)
+        self.tokenizer = tokenizer
+        positions = getattr(model.config, "max_position_embeddings", None) or max_length
+        self.max_length = min(max_length, tokenizer.model_max_length, positions)
+        self.check_hidden_size(tasks)
+
+    def encode(self, rows: Sequence[Any], *, where: str) -> list[list[int]]:
+        """Token ids of each text, special tokens included, cut at `max_length`.
 
         Raises:
             StudyFileError: A text has no token.
         """
+        texts = [row.text for row in rows]
         if not texts:
             return []
         out: list[list[int]] = self.tokenizer(
-            list(texts), truncation=True, max_length=self.max_length, return_attention_mask=False
+            texts, truncation=True, max_length=self.max_length, return_attention_mask=False
         )["input_ids"]
         empty = [text for text, ids in zip(texts, out, strict=True) if not ids]
         if empty:
@@ -108,87 +133,114 @@ class EncoderHeads:
             )
         return out
 
-    def batches(self, tokens: Sequence[Sequence[int]], *, size: int) -> list[Batch]:
-        """Batches of up to `size` texts of similar length. They depend on `tokens` and `size` alone."""
-        order = sorted(range(len(tokens)), key=lambda i: (len(tokens[i]), i))
-        return [self._pad(tokens, order[at : at + size]) for at in range(0, len(order), size)]
+    def batches(self, items: Sequence[Sequence[int]], *, size: int) -> list[Batch]:
+        """Batches of texts of similar length."""
+        order = sorted(range(len(items)), key=lambda i: (len(items[i]), i))
+        return [self._pad(items, order[at : at + size]) for at in range(0, len(order), size)]
 
-    def trim_batches(self, tokens: Sequence[Sequence[int]]) -> list[Batch]:
+    def trim_batches(self, items: Sequence[Sequence[int]]) -> list[Batch]:
         """All texts in up to three batches with the least padding; on a GPU in one, where one long pass is faster.
 
         A gradient through several passes is held until the last of them. That takes the memory of one more copy of the
         weights.
         """
         if self.device.type != "cpu":
-            return self.batches(tokens, size=max(1, len(tokens)))
-        order = sorted(range(len(tokens)), key=lambda i: (len(tokens[i]), i))
-        first, second = _cuts([len(tokens[i]) for i in order])
+            return super().trim_batches(items)
+        order = sorted(range(len(items)), key=lambda i: (len(items[i]), i))
+        first, second = _cuts([len(items[i]) for i in order])
         parts = (order[:first], order[first:second], order[second:])
-        return [self._pad(tokens, part) for part in parts if part]
+        return [self._pad(items, part) for part in parts if part]
 
-    def _pad(self, tokens: Sequence[Sequence[int]], rows: list[int]) -> Batch:
-        length = max(len(tokens[i]) for i in rows)
+    def _pad(self, items: Sequence[Sequence[int]], rows: list[int]) -> Batch:
+        length = max(len(items[i]) for i in rows)
         ids = np.full((len(rows), length), self.tokenizer.pad_token_id or 0, dtype=np.int64)
         mask = np.zeros((len(rows), length), dtype=np.int64)
         for at, i in enumerate(rows):
-            ids[at, : len(tokens[i])] = tokens[i]
-            mask[at, : len(tokens[i])] = 1
-        return Batch(rows, torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device))
+            ids[at, : len(items[i])] = items[i]
+            mask[at, : len(items[i])] = 1
+        arrays = {"input_ids": ids, "attention_mask": mask}
+        return Batch(rows, {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()})
 
-    def score(
-        self, task: str, batches: Sequence[Batch], *, on_asked: Callable[[int], None] | None = None
-    ) -> NDArray[np.float32]:
-        """Logits of all texts of `batches`, in the order in which they were batched, without a graph.
+    def length(self, batch: Batch) -> int:
+        return batch.inputs["input_ids"].shape[1]
 
-        Args:
-            task: The task whose head is used.
-            batches: As `batches` returns them.
-            on_asked: Called before each batch with its number of rows.
+    def pooled(self, hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
+        if pooling == "cls":
+            return hidden[:, 0]
+        mask = batch.inputs["attention_mask"].unsqueeze(-1)
+        return (hidden * mask).sum(1) / mask.sum(1)
 
-        Returns:
-            Shape (n, n_classes).
+
+class ImageHeads(Heads):
+    """Images of one size, called as ``pixel_values``.
+
+    Args:
+        model: A vision encoder of transformers. Its states are (n, positions, hidden), or (n, hidden, height, width).
+        tasks: The tasks whose heads are loaded.
+        mean, std: What is subtracted from the pixels of each channel, which lie in [0, 1], and what they are divided by
+            then.
+    """
+
+    noun = "image_classification"
+    advice = "judge texts with classification or lm_eval"
+
+    def __init__(self, model: Any, tasks: Sequence[HeadTask], *, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__(model, tasks)
+        self.dtype = next(model.parameters()).dtype
+        self.mean, self.std = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (mean, std))
+        self.check_hidden_size(tasks)
+
+    def encode(self, rows: Sequence[ImageRow], *, where: str) -> list[NDArray[np.float32]]:
+        """Pixels as float32 (channels, height, width), normalised.
 
         Raises:
-            NonFiniteError: NaN or infinity among the logits.
-            EvaluationError: The model failed otherwise. Out-of-memory errors pass.
+            StudyFileError: An image has another size or number of channels than the model takes.
         """
-        out = np.empty((sum(len(b.rows) for b in batches), len(self.heads[task][0])), dtype=np.float32)
-        with torch.inference_mode():
-            for batch in batches:
-                if on_asked is not None:
-                    on_asked(len(batch.rows))
-                out[batch.rows] = self.logits(task, batch).cpu().numpy()
-        return out
-
-    def logits(self, task: str, batch: Batch) -> Tensor:
-        """Logits of one batch in the order of ``batch.rows``, with a graph to the parameters that require gradients.
-
-        Pooling and head are computed in float32 whatever the model's dtype.
-
-        Returns:
-            Shape (n, n_classes), float32.
-
-        Raises:
-            NonFiniteError: As `score`.
-            EvaluationError: As `score`.
-        """
-        weight, bias = self.heads[task]
-        with _eval_mode(self.model), _failures(f"task {task!r}, batch of shape {tuple(batch.input_ids.shape)}"):
-            with short_attention(batch.input_ids.shape[1], self.device):
-                output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-            hidden = output.last_hidden_state.float()
-            if self.pooling[task] == "cls":
-                pooled = hidden[:, 0]
-            else:
-                mask = batch.attention_mask.unsqueeze(-1)
-                pooled = (hidden * mask).sum(1) / mask.sum(1)
-            logits = functional.linear(pooled, weight, bias)
-            n_bad = int((~torch.isfinite(logits.detach())).any(1).sum())
-        if n_bad:
-            raise NonFiniteError(
-                f"logits must be finite, got NaN or infinity for {n_bad} of {len(logits)} questions of task {task!r}"
+        size = getattr(self.model.config, "image_size", None)
+        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        wanted = (getattr(self.model.config, "num_channels", None), *sides)
+        if rows:  # what the encoder leaves open, the first image decides
+            wanted = tuple(n if w is None else w for w, n in zip(wanted, rows[0].image.shape, strict=True))
+        wrong = [r for r in rows if r.image.shape != wanted]
+        if wrong:
+            raise StudyFileError(
+                f"{where}: images must be {_by(wanted)} (channels x height x width) for this encoder, found "
+                f"{_by(wrong[0].image.shape)} in {wrong[0].where} and {len(wrong)} such in all; write them in that size"
             )
-        return logits
+        if lengths := {len(v) for v in (self.mean, self.std)} - {1, wanted[0]}:
+            raise StudyFileError(f"mean, std: must be one number or one per channel ({wanted[0]}), got {max(lengths)}")
+        return [(row.pixels() - self.mean) / self.std for row in rows]
+
+    def batches(self, items: Sequence[NDArray[np.float32]], *, size: int) -> list[Batch]:
+        """Batches in the order of the images."""
+        return [self._stack(items, range(at, min(at + size, len(items)))) for at in range(0, len(items), size)]
+
+    def _stack(self, items: Sequence[NDArray[np.float32]], rows: Sequence[int]) -> Batch:
+        pixels = torch.from_numpy(np.stack([items[i] for i in rows])).to(self.device, self.dtype)
+        return Batch(list(rows), {"pixel_values": pixels})
+
+    def states(self, hidden: Tensor) -> Tensor:
+        return hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden
+
+    def pooled(self, hidden: Tensor, batch: Batch, pooling: str) -> Tensor:
+        return hidden[:, 0] if pooling == "cls" else hidden.mean(1)
+
+
+def pixel_statistics(folder: str, *, at: str = "preprocessor_config.json") -> Mapping[str, Any]:
+    """Mean and standard deviation of a model's pixels from its folder; {} where it has none."""
+    path = Path(folder) / at
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StudyFileError(f"{path} is not JSON: {error}; set mean and std instead") from error
+    names = {"mean": "image_mean", "std": "image_std"}
+    return {name: data[key] for name, key in names.items() if isinstance(data.get(key), list)}
+
+
+def _by(shape: Sequence[int | None]) -> str:
+    return " x ".join("any" if n is None else str(n) for n in shape)
 
 
 def _cuts(lengths: Sequence[int]) -> tuple[int, int]:
@@ -199,27 +251,3 @@ def _cuts(lengths: Sequence[int]) -> tuple[int, int]:
     size = first * ascending[first] + (second - first) * ascending[second] + (n - second) * ascending[n]
     at, then = np.unravel_index(np.where(first <= second, size, size.max() + 1).argmin(), size.shape)
     return int(cuts[at]), int(cuts[then])
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside. Afterwards every module has the mode that it had."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _failures(where: str) -> Iterator[None]:
-    """Turn any failure of the model into an `EvaluationError`. Model code may raise any kind of exception."""
-    try:
-        yield
-    except (MergeSearchError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        raise EvaluationError(f"{where}: the encoder failed with {type(error).__name__}: {error}") from error

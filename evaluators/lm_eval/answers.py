@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +37,9 @@ class Answer:
         return SimpleNamespace(args=(self.context, self.text))
 
 
-def fit_requests(task: Any, doc: Any, options: LmEvalOptions, seed: int, lm: Any) -> list[Any]:
+def fit_requests(
+    task: Any, doc: Any, options: LmEvalOptions, seed: int, lm: Any, *, with_answer: bool = True
+) -> list[Any]:
     """lm-eval's requests of one document, by index.
 
     Args:
@@ -46,10 +48,11 @@ def fit_requests(task: Any, doc: Any, options: LmEvalOptions, seed: int, lm: Any
         options: The evaluator's options.
         seed: Draws the shots. `doc` itself is never one of them.
         lm: lm-eval's model, for a chat template.
+        with_answer: Whether the right answer of `doc` may be read. lm-eval reads it beside every prompt, without use.
     """
     chat = options.apply_chat_template
     template = lm.apply_chat_template if chat else None
-    with _shots_without(task, doc, seed):
+    with _shots_without(task, doc, seed), nullcontext() if with_answer else _answer_unread(task, doc):
         context = task.fewshot_context(
             doc,
             num_fewshot=task.config.num_fewshot or 0,
@@ -59,13 +62,13 @@ def fit_requests(task: Any, doc: Any, options: LmEvalOptions, seed: int, lm: Any
             chat_template=template,
             gen_prefix=task.doc_to_prefix(doc),
         )
-    made = task.construct_requests(
-        doc=doc,
-        ctx=context,
-        metadata=(task.config["task"], 0, task.config.repeats),
-        apply_chat_template=chat,
-        chat_template=template,
-    )
+        made = task.construct_requests(
+            doc=doc,
+            ctx=context,
+            metadata=(task.config["task"], 0, task.config.repeats),
+            apply_chat_template=chat,
+            chat_template=template,
+        )
     return made if isinstance(made, list) else [made]
 
 
@@ -80,6 +83,20 @@ def _shots_without(task: Any, doc: Any, seed: int) -> Iterator[None]:
 
     with sampling_shots(task, draw):
         yield
+
+
+@contextmanager
+def _answer_unread(task: Any, doc: Any) -> Iterator[None]:
+    """Give '' for the right answer of `doc`; shots keep theirs."""
+    own, read = vars(task).get("doc_to_target"), task.doc_to_target
+    task.doc_to_target = lambda d, *rest: "" if d is doc else read(d, *rest)
+    try:
+        yield
+    finally:
+        if own is None:
+            del task.doc_to_target
+        else:
+            task.doc_to_target = own
 
 
 def choices_of(task: Any, doc: Any, requests: list[Any]) -> list[Answer]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluators.isolation import isolated_generators
 from evaluators.lm_eval.answers import fit_requests
-from evaluators.lm_eval.fit_rows import FitRows, fit_source, losses_of
+from evaluators.lm_eval.fit_rows import FitRows, fit_source
 from evaluators.lm_eval.groups import Group, groups_of, score_group
 from evaluators.lm_eval.options import LmEvalOptions
 from evaluators.lm_eval.questions import TaskQuestions
@@ -295,9 +295,13 @@ class LmEval(Evaluator):
         """Questions that `cache_teacher` asks per row: one, or two if the answer is generated first."""
         return 2 if self._fit_rows(task).task.OUTPUT_TYPE == "generate_until" else 1
 
+    def generated_questions(self, task: str, kind: str) -> int:
+        """One question per row where the loss generates the model's own answer first."""
+        return int(kind == "entropy" and self._fit_rows(task).task.OUTPUT_TYPE == "generate_until")
+
     def losses(self, task: str) -> tuple[str, ...]:
-        """Kinds of `loss` that `task` has; they follow from its output type."""
-        return losses_of(self._fit_rows(task).task.OUTPUT_TYPE)
+        """Kinds of `loss` that `task` has; they follow from its output type and the source of its rows."""
+        return self._fit_rows(task).losses
 
     def loss(self, task: str, rows: Sequence[int], kind: str = "gold") -> Tensor:
         """Mean loss of the bound model on these rows, with a graph to the parameters that require gradients.
@@ -313,7 +317,9 @@ class LmEval(Evaluator):
                 ``kl``: mean over rows of KL(teacher || live) in nats, over the choices or, as a mean over the answer's
                 tokens, over the vocabulary (as SELF-PARAM distils, arXiv 2410.00487. Differs: from teacher to merge).
                 ``entropy``: entropy of the softmax over the choices' summed log-likelihoods, divided by log(n_choices),
-                in [0, 1] (AdaMerging, arXiv 2310.02575. Differs: over choices, not over the classes of a head).
+                in [0, 1] (AdaMerging, arXiv 2310.02575. Differs: over choices, not over the classes of a head). In
+                generation the mean over the first `losses.MOST_OWN_TOKENS` tokens of the answer that the model gives as
+                it is now, of the entropy of the next token divided by log(vocabulary); the answer has no gradient.
                 ``choice``: -log of the right choice's share in that softmax. Accuracy follows this loss.
 
         Returns:
@@ -325,6 +331,14 @@ class LmEval(Evaluator):
             InputError: Unknown kind, or a kind that the task does not have.
         """
         return self._losses().loss(self._fit_rows(task), rows, kind)
+
+    def answers(self, task: str, row: int) -> tuple[Tensor, Tensor] | None:
+        """The mean over tokens of -log p of every choice, and the softmax of its negatives over the choices (DF-Merge).
+
+        Returns:
+            Shape (choices,) each, the first with a graph. None unless the task is multiple choice.
+        """
+        return self._losses().answers(self._fit_rows(task), row)
 
     def _losses(self) -> LiveLoss:
         if self._loss is None:

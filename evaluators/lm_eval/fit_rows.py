@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 
 LOSSES = ("gold", "pseudo", "kl", "entropy", "choice")
 
-Source = Literal["train", "search", "none"]
-"""The source of a task's rows to fit on: its training split, the fit share of its questions, or none."""
+Source = Literal["train", "search", "test_inputs", "none"]
+"""The source of a task's rows to fit on: its training split, the fit share of its questions, the test questions without
+their right answers, or none."""
 
 N_HASHED = 50_000
 """Most rows of a training split that are hashed, which takes seconds. Of a larger split every k-th row is taken."""
@@ -53,10 +54,10 @@ class FitRow:
     doc: Any
 
 
-def fit_source(task: Any, option: Literal["auto", "train", "search"]) -> Source:
+def fit_source(task: Any, option: Literal["auto", "train", "search", "test_inputs"]) -> Source:
     """The source of a loaded task's rows to fit on under the option `fit`."""
-    if option == "search":
-        return "search"
+    if option in ("search", "test_inputs"):
+        return option
     if _own_training_split(task) is not None:
         return "train"
     return "search" if option == "auto" else "none"
@@ -65,11 +66,11 @@ def fit_source(task: Any, option: Literal["auto", "train", "search"]) -> Source:
 def losses_of(output_type: str) -> tuple[str, ...]:
     """Kinds of loss of tasks with an output type of lm-eval.
 
-    ``entropy`` and ``choice`` need choices. ``pseudo`` needs an answer of the model's own.
+    ``choice`` needs choices. ``pseudo`` and ``entropy`` need an answer of the model's own.
     """
-    without = () if output_type == "multiple_choice" else ("entropy", "choice")
+    without = () if output_type == "multiple_choice" else ("choice",)
     if output_type not in ("multiple_choice", "generate_until"):
-        without = (*without, "pseudo")
+        without = (*without, "pseudo", "entropy")
     return tuple(kind for kind in LOSSES if kind not in without)
 
 
@@ -86,7 +87,8 @@ class FitRows:
     """The rows to fit on of one task, read on first use.
 
     Rows come in the order of questions (by hash). They are disjoint from all scored questions, by document and also by
-    prompt and answer. Rows of a multiple-choice task without a right choice are left out.
+    prompt and answer. Rows of a multiple-choice task without a right choice are left out. With the source
+    ``test_inputs`` the rows are the test questions themselves, and their right answers are never read.
 
     Attributes:
         pseudo: Answers to learn by row, for the loss ``pseudo``.
@@ -108,6 +110,24 @@ class FitRows:
         self.teacher_outputs: dict[int, TeacherOutputs] = {}
         self._questions = questions.questions
         self._limit = limit
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the right answers may be read."""
+        return self.source != "test_inputs"
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Kinds of loss that the rows have. Without labels a task that scores a given text has none: the text is one.
+
+        Nor has a multiple-choice task whose choices stand in the prompt, since lm-eval keeps their common ending where
+        other tasks have the right answer.
+        """
+        kinds = losses_of(self.task.OUTPUT_TYPE)
+        if self.has_labels:
+            return kinds
+        answers = "pseudo" in kinds and not getattr(self.task, "multiple_input", 0)
+        return tuple(k for k in kinds if answers and k not in ("gold", "choice"))
 
     @cached_property
     def rows(self) -> list[FitRow]:
@@ -142,12 +162,14 @@ class FitRows:
         return [self.rows[i] for i in rows]
 
     def _where(self) -> str:
-        return "its training_split" if self.source == "train" else "the fit share of its questions"
+        wheres = {"train": "its training_split", "test_inputs": "the inputs of its test questions"}
+        return wheres.get(self.source, "the fit share of its questions")
 
     def _candidates(self) -> list[FitRow]:
         """The different documents in the order of questions."""
-        if self.source == "search":
-            return [FitRow(q.id, q.doc) for q in self._questions if q.split is Split.FIT]
+        if self.source in ("search", "test_inputs"):
+            split = Split.FIT if self.source == "search" else Split.TEST
+            return [FitRow(q.id, q.doc) for q in self._questions if q.split is split]
         docs = self.task.training_docs() if self.source == "train" else []
         by_id: dict[str, FitRow] = {}
         for i in range(0, len(docs), max(1, math.ceil(len(docs) / N_HASHED))):
@@ -158,8 +180,8 @@ class FitRows:
 
     def _read(self) -> list[FitRow]:
         candidates = self._candidates()
-        if not candidates:
-            return []
+        if not candidates or not self.has_labels:
+            return candidates[: self._limit]
         scored = [q for q in self._questions if q.split is not Split.FIT]
         ids, shown = {q.id for q in scored}, {self._shown(q.doc) for q in scored}
         kept: list[FitRow] = []

@@ -8,18 +8,21 @@ smaller ones, the backward pass can finish one tensor's gradient after the other
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch.nn import functional
 
 from evaluators.distillation import TOP, TeacherOutputs, divergence, join
 from evaluators.isolation import isolated_generators
 from evaluators.lm_eval._compat import rendering_with
 from evaluators.lm_eval.answers import Answer, choices_of, fit_requests, generated_answer, gold_answer
-from evaluators.lm_eval.fit_rows import LOSSES, FitRows, losses_of
+from evaluators.lm_eval.fit_rows import LOSSES, FitRows
 from evaluators.lm_eval.options import LmEvalOptions
 from evaluators.lm_eval.packed_scorer import obstacle
 from evaluators.lm_eval.packing import Layout, Piece, attention_mask, packed_layout, plain_layout
@@ -35,6 +38,9 @@ log = logging.getLogger(__name__)
 
 MIN_GAIN = 1.2
 """Smallest ratio of the tokens run without and with packing at which packing is used."""
+
+MOST_OWN_TOKENS = 32
+"""Most tokens of its own answer over which a model's entropy is averaged; no more are generated."""
 
 N_TEST = 8
 """Number of rows on which packing is compared once with plain rows."""
@@ -70,6 +76,8 @@ class LiveLoss:
         try:
             if kind == "kl":
                 value = self._divergence(fit, rows)
+            elif kind == "entropy" and fit.task.OUTPUT_TYPE == "generate_until":
+                value = self._entropy_of_own_answers(fit, rows)
             elif kind in ("entropy", "choice"):
                 value = self._by_choice(fit, rows, kind)
             else:
@@ -84,6 +92,17 @@ class LiveLoss:
                 "the merged weights are broken"
             )
         return value
+
+    def answers(self, fit: FitRows, row: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """See `LmEval.answers`."""
+        fit.select([row])
+        if fit.task.OUTPUT_TYPE != "multiple_choice":
+            return None
+        self._live.model.eval()
+        parts = self._parts(fit, [row], "choices")
+        lengths = [len(piece.targets) for piece in parts[0]]
+        losses = torch.stack([-p.mean() for p in self._log_probabilities(parts).split(lengths)])  # type: ignore[no-untyped-call]
+        return losses, (-losses.detach()).softmax(0)
 
     def predict(self, fit: FitRows, rows: Sequence[int]) -> list[Any]:
         """See `LmEval.predict`."""
@@ -140,6 +159,28 @@ class LiveLoss:
             return divergence(outputs, sums.log_softmax(-1)).mean().float()
         parts = self._parts(fit, rows, "kl")
         return self._mean_over(parts, divergence(outputs, self._log_probabilities(parts, whole=True)))
+
+    def _entropy_of_own_answers(self, fit: FitRows, rows: Sequence[int]) -> torch.Tensor:
+        """Mean over rows of the mean over the own answer's first tokens of H(next token) / log(vocabulary).
+
+        The answer is generated anew by the weights as they are now. It is a constant of the gradient.
+        """
+        with isolated_generators(derive_seed(self._seed, "predict")), quiet_lm_eval(), torch.no_grad():
+            requests = [self._short(self._rendered(fit, i)[0]) for i in rows]
+            texts = self._live.generate(requests)
+            parts = [
+                [_first_targets(piece) for piece in self._tokenised(fit, generated_answer(request, str(text)))]
+                for request, text in zip(requests, texts, strict=True)
+            ]
+        log_p = self._log_probabilities(parts, whole=True)
+        entropy = -(log_p.exp() * log_p).sum(-1) / math.log(log_p.shape[-1])
+        return self._mean_over(parts, entropy)
+
+    def _short(self, request: Any) -> Any:
+        """The request with an answer of at most `MOST_OWN_TOKENS` tokens."""
+        context, settings = request.args[:2]
+        most = normalize_gen_kwargs(settings, self._live.lm.max_gen_toks)["max_gen_toks"]
+        return replace(request, arguments=(context, {**settings, "max_gen_toks": min(most, MOST_OWN_TOKENS)}))
 
     def _mean(self, fit: FitRows, rows: Sequence[int], kind: str) -> torch.Tensor:
         """Mean over rows of the mean over the answer's tokens of -log p."""
@@ -241,7 +282,9 @@ class LiveLoss:
             stream = derive_seed(self._seed, "fit", fit.name, fit.rows[row].id)
             options = self._options.for_task(fit.name)
             with rendering_with(self._live.lm, options.template_args):
-                self._requests[key] = fit_requests(fit.task, fit.rows[row].doc, options, stream, self._live.lm)
+                self._requests[key] = fit_requests(
+                    fit.task, fit.rows[row].doc, options, stream, self._live.lm, with_answer=fit.has_labels
+                )
         return self._requests[key]
 
     def _parts(self, fit: FitRows, rows: Sequence[int], kind: str) -> list[list[Piece]]:
@@ -325,13 +368,24 @@ def _check_kind(fit: FitRows, kind: str) -> None:
     output = fit.task.OUTPUT_TYPE
     if kind not in (*LOSSES, "predict", "pseudo labels", "cache_teacher"):
         raise InputError(f"no loss is called {kind!r}{nearest(kind, LOSSES)}")
-    has = losses_of(output)
-    if kind in ("entropy", "choice") and kind not in has:
+    has = fit.losses
+    if kind in LOSSES and kind not in has and not fit.has_labels:
+        raise InputError(
+            f"task {fit.name!r} is fitted on its test questions, whose right answers are never read: it has no {kind} "
+            f"loss, only {', '.join(has) or 'none'}"
+        )
+    if kind == "choice" and kind not in has:
         raise InputError(f"the {kind} loss needs the choices of a multiple_choice task, {fit.name!r} is {output}")
-    if kind in ("predict", "pseudo", "pseudo labels") and "pseudo" not in has:
+    if kind in ("predict", "pseudo", "pseudo labels", "entropy") and "pseudo" not in has:
         raise InputError(
             f"{kind}: task {fit.name!r} is {output}, which scores a given text; the model gives no answer of its own"
         )
+
+
+def _first_targets(piece: Piece) -> Piece:
+    """The piece up to its first `MOST_OWN_TOKENS` targets."""
+    surplus = len(piece.targets) - MOST_OWN_TOKENS
+    return piece if surplus <= 0 else Piece(piece.tokens[:-surplus], piece.targets[:-surplus])
 
 
 def _n_targets(part: Sequence[Piece]) -> int:

@@ -98,7 +98,9 @@ class LmEvalOptions(_Prompting):
         tree_packing: Whether to score the choices of a question in one row where that gives the same numbers.
         fit: The source of the rows to fit on. ``train``: the task's own training split. ``search``: the fit share of
             the questions. ``auto``: the training split where the task has one, else the fit share. With a training
-            split the fit share is scored.
+            split the fit share is scored. ``test_inputs``: the test questions without their right answers, as in
+            test-time adaptation (AdaMerging): for losses without labels only, and the sealed test is then the score of
+            a model that has seen its inputs.
         fit_limit: Most rows of a task to fit on, chosen by hash.
         confirm_run_unsafe_code: Whether tasks may execute code that the model wrote.
     """
@@ -116,7 +118,7 @@ class LmEvalOptions(_Prompting):
     max_length: Annotated[int, Field(ge=2, strict=True)] | None = None
     softmax_dtype: Literal["float32"] | None = None
     tree_packing: bool = True
-    fit: Literal["auto", "train", "search"] = "auto"
+    fit: Literal["auto", "train", "search", "test_inputs"] = "auto"
     fit_limit: Annotated[int, Field(ge=1, strict=True)] = 4000
     confirm_run_unsafe_code: bool = False
 

@@ -7,8 +7,10 @@ from merge_search.engine.methods.assess import options_problems
 from merge_search.engine.methods.operators import operator_problems
 from merge_search.engine.resident.coefficient_maps import rows_of
 from merge_search.errors import RecipeError
+from merge_search.presets import pairs_refusal
 from merge_search.recipe import Assess, Group, Recipe
 from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, in_use, option_problems
+from merge_search.rules.measures import anchors_of
 
 __all__ = ["problems"]
 
@@ -92,6 +94,12 @@ def _operator(recipe: Recipe, tensors: Tensors) -> list[str]:
     operator = recipe.operator
     assert operator is not None
     out = operator_problems(operator, OPERATORS, "operator", len(recipe.models.experts))
+    if operator.name in OPERATORS and OPERATORS[operator.name].needs_factors:
+        out += [
+            pairs_refusal(f"operator: {operator.name!r}", expert, why)
+            for expert in recipe.models.experts
+            if expert in tensors.models.experts and (why := tensors.factors_problem(expert))
+        ]
     kinds = OPERATORS[operator.name].statistics if operator.name in OPERATORS else ()
     asked = {(kind, expert) for kind in kinds for expert in recipe.models.experts}
     return out + _missing(f"operator: {operator.name!r}", asked, tensors)
@@ -180,7 +188,9 @@ def _asked(assess: Assess, recipe: Recipe, tensors: Tensors) -> set[tuple[str, s
     if recipe.allocate.kind != "constant":
         return set()
     groups = tensors.groups.values()
-    return {(f"{kind}@{recipe.coefficient(e, g)!r}", e) for kind in kinds for e in experts for g in groups}
+    step = float(measure.completed(assess.options).get("anchors", 0.0))
+    at = {(c, e) for e in experts for g in groups for c, _ in anchors_of(recipe.coefficient(e, g), step)}
+    return {(f"{kind}@{c!r}", e) for kind in kinds for c, e in at}
 
 
 def _missing(who: str, asked: set[tuple[str, str]], tensors: Tensors) -> list[str]:

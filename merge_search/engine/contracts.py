@@ -23,6 +23,7 @@ from merge_search.rules import SELECTIONS
 
 __all__ = [
     "SHORT_RANKS",
+    "Factors",
     "Given",
     "Numbers",
     "Pass",
@@ -42,6 +43,30 @@ Numbers = dict[str, list[float] | list[int]]
 
 Given = dict[str, list[Tensor]]
 """Flat tensors, as long as the weights, that a pass reads beside the weights."""
+
+
+class Factors(NamedTuple):
+    """A delta of low rank as a LoRA pair: b @ a, or its transpose.
+
+    Attributes:
+        b: float32, shape (out, r), the adapter's scale included.
+        a: float32, shape (r, in).
+        transpose: The tensor is stored (in, out): Conv1D, embeddings.
+    """
+
+    b: Tensor
+    a: Tensor
+    transpose: bool = False
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[0]
+
+    def delta(self) -> Tensor:
+        """The product, in the tensor's shape: float32."""
+        product = self.b @ self.a
+        return product.T if self.transpose else product
 
 
 class Tensors(ABC):
@@ -89,6 +114,14 @@ class Tensors(ABC):
     def statistic_problem(self, kind: str, expert: str) -> str:
         """Why a statistic cannot be had, '' if no reason is known, as by default. Reads no weights."""
         return ""
+
+    def factors(self, expert: str, name: str) -> Factors | None:
+        """The LoRA pair whose product is all that an expert changes of a tensor; None where there is no such pair."""
+        return None
+
+    def factors_problem(self, expert: str) -> str:
+        """Why an expert's matrices have no `factors`, '' if they have. Reads no weights. By default none has."""
+        return "its tensors are given whole"
 
     def is_transposed(self, name: str) -> bool:
         """Whether a matrix is stored (in, out), as transformers' Conv1D keeps it. By default none is."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from merge_search.engine import check
-from merge_search.engine.contracts import Pass, Tensors, output_dtype, statistic_of
+from merge_search.engine.contracts import Factors, Pass, Tensors, output_dtype, statistic_of
+from merge_search.engine.execute.pairs import joined, pair_problems, weights_of
 from merge_search.engine.execute.parts import pass_parts, unit_recipe
 from merge_search.engine.execute.runner import Runner, has_compiler
 from merge_search.engine.methods.operators import (
@@ -21,6 +22,7 @@ from merge_search.engine.methods.operators import (
     OperatorContext,
     completed_options,
     load_operator,
+    load_pairs,
     require_known,
 )
 from merge_search.engine.methods.outside import on_tensor
@@ -306,6 +308,38 @@ class MergeEngine:
         with on_tensor(name):
             return p.experts, pass_parts(p, *self._measurements.flats(name, p.experts), self.tensors.device)
 
+    @torch.no_grad()
+    def pair(self, recipe: Recipe, name: str) -> Factors | None:
+        """What the merge of LoRA adapters adds to a tensor, as one LoRA pair: base + b @ a within float32 rounding.
+
+        Returns:
+            None where nothing is added. The rank is at most the sum of the experts' ranks.
+        Raises:
+            RecipeError: The merge is no sum of pairs (`pairs.pair_problems`), or an expert's change is no pair.
+        """
+        if problems := pair_problems(recipe):
+            raise RecipeError(problems, where=f"recipe {recipe.preset!r}" if recipe.preset else "recipe")
+        active = self._measurements.active(name, tuple(recipe.models.experts))
+        own = {e: self.tensors.factors(e, name) for e in active}
+        if whole := [e for e, f in own.items() if f is None]:
+            raise RecipeError(f"tensor {name!r} is changed by expert {whole[0]!r}, but not by a pair of factors")
+        if not active:
+            return None
+        if recipe.operator is not None:
+            info = require_known(recipe.operator, OPERATORS, "operator", len(recipe.models.experts))
+            context = self._with_options(
+                self._context(recipe, name), recipe.operator, completed_options(recipe.operator, info)
+            )
+            parts = load_pairs(info)(context)
+            assert parts is not None
+            own = dict(zip(context.experts, parts, strict=True))
+            weights = dict(zip(context.experts, (c * context.scale for c in context.coefficients), strict=True))
+        else:
+            p = self._planner.plan(recipe, name)
+            assert p is not None
+            weights = dict(zip(p.experts, weights_of(p), strict=True))
+        return joined((weights[e], rows_of(self.tensors, recipe, e, name), f) for e, f in own.items() if f is not None)
+
     def _fallback(self, recipe: Recipe, name: str) -> Pass | None:
         """Mean of lambda_i tau_i over the active experts: for tensors with axes an operator does not handle."""
         plain = Recipe(
@@ -333,6 +367,8 @@ class MergeEngine:
             options={},
             scale=settings.scale,
             transposed=self.tensors.is_transposed(name),
+            densities=tuple(dict(zip(settings.experts, settings.densities, strict=True))[e] for e in experts),
+            factors=lambda expert: self.tensors.factors(expert, name),
             stored=lambda expert: self.tensors.expert(expert, name),
             statistic=lambda kind, expert: statistic_of(self.tensors, kind, expert, name),
             siblings=lambda: self._siblings(name, experts),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import optuna
 
 from merge_search.objective import Objective
-from merge_search.report.recipe_card import how_to_load, recipe_sources
+from merge_search.report.recipe_card import front_matter, how_to_load, recipe_sources, reproduce
 from merge_search.report.table import sealed_table, summary_table
 from merge_search.search.budget import questions_asked
 from merge_search.search.records import Record, finished_records
@@ -13,8 +13,12 @@ from merge_search.search.records import Record, finished_records
 __all__ = ["card"]
 
 
-def card(study: optuna.Study, objective: Objective, record: Record, experts: tuple[str, ...]) -> str:
-    """README.md of an exported trial: what it is made of, how it was chosen and what it scored."""
+def card(study: optuna.Study, objective: Objective, record: Record, experts: tuple[str, ...], adapter: str = "") -> str:
+    """README.md of an exported trial: what it is made of, how it was chosen and what it scored.
+
+    Args:
+        adapter: What a LoRA adapter made of it is; '' for whole weights.
+    """
     recipe = record.recipe
     done = finished_records(study)
     failed = sum(not r.is_scored for r in done)
@@ -23,10 +27,7 @@ def card(study: optuna.Study, objective: Objective, record: Record, experts: tup
     note = "" if validated else f"\nTrial {record.number} itself was not scored on the validation questions.\n"
     made_by = recipe.preset or "a custom recipe"
     sealed = _sealed(study, objective, record, experts)
-    return f"""---
-library_name: transformers
-tags: [merge, merge-search]
----
+    return f"""{front_matter(recipe, adapter)}
 
 # {study.study_name}: {record.name}
 
@@ -42,8 +43,8 @@ Search: {len(done)} trials, {failed} of them failed, {questions_asked(study)} qu
 
 ## Reproduce
 
-`recipe.json` holds the whole recipe: `merge-search merge recipe.json OUT` gives these weights, bit for bit.
-sha256 of the weights: `{record.weights_sha256}`
+{reproduce(adapter)}
+sha256 of the {"whole " if adapter else ""}weights: `{record.weights_sha256}`
 {how_to_load(recipe)}"""
 
 

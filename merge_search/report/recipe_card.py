@@ -5,22 +5,42 @@ from __future__ import annotations
 from merge_search.recipe import Recipe
 from merge_search.rules import TRANSFORMS
 
-__all__ = ["how_to_load", "recipe_card", "recipe_sources"]
+__all__ = ["front_matter", "how_to_load", "recipe_card", "recipe_sources", "reproduce"]
 
 
-def recipe_card(recipe: Recipe) -> str:
-    """README.md of a model made from a recipe alone, whose scores are not known."""
-    return f"""---
-library_name: transformers
-tags: [merge, merge-search]
----
+def recipe_card(recipe: Recipe, adapter: str = "") -> str:
+    """README.md of a model made from a recipe alone, whose scores are not known.
+
+    Args:
+        recipe: The recipe.
+        adapter: What a LoRA adapter made of it is; '' for whole weights.
+    """
+    return f"""{front_matter(recipe, adapter)}
 
 # A merge by {recipe.preset or "a custom recipe"}
 
 {recipe_sources(recipe)}
 
-`recipe.json` holds the whole recipe: `merge-search merge recipe.json OUT` gives these weights, bit for bit.
+{reproduce(adapter)}
 {how_to_load(recipe)}"""
+
+
+def front_matter(recipe: Recipe, adapter: str = "") -> str:
+    """The head of README.md, which the hub reads."""
+    library = f"base_model: {recipe.models.base}\nlibrary_name: peft" if adapter else "library_name: transformers"
+    return f"---\n{library}\ntags: [merge, merge-search{', lora' if adapter else ''}]\n---"
+
+
+def reproduce(adapter: str = "") -> str:
+    """What `recipe.json` gives again."""
+    if adapter:
+        return (
+            f"{adapter}\n\n`recipe.json` holds the whole recipe: `merge-search merge recipe.json OUT --adapter` gives "
+            "this adapter again, and without `--adapter` the whole weights."
+        )
+    return (
+        "`recipe.json` holds the whole recipe: `merge-search merge recipe.json OUT` gives these weights, bit for bit."
+    )
 
 
 def recipe_sources(recipe: Recipe) -> str:

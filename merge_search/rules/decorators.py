@@ -173,6 +173,8 @@ def operator(
     experts: tuple[int, int | None] = (1, None),
     exact: bool = False,
     statistics: tuple[str, ...] = (),
+    needs_factors: bool = False,
+    uses_density: bool = False,
     paper: str = "-",
     scales: tuple[float, ...] = (1.0,),
 ) -> Callable[[F], F]:
@@ -189,12 +191,14 @@ def operator(
         experts: Smallest and largest number of experts; None for no bound.
         exact: It must run even where no expert changed the tensor.
         statistics: Kinds of statistics that it reads through ``context.statistic``.
+        needs_factors: It reads LoRA pairs through ``context.factors``, so every expert must be an adapter.
+        uses_density: It reads ``context.densities``.
         paper: Where it was published.
         scales: Values of the recipe's scale that are usually tried.
     """
     return _whole(OPERATORS, name, summary, ("context",), decomposing=decomposing, ndim=tuple(ndim),
-                  experts=tuple(experts), exact=exact, statistics=tuple(statistics), paper=paper,
-                  scales=tuple(scales))  # fmt: skip
+                  experts=tuple(experts), exact=exact, statistics=tuple(statistics), needs_factors=needs_factors,
+                  uses_density=uses_density, paper=paper, scales=tuple(scales))  # fmt: skip
 
 
 def post(name: str = "", *, summary: str = "", ndim: tuple[int, ...] = (), paper: str = "-") -> Callable[[F], F]:

@@ -4,6 +4,7 @@ formulas.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from merge_search.rules.option_table import MEASURE_OPTIONS
 from merge_search.rules.table import Rule, RuleTable, Scalar, option_problems
 
-__all__ = ["MEASURES", "Measure", "measure_problems"]
+__all__ = ["MEASURES", "Measure", "anchors_of", "measure_problems"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,20 @@ class Measure(Rule):
         return not (self.per_tensor or self.is_constant or self.after_mask)
 
 
+def anchors_of(coefficient: float, step: float) -> tuple[tuple[float, float], ...]:
+    """The multiples of `step` beside a coefficient, with weights that sum to one; the coefficient itself for step 0.
+
+    >>> anchors_of(0.6, 0.5), anchors_of(0.5, 0.5), anchors_of(0.6, 0)
+    (((0.5, 0.8), (1.0, 0.2)), ((0.5, 1.0),), ((0.6, 1.0),))
+    """
+    if not step:
+        return ((coefficient, 1.0),)
+    below = math.floor(coefficient / step)
+    above = round(coefficient / step - below, 9)
+    ends = ((below * step, round(1.0 - above, 9)), ((below + 1) * step, above))
+    return tuple((at, weight) for at, weight in ends if weight > 0)
+
+
 _HERE = "merge_search.engine.methods.assess"
 
 
@@ -113,10 +128,10 @@ MEASURES: RuleTable[Measure] = RuleTable("measure", (
     ),
     _m("random", "counter-based uniform numbers: a control", is_random=True, reads_weights=False, bounded=True),
     _m(
-        "fisher", "diagonal Fisher information", needs_data=True, statistics=("fisher",),
+        "fisher", "diagonal Fisher information", needs_data=True, statistics=("{kind}",),
         reads_weights=False, added="floor", at_coefficients=("at", "scaled"),
-        options={"power": 1.0, "floor": 1e-6, "normalise": False, "at": "expert"},
-        choices={"at": ("expert", "scaled")},
+        options={"power": 1.0, "floor": 1e-6, "normalise": False, "at": "expert", "kind": "fisher", "anchors": 0.0},
+        choices={"at": ("expert", "scaled"), "kind": ("fisher", "true_fisher")},
     ),
     _m("gradient_product", "|gradient x delta| per parameter", needs_data=True, statistics=("gradient",)),
     _m(

@@ -27,6 +27,9 @@ class OperatorInfo(Rule):
         decomposing: It returns one processed delta per expert.
         scales: Values of the recipe's scale that are usually tried, the published one first.
         statistics: Kinds of statistics it needs from data.
+        needs_factors: It reads LoRA pairs, so every expert must be an adapter.
+        uses_density: Densities decide.
+        pairs: "module:function" that gives the processed deltas as LoRA pairs, so that the merge is an adapter.
     """
 
     ndim: tuple[int, ...] = ()
@@ -36,6 +39,9 @@ class OperatorInfo(Rule):
     decomposing: bool = False
     scales: tuple[float, ...] = (1.0,)
     statistics: tuple[str, ...] = ()
+    needs_factors: bool = False
+    uses_density: bool = False
+    pairs: str = ""
 
 
 _HERE = "merge_search.engine.methods.operators"
@@ -116,6 +122,22 @@ OPERATORS: RuleTable[OperatorInfo] = RuleTable("operator", (
             "embeddings": True,
         },
         choices={"solver": ("adam", "closed"), "norm": ("squared", "plain")},
+    ),
+    _entry(
+        "copa", "parts", "LoRA pairs pruned, rescaled and balanced between experts, then multiplied as sums",
+        "RobustMerge (CoPA-Merging), Zeng et al. 2025, arXiv 2502.17159",
+        ndim=(2,), needs_factors=True, uses_density=True, pairs=f"{_HERE}.copa:pairs",
+        options={
+            "strength": 2.0, "prune": "both", "rescale": True, "clip": 0.0, "normalise": True, "cross": True,
+            "gauge": "stored",
+        },
+        choices={"prune": ("both", "a", "b"), "gauge": ("stored", "balanced", "svd")},
+    ),
+    _entry(
+        "core", "parts", "a spectral operator on the small cores of LoRA pairs", "Core Space, 2025, arXiv 2509.17786",
+        ndim=(2,), scales=_SCALES, needs_factors=True, pairs=f"{_HERE}.core:pairs",
+        options={"rule": "tsv_m", "rank_share": 1.0, "power": 0.0, "common": 0.8},
+        choices={"rule": ("tsv_m", "iso_c", "iso_cts")},
     ),
 ))  # fmt: skip
 """Operators by the name that recipes use."""

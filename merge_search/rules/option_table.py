@@ -50,6 +50,8 @@ MEASURE_OPTIONS: About = {
         "floor": _O("added to the Fisher information", RELEASE, (0.0, 1.0), (1e-12, 1e-3), log=True),
         "normalise": _O("divide by the norm over the tensor", RELEASE),
         "at": _O("measured at the expert, or at the base plus its scaled delta", PAPER),
+        "kind": _O("of the right answers, or of all answers by their probability (the true one)", PAPER),
+        "anchors": _O("distance of the coefficients it is interpolated between; 0: none", OURS, (0.0, 2.0), (0.0, 0.5)),
     },
     "apl": {
         "normalise": _O("divide by the norms of gradient and delta", OURS),
@@ -121,6 +123,21 @@ OPERATOR_OPTIONS: About = {
         "ridge": _O("pull of the closed solution to the sum", OURS, (0.0, 100.0), (1e-4, 1.0), log=True),
         "norm": _O("divide by the norm of a delta or by its square", RELEASE),
         "embeddings": _EMBEDDINGS,
+    },
+    "copa": {
+        "strength": _O("factor of the product", PAPER, (0.0, 100.0), (0.5, 4.0)),
+        "prune": _O("the factors that lose their small entries", OURS),
+        "rescale": _O("make up for what A lost, rank by rank", PAPER),
+        "clip": _O("the scales below this quantile are raised to it", RELEASE, (0.0, 0.99), (0.0, 0.9)),
+        "normalise": _O("divide the scales by their sum over the experts", PAPER),
+        "cross": _O("multiply by the sum of all A, or by each expert's own", OURS),
+        "gauge": _O("the pair that stands for a product", OURS),
+    },
+    "core": {
+        "rule": _O("what merges the cores", PAPER),
+        "rank_share": _O("kept ranks x number of experts / width of the core", PAPER, (1e-3, 100.0), (0.1, 1.5)),
+        "power": _O("exponent of the singular values (iso_c); 0: all equal", OURS, (0.0, 2.0), (0.0, 1.0)),
+        "common": _O("share of the directions that are common (iso_cts)", PAPER, (0.0, 1.0)),
     },
 }  # fmt: skip
 

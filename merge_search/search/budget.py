@@ -15,10 +15,21 @@ from merge_search.outcome import Outcome
 from merge_search.search.records import stored_references
 from merge_search.study_file import Search
 
-__all__ = ["ASKED_IN_VAIN", "Budget", "affordable_steps", "questions_asked", "questions_of_a_trial", "seconds_spent"]
+__all__ = [
+    "ASKED_IN_VAIN",
+    "START_SCORE",
+    "Budget",
+    "affordable_steps",
+    "questions_asked",
+    "questions_of_a_trial",
+    "seconds_spent",
+]
 
 ASKED_IN_VAIN = "asked_in_vain"
 """Study attribute: questions asked of the base or an expert in evaluations that never completed. Absent if zero."""
+
+START_SCORE = "start_score"
+"""Study attribute: scores of the space's first uniform recipe, where they decided where the first fits begin."""
 
 
 class Budget:
@@ -78,7 +89,7 @@ def questions_asked(study: optuna.Study) -> int:
     references = stored_references(study)
     trials = [t.user_attrs for t in study.get_trials(deepcopy=False) if t.user_attrs.get("label") not in references]
     asked = sum(int(attributes.get("cost", (0, 0, 0))[2]) for attributes in trials)
-    asked += sum(int(data["evaluation"]["cost"][2]) for data in references.values())
+    asked += sum(int(data["evaluation"]["cost"][2]) for data in [*references.values(), *_start_scores(study)])
     return asked + int(study.user_attrs.get(ASKED_IN_VAIN, 0))
 
 
@@ -94,8 +105,14 @@ def seconds_spent(study: optuna.Study) -> float:
     that it had charged itself before.
     """
     trials = [_seconds(t) for t in study.get_trials(deepcopy=False)]
-    costs = [data["evaluation"]["cost"] for data in stored_references(study).values()]
+    costs = [data["evaluation"]["cost"] for data in [*stored_references(study).values(), *_start_scores(study)]]
     return sum(trials) + sum(float(merge_s + evaluate_s) for merge_s, evaluate_s, _ in costs)
+
+
+def _start_scores(study: optuna.Study) -> list[Mapping[str, Any]]:
+    """What is stored under `START_SCORE`, if anything is."""
+    stored = study.user_attrs.get(START_SCORE)
+    return [] if stored is None else [stored]
 
 
 def _seconds(trial: FrozenTrial) -> float:

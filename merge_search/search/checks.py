@@ -92,7 +92,7 @@ def late_baseline_notes(late: Sequence[str], n_finished: int, n_trials: int) -> 
     ]
 
 
-def question_notes(budget: int | None, n_baselines: int, per_trial: int, per_step: int) -> list[str]:
+def question_notes(budget: int | None, n_baselines: int, per_trial: int, per_step: int, *, fits: int = 0) -> list[str]:
     """A sentence if the budget in questions does not pay for a trial after the baselines.
 
     Args:
@@ -100,15 +100,17 @@ def question_notes(budget: int | None, n_baselines: int, per_trial: int, per_ste
         n_baselines: Number of baselines, which come first.
         per_trial: Questions that scoring one trial asks.
         per_step: Questions of one step of the first fit; 0 without a learner.
+        fits: Questions that the baselines' own fits ask.
     """
-    first = n_baselines * per_trial
+    first = n_baselines * per_trial + fits
     needs = first + per_trial + per_step
     if budget is None or budget >= needs:
         return []
     fit = f" and {per_step} for one step of its fit" if per_step else ""
+    fitted = f" and {fits} for their fits" if fits else ""
     return [
-        f"search.questions is {budget}, and {n_baselines} baselines come first, which ask {per_trial} each, {first} "
-        f"together: that does not pay for a trial of the search, {per_trial} more{fit}. At least {needs} would"
+        f"search.questions is {budget}, and {n_baselines} baselines come first, which ask {per_trial} each{fitted}, "
+        f"{first} together: that does not pay for a trial of the search, {per_trial} more{fit}. At least {needs} would"
     ]
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from merge_search.evaluation import Evaluator, MetricInfo
 from merge_search.objective import Objective
 from merge_search.rules import RuleFile
 from merge_search.space import SearchSpace, SpaceContext
-from merge_search.study_file import StatisticsSection, StudyFile
+from merge_search.study_file import BaselineFit, StatisticsSection, StudyFile
 
-__all__ = ["N_ROWS", "Plan"]
+__all__ = ["N_ROWS", "Baseline", "Plan"]
 
 N_ROWS = StatisticsSection().n_rows
 """The default number of rows for statistics. An identity leaves it out, so that studies stored before the setting
@@ -21,6 +21,25 @@ existed keep their identity."""
 
 _FORMER = (("groups", "each"),)
 """Options of evaluators whose value is what versions before the option did. An identity leaves them out."""
+
+
+class Baseline(NamedTuple):
+    """A preset that a study tries first.
+
+    Attributes:
+        name: The preset.
+        options: As the study file has them.
+        fit: How its coefficients are fitted; None: they are published numbers.
+    """
+
+    name: str
+    options: Mapping[str, Any] = {}
+    fit: BaselineFit | None = None
+
+    @property
+    def label(self) -> str:
+        """The name with the options, by which a study knows it."""
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.options.items())})" if self.options else self.name
 
 
 @dataclass(frozen=True)
@@ -34,7 +53,7 @@ class Plan:
         evaluators: In the order of the study file.
         metrics: Metrics of all evaluators, in order.
         objective: What is maximised or minimised, and the constraints.
-        baselines: Names of presets tried before the search.
+        baselines: Presets tried before the search.
         rules: Rule files in use.
     """
 
@@ -44,7 +63,7 @@ class Plan:
     evaluators: list[Evaluator]
     metrics: list[MetricInfo]
     objective: Objective
-    baselines: list[str]
+    baselines: list[Baseline]
     rules: tuple[RuleFile, ...] = ()
 
     def resuming(self, stored: Mapping[str, Any] | None) -> Plan:

@@ -10,21 +10,29 @@ from itertools import product
 from typing import TypeVar
 
 from merge_search import catalogue
-from merge_search.engine.checkpoints.compatibility import misfits, unusable_models
+from merge_search.engine.checkpoints.compatibility import misfits, unusable_models, without_factors
 from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_model
 from merge_search.engine.checkpoints.layout import layout, name_groups
 from merge_search.engine.transforms.sources import Sources
 from merge_search.engine.transforms.store import preview
 from merge_search.errors import InputError, MergeSearchError, RuleError, StudyFileError, WeightsError, nearest
-from merge_search.evaluation import ChecksModels, ChecksPrompts, Differentiable, Evaluator, MetricInfo, SplitShares
+from merge_search.evaluation import (
+    ChecksModels,
+    ChecksPrompts,
+    ComparesWithExperts,
+    Differentiable,
+    Evaluator,
+    MetricInfo,
+    SplitShares,
+)
 from merge_search.objective import Objective
-from merge_search.presets import PRESETS
+from merge_search.presets import PRESETS, pairs_refusal
 from merge_search.recipe import Group, Models, Transform
 from merge_search.rules import TRANSFORMS, RuleFile, use_rule_files
 from merge_search.search.checks import search_problems
-from merge_search.search.plan import Plan
+from merge_search.search.plan import Baseline, Plan
 from merge_search.search.samplers import SAMPLERS, check_sampler
-from merge_search.search.start.baselines import ALWAYS
+from merge_search.search.start.baselines import ALWAYS, read_baselines
 from merge_search.search.start.earlier_studies import earlier_problems
 from merge_search.search.start.learned_space import LearnedSpace
 from merge_search.space import SearchSpace, SpaceContext
@@ -71,7 +79,13 @@ def _context(file: StudyFile, problems: _Problems) -> SpaceContext | None:
         return None
     groups = tuple(layout(info).values())
     after = partial(_groups_after, Sources(models), groups) if not problems.sentences else None
-    return SpaceContext(models, groups, seed=file.study.seed, dtype=file.models.dtype, groups_after=after)
+    if "transform" in file.space.options:
+        whole = dict.fromkeys(models.experts, "space.transform makes whole models of all experts")
+    else:
+        whole = {} if problems.sentences else without_factors(models.base, models.experts)
+    return SpaceContext(
+        models, groups, seed=file.study.seed, dtype=file.models.dtype, groups_after=after, without_factors=whole
+    )
 
 
 def _misfit_problems(models: Models) -> list[str]:
@@ -147,6 +161,13 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     space = problems.attempt(partial(_space, file, context)) if context is not None else None
     built = [problems.attempt(partial(_evaluator, file, i)) for i in range(len(file.evaluate))]
     evaluators = [e for e in built if e is not None]
+    problems.sentences += [
+        f"evaluate: {name!r} must be an expert under models.experts{nearest(name, file.models.experts)}"
+        for e in evaluators
+        if isinstance(e, ComparesWithExperts)
+        for name in e.compared_experts()
+        if name not in file.models.experts
+    ]
     if context is not None and space is not None:
         context = _check_transforms(file, space, context, evaluators, problems)
     if context is not None and not problems.sentences:
@@ -164,12 +185,21 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
             space = LearnedSpace(space, learner, n_rows=min(_fit_rows(evaluators).values()))
         problems.sentences += search_problems(file.search, space.parameters, objective)
     problems.attempt(lambda: _check_sampler(file, 1 if objective is None else len(objective.names)))
-    names = _baseline_names(file, problems)
+    named = _baselines(file, problems)
+    if context is not None:
+        problems.sentences += [
+            pairs_refusal(f"search.baselines: {b.label!r}", expert, why)
+            for b in (named if file.search.baselines else ())
+            if PRESETS[b.name].needs_factors
+            for expert, why in context.without_factors.items()
+        ]
     problems.sentences += [
         f"models.experts: {name!r} is the name of a baseline that is tried, too; give the expert another name"
         for name in file.models.experts
-        if name in {*ALWAYS, *names}
+        if name in {*ALWAYS, *(b.label for b in named)}
     ]
+    if len(evaluators) == len(built):
+        problems.sentences += [text for b in named if b.fit for text in _loss_problems(b, evaluators)]
     if look_for_earlier:
         problems.sentences += earlier_problems(file)
     if problems.sentences:
@@ -177,7 +207,7 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     assert context is not None
     assert space is not None
     assert objective is not None
-    return Plan(file, context, space, evaluators, metrics, objective, names, tuple(rules or ()))
+    return Plan(file, context, space, evaluators, metrics, objective, named, tuple(rules or ()))
 
 
 def _rules(file: StudyFile) -> list[RuleFile]:
@@ -228,16 +258,35 @@ def _learner_problems(learner: Learner, evaluators: list[Evaluator], search_shar
     if not rows:
         return ["search.learner: no evaluator of this study has a differentiable loss; leave the learner out"]
     able = [e for e in evaluators if isinstance(e, Differentiable)]
+    lacking = _lacking("search.learner.loss", learner.loss, able)
+    return [*lacking, *_few_rows(learner.batch_rows, rows, able, search_share)]
+
+
+def _lacking(at: str, losses: Sequence[str], evaluators: Sequence[Differentiable]) -> list[str]:
+    """A sentence for each task that lacks one of the losses."""
     # Block outputs are compared on the experts' answers, so a task needs the loss on these.
-    wanted = [(kind, "pseudo" if kind == "block_output" else kind) for kind in learner.loss]
-    lacking = [
-        f"search.learner.loss: task {task!r} has no loss {named!r}; it has {', '.join(e.losses(task))}"
-        for e in able
+    wanted = [(kind, "pseudo" if kind == "block_output" else kind) for kind in losses]
+    return [
+        f"{at}: task {task!r} has no loss {named!r}; it has {', '.join(e.losses(task))}"
+        for e in evaluators
         for task in e.fit_tasks()
         for named, kind in wanted
         if kind not in e.losses(task)
     ]
-    return [*lacking, *_few_rows(learner.batch_rows, rows, able, search_share)]
+
+
+def _loss_problems(baseline: Baseline, evaluators: list[Evaluator]) -> list[str]:
+    """Problems of a baseline whose coefficients are fitted: tasks without the loss or without rows."""
+    assert baseline.fit is not None
+    at, rows = f"search.baselines: {baseline.label!r} is fitted", _fit_rows(evaluators)
+    if not rows:
+        return [f"{at}, and no evaluator of this study has a differentiable loss; leave it out"]
+    empty = [
+        f"{at}, and task {task!r} has no rows to fit on; give it a training split of its own, or set splits.fit"
+        for task, n in rows.items()
+        if not n
+    ]
+    return empty + _lacking(at, [baseline.fit.loss], [e for e in evaluators if isinstance(e, Differentiable)])
 
 
 def _few_rows(wanted: int, rows: dict[str, int], evaluators: Sequence[Evaluator], search_share: float) -> Iterator[str]:
@@ -260,15 +309,13 @@ def _few_rows(wanted: int, rows: dict[str, int], evaluators: Sequence[Evaluator]
         )
 
 
-def _baseline_names(file: StudyFile, problems: _Problems) -> list[str]:
-    names = file.search.baselines
-    if names is None:
+def _baselines(file: StudyFile, problems: _Problems) -> list[Baseline]:
+    entries = file.search.baselines
+    if entries is None:
         listed = file.space.options.get("presets")
         if not isinstance(listed, list):
-            return ["ties", "dare", "della"]
+            listed = ["ties", "dare", "della"]
         named = [next(iter(n), None) if isinstance(n, dict) else n for n in listed]
-        return list(dict.fromkeys(n for n in named if isinstance(n, str) and n in PRESETS))
-    for name in names:
-        if name not in PRESETS:
-            problems.sentences.append(f"search.baselines: no preset is called {name!r}{nearest(name, PRESETS)}")
-    return names
+        usable = [n for n in named if isinstance(n, str) and n in PRESETS and PRESETS[n].fit is None]
+        return [Baseline(n) for n in dict.fromkeys(usable)]
+    return read_baselines(entries, problems.sentences)

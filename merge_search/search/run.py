@@ -3,6 +3,7 @@
     references   base and every expert are scored once; they define retention
     first        the same, then average, task arithmetic, published presets and the space's first points
     search       the sampler proposes, until the study has `n_trials` finished trials over all runs
+    exact forms  of the finalists, on top of `n_trials`, where the space approximates (`SearchSpace.exact_form`)
     validation   the finalists, by posterior mean, and what they are compared with, on the validation questions
 
 Everything found in a trial is stored before the trial is told. So a finished trial always has its recipe, scores,
@@ -11,12 +12,14 @@ per-question answers, outcome and cost. Kill the process at any time and run the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import nullcontext
 from typing import Protocol
 
 import optuna
 from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
 
 from merge_search.errors import EvaluationError, NonFiniteError, WeightsError
 from merge_search.evaluation import Evaluation, Split
@@ -32,6 +35,7 @@ from merge_search.search.records import (
     Record,
     best,
     best_expert,
+    candidates,
     finished_records,
     records,
     references_of,
@@ -45,11 +49,15 @@ from merge_search.search.trial.executor import Executor, LocalExecutor
 from merge_search.search.trial.job import Failed, Job, Report, Scored, Spent
 from merge_search.search.trial.racing import comparable_weights
 from merge_search.search.trial.trial import StudyInProgress, TrialInProgress
+from merge_search.search.verdict.selection import finalists
 from merge_search.search.verdict.validation import validate
 from merge_search.stop_signals import stoppable
 from merge_search.study_file import StudyFile
 
 __all__ = ["Listener", "run"]
+
+EXACT = "exact."
+"""Before the number of a trial: what the exact form of its recipe is queued as."""
 
 
 class Listener(Protocol):
@@ -147,21 +155,27 @@ class _Driver:
         self.done = len(finished_records(self.study))
         self.listener.begin(total=self.search.n_trials, finished=self.done)
         try:
-            self._run_trials()
+            self._run_trials(self._may_begin)
+            if self._queue_exact_forms():
+                self._run_trials(lambda n_running: bool(waiting_exact_forms(self.study)))
         finally:
             self.listener.end()
         validate(self.study, self.plan, self._score_for_validation, note=self.listener.note)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def _run_trials(self) -> None:
-        """Ask for trials while the executor has room, wait until any has ended, and tell those that have."""
+    def _run_trials(self, may_begin: Callable[[int], bool]) -> None:
+        """Ask for trials while the executor has room, wait until any has ended, and tell those that have.
+
+        Args:
+            may_begin: Whether another trial should begin beside so many that run.
+        """
         experts = self.plan.context.experts
         expert = best_expert(self.study, self.plan.objective, experts, self.references)
         running: list[TrialInProgress] = []
         try:
             while True:
-                while len(running) < self.executor.capacity and self._may_begin(len(running)):
+                while len(running) < self.executor.capacity and may_begin(len(running)):
                     trial = TrialInProgress.ask(self.in_progress)
                     running.append(trial)
                     trial.start()
@@ -189,6 +203,27 @@ class _Driver:
             return False
         self._judge_constraints()
         return self.first.go_on() or n_running == 0
+
+    def _queue_exact_forms(self) -> bool:
+        """Queue the exact forms of the finalists that are not tried yet, once the search has ended.
+
+        Returns:
+            Whether any waits. False without a note where the space approximates nothing.
+        """
+        plan, seed = self.plan, self.plan.file.study.seed
+        if not any(plan.space.exact_form(r.recipe) for r in candidates(self.study) if not r.label):
+            return bool(waiting_exact_forms(self.study))
+        top = finalists(self.study, plan.objective, plan.space.parameters, seed=seed, n=self.search.finalists)
+        forms = {f"{EXACT}{r.number}": plan.space.exact_form(r.recipe) for r in top}
+        starts = {t.user_attrs.get("start") for t in self.study.get_trials(deepcopy=False)}
+        wanted = {name: recipe for name, recipe in forms.items() if recipe is not None and name not in starts}
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if wanted and (reason := self.budget.used_up() or ("other trials wait" if waiting else "")):
+            self.listener.note(f"the finalists are not merged exactly: {reason}")
+            return False
+        for name, recipe in wanted.items():
+            self.study.enqueue_trial({}, user_attrs={"start": name, "given_recipe": recipe.to_json()})
+        return bool(waiting_exact_forms(self.study))
 
     def _reason_to_end(self) -> str:
         """A sentence that says why the search ends before its last trial; '' to go on."""
@@ -258,3 +293,11 @@ class _Driver:
         if isinstance(result, Failed):
             raise result.to_error("on the validation questions")
         return result.evaluation
+
+
+def waiting_exact_forms(study: optuna.Study) -> list[FrozenTrial]:
+    """The waiting trials if all of them are exact forms, or second tries of lost ones; else none."""
+    trials = study.get_trials(deepcopy=False)
+    exact = {t.number for t in trials if str(t.user_attrs.get("start", "")).startswith(EXACT)}
+    waiting = [t for t in trials if t.state == TrialState.WAITING]
+    return waiting if all(t.user_attrs.get("retry_of", t.number) in exact for t in waiting) else []

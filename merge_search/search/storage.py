@@ -178,7 +178,7 @@ def reclaim_lost_trials(study: optuna.Study) -> list[str]:
     trials = study.get_trials(deepcopy=False)
     sentences, now = [], this_process()
     for trial in (t for t in trials if t.state == TrialState.RUNNING):
-        keep = {k: v for k, v in trial.user_attrs.items() if k in ("label", "given_recipe")}
+        keep = {k: v for k, v in trial.user_attrs.items() if k in ("label", "given_recipe", "given_fit")}
         params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
         first = trial.user_attrs.get("retry_of", trial.number)
         tries = [t for t in trials if first in (t.number, t.user_attrs.get("retry_of"))]

@@ -11,7 +11,9 @@ from merge_search.recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["RuleCase", "RuleConformance"]
+    from merge_search.engine.contracts import Factors
+
+__all__ = ["RuleCase", "RuleConformance", "whole_pairs"]
 
 _TOLERANCE = 1e-5
 _SIZE = 0.1
@@ -29,6 +31,7 @@ class RuleCase:
         dtypes: Names of torch dtypes to merge in.
         is_ordered: Whether the order of the experts changes the merge.
         is_element_wise: Whether every entry of a tensor is merged on its own.
+        has_pairs: Whether experts are LoRA adapters: every change of a matrix is a pair of factors.
         statistic: (kind, expert, tensor name, shape) -> what was measured on data; None: the rule needs no data.
     """
 
@@ -38,6 +41,7 @@ class RuleCase:
     dtypes: Sequence[str] = ("float32", "bfloat16")
     is_ordered: bool = False
     is_element_wise: bool = False
+    has_pairs: bool = False
     statistic: Callable[[str, str, str, tuple[int, ...]], Tensor] | None = field(default=None, compare=False)
 
     def tensors(self, dtype: str = "float32", *, size: float = _SIZE) -> dict[str, dict[str, Tensor]]:
@@ -63,7 +67,7 @@ class RuleCase:
                 return None if case.statistic is None else case.statistic(kind, expert, name, self.shape(name))
 
         experts = {name: tensors for name, tensors in models.items() if name != "base"}
-        made = Measured(models["base"], experts)
+        made = Measured(models["base"], experts, factors=whole_pairs(models["base"], experts) if self.has_pairs else {})
         recipe = Recipe.model_validate({"models": made.models, **self.settings})
         return {name: t.clone() for name, t in MergeEngine(made, compile=False).merged(recipe)}
 
@@ -138,6 +142,22 @@ class RuleConformance:
         halves = case.merged({model: dict(_halves(tensors)) for model, tensors in models.items()})
         for name, tensor in _halves(whole):
             assert (halves[name] == tensor).all(), name
+
+
+def whole_pairs(
+    base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]]
+) -> dict[tuple[str, str], Factors]:
+    """Every change of a matrix as the product of itself and ones on the diagonal, by expert and tensor name."""
+    import torch
+
+    from merge_search.engine.contracts import Factors
+
+    return {
+        (e, n): Factors(t.float() - base[n].float(), torch.eye(t.shape[1]))
+        for e, tensors in experts.items()
+        for n, t in tensors.items()
+        if t.ndim == 2
+    }
 
 
 def _halves(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -128,6 +128,17 @@ class SearchSpaceConformance:
                 _check_point(space.parameters, again)
                 _check_same_merge(space.decode(again), recipe, case.context)
 
+    def test_an_exact_form_is_exact_and_has_the_same_coefficients(self, case: SearchSpaceCase) -> None:
+        """Where a recipe approximates another one, that one approximates nothing."""
+        space = case.build()
+        for point in case.points(space):
+            recipe = space.decode(point)
+            exact = space.exact_form(recipe)
+            if exact is not None:
+                assert space.exact_form(exact) is None
+                assert exact.fingerprint != recipe.fingerprint
+                assert exact.coefficients == recipe.coefficients
+
     def test_a_recipe_of_other_models_has_no_point(self, case: SearchSpaceCase) -> None:
         """`encode` answers None for a merge of models that the study does not have."""
         space = case.build()

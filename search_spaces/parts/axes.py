@@ -52,6 +52,7 @@ class Linear:
         log: Whether parameters are searched on a logarithmic scale.
         experts: The experts that have these numbers; None: all experts.
         shared: Whether all experts share one set of parameters.
+        fixed: The number of every tensor, if it is not searched: the axis then has no parameters.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class Linear:
         log: bool = False,
         experts: Sequence[str] | None = None,
         shared: bool = False,
+        fixed: float | None = None,
     ) -> None:
+        self._fixed = fixed
         self.bounds = bounds
         self.experts = context.experts if experts is None else tuple(experts)
         self._slots = Slots(context, mix)
@@ -76,9 +79,12 @@ class Linear:
             for e, owner in owners.items()
         }
         domain = Float(*bounds, log=log)
-        self.parameters: dict[str, Parameter] = {n: domain for names in self._names.values() for n in names.values()}
+        searched = [n for names in self._names.values() for n in names.values()] if fixed is None else []
+        self.parameters: dict[str, Parameter] = dict.fromkeys(searched, domain)
 
     def values(self, point: Point) -> dict[str, float | dict[str, float]]:
+        if self._fixed is not None:
+            return dict.fromkeys(self._names, self._fixed)
         out = {}
         for expert, names in self._names.items():
             x = {suffix: float(point[name]) for suffix, name in names.items()}
@@ -87,6 +93,8 @@ class Linear:
 
     def read(self, value: Read) -> dict[str, str | int | float | bool]:
         out: dict[str, str | int | float | bool] = {}
+        if self._fixed is not None:
+            return out
         for expert, names in self._names.items():
             x: dict[str, float] = {}
             for suffix, label in self._order:
@@ -142,8 +150,9 @@ def per_cell(what: str, context: SpaceContext, spread: Range | DensityRange, *, 
     """An axis with one parameter per cell of `spread` and expert, or per cell if it is `shared`."""
     if "block" in spread.per and context.n_blocks == 0:
         raise SpaceError(f"space: per: {spread.per} needs models with blocks, and these have none; write per: expert")
-    log = isinstance(spread, DensityRange)
-    return Linear(what, context, lambda g: ((cell(spread.per, g), 1.0),), spread.bounds, log=log, shared=shared)
+    log, fixed = isinstance(spread, DensityRange), getattr(spread, "fixed", None)
+    mix: Callable[[Group], Mix] = lambda g: ((cell(spread.per, g), 1.0),)  # noqa: E731
+    return Linear(what, context, mix, spread.bounds, log=log, shared=shared, fixed=fixed)
 
 
 def curve(positions: Sequence[float], n_blocks: int, group: Group, prefix: str = "knot") -> Mix:

@@ -72,11 +72,10 @@ class Composed(SearchSpace):
             parameters[choice] = Categorical(tuple(self._methods))
         self._options = {option.name: option for m in methods for option in m.options}
         parameters |= {name: option.domain for name, option in self._options.items()}
-        if taken := parameters.keys() & coefficients.parameters.keys():
+        numbers = {**coefficients.parameters, **(self._density.parameters if self._density is not None else {})}
+        if taken := parameters.keys() & numbers.keys():
             raise SpaceError(f"space: {', '.join(sorted(taken))} is the name of two parameters; rename the preset")
-        parameters |= coefficients.parameters
-        if self._density is not None:
-            parameters |= self._density.parameters
+        parameters |= numbers
         self.parameters: Mapping[str, Parameter] = parameters
         self.notes: list[str] = size_notes(len(parameters), advice)
 

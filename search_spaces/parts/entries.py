@@ -11,11 +11,11 @@ and weighs gets it for both); ``allocate``, ``post``; or a number, switch or wor
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merge_search.errors import RecipeError, SpaceError, nearest
-from merge_search.presets import PRESETS, preset
+from merge_search.presets import PRESETS, pairs_refusal, preset
 from merge_search.recipe import Recipe, Scalar
 from merge_search.recipe_options import Home, Place, options_of, value_at
 from merge_search.rules import MEASURES, POSTS, STAGES, operator_problems
@@ -27,6 +27,7 @@ __all__ = [
     "PostEntry",
     "PresetEntry",
     "preset_methods",
+    "with_options",
     "with_post_rules",
 ]
 
@@ -47,16 +48,22 @@ def preset_problems(names: Iterable[str], context: SpaceContext, *, at: str) -> 
     n = len(context.experts)
     for name in names:
         if name not in PRESETS:
-            usable = [p.name for p in PRESETS.values() if p.is_linear]
+            usable = [p.name for p in PRESETS.values() if p.is_linear and p.fit is None]
             problems.append(f"{at}: no preset is called {name!r}{nearest(name, usable)}")
             continue
         p = PRESETS[name]
         low, high = p.experts
-        if not p.is_linear:
+        if p.fit is not None:
+            problems.append(f"{at}: {name!r} fits its own coefficients; list it under search.baselines")
+        elif not p.is_linear:
             problems.append(f"{at}: {name!r} has no coefficients to search; list it under search.baselines")
         elif n < low or (high is not None and n > high):
             wanted = f"at least {low}" if high is None else f"{low} to {high}"
             problems.append(f"{at}: {name!r} needs {wanted} experts, and the study has {n}; leave it out")
+        elif p.needs_factors:
+            problems += [
+                pairs_refusal(f"{at}: {name!r}", expert, why) for expert, why in context.without_factors.items()
+            ]
     return problems
 
 
@@ -121,50 +128,115 @@ def _preset(
 ) -> tuple[Method | None, list[str]]:
     """A preset with options, and what is wrong with them."""
     data = _data(preset(name, context.models, seed=context.seed, dtype=context.dtype))
-    fixed: dict[str, object] = {}
-    axes: list[OptionAxis] = []
-    problems: list[str] = []
-
-    def take(key: str, value: Scalar | OptionAxis | None, wrong: list[str]) -> None:
-        problems.extend(wrong)
-        if isinstance(value, OptionAxis):
-            axes.append(value)
-        elif value is not None:
-            fixed[key] = options[key]
-
-    if "allocate" in options:
-        take("allocate", *_allocate(name, options["allocate"], data))
-    places = options_of(Recipe.model_validate(data), name)
-    if axes:  # other measures have other options
-        places = {k: v for k, v in places.items() if v[0].home[:2] != ("allocate", "options")}
-    if "post" in options:
-        rules, searched, wrong = _post_rules(options["post"], context, start=len(data["post"]))
-        data["post"] += [rule for rule, _ in rules]
-        fixed["post"] = "+".join(label for _, label in rules)
-        axes += searched
-        problems += wrong
-    if scaling_of(Recipe.model_validate(data)) == "fixed":
-        places.setdefault("scale", [Place(replace(STAGES["scale"], name=name), "scale", ("scale",))])
-    for key, written in options.items():
-        if key in ("post", "allocate"):
-            continue
-        if key not in places:
-            problems.append(_unknown(name, key, places))
-            continue
-        value, wrong = _option(places[key], written, key, data)
-        take(key, value, wrong)
-        if value is not None and not isinstance(value, OptionAxis):
-            for place in places[key]:
-                write(data, place.home, value, place.absent)
+    given = _configure(data, options, context, name)
+    problems = given.problems + [_unknown(name, key, given.known) for key in given.unread]
     if problems:
         return None, problems
-    label = f"{name}({', '.join(f'{k}={fixed[k]}' for k in options if k in fixed)})" if fixed else name
+    fixed = [f"{k}={given.fixed[k]}" for k in options if k in given.fixed]
+    label = f"{name}({', '.join(fixed)})" if fixed else name
     try:
         recipe = Recipe.from_dict(data)
     except RecipeError as error:
         return None, list(error.problems)
-    named = tuple(replace(a, name=f"{label}.{a.name}") for a in axes)
+    named = tuple(replace(a, name=f"{label}.{a.name}") for a in given.axes)
     return of_template(label, recipe, named, search_density=search_density), []
+
+
+@dataclass
+class Given:
+    """Options of one method.
+
+    Attributes:
+        fixed: Those with one value, as they are shown.
+        axes: Those that are searched.
+        problems: What is wrong with values.
+        unread: Those that the method does not read.
+        known: Those that it reads.
+    """
+
+    fixed: dict[str, object] = field(default_factory=dict)
+    axes: list[OptionAxis] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    known: Mapping[str, object] = field(default_factory=dict)
+
+    def take(self, key: str, written: object, found: tuple[Scalar | OptionAxis | None, list[str]]) -> None:
+        """Add an option that was read."""
+        value, problems = found
+        self.problems += problems
+        if isinstance(value, OptionAxis):
+            self.axes.append(value)
+        elif value is not None:
+            self.fixed[key] = written
+
+
+def _configure(data: Data, options: Mapping[str, Any], context: SpaceContext, name: str) -> Given:
+    """Put a method's options into the data of its recipe.
+
+    Args:
+        data: The recipe, which is changed.
+        options: As written.
+        context: The study's models.
+        name: What messages call the method.
+    """
+    given = Given()
+    if "allocate" in options:
+        given.take("allocate", options["allocate"], _allocate(name, options["allocate"], data))
+    places = options_of(Recipe.model_validate(data), name)
+    if given.axes:  # other measures have other options
+        places = {k: v for k, v in places.items() if v[0].home[:2] != ("allocate", "options")}
+    if "post" in options:
+        rules, axes, problems = _post_rules(options["post"], context, start=len(data["post"]))
+        data["post"] += [rule for rule, _ in rules]
+        given.fixed["post"] = "+".join(label for _, label in rules)
+        given.axes += axes
+        given.problems += problems
+    if scaling_of(Recipe.model_validate(data)) == "fixed":
+        places.setdefault("scale", [Place(replace(STAGES["scale"], name=name), "scale", ("scale",))])
+    given.known = places
+    for key, written in options.items():
+        if key in ("post", "allocate"):
+            continue
+        if key not in places:
+            given.unread.append(key)
+            continue
+        found = _option(places[key], written, key, data)
+        given.take(key, written, found)
+        if found[0] is not None and not isinstance(found[0], OptionAxis):
+            for place in places[key]:
+                write(data, place.home, found[0], place.absent)
+    return given
+
+
+def with_options(methods: Sequence[Method], options: Mapping[str, Any], context: SpaceContext) -> list[Method]:
+    """The methods with options of the whole space, each with those that it reads. Searched ones are shared.
+
+    Raises:
+        SpaceError: With all problems: values that are wrong, options that no method reads or that an entry sets, too.
+    """
+    if not options or not methods:
+        return list(methods)
+    out, unread, known = [], set(options), set[str]()
+    problems: list[str] = []
+    for method in methods:
+        data = _data(method.template)
+        mine = {k: v for k, v in options.items() if k != "allocate" or data["operator"] is None}
+        given = _configure(data, mine, context, "")
+        unread -= mine.keys() - set(given.unread)
+        known |= given.known.keys()
+        problems += given.problems
+        axes = tuple(replace(a, name=f"options.{a.name}") for a in given.axes)
+        searched = {home for a in method.options for home, _ in a.homes}
+        problems += [f"{a.name} is searched in an entry, too" for a in axes if searched & {h for h, _ in a.homes}]
+        if not given.problems:
+            recipe = Recipe.from_dict(data)
+            out.append(replace(method, template=recipe, options=(*method.options, *axes), scaling=scaling_of(recipe)))
+    problems += [
+        f"no method here has an option {k!r}{nearest(str(k), known | {'allocate'})}" for k in options if k in unread
+    ]
+    if problems:
+        raise SpaceError([f"space.options: {text}" for text in dict.fromkeys(problems)])
+    return out
 
 
 def _data(recipe: Recipe) -> Data:
@@ -193,11 +265,12 @@ def _option(
         name: The name of its parameter.
         data: The recipe of the method as it is.
     """
-    first = places[0]
-    for place in places:
-        value, problems = option_value(place.rule, place.option, written)
-        if problems or value is None:
-            return None, problems
+    first, *others = places
+    value, problems = option_value(first.rule, first.option, written)
+    for place in others:
+        problems += option_value(place.rule, place.option, written)[1]
+    if problems or value is None:
+        return None, list(dict.fromkeys(problems))
     if isinstance(value, Scalar):
         return value, []
     homes = tuple((place.home, place.absent) for place in places)
@@ -208,6 +281,7 @@ def _allocate(name: str, written: object, data: Data) -> tuple[Scalar | OptionAx
     """Allocation by a measure, switched on in `data`. A list of measures is searched."""
     measures = tuple(n for n, m in MEASURES.items() if not (m.is_constant or m.after_mask))
     words = measures if isinstance(written, list) else ("none", *measures)
+    name = name or "allocate"
     rule = replace(STAGES["allocate"], name=name, choices={"allocate": words})
     if data["operator"] is not None:
         return None, [f"option 'allocate' of {name!r}: an operator has no densities to allocate"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
+
+from pydantic import Field, model_validator
 
 from merge_search.recipe import Group
 from merge_search.space import SpaceContext
@@ -30,10 +32,28 @@ class Range(Options):
 
 
 class DensityRange(Options):
-    """As `Range`, for densities. They are searched on a logarithmic scale."""
+    """As `Range`, for densities. They are searched on a logarithmic scale.
+
+    Attributes:
+        per: The cells.
+        bounds: The bounds of every parameter.
+        fixed: One density for everything, which is not searched. ``density: 0.1`` means ``density: {fixed: 0.1}``.
+    """
 
     per: Per = "expert"
     bounds: DensityBounds = (0.05, 1.0)
+    fixed: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number(cls, value: object) -> object:
+        return {"fixed": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DensityRange:
+        if self.fixed is not None and (searched := self.model_fields_set - {"fixed"}):
+            raise ValueError(f"a fixed density is not searched; leave out {' and '.join(sorted(searched))}, or fixed")
+        return self
 
 
 def cell(per: Per, group: Group) -> str:

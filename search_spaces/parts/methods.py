@@ -8,7 +8,7 @@ from math import fsum
 from typing import Any, Literal
 
 from merge_search.recipe import Assess, Group, Recipe, Rescale, Resolve, Scalar, Select, Splice, value_for
-from merge_search.rules import MEASURES, SELECTIONS, SPLICES
+from merge_search.rules import MEASURES, OPERATORS, SELECTIONS, SPLICES
 from merge_search.space import Point, SpaceContext
 from search_spaces.parts.option_axes import OptionAxis, holds
 
@@ -127,9 +127,7 @@ def _mean(coefficients: PerExpert) -> float | dict[str, float]:
     return {k: _mean_of(v[k] if isinstance(v, dict) else v for v in coefficients.values()) for k in keys}
 
 
-def of_template(
-    name: str, template: Recipe, options: tuple[OptionAxis, ...] = (), *, search_density: bool = True
-) -> Method:
+def of_template(name: str, template: Recipe, options: tuple[OptionAxis, ...], *, search_density: bool) -> Method:
     """The choice of a recipe's stages; its densities are its own where they are not searched.
 
     Args:
@@ -138,7 +136,8 @@ def of_template(
         options: Its searched options.
         search_density: Whether densities are searched.
     """
-    uses = SELECTIONS[template.select.kind].uses_density and template.operator is None
+    operator = template.operator
+    uses = (SELECTIONS[template.select.kind] if operator is None else OPERATORS[operator.name]).uses_density
     return Method(
         name, template, uses, fixed_densities=not search_density, scaling=scaling_of(template), options=options
     )

@@ -139,7 +139,7 @@ def _yaml_hint(value: Scalar) -> str:
 def _typed(rule: Rule, name: str, value: Any) -> Scalar:
     """The value with the type of the option: 1 is 1.0 where the default is no whole number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and not _is_whole(rule, name) else value  # type: ignore[no-any-return]
+    return float(value) if is_number and not _is_whole(rule, name) else value
 
 
 def _is_whole(rule: Rule, name: str) -> bool:

@@ -105,8 +105,9 @@ def read_options(entries: Sequence[StageEntry], stages: Stages) -> tuple[OptionA
     """
     assess, *others = entries
     out = [*assess.options] if stages.uses_scores else []
-    for entry, now in zip(others, (stages.select, stages.resolve, stages.splice), strict=True):
-        out += entry.options if entry.value.kind == now.kind else ()
+    kinds = (stages.select.kind, stages.resolve.kind, stages.splice.kind)
+    for entry, kind in zip(others, kinds, strict=True):
+        out += entry.options if entry.value.kind == kind else ()
     is_whole = stages.select.kind == "all"  # then no entry is one expert's alone
     return tuple(o for o in out if not (is_whole and o.homes[0][0][-1] in ("unique_boost", "boost_cap")))
 
@@ -215,7 +216,8 @@ def _with_kinds(sentence: str, stage: str, name: str) -> str:
     """`sentence`, with the nearest known name where a name is wrong."""
     kind, key = KINDS[stage]
     tables: Mapping[str, Collection[str]] = {"select": SELECTIONS, "splice": SPLICES}
-    known = tables.get(stage) or getattr(kind.model_fields[key].annotation, "__args__", ())
+    words: Collection[str] = getattr(kind.model_fields[key].annotation, "__args__", ())
+    known = tables.get(stage, words)
     if f".{key}: " not in sentence or name in known or not known:
         return sentence
     place = sentence.partition(f".{key}: ")[0]

@@ -75,4 +75,4 @@ def test_compiled_loops_merge_to_the_recorded_bits(roots: Roots, name: str, case
 def test_every_case_is_recorded_and_every_preset_is_a_case() -> None:
     for name, models in SETS.items():
         assert models.cases.keys() == RECORDED[name].keys(), f"{name}: python tests/compatibility/record_bits.py"
-    assert {f"preset: {p}" for p in PRESETS} <= SETS["varied float32"].cases.keys()
+    assert {f"preset: {name}" for name, p in PRESETS.items() if p.fit is None} <= SETS["varied float32"].cases.keys()

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_recommender
+import small_vision
 import tiny_encoder
 import tiny_lm
+import transformers
 import yaml
 
 from merge_search import catalogue
@@ -24,13 +27,27 @@ def built(name: str, folder: Path, **options: Any) -> Evaluator:
 
 
 def test_every_evaluator_of_the_catalogue_is_tested_here() -> None:
-    assert set(catalogue.names("evaluators")) == {"classification", "drift", "latency", "lm_eval", "size"}
+    assert set(catalogue.names("evaluators")) == {
+        "classification",
+        "drift",
+        "image_classification",
+        "latency",
+        "lm_eval",
+        "ranking",
+        "self_param",
+        "size",
+    }
 
 
 class TestClassification(EvaluatorConformance):
+    """One task with groups and one without."""
+
     @pytest.fixture
     def case(self, encoder_folder: Path) -> EvaluatorCase:
-        options = tiny_encoder.options(encoder_folder)
+        for name, n in (("animal", 150), ("animal_train", 20)):
+            rows = [{**r, "group": "ab"[i % 2]} for i, r in enumerate(tiny_encoder.sentences(n, 2, seed=n))]
+            tiny_encoder.write_rows(encoder_folder / f"{name}.jsonl", rows)
+        options = tiny_encoder.options(encoder_folder, group="group")
 
         def build(**changes: Any) -> Evaluator:
             return built("classification", encoder_folder, **{**options, "include_path": ".", **changes})
@@ -42,8 +59,49 @@ class TestClassification(EvaluatorConformance):
             build,
             tiny_encoder.make_encoder(),
             tiny_encoder.make_tokenizer(),
-            changed=[lambda: build(limit=40), lambda: build(max_length=5)],
+            changed=[lambda: build(limit=100), lambda: build(max_length=5)],
             wrong=[lambda: build(tasks={}), lambda: build(include_path="nowhere"), lambda: build(limt=3)],
+            fit_ids=fit_ids,
+        )
+
+
+class TestImageClassification(EvaluatorConformance):
+    @pytest.fixture
+    def case(self, vision_folder: Path) -> EvaluatorCase:
+        def build(**changes: Any) -> Evaluator:
+            return built("image_classification", vision_folder, **{**small_vision.options(), **changes})
+
+        def fit_ids(evaluator: Any, task: str) -> Sequence[str]:
+            return [row.hash for row in evaluator._tasks[task].fit]
+
+        return EvaluatorCase(
+            build,
+            transformers.ViTModel.from_pretrained(vision_folder / "models/base", add_pooling_layer=False).eval(),
+            changed=[lambda: build(limit=100), lambda: build(mean=0.4), lambda: build(std=0.4)],
+            wrong=[lambda: build(tasks={}), lambda: build(include_path="nowhere"), lambda: build(std=0)],
+            fit_ids=fit_ids,
+        )
+
+
+class TestRanking(EvaluatorConformance):
+    @pytest.fixture
+    def case(self, recommender_folder: Path) -> EvaluatorCase:
+        def build(**changes: Any) -> Evaluator:
+            return built("ranking", recommender_folder, **{**small_recommender.options(), **changes})
+
+        def fit_ids(evaluator: Any, task: str) -> Sequence[str]:
+            return [row.hash for row in evaluator._tasks[task].fit]
+
+        return EvaluatorCase(
+            build,
+            small_recommender.load(recommender_folder),
+            changed=[
+                lambda: build(limit=60),
+                lambda: build(k=[3]),
+                lambda: build(negatives=5),
+                lambda: build(max_length=3),
+            ],
+            wrong=[lambda: build(tasks={}), lambda: build(include_path="nowhere"), lambda: build(k=0)],
             fit_ids=fit_ids,
         )
 
@@ -139,7 +197,7 @@ class CostConformance(EvaluatorConformance):
             live.model,
             Tokens(),
             changed=[lambda c=c: build(**c) for c in self.changes],
-            wrong=[lambda: build(limt=3), lambda: build(texts=["gone.txt"])],
+            wrong=[lambda: build(limt=3), lambda: build(texts=["gone.txt"]), lambda: build(texts={"a": "gone.txt"})],
             **self.facts,
         )
 
@@ -155,6 +213,12 @@ class TestLatency(CostConformance):
     options = {"texts": "a.jsonl", "max_length": 10, "new_tokens": 0, "repeats": 1}  # noqa: RUF012
     changes = [{"repeats": 2}, {"limit": 20}, {"new_tokens": 1}]  # noqa: RUF012
     facts = {"is_repeatable": False, "reads_outputs": False}  # noqa: RUF012
+
+
+class TestSelfParam(CostConformance):
+    name = "self_param"
+    options = {"texts": {"a": "a.jsonl", "b": "a.jsonl"}, "max_length": 10, "positions": 3}  # noqa: RUF012
+    changes = [{"positions": 2}, {"limit": 20}, {"texts": {"a": "a.jsonl"}}, {"new_tokens": 2}]  # noqa: RUF012
 
 
 class TestSize(CostConformance):

@@ -51,6 +51,7 @@ def case_of(table: str, name: str) -> RuleCase:
         low, high = OPERATORS[name].experts
         n = min(max(low, 3), high or 3)
         options = {"expert": "e0"} if name == "passthrough" else {}
+        more["has_pairs"] = OPERATORS[name].needs_factors
         return RuleCase({"operator": {"name": name, "options": options}}, n_experts=n, **more)
     return RuleCase({"post": [{"name": name}]}, **more)
 

@@ -23,18 +23,30 @@ from merge_search.rules import (
     SPLICES,
     STAGES,
     TABLES,
+    TRANSFORMS,
     OptionInfo,
     Rule,
     measure,
     post,
 )
 from merge_search.rules.describe import option_line, rule_options
-from merge_search.rules.option_table import MEASURE_OPTIONS, OPERATOR_OPTIONS, POST_OPTIONS, STAGE_OPTIONS
+from merge_search.rules.option_table import (
+    MEASURE_OPTIONS,
+    OPERATOR_OPTIONS,
+    POST_OPTIONS,
+    STAGE_OPTIONS,
+    TRANSFORM_OPTIONS,
+)
 from merge_search.rules.table import collecting
+from merge_search.testing.rule import whole_pairs
 
 ROWS = [(table, row) for table in (MEASURES, OPERATORS, POSTS, STAGES) for row in table.values()]
 OPTIONS = [pytest.param(row, o, id=f"{row.name}-{o}") for _, row in ROWS for o in row.options]
-FREE_TEXT = {("external", "name"), ("passthrough", "expert"), ("allocate", "allocate")}
+OF_TRANSFORMS = [pytest.param(row, o, id=f"{row.name}-{o}") for row in TRANSFORMS.values() for o in row.options]
+FREE_TEXT = {
+    ("external", "name"), ("passthrough", "expert"), ("allocate", "allocate"), ("stack", "layers"), ("mal", "blocks"),
+    ("alone", "model"),
+}  # fmt: skip
 """Names of other things: any text is right in itself."""
 
 
@@ -56,7 +68,7 @@ def make(n_experts: int) -> Measured:
         f"e{i}": {n: t + 0.1 * drawn(10 * i + j + 2, *t.shape) for j, (n, t) in enumerate(base.items())}
         for i in range(n_experts)
     }
-    return Measured(base, experts)
+    return Measured(base, experts, factors=whole_pairs(base, experts))
 
 
 TENSORS = {n: make(n) for n in (2, 3)}
@@ -74,7 +86,7 @@ def merged(settings: Mapping[str, Any], n_experts: int = 3) -> list[Tensor]:
 # ------------------------------------------------------------------------------------------------ complete and true
 
 
-@pytest.mark.parametrize(("row", "option"), OPTIONS)
+@pytest.mark.parametrize(("row", "option"), OPTIONS + OF_TRANSFORMS)
 def test_every_option_has_a_line_and_bounds_or_choices(row: Rule, option: str) -> None:
     info, default = row.about[option], row.options[option]
     assert info.what
@@ -99,7 +111,8 @@ def test_every_option_has_a_line_and_bounds_or_choices(row: Rule, option: str) -
 
 
 def test_the_table_has_no_option_that_no_rule_has() -> None:
-    tables = (MEASURES, MEASURE_OPTIONS), (OPERATORS, OPERATOR_OPTIONS), (POSTS, POST_OPTIONS), (STAGES, STAGE_OPTIONS)
+    tables = [(MEASURES, MEASURE_OPTIONS), (OPERATORS, OPERATOR_OPTIONS), (POSTS, POST_OPTIONS)]
+    tables += [(STAGES, STAGE_OPTIONS), (TRANSFORMS, TRANSFORM_OPTIONS)]
     for rules, about in tables:
         for name, options in about.items():
             assert options.keys() == rules[name].options.keys(), name

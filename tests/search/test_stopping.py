@@ -59,6 +59,14 @@ def test_the_gain_is_small_beside_the_best_and_larger_where_nothing_is_known(tmp
     assert better.gain > 3 * max(known.gain, worse.gain)
 
 
+def test_a_trials_own_result_does_not_enter_what_was_expected_of_it(tmp_path: Path) -> None:
+    rows = [(x, y, hill(x, y)) for x, y in GRID]
+    (tmp_path / "longer").mkdir()
+    longer = finished(tmp_path / "longer", [*rows, (0.3, 0.6, 5.0)])
+    before = expected_gain(finished(tmp_path, rows), SPACE, {"x": 0.3, "y": 0.6}, number=len(rows), seed=0)
+    assert expected_gain(longer, SPACE, {"x": 0.3, "y": 0.6}, number=len(rows), seed=0) == before
+
+
 def test_too_few_trials_promise_nothing_known(tmp_path: Path) -> None:
     study = finished(tmp_path, [(x, y, hill(x, y)) for x, y in GRID[:5]])
     assert expected_gain(study, SPACE, {"x": 0.5, "y": 0.5}, number=99, seed=0) is None

@@ -142,6 +142,9 @@ def test_initial_points_have_published_options_first_and_then_others() -> None:
     assert (points[0]["wudi.steps"], points[0]["wudi.solver"]) == (300, "adam")
     assert len({p["wudi.steps"] for p in points}) == len(points)
     assert {p["wudi.solver"] for p in points} == {"adam", "closed"}
+    words = build("uniform", presets=[{"dare": {"rescale": ["match_l1", "inverse_density", "match_l2"]}}])
+    order = [p["dare.rescale"] for p in words.initial_points()]
+    assert order[:4] == ["inverse_density", "match_l2", "match_l1", "inverse_density"]  # the published one first
 
 
 def test_an_option_of_a_measure_that_selects_and_weighs_is_set_in_both_places() -> None:
@@ -303,6 +306,38 @@ def test_options_that_the_canonical_form_does_not_read_are_no_parameters() -> No
     }
 
 
+def test_options_of_the_space_belong_to_every_combination_that_reads_them() -> None:
+    options = {"winsorise": "search", "allocate": "magnitude", "spread": [0.1, 0.4], "rescale": "match_l1"}
+    space = build("compatibility", select=["all", "top_k"], splice=["sum"], coefficients={}, options=options)
+    point = {"method": "magnitude/top_k/sum", "options.winsorise": 0.02, "options.spread": 0.4}
+    numbers = {n: 0.5 for n in space.parameters if n.startswith(("coefficient", "density"))}
+    recipe = space.decode({**point, **numbers})
+    assert (recipe.winsorise, recipe.allocate.spread, recipe.allocate.measure) == (0.02, 0.4, "magnitude")
+    assert recipe.rescale.kind == "match_l1"
+    assert space.encode(recipe) == {**point, **numbers}
+    whole = {**point, **numbers, "method": "all/sum"}
+    assert {n for n in space.active(whole) if n.startswith("options")} == {"options.winsorise"}
+    assert space.decode(whole).rescale.kind == "none"
+
+
+def test_wrong_options_of_the_space_are_refused_with_their_place() -> None:
+    with pytest.raises(SpaceError) as refused:
+        build(
+            "compatibility",
+            select=["top_k", {"kind": "band", "gamma": "search"}],
+            options={"winsorise": 9, "gamma": "search", "gama": 1},
+            post=["xx"],
+        )
+    assert refused.value.problems == [
+        "space.options: option 'winsorise' of 'winsorise' must lie in [0, 0.49], got 9",
+        "space.options: options.gamma is searched in an entry, too",
+        "space.options: no method here has an option 'gama'; did you mean 'gamma'?",
+        "space.post.0: unknown post 'xx'; known: iso_spectrum, norm_match, svc",
+    ]
+    with pytest.raises(SpaceError, match=r"space.options: options of presets stand in their entries"):
+        build("compatibility", presets=["ties"], options={"winsorise": 0.1})
+
+
 # ------------------------------------------------------------------------------------------------- values and ranges
 
 
@@ -461,14 +496,16 @@ def test_a_preset_that_is_one_point_of_another_is_left_out() -> None:
     assert apart.parameters["preset"] == Categorical(("tsv_m(rank_share=2)", "tsv_m"))
 
 
-def test_a_name_cannot_be_that_of_two_parameters() -> None:
+@pytest.mark.parametrize(("name", "option"), [("coefficient", "rank_share"), ("density", "winsorise")])
+def test_a_name_cannot_be_that_of_two_parameters(name: str, option: str) -> None:
+    settings = {"coefficient": {"operator": {"name": "tsv_m"}}, "density": PRESETS["ties"].settings}[name]
     with collecting() as rows:
-        add_preset("coefficient", "-", {"operator": {"name": "tsv_m"}})
+        add_preset(name, "-", settings)
     ((table, row),) = rows
     table.add(row)
     try:
-        context = make_context(2, ("rank_share", "b"))
-        with pytest.raises(SpaceError, match=r"coefficient.rank_share is the name of two parameters"):
-            build("compatibility", context, presets=[{"coefficient": {"rank_share": "search"}}], coefficients={})
+        context = make_context(2, (option, "b"))
+        with pytest.raises(SpaceError, match=f"{name}.{option} is the name of two parameters"):
+            build("compatibility", context, presets=[{name: {option: "search"}}], coefficients={})
     finally:
         table.remove(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from small_spaces import GENOME, build, make_context
 
 from merge_search.errors import SpaceError
+from merge_search.search.start.baselines import baselines
 
 
 @pytest.mark.parametrize(
@@ -125,3 +127,15 @@ def test_a_point_outside_the_space_is_refused_with_all_its_faults() -> None:
     with pytest.raises(SpaceError) as caught:
         build("uniform").decode({"preset": "nothing", "coefficient": 9.0})
     assert len(caught.value.problems) == 3
+
+
+def test_methods_for_adapters_are_searched_over_adapters_alone() -> None:
+    whole = replace(make_context(), without_factors={"code": "it is whole"})
+    with pytest.raises(SpaceError) as refused:
+        build("compatibility", whole, presets=["ties", "copa", {"core": {"rule": "iso_c"}}])
+    assert [p.split(" merges")[0] for p in refused.value.problems] == ["space.presets: 'copa'", "space.presets: 'core'"]
+    assert all("expert 'code' has none: it is whole" in p for p in refused.value.problems)
+    space = build("compatibility", presets=["copa"], density={"bounds": [0.1, 1]})
+    assert any(name.startswith("density") for name in space.parameters)
+    assert "copa" in baselines(make_context(), ["copa"])
+    assert "copa" not in baselines(whole, ["copa"])

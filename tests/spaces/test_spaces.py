@@ -13,7 +13,7 @@ from small_spaces import CONTEXT, FILTERS, GENOME, build, make_context, quick
 
 from merge_search.errors import SpaceError
 from merge_search.presets import PRESETS, preset
-from merge_search.recipe import Models, Recipe
+from merge_search.recipe import Models, Recipe, Splice
 from merge_search.space import Categorical, Float, SearchSpace
 from merge_search.testing import SearchSpaceCase, SearchSpaceConformance
 from search_spaces import CATALOGUE
@@ -57,6 +57,13 @@ EXACT: dict[str, tuple[str, dict[str, Any], int]] = {
     "expert_choice_spans": ("expert_choice", {"span": 4, "base": False}, 3),
     "df_merge": ("df_merge", {}, 3),
     "df_merge_plain": ("df_merge", {"fisher": False}, 3),
+    "df_merge_anchors": ("df_merge", {"anchors": 0.5, "answers": "all"}, 3),
+    "compatibility_fixed_density": (
+        "compatibility",
+        {"presets": ["pcb"], "coefficients": {"per": "expert", "bounds": [0.5, 3]}, "density": 0.1},
+        3,
+    ),
+    "blockwise_fixed_density": ("blockwise", {"preset": "ties", "density": {"fixed": 0.3}}, 3 * 7),
     "genome": (
         "mergekit_genome",
         {"genome": {**GENOME, "merge_method": "task_arithmetic", "layer_granularity": 2}},
@@ -162,6 +169,14 @@ def test_where_equations_are_solved_they_are_inverse_up_to_rounding(name: str, d
     assert again is not None
     assert list(again) == list(space.parameters)
     assert again == pytest.approx(point, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_factors_of_several_terms_come_back_from_their_recipe(rank: int) -> None:
+    space = build("lowrank", rank=rank, knots=5)
+    _, _, *inner = SearchSpaceCase(lambda: space, CONTEXT).points(space)  # at the corners terms are proportional
+    for point in inner:
+        assert space.encode(space.decode(point)) == pytest.approx(point, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -271,3 +286,90 @@ def test_presets_that_differ_only_in_searched_numbers_stand_once() -> None:
     assert space.parameters["preset"].choices == ("task_arithmetic", "dare")
     assert any("'average'" in n for n in space.notes)
     assert any("'linear'" in n for n in space.notes)
+
+
+def test_a_fixed_density_is_that_of_every_recipe_and_no_parameter() -> None:
+    space = build(
+        "compatibility", presets=["pcb", "ties", "task_arithmetic"], coefficients={"per": "expert"}, density=0.1
+    )
+    names = [f"coefficient.{e}" for e in CONTEXT.experts]
+    assert list(space.parameters) == ["preset", *names]
+    for point in space.initial_points():
+        recipe = space.decode(point)
+        wanted = {} if point["preset"] == "task_arithmetic" else dict.fromkeys(CONTEXT.experts, 0.1)
+        assert recipe.densities == wanted
+        assert space.encode(recipe) == point
+    other = space.decode({"preset": "ties", **dict.fromkeys(names, 0.7)}).model_copy(
+        update={"densities": dict.fromkeys(CONTEXT.experts, 0.2)}
+    )
+    assert space.encode(other) is None
+    published = preset("pcb", CONTEXT.models, seed=CONTEXT.seed, dtype=CONTEXT.dtype)  # 0.1, coefficients 1 x scale 1.2
+    assert space.encode(published) == {"preset": "pcb", **dict.fromkeys(names, 1.2)}
+
+
+@pytest.mark.parametrize(
+    ("density", "problem"),
+    [
+        (0, "greater than 0"), (1.5, "less than or equal to 1"), (True, "density"),
+        ({"fixed": 0.1, "per": "block"}, "a fixed density is not searched; leave out per, or fixed"),
+    ],
+)  # fmt: skip
+def test_a_fixed_density_must_be_one_and_stand_alone(density: Any, problem: str) -> None:
+    with pytest.raises(SpaceError, match=problem):
+        build("compatibility", presets=["pcb"], density=density)
+
+
+def test_the_exact_form_of_an_interpolated_recipe_is_df_merge_itself() -> None:
+    space, exact = build("df_merge", anchors=0.5), build("df_merge")
+    point = {f"coefficient.{e}": c for e, c in zip(CONTEXT.experts, (0.2, 0.6, 1.0), strict=True)}
+    recipe = space.decode(point)
+    assert recipe.splice.score is not None
+    assert recipe.splice.score.options["anchors"] == 0.5
+    assert space.exact_form(recipe) == exact.decode(point).model_copy(update={"preset": recipe.preset})
+    assert exact.exact_form(exact.decode(point)) is None
+    assert build("df_merge", fisher=False).exact_form(recipe.model_copy(update={"splice": Splice()})) is None
+    assert build("uniform").exact_form(recipe) is None
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, space in SPACES.items() if any(k.startswith("density") for k in space.parameters)]
+)
+def test_densities_are_searched_on_a_logarithmic_scale(name: str) -> None:
+    densities = [d for n, d in SPACES[name].parameters.items() if n.startswith("density")]
+    assert all(isinstance(d, Float) and d.log for d in densities)
+
+
+@pytest.mark.parametrize("name", ["genome", "genome_ties", "genome_linear", "genome_smooth"])
+def test_weights_of_a_mergekit_genome_hold_all_of_the_strength(name: str) -> None:
+    space = SPACES[name]
+    assert {space.decode(p).scale for p in space.initial_points()} == {1.0}
+
+
+def test_weights_of_a_normalised_genome_are_relative_within_the_ratio() -> None:
+    genome = {"models": GENOME["models"], "merge_method": "linear"}
+    space = build("mergekit_genome", genome=genome, ratio=[0.2, 4])
+    assert set(space.parameters.values()) == {Float(0.2, 4.0, log=True)}
+    for ratio in ([0.2, 0.9], [1.1, 4], [0.2, 1], [1, 4], [-0.5, 4], [0, 4]):
+        with pytest.raises(SpaceError, match="ratios must be positive, on both sides of 1"):
+            build("mergekit_genome", genome=genome, ratio=ratio)
+
+
+def test_the_starts_of_a_normalised_genome_also_emphasise_each_model_in_turn() -> None:
+    space = build("mergekit_genome", genome={"models": GENOME["models"], "merge_method": "linear"})
+    weights = [(1.0, p["weight.code"], p["weight.stories"]) for p in space.initial_points()]
+    third = pytest.approx(1 / 3)
+    assert weights[:4] == [(1.0, 1.0, 1.0), (1.0, third, third), (1.0, 3.0, 1.0), (1.0, 1.0, 3.0)]
+
+
+def test_factors_over_depth_reach_zero_only_where_terms_have_anchors_of_their_own() -> None:
+    one, two = build("lowrank"), build("lowrank", rank=2)
+    assert one.parameters["depth.knot.0"] == Float(0.3, 1.7)
+    assert two.parameters["depth.0.knot.1"] == Float(0.0, 1.7)
+
+
+def test_tensors_outside_blocks_follow_the_first_block_or_the_last_in_factors() -> None:
+    space = build("lowrank")
+    point = {**space.initial_points()[0], "depth.knot.0": 0.5, "depth.knot.3": 1.5, "strength.code": 1.0}
+    recipe = space.decode(point)
+    by_kind = {g.kind: recipe.coefficient("code", g) for g in CONTEXT.groups if g.block is None}
+    assert by_kind == {"embedding": pytest.approx(0.5), "norm": pytest.approx(1.5), "head": pytest.approx(1.5)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from command_line import here
 from optuna.trial import TrialState
 from small_spaces import CONTEXT, build
 
-from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split
+from merge_search.evaluation import Cost, Evaluation, MetricInfo, Scores, Split
 from merge_search.objective import Objective
 from merge_search.presets import preset
 from merge_search.recipe import Models, Recipe
@@ -28,6 +29,7 @@ from merge_search.search.records import Record, finished_records
 from merge_search.search.start.learned_space import LearnedSpace
 from merge_search.search.start.warm_start import better_start, structure_of
 from merge_search.search.storage import reclaim_lost_trials
+from merge_search.search.trial.job import Job, Scored
 from merge_search.space import Categorical, Float, SearchSpace
 from merge_search.study_file import Learner, Search
 
@@ -92,6 +94,7 @@ def test_a_fit_takes_the_steps_that_the_budget_still_pays_for(demo: Path, tmp_pa
     assert 0 < only.attributes["learner"]["steps"] < 200
     assert only.attributes["cut_short"]
     before = sum(r.cost.questions for r in finished_records(study) if r.number <= only.number)
+    before += study.user_attrs["start_score"]["evaluation"]["cost"][2]
     assert 2000 - per_step < before <= 2000
 
 
@@ -219,7 +222,7 @@ def test_a_budget_that_pays_for_no_fit_is_said_before_any_trial_with_the_one_tha
 def test_a_loss_that_a_task_lacks_is_refused_with_those_it_has(demo: Path, tmp_path: Path) -> None:
     result = here("validate", write_study(tmp_path, demo, learner={"loss": ["gold", "choice"]}), check=False)
     assert result.returncode != 0
-    assert "task 'demo_maths' has no loss 'choice'; it has gold, pseudo, kl" in result.stderr
+    assert "task 'demo_maths' has no loss 'choice'; it has gold, pseudo, kl, entropy" in result.stderr
     assert "demo_stories" not in result.stderr
 
 
@@ -368,13 +371,64 @@ def test_without_a_scored_merge_the_ladder_begins_at_the_spaces_first_recipe() -
     assert better_start(optuna.create_study(), OBJECTIVE, space) is None
 
 
-def queue_of(study: optuna.Study) -> FirstTrials:
-    """The queue of a study's first trials, its baselines scored."""
-    space = LearnedSpace(build("uniform", presets=["task_arithmetic", "tsv_m"]), Learner(), n_rows=5000)
+class Scorer:
+    """An executor whose every merge gives the same answers."""
+
+    models = CONTEXT.models
+
+    def __init__(self, right: list[int]) -> None:
+        self.right, self.jobs = np.array(right, dtype=float), list[Job]()
+
+    def submit(self, job: Job) -> Future[Scored]:
+        self.jobs.append(job)
+        future = Future[Scored]()
+        scores = {"t/acc": Scores((), self.right, float(self.right.mean()), 0.05)}
+        future.set_result(Scored(Evaluation(Split.SEARCH, 1.0, scores, Cost(0.0, 1.0, 100)), "sha"))
+        return future
+
+
+def queue_of(study: optuna.Study, start: list[int] | None = None, **learner: Any) -> FirstTrials:
+    """The queue of a study's first trials, its baselines scored; `start`: the answers of the space's first recipe."""
+    space = LearnedSpace(build("uniform", presets=["task_arithmetic", "tsv_m"]), Learner(**learner), n_rows=5000)
     first = object.__new__(FirstTrials)
-    first.plan = SimpleNamespace(space=space, objective=OBJECTIVE)  # type: ignore[assignment]
-    first.study, first.budget, first._baselines = study, Budget(Search(), study), set()
+    file = SimpleNamespace(search=Search())
+    first.plan = SimpleNamespace(space=space, objective=OBJECTIVE, file=file)  # type: ignore[assignment]
+    first.executor = Scorer(start or [1] * 50 + [0] * 50)  # type: ignore[assignment]
+    first.study, first.budget, first._baselines, first._fits = study, Budget(Search(), study), set(), {}
+    base = [1] * 50 + [0] * 50
+    study.set_user_attr("reference.base", {"evaluation": merges(average=base).trials[0].user_attrs["evaluation"]})
     return first
+
+
+@pytest.mark.parametrize(
+    ("start", "begins_at"), [([1] * 30 + [0] * 70, 1 / 3), ([1] * 48 + [0] * 52, 0.7), ([1] * 90 + [0] * 10, 0.7)]
+)
+def test_the_first_fits_begin_at_the_average_where_the_usual_strength_is_clearly_worse_than_the_base(
+    start: list[int], begins_at: float
+) -> None:
+    """0.30 on 100 paired questions is 20 wins and no loss behind the base's 0.50: 5 standard errors; 0.48 is 1.4."""
+    study = merges(average=[1] * 60 + [0] * 40, task_arithmetic=[1] * 55 + [0] * 45)
+    first = queue_of(study, start)
+    first.go_on()
+    n_experts = len(CONTEXT.experts)
+    ladder = [p for p in first_points(study).values() if p["learner.steps"]]
+    plain = [p for p in first_points(study).values() if not p["learner.steps"]]
+    assert n_experts == 3
+    assert ladder[0]["coefficient"] == pytest.approx(begins_at)
+    assert plain[0]["coefficient"] == 0.7
+    (job,) = first.executor.jobs  # type: ignore[attr-defined]
+    assert Recipe.from_json(job.recipe).coefficients == dict.fromkeys(CONTEXT.experts, 0.7)
+    assert questions_asked(study) == 100
+
+
+def test_the_usual_strength_is_not_scored_where_the_first_fits_go_on_from_a_better_trial() -> None:
+    better = merges(average=[1] * 60 + [0] * 40, task_arithmetic=[1] * 65 + [0] * 35)
+    first = queue_of(better)
+    first.go_on()
+    assert first.executor.jobs == []  # type: ignore[attr-defined]
+    cold = queue_of(merges(average=[1] * 60 + [0] * 40, task_arithmetic=[1] * 65 + [0] * 35), warm_start=False)
+    cold.go_on()
+    assert len(cold.executor.jobs) == 1  # type: ignore[attr-defined]
 
 
 def first_points(study: optuna.Study) -> dict[str, Any]:

@@ -107,10 +107,10 @@ def test_an_export_is_the_scored_model_and_so_is_its_recipe_merged_again(familie
 
 @pytest.fixture(scope="module")
 def stacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished study over stacked layers and none, whose trials may fit their coefficients."""
+    """A finished study over stacked layers, whose trials may fit their coefficients."""
     folder = tmp_path_factory.mktemp("stacked")
     models = write_family(folder)
-    transform = [{"stack": {"layers": ["0 1 1", "0 0 1"]}}, "none"]
+    transform = {"stack": {"layers": ["0 1 1", "0 0 1", "0 1"]}}
     learner = {"steps": [0, 3], "per": ["block"], "step_size": 0.03, "batch_rows": 12, "warm_start": False}
     path = write_study(folder, dict(models.experts), {}, search={"n_trials": 14, "learner": learner})
     whole = {**yaml.safe_load(path.read_text()), "space": {"type": "blockwise", "transform": transform}}
@@ -119,25 +119,27 @@ def stacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_layers_are_a_choice_beside_none_and_a_learner_works_through_them(stacked: Path) -> None:
+def test_layers_are_a_choice_and_a_learner_works_through_them(stacked: Path) -> None:
     records = finished(stacked)
     assert all(r.is_scored for r in records), [r.reason for r in records]
     layers = [r.recipe.transform and r.recipe.transform.options["layers"] for r in records]
-    assert set(layers) == {None, "0 1 1", "0 0 1"}
+    assert set(layers) == {None, "0 1 1", "0 0 1", "0 1"}
     assert layers[:5] == [None] * 5  # base, experts and baselines
     fitted = [r for r in records if "learner" in r.attributes]
     for r in fitted:
         first, last = r.attributes["learner"]["losses"]["rows"]
         assert last < first
-    deep = next(r for r in fitted if r.recipe.transform is not None)
-    assert "block.2" in str(deep.recipe.coefficients["a"])
-    assert "block.2" not in str([r.recipe.coefficients for r in records if r.recipe.transform is None])
+    assert fitted[0].recipe.transform.options["layers"] == "0 1 1"
+    assert "block.2" in str(fitted[0].recipe.coefficients["a"])
+    shallow = [r.recipe.coefficients for r, text in zip(records, layers, strict=True) if text == "0 1"]
+    assert shallow
+    assert "block.2" not in str(shallow)
 
 
 def test_a_stacked_export_loads_as_a_causal_model(stacked: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    chosen = next(r for r in finished(stacked) if r.recipe.transform is not None and "learner" in r.attributes)
+    chosen = next(r for r in finished(stacked) if "learner" in r.attributes)
     here("export", stacked, tmp_path / "out", "--trial", str(chosen.number))
     assert hash_folder(tmp_path / "out") == chosen.weights_sha256
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -142,7 +142,19 @@ POSTS: dict[str, dict[str, Any]] = {
     "iso_spectrum": {"power": 0.5},
     "norm_match": {},
 }
-_GEOMETRY = ("slerp", "nuslerp", "multislerp", "karcher", "regmean", "tsv_m", "iso_c", "iso_cts", "wudi")
+_GEOMETRY = (
+    "slerp",
+    "nuslerp",
+    "multislerp",
+    "karcher",
+    "regmean",
+    "tsv_m",
+    "iso_c",
+    "iso_cts",
+    "wudi",
+    "copa",
+    "core",
+)
 
 
 def depends_on_the_machine(case: Recipe | dict[str, Any]) -> bool:
@@ -213,8 +225,11 @@ EARLIER_GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
 
 def _presets() -> Iterator[tuple[str, Recipe]]:
     for name, p in PRESETS.items():
+        if p.fit is not None:  # newer than 0.1.0; its fit begins at plain or trimmed task arithmetic
+            continue
         earlier = EARLIER.get(name, {})
-        models = _first(p.experts[1] or len(EXPERTS))
+        adapters = Models(base="base", experts={ADAPTER: ADAPTER})
+        models = adapters if p.needs_factors else _first(p.experts[1] or len(EXPERTS))
         more: dict[str, Any] = {"expert": "a"} if name == "expert" else {}
         if name == "df_merge":  # its Fisher information is that at the coefficients
             more = {"coefficients": 0.5}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_search.engine.contracts import Factors
 from merge_search.engine.methods.operators import (
     OPERATORS,
     POSTS,
@@ -24,6 +25,11 @@ TOY = (TAU_1, TAU_2)
 MLP = Group("w", 0, "mlp")
 
 
+def whole_pair(delta: Tensor) -> Factors | None:
+    """Return a matrix as the product of itself and ones on the diagonal."""
+    return Factors(delta.float(), torch.eye(delta.shape[1])) if delta.ndim == 2 else None
+
+
 def context(deltas: Sequence[Tensor], base: Tensor | None = None, **fields: Any) -> OperatorContext:
     base = torch.zeros_like(deltas[0]) if base is None else base
     n = len(deltas)
@@ -33,7 +39,9 @@ def context(deltas: Sequence[Tensor], base: Tensor | None = None, **fields: Any)
         "coefficients": (1.0,) * n,
         "options": {},
         "group": MLP,
+        "factors": lambda expert: whole_pair(deltas[names.index(expert)]),
     }
+    names = list(fields.get("experts", defaults["experts"]))
     return OperatorContext(name="w", base=base, deltas=tuple(deltas), **{**defaults, **fields})
 
 

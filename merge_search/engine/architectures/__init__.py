@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["SMILE", "model_class", "register"]
+__all__ = ["SASREC", "SMILE", "model_class", "register"]
+
+SASREC = "merge_search_sasrec"
+"""``model_type`` of `engine.architectures.sasrec`."""
 
 SMILE = "merge_search_smile"
 """``model_type`` of `engine.architectures.smile`."""
@@ -28,13 +31,20 @@ def model_class(config: Mapping[str, Any]) -> Any | None:
         from merge_search.engine.architectures.smile import class_of
 
         return class_of(config)
+    if config.get("model_type") == SASREC:
+        from merge_search.engine.architectures.sasrec import SasRec
+
+        return SasRec
     return getattr(transformers, names[0], None) if names else transformers.AutoModel
 
 
 def register() -> None:
     """Let transformers' Auto classes load the architectures of this package. Repeated calls change nothing."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModel
 
+    from merge_search.engine.architectures.sasrec import SasRec, SasRecConfig
     from merge_search.engine.architectures.smile import SmileConfig
 
     AutoConfig.register(SMILE, SmileConfig, exist_ok=True)
+    AutoConfig.register(SASREC, SasRecConfig, exist_ok=True)
+    AutoModel.register(SasRecConfig, SasRec, exist_ok=True)

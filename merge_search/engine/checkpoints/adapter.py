@@ -24,7 +24,7 @@ from merge_search.engine.checkpoints.headers import CheckpointInfo
 if TYPE_CHECKING:
     from merge_search.engine.checkpoints.module_names import Part
 
-__all__ = ["AdapterEntry", "plan_adapter"]
+__all__ = ["AdapterEntry", "factors_problem", "plan_adapter", "saved_whole"]
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(
@@ -103,6 +103,28 @@ def plan_adapter(base: CheckpointInfo, adapter: CheckpointInfo) -> tuple[dict[st
         elif problem := _replacement_problem(target, entry, base, adapter):
             problems.append(problem)
     return entries, problems
+
+
+def factors_problem(base: CheckpointInfo, expert: CheckpointInfo) -> str:
+    """Return why an expert cannot be merged as LoRA pairs, '' if it can.
+
+    Args:
+        base: The base's headers and config.
+        expert: The expert's headers and config.
+    """
+    if not expert.is_adapter:
+        return f"{expert.folder} is a whole model and no LoRA adapter"
+    for name, entry in plan_adapter(base, expert)[0].items():
+        if entry.magnitude:
+            return f"{expert.folder} is a DoRA adapter, whose magnitudes scale whole rows of {name!r}"
+        if entry.wrapped is not None:
+            return f"{expert.folder} adapts the parameter {entry.wrapped.name!r} by itself (target_parameters)"
+    return ""
+
+
+def saved_whole(base: CheckpointInfo, adapter: CheckpointInfo) -> list[str]:
+    """Return the base's tensors that an adapter replaces, in place of adding a product of factors."""
+    return [name for name, entry in plan_adapter(base, adapter)[0].items() if entry.whole and not entry.a]
 
 
 class _Key(NamedTuple):

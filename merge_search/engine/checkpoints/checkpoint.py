@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from merge_search.engine.checkpoints.adapter import AdapterEntry, plan_adapter
+from merge_search.engine.checkpoints.adapter import AdapterEntry, factors_problem, plan_adapter
 from merge_search.engine.checkpoints.adapter_parameters import Wrapped, parameter_delta
 from merge_search.engine.checkpoints.dtypes import DTYPES
 from merge_search.engine.checkpoints.headers import CheckpointInfo, read_checkpoint
@@ -28,6 +28,7 @@ from merge_search.engine.checkpoints.vocabulary import (
     read_vocabulary,
     row_map,
 )
+from merge_search.engine.contracts import Factors
 from merge_search.errors import WeightsError
 from merge_search.recipe import Group
 
@@ -171,6 +172,29 @@ class Expert:
             return self.base.tensor(name) if entry is None else self._adapted(name, entry)
         rows = self._rows.get(name)
         return self.checkpoint.tensor(name) if rows is None else self._with_rows(name, rows)
+
+    def factors(self, name: str) -> Factors | None:
+        """Return the LoRA pair whose product is all that the adapter changes of the base's `name`; None for no pair.
+
+        The scale is in B. An embedding that is saved whole beside its factors has a pair only if it is the base's.
+        """
+        entry = self._adapter.get(name)
+        if entry is None or not entry.a or entry.magnitude or entry.wrapped is not None:
+            return None
+        if entry.whole and not torch.equal(self.checkpoint.tensor(entry.whole), self.base.tensor(name)):
+            return None
+        b, a = self.checkpoint.tensor(entry.b).float() * entry.scale, self.checkpoint.tensor(entry.a).float()
+        return Factors(b, a, entry.transpose)
+
+    def adapted_module(self, name: str) -> tuple[str, bool] | None:
+        """Return the module whose factors change the tensor, and whether it is an embedding; None where none does."""
+        entry = self._adapter.get(name)
+        return (entry.module, entry.is_embedding) if entry is not None and entry.a else None
+
+    @property
+    def factors_problem(self) -> str:
+        """Why the expert cannot be merged as LoRA pairs, '' if it can."""
+        return factors_problem(self.base.info, self.info)
 
     def is_stored(self, name: str) -> bool:
         """Whether the files hold the tensor exactly as `tensor` returns it."""

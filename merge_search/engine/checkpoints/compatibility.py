@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from merge_search.engine.checkpoints.adapter import plan_adapter
+from merge_search.engine.checkpoints.adapter import factors_problem, plan_adapter
 from merge_search.engine.checkpoints.dtypes import FLOATING
 from merge_search.engine.checkpoints.headers import CheckpointInfo, read_checkpoint, resolve_model
 from merge_search.engine.checkpoints.layout import layout, name_groups
 from merge_search.engine.checkpoints.vocabulary import Vocabulary, compare, is_vocabulary_tensor, read_vocabulary
 from merge_search.errors import WeightsError
 
-__all__ = ["check_models", "misfits", "unusable_models"]
+__all__ = ["check_models", "misfits", "unusable_models", "without_factors"]
 
 N_SHOWN = 5
 _ANOTHER = "give a whole fine-tune of this base, or the base that it was trained from"
@@ -74,6 +74,19 @@ def _problems(base: str | Path, experts: Mapping[str, str | Path]) -> list[tuple
         problems += [("", text) for text in unusable] + [(name, f"{where}: {p}") for p in mismatches]
         unusable.clear()
     return problems + [("", text) for text in unusable]
+
+
+def without_factors(base: str | Path, experts: Mapping[str, str | Path]) -> dict[str, str]:
+    """Return the experts that cannot be merged as LoRA pairs, and why. The models fit together (`check_models`).
+
+    Args:
+        base: Folder or hub id.
+        experts: Folder or hub id by expert name.
+    Cost: as `check_models`.
+    """
+    info = read_checkpoint(resolve_model(base))
+    reasons = {name: factors_problem(info, read_checkpoint(resolve_model(path))) for name, path in experts.items()}
+    return {name: why for name, why in reasons.items() if why}
 
 
 def _read(path: str | Path, where: str, problems: list[str]) -> CheckpointInfo | None:

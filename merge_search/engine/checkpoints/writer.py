@@ -12,6 +12,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -36,7 +37,7 @@ from merge_search.engine.kernels.numerics import is_finite
 from merge_search.errors import InputError, NonFiniteError, WeightsError
 from merge_search.recipe import Recipe
 
-__all__ = ["check_destination", "export_folder", "sync_folder", "write_model"]
+__all__ = ["check_destination", "export_folder", "sync_folder", "whole_folder", "write_file", "write_model"]
 
 SHARD_BYTES = 5 * 10**9
 COPIED = (
@@ -96,11 +97,7 @@ def export_folder(
     out = Path(out)
     base = read_checkpoint(base_folder)
     entries = _plan(base, recipe.dtype, left_out)
-    check_destination(out, sum(e.n_bytes for e in entries))
-    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)  # a leftover of an earlier process with the same id
-    try:
-        temporary.mkdir()
+    with whole_folder(out, sum(e.n_bytes for e in entries)) as temporary:
         written = HashInTurn([e.name for e in entries])
         _write_tensors(temporary, entries, tensors, shard_bytes, written)
         _write_settings(temporary, base, entries)
@@ -110,20 +107,38 @@ def export_folder(
             **(extra() if extra else {}),
         }
         for name, content in texts.items():
-            _write_file(temporary / name, content)
+            write_file(temporary / name, content)
         digest = written.finish(read_checkpoint(temporary))
         if expected and digest != expected:
             raise WeightsError(
                 f"the merged weights must be the scored ones, sha256 {expected[:16]}..., got {digest[:16]}...; "
                 "nothing was written. Was the study run on another device or with another version of torch?"
             )
+    return digest
+
+
+@contextmanager
+def whole_folder(out: Path, n_bytes: int = 0) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `out` if the context ends well, flushed to disk, and is removed otherwise.
+
+    Args:
+        out: Must not exist, or be an empty folder.
+        n_bytes: What is to be written, at least.
+    Raises:
+        InputError: `out` exists and is not empty, or the disk has too little room. Nothing was touched.
+    """
+    check_destination(out, n_bytes)
+    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)  # a leftover of an earlier process with the same id
+    try:
+        temporary.mkdir()
+        yield temporary
         sync_folder(temporary)
         os.rename(temporary, out)  # refused if `out` has been filled in the meantime
         _sync_folder(out.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return digest
 
 
 def write_model(
@@ -152,7 +167,7 @@ def write_model(
     out.mkdir(parents=True)
     entries = [_entry(name, t, t.dtype) for name, t in headers.items()]
     _write_tensors(out, entries, tensors, shard_bytes, HashInTurn(()))
-    _write_file(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_file(out / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     _copy_files(out, like)
 
 
@@ -207,7 +222,7 @@ def _write_tensors(
         weight_map = {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard}
         metadata = {"total_size": sum(e.n_bytes for e in entries)}
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        _write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _cut(entries: list[_Entry], shard_bytes: int) -> list[list[_Entry]]:
@@ -297,9 +312,9 @@ def _write_settings(folder: Path, base: CheckpointInfo, entries: list[_Entry]) -
     largest = max(size, key=lambda word: size[word])
     config = read_json(base.folder / "config.json")
     if size[largest] > 0 and _set_dtype(config, RECIPE_NAMES[largest]):
-        _write_file(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_file(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     else:
-        _write_file(folder / "config.json", base.folder / "config.json")
+        write_file(folder / "config.json", base.folder / "config.json")
     _copy_files(folder, base.folder)
 
 
@@ -307,7 +322,7 @@ def _copy_files(folder: Path, source: Path) -> None:
     for pattern in COPIED:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and not (folder / file.name).exists():
-                _write_file(folder / file.name, file)
+                write_file(folder / file.name, file)
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
@@ -326,7 +341,8 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
     return changed
 
 
-def _write_file(file: Path, content: str | bytes | Path) -> None:
+def write_file(file: Path, content: str | bytes | Path) -> None:
+    """Write a text, bytes or a copy of a file; its folder is made if need be."""
     file.parent.mkdir(parents=True, exist_ok=True)
     # Only the content is copied. The file gets the user's umask; a cached original may be read-only or a link.
 

@@ -3,7 +3,8 @@
     min over lambda   mean over tasks of loss_task(merge(lambda)) / scale_task  +  pull / 2 |lambda - start|^2
 
 Masks, elections and mixing scores stay those of the recipe. AdaMerging (Yang et al. 2024, arXiv 2310.02575) is the loss
-``entropy`` per tensor. Differs: any loss, any granularity from expert to output row, no clamp.
+``entropy`` per tensor with `FitSettings.clamp`. Differs: any loss, any granularity from expert to output row, and a
+clamped coefficient is moved onto its bound, where the release leaves it outside and merges with the bound.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from merge_search.engine.engine import MergeEngine
 from merge_search.engine.learners.granularity import GRANULARITIES, Granularity, Per, make_granularity
 from merge_search.engine.learners.slopes import Parts, Slopes
 from merge_search.errors import EvaluationError, InputError, NonFiniteError, nearest
-from merge_search.evaluation import Differentiable, loss_of
+from merge_search.evaluation import Differentiable, Generating, loss_of
 from merge_search.recipe import Recipe
 from merge_search.seeding import derive_seed
 
@@ -57,6 +58,7 @@ class FitSettings:
             after the last step alone. Small batches leave the last coefficients noisy (Polyak and Juditsky 1992). After
             200 steps on language models, 0.801 of the validation rows were right at the last coefficients, 0.809 where
             the step size decayed to zero, and 0.821 at this mean (three seeds).
+        clamp: Bounds onto which every coefficient is moved back after each step; None: none.
         seed: Seed of the order of the rows.
     Raises:
         InputError: A setting is out of range; all problems at once.
@@ -70,6 +72,7 @@ class FitSettings:
     normalise: bool = False
     pull: float = 0.0
     average: float = 0.5
+    clamp: Sequence[float] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -86,6 +89,8 @@ class FitSettings:
             problems.append(f"pull must be >= 0, got {self.pull}")
         if not 0 <= self.average <= 1:
             problems.append(f"average must be in [0, 1], got {self.average}")
+        if self.clamp is not None and not (len(self.clamp) == 2 and self.clamp[0] < self.clamp[1]):
+            problems.append(f"clamp must be [low, high] with low < high, got {list(self.clamp)}")
         if problems:
             raise InputError(problems, where="learner")
 
@@ -97,10 +102,16 @@ class TaskLoss:
     Attributes:
         n_rows: Number of rows, at least one.
         loss: Rows -> mean loss of the live model over them, a scalar with its graph through the live parameters.
+        questions: Questions that a row counts as.
     """
 
     n_rows: int
     loss: Callable[[Sequence[int]], Tensor]
+    questions: int = QUESTIONS_PER_ROW
+
+    def questions_per_step(self, settings: FitSettings) -> int:
+        """Questions that one step asks of this task."""
+        return self.questions * min(settings.batch_rows, self.n_rows)
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,8 @@ class Fitted:
         tasks: Task names, in the order of the columns of `losses`.
         losses: Loss of each step's rows before the step, not normalised. Shape (steps, tasks), float64.
         n_coefficients: How many numbers were fitted.
-        questions: Rows asked, each counted three times: once for the forward pass and twice for the backward pass.
+        questions: Rows asked, each counted three times: once for the forward pass and twice for the backward pass. A
+            row whose answer is generated first counts once more.
         seconds: Wall time.
     """
 
@@ -142,7 +154,8 @@ def task_losses(evaluators: Sequence[object], kind: str = "gold") -> dict[str, T
                         f"learner: two evaluators have a task {task!r} to fit on; give them different names"
                     )
                 if n > 0:
-                    losses[task] = TaskLoss(n, loss_of(evaluator, task, kind))
+                    more = evaluator.generated_questions(task, kind) if isinstance(evaluator, Generating) else 0
+                    losses[task] = TaskLoss(n, loss_of(evaluator, task, kind), QUESTIONS_PER_ROW + more)
     if not losses:
         raise InputError(
             "learner: no task has a differentiable loss and rows to fit on; "
@@ -197,7 +210,7 @@ def fit(
     slopes = Slopes(parts, model, views, rows=granularity.needs_rows)
     engine.apply(recipe, views)
     state = State(parts, granularity, slopes, views, settings, torch.nn.Parameter(granularity.start.clone()))
-    per_step = QUESTIONS_PER_ROW * sum(min(settings.batch_rows, task.n_rows) for task in losses.values())
+    per_step = sum(task.questions_per_step(settings) for task in losses.values())
     history = []
     for step in range(settings.steps):
         if on_asked is not None:
@@ -284,6 +297,10 @@ class State:
             raise NonFiniteError(f"slopes must be finite, found NaN or infinity at step {step}; take smaller steps")
         self.vector.grad = gradient
         self.adam.step()
+        if self.settings.clamp is not None:
+            low, high = self.settings.clamp
+            with torch.no_grad():
+                self.vector.clamp_(low, high)
         if step >= self.settings.steps * (1 - self.settings.average):
             self._sum += self.vector.detach()
             self._count += 1

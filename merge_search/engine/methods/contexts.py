@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from merge_search.engine.contracts import statistic_of
+from merge_search.engine.contracts import Factors, statistic_of
 from merge_search.memory import BudgetedCache
 from merge_search.recipe import Group, Scalar
 
@@ -73,6 +73,8 @@ class OperatorContext:
         options: The recipe's options, completed by the defaults.
         scale: lambda_out of this tensor, for an operator that returns weights.
         transposed: Whether the tensor is stored (in, out), as in GPT-2's Conv1D.
+        densities: Kept fraction of every expert, in (0, 1]; empty for all ones.
+        factors: Expert -> the LoRA pair whose product is its delta, float32; None for an expert without one here.
         stored: Expert -> its tensor as stored; None where only deltas are known.
         statistic: (kind, expert) -> a statistic measured on data; raises `RecipeError` where there is none.
         siblings: () -> deltas of every tensor of the same block, one tuple per tensor; None where the engine has none.
@@ -92,6 +94,8 @@ class OperatorContext:
     options: Mapping[str, Scalar]
     scale: float = 1.0
     transposed: bool = False
+    densities: tuple[float, ...] = ()
+    factors: Callable[[str], Factors | None] | None = None
     stored: Callable[[str], Tensor] | None = None
     statistic: Callable[[str, str], Tensor] | None = None
     siblings: Callable[[], Iterable[tuple[Tensor, ...]]] | None = None

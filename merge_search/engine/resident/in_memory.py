@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from merge_search.engine.contracts import Tensors
+from merge_search.engine.contracts import Factors, Tensors
 from merge_search.errors import WeightsError
 from merge_search.recipe import Group, Models
 
@@ -22,6 +22,8 @@ class MemoryTensors(Tensors):
         experts: Expert -> dict with the same names and shapes.
         groups: Group of each tensor. None: all are outside any block, with kind ``other``.
         statistics: (kind, expert, name) -> tensor.
+        factors: (expert, name) -> the LoRA pair whose product is the expert's delta. An expert with one counts as an
+            adapter.
     Raises:
         WeightsError: An expert lacks a tensor or has it in another shape.
     Example:
@@ -40,6 +42,7 @@ class MemoryTensors(Tensors):
         *,
         groups: Mapping[str, Group] | None = None,
         statistics: Mapping[tuple[str, str, str], Tensor] | None = None,
+        factors: Mapping[tuple[str, str], Factors] | None = None,
     ) -> None:
         names = [name for name, t in base.items() if t.is_floating_point()]
         for expert, tensors in experts.items():
@@ -57,6 +60,7 @@ class MemoryTensors(Tensors):
         self.groups = {name: (groups or {}).get(name, Group(name, None, "other")) for name in names}
         self.device = next((t.device for t in base.values()), torch.device("cpu"))
         self._base, self._experts, self._statistics = base, experts, statistics or {}
+        self._factors = factors or {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._base[name].shape)
@@ -66,6 +70,12 @@ class MemoryTensors(Tensors):
 
     def expert(self, expert: str, name: str) -> Tensor:
         return self._experts[expert][name]
+
+    def factors(self, expert: str, name: str) -> Factors | None:
+        return self._factors.get((expert, name))
+
+    def factors_problem(self, expert: str) -> str:
+        return "" if any(e == expert for e, _ in self._factors) else super().factors_problem(expert)
 
     @property
     def has_statistics(self) -> bool:

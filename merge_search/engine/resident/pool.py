@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from merge_search.engine.checkpoints.finite import file_problems, refuse, tensor
 from merge_search.engine.checkpoints.hashing import hash_once
 from merge_search.engine.checkpoints.headers import CheckpointInfo, resolve_model
 from merge_search.engine.checkpoints.layout import layout
-from merge_search.engine.contracts import Tensors
+from merge_search.engine.contracts import Factors, Tensors
 from merge_search.engine.resident.coefficient_maps import MapStore
 from merge_search.engine.resident.transfers import Transfers
 from merge_search.errors import WeightsError
@@ -116,6 +116,7 @@ class ModelPool(Tensors):
         self.placement, self.placement_report = ("mapped", STREAMING_REPORT) if streaming else self._choose(memory)
         _log.info("%s", self.placement_report)
         self._held: dict[str, list[Tensor]] = {}
+        self._factors: dict[tuple[str, str], Factors | None] = {}
         needs_transfers = self.device.type == "cuda" and not streaming and self.placement != "resident"
         self._transfers = Transfers(self._in_host_memory, self.device) if needs_transfers else None
         if streaming:
@@ -145,6 +146,26 @@ class ModelPool(Tensors):
     def expert(self, expert: str, name: str) -> Tensor:
         """Return an expert's tensor on the device: the base's shape, its own dtype. Do not write into it."""
         return self._get(name, 1 + self._index(expert), self._experts[expert].tensor)
+
+    def factors(self, expert: str, name: str) -> Factors | None:
+        """Return an adapter's LoRA pair for a tensor, on the device; None where it has none."""
+        if (expert, name) in self._factors:
+            return self._factors[expert, name]
+        found = self._experts[expert].factors(name)
+        return found and Factors(found.b.to(self.device), found.a.to(self.device), found.transpose)
+
+    def adapted_module(self, name: str) -> tuple[str, bool] | None:
+        """Return the module whose factors change a tensor, and whether it is an embedding; None where none does."""
+        return next((found for e in self._experts.values() if (found := e.adapted_module(name))), None)
+
+    @property
+    def adapter_configs(self) -> list[Mapping[str, Any]]:
+        """The contents of ``adapter_config.json`` of every expert that is an adapter."""
+        return [e.info.config for e in self._experts.values() if e.info.is_adapter]
+
+    def factors_problem(self, expert: str) -> str:
+        """Return why an expert's matrices have no LoRA pairs, '' if they have."""
+        return self._experts[expert].factors_problem
 
     def expect(self, names: Sequence[str]) -> None:
         """Announce the order in which tensors will be asked for, so that they are copied to the GPU ahead of their use.
@@ -286,6 +307,8 @@ class ModelPool(Tensors):
                         differs[expert] = True
                     elif tensor.dtype == base.dtype:
                         tensor = base  # a frozen tensor shares the base's memory
+                    if source.info.is_adapter:
+                        self._factors[expert, name] = self.factors(expert, name)
                 tensors.append(tensor)
             if self.placement != "mapped":
                 self._held[name] = tensors

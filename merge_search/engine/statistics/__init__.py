@@ -38,7 +38,8 @@ class Kind:
         summary: One line.
         point: The weights at which it is measured: ``base``, ``expert``, or ``either``. ``either`` is the expert, or
             base + c delta where the kind is asked for as ``<kind>@<c>``.
-        questions: Questions counted per row: one for a forward pass, two more for a backward pass.
+        questions: Questions counted per row: one for a forward pass, two more for a backward pass. What differs between
+            rows, `Work.on_asked` reports.
     """
 
     module: str
@@ -49,6 +50,7 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "fisher": Kind("fisher", "mean of squared gradients, row by row", "either", 3),
+    "true_fisher": Kind("true_fisher", "mean of squared gradients over all answers by p", "either", 1),
     "gradient": Kind("gradient", "mean gradient of the loss at the base", "base", 3),
     "absolute_gradient": Kind("absolute_gradient", "mean of absolute gradients at the base, row by row", "base", 3),
     "activation_norm": Kind("activation_norm", "root mean square of every input feature", "expert", 1),

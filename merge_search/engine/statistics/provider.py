@@ -195,7 +195,7 @@ class DataStatistics:
         assert live is not None
         entry, c = _entry(kind)
         views = {name: live.views[name] for name in self.pool.groups if name in live.views}
-        work = Work(live.model, views, self.pool.groups, self._rows[expert])
+        work = Work(live.model, views, self.pool.groups, self._rows[expert], self._count)
         _log.info("measuring %s of expert %r on %d rows", kind, expert, work.n_rows)
         self.questions += entry.questions * work.n_rows
         with _borrowed(views):
@@ -205,6 +205,9 @@ class DataStatistics:
             except NonFiniteError as error:
                 raise NonFiniteError(f"measuring {kind!r} of expert {expert!r}: {error}") from error
         return {name: t.to("cpu") for name, t in tensors.items()}
+
+    def _count(self, questions: int) -> None:
+        self.questions += questions
 
     def _point(self, entry: Kind, c: float | None, expert: str) -> Recipe:
         """Return the recipe of the weights at which a statistic is measured."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from merge_search.errors import InputError
-from merge_search.evaluation import Differentiable, loss_of
+from merge_search.evaluation import Answering, Differentiable, answers_of, loss_of
 from merge_search.recipe import Group
 from merge_search.seeding import derive_seed
 
@@ -26,12 +26,15 @@ class TaskRows:
         rows: Indices of the rows, ascending.
         loss: Rows -> mean loss of the live model over them: -log p of the right answer.
         fingerprint: Fingerprint of the task's evaluator.
+        answers: Row -> losses and probabilities of all its answers (`evaluation.Answering`), or None where they cannot
+            be listed.
     """
 
     task: str
     rows: tuple[int, ...]
     loss: Callable[[Sequence[int]], Tensor]
     fingerprint: str
+    answers: Callable[[int], tuple[Tensor, Tensor] | None] = lambda row: None
 
 
 @dataclass(frozen=True)
@@ -43,23 +46,40 @@ class Work:
         views: Live views of every merged tensor, by name on disk.
         groups: Group of every merged tensor.
         tasks: Their statistics are averaged. Each task counts once, whatever its number of rows.
+        on_asked: Called with questions besides those that the kind says.
     """
 
     model: Any
     views: Mapping[str, Tensor]
     groups: Mapping[str, Group]
     tasks: tuple[TaskRows, ...]
+    on_asked: Callable[[int], None] = lambda questions: None
 
     @property
     def n_rows(self) -> int:
         """Number of rows of all tasks."""
         return sum(len(t.rows) for t in self.tasks)
 
-    def each(self) -> Iterator[tuple[float, Callable[[], Tensor]]]:
-        """Yield the weight and the loss function of every row, in a fixed order. The weights sum to one."""
+    def _each_row(self) -> Iterator[tuple[float, TaskRows, int]]:
         for task in self.tasks:
             for row in task.rows:
-                yield 1.0 / (len(self.tasks) * len(task.rows)), lambda task=task, row=row: task.loss([row])  # type: ignore[misc]
+                yield 1.0 / (len(self.tasks) * len(task.rows)), task, row
+
+    def each(self) -> Iterator[tuple[float, Tensor]]:
+        """Yield the weight and the loss of every row, in a fixed order. The weights sum to one."""
+        for weight, task, row in self._each_row():
+            yield weight, task.loss([row])
+
+    def each_answer(self) -> Iterator[tuple[float, Tensor]]:
+        """Yield weight x p(y) and the loss of every answer y of every row, in a fixed order. The weights sum to one.
+
+        Every answer is reported as two questions, for its backward pass.
+        """
+        for weight, task, row in self._each_row():
+            losses, p = task.answers(row) or (task.loss([row])[None], None)
+            for y, loss in enumerate(losses):
+                self.on_asked(2)
+                yield weight * (1.0 if p is None else float(p[y])), loss
 
 
 def rows_of_experts(
@@ -68,7 +88,7 @@ def rows_of_experts(
     """Return the rows of each expert: those of its tasks, or of all tasks for an expert that teaches none.
 
     Args:
-        evaluators: Evaluators without a differentiable loss are ignored.
+        evaluators: Evaluators without a differentiable loss are ignored, and tasks whose rows have no labels.
         experts: Names of the experts.
         teachers: Task -> expert, or ``base``. Tasks that the base teaches are used only for experts without a task.
         n_rows: Most rows per task, drawn without replacement. The draw depends on `seed` and the task's name alone.
@@ -85,9 +105,10 @@ def rows_of_experts(
         for task, n in evaluator.fit_tasks().items():
             if task in rows:
                 raise InputError(f"statistics: two evaluators have a task {task!r}; give them different names")
-            if n:
+            if n and "gold" in evaluator.losses(task):
                 fingerprint: str = evaluator.fingerprint()  # type: ignore[attr-defined]
                 drawn = random.Random(derive_seed(seed, "statistics", task)).sample(range(n), min(n, n_rows))
-                rows[task] = TaskRows(task, tuple(sorted(drawn)), loss_of(evaluator, task), fingerprint)
+                answers = {"answers": answers_of(evaluator, task)} if isinstance(evaluator, Answering) else {}
+                rows[task] = TaskRows(task, tuple(sorted(drawn)), loss_of(evaluator, task), fingerprint, **answers)
     all_rows = tuple(rows.values())
     return {e: tuple(t for t in all_rows if teachers.get(t.task) == e) or all_rows for e in experts}

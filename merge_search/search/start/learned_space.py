@@ -96,6 +96,10 @@ class LearnedSpace:
             return None
         return {**inner, **self._usual(steps=0)}
 
+    def exact_form(self, recipe: Recipe) -> Recipe | None:
+        """See `SearchSpace.exact_form`."""
+        return self.space.exact_form(recipe)
+
     def initial_points(
         self, begin: Recipe | None = None, affordable: Callable[[dict[str, Any]], int | None] = lambda settings: None
     ) -> list[Values]:

@@ -84,8 +84,8 @@ def comparable_weights(
         evaluations: The evaluations of base and experts. They show whether every metric is a mean over questions.
     """
     weights = objective.weights(references)
-    are_means = all(s.is_mean for e in evaluations for s in e.scores.values())
-    return weights if len(objective.names) == 1 and are_means else None
+    are_joinable = all(s.is_joinable for e in evaluations for s in e.scores.values())
+    return weights if len(objective.names) == 1 and are_joinable else None
 
 
 def is_hopeless(

@@ -25,7 +25,7 @@ from merge_search.outcome import Outcome
 from merge_search.recipe import Recipe
 from merge_search.rules import TRANSFORMS
 from merge_search.search import samplers, storage
-from merge_search.search.budget import Budget, affordable_steps
+from merge_search.search.budget import START_SCORE, Budget, affordable_steps
 from merge_search.search.plan import Plan
 from merge_search.search.process_record import PROCESS, this_process
 from merge_search.search.records import Record, best, finished_records
@@ -112,7 +112,7 @@ class TrialInProgress:
         self._keep_recipe(recipe)
         if self._settings is None and (known := self._known_scores(recipe)) is not None:
             return known
-        if self._settings is not None and self._search.learner is not None and self._search.learner.warm_start:
+        if self._settings is not None and self._may_go_on_from_another():
             recipe, start = warm_start(recipe, self._s.study, self._s.plan.objective)
             self._began_at = None if start is None else start.number
         return Job(recipe.to_json(), fidelity=self._search.fidelity, fit=self._settings, race=self._race())
@@ -123,20 +123,28 @@ class TrialInProgress:
         A point of a learned space also sets the learner's settings.
         """
         space, given = self._s.plan.space, self._trial.user_attrs.get("given_recipe")
+        settings: dict[str, Any] | None = None
+        # Each trial draws other rows, but a second try of a lost trial draws the same rows again.
+        number = self._trial.user_attrs.get("retry_of", self._trial.number)
+        seed = derive_seed(self._s.plan.file.study.seed, "learner", number)
         if given is not None:
             recipe = Recipe.from_json(given)
+            if (fit := self._trial.user_attrs.get("given_fit")) is not None:
+                settings = {**fit, "seed": seed}
         else:
             point = samplers.suggest(self._trial, space.parameters)
             recipe = decoded(space, point)
             if isinstance(space, LearnedSpace):
-                # Each trial draws other rows, but a second try of a lost trial draws the same rows again.
-                number = self._trial.user_attrs.get("retry_of", self._trial.number)
-                seed = derive_seed(self._s.plan.file.study.seed, "learner", number)
                 settings = None if _is_final(recipe) else space.settings(point, seed=seed)
-                self._settings = self._affordable(settings)
-                if self._settings != settings:
-                    self._trial.set_user_attr(samplers.CUT_ATTRIBUTE, True)
+        self._settings = self._affordable(settings)
+        if self._settings != settings:
+            self._trial.set_user_attr(samplers.CUT_ATTRIBUTE, True)
         return recipe.model_copy(update={"models": self._s.executor.models})
+
+    def _may_go_on_from_another(self) -> bool:
+        """Whether the fit may begin at an earlier trial's coefficients; a baseline's begins at its own."""
+        learner = self._search.learner
+        return learner is not None and learner.warm_start and "given_fit" not in self._trial.user_attrs
 
     def _affordable(self, settings: dict[str, Any] | None) -> dict[str, Any] | None:
         """The settings with as many steps as the budget in questions still pays for; None if it pays for none."""
@@ -171,7 +179,11 @@ class TrialInProgress:
                     self._trial.set_user_attr("same_as", t.number)
                     break
         if attributes is None:
-            return None
+            start = study.user_attrs.get(START_SCORE, {})
+            if start.get("fingerprint") != recipe.fingerprint:
+                return None
+            known = Evaluation.from_attribute(start["evaluation"])
+            return Scored(replace(known, cost=Cost()), start["weights_sha256"])  # the study was charged
         return Scored(Evaluation.from_attribute(attributes["evaluation"]), attributes["weights_sha256"])
 
     def _race(self) -> racing.Race | None:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,9 +24,9 @@ from merge_search.engine.checkpoints.headers import read_checkpoint, resolve_mod
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.learners.block_outputs import MOST_INPUTS, PASSES, fit_blocks
 from merge_search.engine.learners.fit import (
-    QUESTIONS_PER_ROW,
     FitSettings,
     Fitted,
+    TaskLoss,
     drawn_rows,
     fit,
     task_losses,
@@ -35,11 +36,12 @@ from merge_search.engine.resident.live_model import LiveModel
 from merge_search.engine.resident.pool import ModelPool
 from merge_search.engine.statistics.provider import DataStatistics
 from merge_search.engine.transforms.store import FOLDER as TRANSFORMED
-from merge_search.errors import EvaluationError
-from merge_search.evaluation import Cost, Evaluation, Evaluator, Split, asking
+from merge_search.errors import EvaluationError, TrialError, WeightsError
+from merge_search.evaluation import ComparesWithExperts, Cost, Evaluation, Evaluator, Split, asking
 from merge_search.outcome import Outcome
 from merge_search.recipe import Models, Recipe, Transform
 from merge_search.search.plan import Plan
+from merge_search.search.start.baselines import reference_recipes
 from merge_search.search.trial.bench import Bench
 from merge_search.search.trial.job import Failed, Job, Learned, Reporter, Result, Scored, Spent, failure_of
 from merge_search.search.trial.racing import ask_in_parts
@@ -106,6 +108,8 @@ class Worker:
         # Evaluators see the base first: some keep its answers to compare with.
         self._first = None if plan.context.transform is None else Transform(name="alone")
         self._bench: Bench | None = self._set_up(self._first)
+        with _out_of_memory_explained("while the experts answer the evaluators that compare merges with them"):
+            self._show_experts()
 
     def _set_up(self, transform: Transform | None) -> Bench:
         """Load the models of a transform, and bind the evaluators to their live model."""
@@ -167,6 +171,31 @@ class Worker:
         """Live views of what is merged."""
         return self._here.views
 
+    def _show_experts(self) -> None:
+        """Let evaluators that compare merges with experts see each of these experts once. Then the model is the base.
+
+        Raises:
+            WeightsError: An expert cannot be asked.
+        """
+        watching = [e for e in self.evaluators if isinstance(e, ComparesWithExperts)]
+        recipes = reference_recipes(self._plan.context)
+        for expert in dict.fromkeys(name for e in watching for name in e.compared_experts()):
+            try:
+                self.splice(recipes[expert])
+                for evaluator in watching:
+                    if expert in evaluator.compared_experts():
+                        self._show(evaluator, expert)
+            except TrialError as error:
+                raise WeightsError(f"expert {expert!r} cannot be asked, so nothing can be compared: {error}") from error
+        if watching:
+            self.splice(recipes["base"])
+
+    def _show(self, evaluator: Any, expert: str) -> None:
+        before = evaluator.n_asked
+        with fast_products(self.views), asking(f"evaluator {type(evaluator).__name__}"):
+            evaluator.cache_expert(expert)
+        self._answered += evaluator.n_asked - before
+
     @property
     def notes(self) -> list[str]:
         """Sentences about the models' memory and the live model, for the user."""
@@ -183,7 +212,7 @@ class Worker:
         Raises:
             BaseException: Any error that says nothing about the recipe. The last report has the questions asked.
         """
-        before = self.asked
+        before = self._charged  # with what experts were asked before the first job
         self.on_step = lambda: report(Spent(self.asked - before))
         failed: Failed | None
         try:
@@ -322,23 +351,24 @@ class Worker:
 
     def fit_questions(self, settings: FitSettings) -> int:
         """Number of questions that `fit` would ask now, with those of the teachers. It grows with the steps."""
-        kind, n_rows = _kind_on_rows(settings.loss), self._n_fit_rows(settings)
-        asked = QUESTIONS_PER_ROW * settings.steps * sum(min(settings.batch_rows, n) for n in n_rows.values())
+        kind, losses = _kind_on_rows(settings.loss), self._fit_losses(settings)
+        asked = settings.steps * sum(loss.questions_per_step(settings) for loss in losses.values())
         if settings.loss == "block_output":
-            asked += PASSES * sum(n_rows.values())
+            asked += PASSES * sum(loss.n_rows for loss in losses.values())
         if kind in ("pseudo", "kl"):
             asked += self._here.labels.questions(kind, self._fit_rows(settings))
         return asked
 
-    def _n_fit_rows(self, settings: FitSettings) -> dict[str, int]:
-        """Number of rows of each task that a fit chooses from."""
-        most = MOST_INPUTS if settings.loss == "block_output" else None
+    def _fit_losses(self, settings: FitSettings) -> dict[str, TaskLoss]:
+        """The tasks that a fit runs on, with the number of rows that it chooses from."""
         losses = task_losses(self.evaluators, _kind_on_rows(settings.loss))
-        return {task: loss.n_rows if most is None else min(loss.n_rows, most) for task, loss in losses.items()}
+        if settings.loss != "block_output":
+            return losses
+        return {task: replace(loss, n_rows=min(loss.n_rows, MOST_INPUTS)) for task, loss in losses.items()}
 
     def _fit_rows(self, settings: FitSettings) -> Mapping[str, Iterable[int]]:
         """The rows of each task that a fit runs through the model. For block outputs these are all it chooses from."""
-        n_rows = self._n_fit_rows(settings)
+        n_rows = {task: loss.n_rows for task, loss in self._fit_losses(settings).items()}
         if settings.loss == "block_output":
             return {task: range(n) for task, n in n_rows.items()}
         return drawn_rows(settings, n_rows)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_adapters import PEFT_WARNS, peft_merged, save_adapter
 
 from merge_search.engine.checkpoints.checkpoint import Checkpoint, Expert, tied_aliases
 from merge_search.engine.checkpoints.compatibility import check_models
@@ -18,12 +19,6 @@ from merge_search.engine.checkpoints.hashing import hash_folder
 from merge_search.engine.resident.pool import ModelPool
 from merge_search.errors import WeightsError
 from merge_search.recipe import Models
-
-PEFT_WARNS = pytest.mark.filterwarnings(
-    "ignore::UserWarning",
-    "ignore:.*is_gradient_checkpointing:FutureWarning",
-    "ignore:.*_pattern keys did not match any targeted module:RuntimeWarning",  # these patterns match parameters
-)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -43,22 +38,7 @@ def models(base: Path, **experts: Path) -> Models:
 
 def make_adapter(folder: Path, out: Path, dtype: torch.dtype, **options: Any) -> dict[str, torch.Tensor]:
     """Write a LoRA adapter with random factors into `out`. Return the base after peft's merge_and_unload with it."""
-    import peft
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    torch.manual_seed(3)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
-    with torch.no_grad():
-        for name, p in adapted.named_parameters():
-            if "lora_" in name:
-                p.copy_(torch.randn_like(p) * 0.3 + (1.0 if "magnitude" in name else 0.0))
-            elif "modules_to_save" in name or (options.get("bias") == "all" and name.endswith("bias")):
-                p.add_(torch.randn_like(p))
-    adapted.save_pretrained(out)
-    fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    merged = peft.PeftModel.from_pretrained(fresh, out).merge_and_unload()
-    return {n: t.detach().clone() for n, t in merged.state_dict().items()}
+    return peft_merged(folder, save_adapter(folder, out, **options))
 
 
 LLAMA_OPTIONS = {

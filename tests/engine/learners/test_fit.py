@@ -75,6 +75,27 @@ def test_fitting_lowers_the_loss_and_the_recipe_alone_makes_the_model_that_is_li
         assert torch.equal(merged, merge_tensor(read, again, name)), name
 
 
+def test_a_clamped_fit_steps_against_the_slope_and_stays_within_its_bounds(make_models, tmp_path: Path) -> None:
+    """Adam's first step is the step size against the sign of the slope, here by central differences of the loss."""
+    pool, live = make_models()
+    tasks, engine = distillation(pool, live), MergeEngine(pool)
+
+    def loss(a: float, b: float) -> float:
+        engine.apply(Recipe(models=pool.models, coefficients={"a": a, "b": b}), live.views)
+        with torch.no_grad():
+            return sum(task.loss(range(N_ROWS)).double().item() for task in tasks.values())
+
+    signs = np.sign([loss(0.31, 0.3) - loss(0.29, 0.3), loss(0.3, 0.31) - loss(0.3, 0.29)])
+    start = Recipe(models=pool.models, coefficients={"a": 0.3, "b": 0.3})
+    settings = {"per": "expert", "steps": 1, "step_size": 1e-3, "batch_rows": N_ROWS, "average": 0.0}
+    free = learn(pool, live, start, tmp_path, **settings)
+    assert list(free.recipe.coefficients.values()) == pytest.approx(0.3 - 1e-3 * signs, abs=1e-8)
+    clamped = learn(pool, live, start, tmp_path, **settings, clamp=(0.2995, 0.3005))
+    assert list(clamped.recipe.coefficients.values()) == pytest.approx(0.3 - 5e-4 * signs, abs=1e-12)
+    with pytest.raises(InputError, match=r"clamp must be \[low, high\] with low < high, got \[1, 0\]"):
+        FitSettings(clamp=(1, 0))
+
+
 def test_the_same_fit_twice_gives_the_same_bits_and_another_seed_others(make_models, tmp_path: Path) -> None:
     pool, live = make_models()
     recipe = Recipe(models=pool.models, coefficients={"a": 0.3, "b": 0.2})

@@ -20,6 +20,7 @@ from merge_search.engine.resident.live_model import LiveModel
 from merge_search.errors import RecipeError
 from merge_search.presets import PRESETS, preset
 from merge_search.recipe import Group, Recipe
+from merge_search.testing.rule import whole_pairs
 
 IDS = torch.tensor([[1, 5, 9, 3, 17, 2], [1, 4, 4, 20, 11, 6], [1, 23, 8, 12, 7, 19]])
 TIES = {
@@ -187,7 +188,7 @@ def memory(n: int = 3) -> MemoryTensors:
         f"e{i}": {name: t + 0.3 * torch.randn(t.shape, generator=draw) for name, t in base.items()} for i in range(n)
     }
     groups = {"w": Group("w", 0, "mlp"), "v": Group("v", 0, "norm"), "u": Group("u", 1, "attention")}
-    return MemoryTensors(base, experts, groups=groups)
+    return MemoryTensors(base, experts, groups=groups, factors=whole_pairs(base, experts))
 
 
 def assert_linear(recipe: Recipe, tensors: MemoryTensors) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from token_bench import N_FIT, OWNERS, Bench, apply, row_loss
+from token_bench import N_FIT, OWNERS, Bench, NextTokens, apply, row_loss
 from torch import Tensor
 
 from merge_search.engine.engine import MergeEngine
+from merge_search.engine.methods.assess.fisher import interpolated
 from merge_search.engine.statistics.provider import DataStatistics
 from merge_search.engine.statistics.store import FOLDER
 from merge_search.presets import preset
@@ -153,6 +154,90 @@ def test_df_merge_weighs_by_the_fisher_at_the_scaled_models(bench: Bench) -> Non
         f"{FOLDER}/fisher@0.3/a.safetensors",
         f"{FOLDER}/fisher@0.7/b.safetensors",
     }
+
+
+def test_fisher_information_between_anchors_is_the_geometric_mean_with_the_floor() -> None:
+    """By hand: sqrt((1e-4 + f) f) - f = 1e-8 for f = 1e-12, and 1e-4 ^ 0.75 x 1e-8 ^ 0.25 = 1e-5 where f is small."""
+    one, two = torch.tensor([1e-4, 0.0, 1e-4, 3e-6]), torch.tensor([0.0, 0.0, 1e-8, 3e-6])
+    found = interpolated([one, two], [0.5, 0.5], 1e-12)
+    torch.testing.assert_close(found, torch.tensor([1e-8, 0.0, 1e-6, 3e-6]), rtol=2e-4, atol=1e-16)
+    found = interpolated([one, two], [0.75, 0.25], 1e-20)
+    torch.testing.assert_close(found[2:], torch.tensor([1e-5, 3e-6]), rtol=1e-4, atol=0.0)
+    assert interpolated([one], [1.0], 1e-12) is one
+
+
+def test_df_merge_with_anchors_measures_at_them_once_and_interpolates_logarithms(bench: Bench) -> None:
+    """F at 0.6 is F(0.5)^0.8 F(1)^0.2, up to the floor; 0.5 is an anchor itself."""
+    options = {"at": "scaled", "floor": 1e-12, "anchors": 0.5}
+    splice = {"kind": "score", "score": {"measure": "fisher", "options": options}}
+
+    def recipe(a: float, b: float) -> Recipe:
+        return preset("df_merge", bench.pool.models, coefficients={"a": a, "b": b}, splice=splice)
+
+    merged = apply(bench, recipe(0.6, 0.5))
+    low, high, f_b = (
+        mean_over_tasks(bench.gradients(e, c), torch.square) for e, c in (("a", 0.5), ("a", 1.0), ("b", 0.5))
+    )
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"):
+        tau_a, tau_b = deltas(bench, name)
+        f_a = (low[name].double() + 1e-12) ** 0.8 * (high[name].double() + 1e-12) ** 0.2
+        weighted = (f_a * 0.6 * tau_a + (f_b[name] + 1e-12) * 0.5 * tau_b) / (f_a + f_b[name] + 1e-12)
+        wanted = bench.pool.base(name) + 2 * weighted
+        torch.testing.assert_close(merged[name], wanted.float(), rtol=1e-3, atol=1e-4)
+    anchors = {"fisher@0.5/a", "fisher@1.0/a", "fisher@0.5/b"}
+    assert set(bench.statistics.files()) == {f"{FOLDER}/{name}.safetensors" for name in anchors}
+    asked = bench.statistics.questions
+    apply(bench, recipe(0.9, 0.5))
+    assert bench.statistics.questions == asked
+    apply(bench, recipe(0.9, 0.25))  # b needs the base, at its three and three rows
+    assert bench.statistics.questions == asked + 3 * 6
+
+
+class ThreeAnswers(NextTokens):
+    """The last token of a row is one of three."""
+
+    def answers(self, task: str, row: int) -> tuple[Tensor, Tensor]:
+        losses = torch.stack([row_loss(self.live.model, ids) for ids in self.variants(task, row)])
+        return losses, (-losses.detach()).softmax(0)
+
+    def variants(self, task: str, row: int) -> list[Tensor]:
+        ids = self.rows[task][row]
+        return [torch.cat([ids[:-1], torch.tensor([y])]) for y in (4, 5, 6)]
+
+
+def test_the_true_fisher_is_the_mean_over_all_answers_by_their_probability(bench: Bench, tmp_path: Path) -> None:
+    tasks = ThreeAnswers(bench.live)
+    found = DataStatistics(bench.pool, bench.live, [tasks], OWNERS, folder=tmp_path / "true")
+    model = bench.model("b", 0.25)
+    by_task = {}
+    for task in ("two", "three"):
+        rows = []
+        for row in range(N_FIT[task]):
+            losses = torch.stack([row_loss(model, ids) for ids in tasks.variants(task, row)])
+            gradients = []
+            for loss in losses:
+                model.zero_grad(set_to_none=False)
+                loss.backward(retain_graph=True)
+                gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+            p = torch.softmax(-losses.detach(), 0)
+            rows.append({n: sum(p[y] * gradients[y][n] ** 2 for y in range(3)) for n in gradients[0]})
+        by_task[task] = {n: torch.stack([r[n] for r in rows]) for n in rows[0]}
+    wanted = mean_over_tasks(by_task, lambda squares: squares)
+    for name in bench.pool.groups:
+        value = found.get("true_fisher@0.25", "b", name)
+        assert value is not None
+        torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-7)
+    n_rows = N_FIT["two"] + N_FIT["three"]
+    assert found.questions == n_rows * (1 + 2 * 3)
+
+
+def test_without_a_list_of_answers_the_true_fisher_is_the_empirical_one(bench: Bench) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    true, empirical = (bench.statistics.get(kind, "a", name) for kind in ("true_fisher", "fisher"))
+    assert true is not None
+    assert empirical is not None
+    assert torch.equal(true, empirical)
+    assert bench.statistics.questions == 2 * 3 * N_FIT["one"]
 
 
 def test_regmean_is_the_least_squares_match_of_the_experts_outputs(bench: Bench) -> None:

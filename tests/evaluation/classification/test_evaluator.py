@@ -204,7 +204,7 @@ def test_rows_are_parted_where_padding_is_least(encoder_folder: Path) -> None:
     tokens = [[5] * n for n in (2, 9, 3, 2, 30, 9)]
     batches = encoder.trim_batches(tokens)
     assert [b.rows for b in batches] == [[0, 3, 2], [1, 5], [4]]
-    assert [tuple(b.input_ids.shape) for b in batches] == [(3, 3), (2, 9), (1, 30)]
+    assert [tuple(b.inputs["input_ids"].shape) for b in batches] == [(3, 3), (2, 9), (1, 30)]
     assert [b.rows for b in encoder.trim_batches([[5], [6]])] == [[0, 1]]
 
 

@@ -137,7 +137,7 @@ def test_all_problems_with_options_come_at_once_with_the_nearest_key(encoder_fol
         ({"data": "broken.jsonl"}, "broken.jsonl, line 2: is not JSON"),
         ({"data": "wrong.jsonl"}, "wrong.jsonl, line 3: 'label' must be a class from 0 to 1, got True"),
         ({"data": "few.jsonl"}, "the test split needs at least 2 documents for an error bar, got [01] of 3"),
-        ({"train": "animal.jsonl"}, "all texts of its 60 rows also stand in data"),
+        ({"train": "animal.jsonl"}, "all questions of its 60 rows also stand in data"),
     ],
 )
 def test_wrong_files_are_refused_before_any_weight_is_loaded(

@@ -13,6 +13,8 @@ from tiny_encoder import (
     direct_logits,
     documents,
     make_encoder,
+    make_tokenizer,
+    options,
     sentences,
     write_rows,
 )
@@ -47,6 +49,33 @@ def test_train_rows_that_are_also_questions_are_left_out(
     write_rows(encoder_folder / "animal_train.jsonl", rows)
     assert bound(encoder_folder).fit_tasks()["animal"] == 20
     assert "5 of 25 rows to fit on are also questions" in caplog.text
+
+
+def test_test_texts_are_fitted_on_without_their_labels(encoder_folder: Path) -> None:
+    chosen = {**options(encoder_folder), "fit": "test_inputs"}
+    evaluator = Classification(chosen, shares=SplitShares(fit=0.2), seed=0)
+    evaluator.bind(make_encoder(), make_tokenizer(), folder="")
+    for task in ("animal", "colour"):
+        tested = [text for text, _ in documents(evaluator, task, Split.TEST)]
+        assert fit_rows(evaluator, task) == [(text, -1) for text in tested]
+        assert evaluator.losses(task) == ("pseudo", "kl", "entropy")
+        assert 0 < evaluator.loss(task, range(len(tested)), "entropy").item() < 1
+        with pytest.raises(InputError, match="whose labels are never read: it has no gold loss, only pseudo"):
+            evaluator.loss(task, [0])
+    whole = bound(encoder_folder, shares=SplitShares())
+    assert [documents(evaluator, "colour", s) for s in SCORED] == [documents(whole, "colour", s) for s in SCORED]
+
+
+def test_the_answers_of_a_row_are_its_classes(encoder_folder: Path) -> None:
+    model = make_encoder()
+    evaluator = bound(encoder_folder, model, shares=SplitShares(fit=0.2))
+    for task in ("animal", "colour"):
+        text, label = fit_rows(evaluator, task)[2]
+        log_p = direct_logits(model, encoder_folder, task, text).detach().log_softmax(-1)
+        losses, p = evaluator.answers(task, 2)
+        torch.testing.assert_close(losses.detach(), -log_p, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(p, log_p.exp(), rtol=1e-4, atol=1e-5)
+        assert losses[label].item() == pytest.approx(evaluator.loss(task, [2]).item(), rel=1e-5)
 
 
 def test_losses_are_those_of_a_direct_forward_pass(encoder_folder: Path) -> None:

@@ -119,7 +119,7 @@ def test_answers_that_do_not_fit_into_memory_are_refused_with_the_limit_that_doe
     _, live = make_models()
     given = {**texts, "positions": 3, "max_length": 12}
     one_text = 2 * 3 * 24  # bytes x positions x vocabulary
-    monkeypatch.setattr("evaluators.costs.drift.free_host_bytes", lambda: 30 * one_text)
+    monkeypatch.setattr("evaluators.costs.next_tokens.free_host_bytes", lambda: 30 * one_text)
     drift = Drift(given, shares=SHARES, seed=0)
     with pytest.raises(StudyFileError, match="40 texts at 3 positions each over 24 outcomes take") as caught:
         drift.bind(live.model, Tokens(), folder="")
@@ -127,7 +127,7 @@ def test_answers_that_do_not_fit_into_memory_are_refused_with_the_limit_that_doe
     assert limit == 24  # 80 % of what is free
     fits = Drift({**given, "limit": limit}, shares=SHARES, seed=0)
     fits.bind(live.model, Tokens(), folder="")
-    kept = sum(base.nbytes for rows in fits._rows.values() for _, _, base in rows)
+    kept = sum(row.log_p.nbytes for rows in fits._kept.values() for row in rows)
     assert kept == limit * one_text
 
 
@@ -150,7 +150,7 @@ def test_the_number_that_is_said_to_fit_fits(
     """Free: so many answers over 24 outcomes of two bytes, of 40 texts; 80 % of it may be taken."""
     _, live = make_models()
     given = {**texts, "positions": positions, "max_length": 12}
-    monkeypatch.setattr("evaluators.costs.drift.free_host_bytes", lambda: n_free * 2 * 24)
+    monkeypatch.setattr("evaluators.costs.next_tokens.free_host_bytes", lambda: n_free * 2 * 24)
     drift = Drift(given, shares=SHARES, seed=0)
     fewest = fewest_texts(drift._texts)
     with pytest.raises(StudyFileError) as caught:
@@ -167,7 +167,7 @@ def test_where_nothing_fits_the_memory_that_would_do_is_said(
     texts: dict[str, Any], make_models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, live = make_models()
-    monkeypatch.setattr("evaluators.costs.drift.free_host_bytes", lambda: 3 * 2 * 24)
+    monkeypatch.setattr("evaluators.costs.next_tokens.free_host_bytes", lambda: 3 * 2 * 24)
     drift = Drift({**texts, "max_length": 12}, shares=SHARES, seed=0)
     with pytest.raises(StudyFileError, match=r"need .* GiB free at one position each: leave drift out") as caught:
         drift.bind(live.model, Tokens(), folder="")

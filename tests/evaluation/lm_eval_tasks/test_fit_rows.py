@@ -13,6 +13,8 @@ import yaml
 from tiny_lm import FIT_TASKS, N_TRAIN, N, bound, docs, documents, evaluator, write_tasks
 
 from evaluators.isolation import quiet
+from merge_search.engine.statistics.rows import rows_of_experts
+from merge_search.errors import InputError
 from merge_search.evaluation import Split, SplitShares, question_order
 
 pytestmark = pytest.mark.usefixtures("own_dataset_cache")
@@ -63,6 +65,36 @@ def test_rows_that_are_also_questions_or_have_no_right_choice_are_left_out(
         assert e.fit_tasks() == {"t_choice": 6}
     assert "task 't_choice': 2 rows to fit on are also questions: left out" in caplog.text
     assert "task 't_choice': 1 rows to fit on have no right choice: left out" in caplog.text
+
+
+@pytest.mark.parametrize("task", ["t_choice", "t_generate"])
+def test_test_inputs_are_fitted_on_without_ever_reading_a_right_answer(
+    fit_folder: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    e = bound(fit_folder, [task], shares=WITH_FIT, fit="test_inputs")
+    tested = [q.doc["query"] for q in e.tasks[0].select(Split.TEST, 1.0)]
+    assert [d["query"] for d in docs(e, task)] == tested
+    assert e.metrics()[0].n_questions.get(Split.FIT, 0) == 0
+    own = e.tasks[0].task
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a right answer was read")
+
+    monkeypatch.setattr(own, "doc_to_target", refuse)
+    rows = range(e.fit_tasks()[task])
+    e.cache_teacher(task, rows)
+    e.set_pseudo_labels(task, dict(zip(rows, e.predict(task, rows), strict=True)))
+    assert e.losses(task) == ("pseudo", "kl", "entropy")
+    for kind in e.losses(task):
+        assert torch.isfinite(e.loss(task, rows, kind))
+    with pytest.raises(InputError, match="whose right answers are never read: it has no gold loss, only pseudo, kl"):
+        e.loss(task, rows, "gold")
+
+
+def test_a_task_that_scores_a_given_text_has_no_loss_on_test_inputs(fit_folder: Path) -> None:
+    e = bound(fit_folder, ["t_word"], shares=WITH_FIT, fit="test_inputs")
+    assert e.losses("t_word") == ()
+    assert rows_of_experts([e], ["a"], {}, n_rows=4, seed=0) == {"a": ()}
 
 
 def test_fewer_fit_rows_are_the_first_of_more_in_the_order_of_questions(fit_folder: Path) -> None:

@@ -25,6 +25,7 @@ from tiny_lm import (
     write_tasks,
 )
 
+from evaluators.lm_eval import losses
 from merge_search.errors import EvaluationError, InputError, NonFiniteError, StudyFileError
 from merge_search.evaluation import Differentiable
 
@@ -84,11 +85,61 @@ def test_losses_over_choices_follow_lm_evals_log_likelihoods(fit_folder: Path) -
     assert len(set(best)) > 1
 
 
+def test_the_answers_of_a_row_are_its_choices_by_their_mean_log_likelihood(fit_folder: Path) -> None:
+    """DF-Merge's p(y): softmax over choices of the log-likelihood per token."""
+    model = make_model()
+    e = bound(fit_folder, list(FIT_TASKS), model)
+    for row in range(4):
+        doc = docs(e, "t_choice")[row]
+        with torch.no_grad():
+            wanted = torch.stack([-token_log_p(model, doc["query"], c).mean() for c in doc["few"]])
+        found = e.answers("t_choice", row)
+        assert found is not None
+        torch.testing.assert_close(found[0].detach(), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[1], torch.softmax(-wanted, 0), rtol=1e-4, atol=1e-5)
+        assert found[0].requires_grad
+        assert found[0][doc["gold"]].item() == pytest.approx(e.loss("t_choice", [row]).item(), rel=1e-5)
+    assert e.answers("t_generate", 0) is None
+    assert e.answers("t_word", 0) is None
+
+
+def test_the_entropy_of_a_generated_answer_is_that_of_each_token_of_the_models_own_answer(fit_folder: Path) -> None:
+    """Mean over rows of the mean over tokens of -sum p log p / log(vocabulary), along the greedy answer."""
+    model = make_model()
+    e = bound(fit_folder, ["t_generate"], model)
+    assert e.losses("t_generate") == ("gold", "pseudo", "kl", "entropy")
+    assert e.generated_questions("t_generate", "entropy") == 1
+    assert e.generated_questions("t_generate", "gold") == 0
+    rows, tokenizer, wanted = range(6), make_tokenizer(), []
+    with torch.no_grad():
+        for row, answer in zip(rows, e.predict("t_generate", rows), strict=True):
+            context = tokenizer(docs(e, "t_generate")[row]["query"])["input_ids"]
+            own = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            log_p = model(torch.tensor([context + own])).logits[0].log_softmax(-1)[len(context) - 1 : -1]
+            wanted.append(-(log_p.exp() * log_p).sum(-1).mean().item() / math.log(log_p.shape[-1]))
+        assert len(set(e.predict("t_generate", rows))) > 1
+        assert e.loss("t_generate", rows, "entropy").item() == pytest.approx(np.mean(wanted), rel=1e-5)
+
+
+def test_no_more_tokens_of_an_own_answer_are_generated_than_its_entropy_reads(
+    fit_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    e = bound(fit_folder, ["t_generate"])
+    whole = e.loss("t_generate", range(6), "entropy").item()
+    asked = []
+    generate = e._live.generate  # type: ignore[union-attr]
+    monkeypatch.setattr(e._live, "generate", lambda requests: asked.extend(requests) or generate(requests))
+    monkeypatch.setattr(losses, "MOST_OWN_TOKENS", 1)
+    assert e.loss("t_generate", range(6), "entropy").item() != pytest.approx(whole, rel=1e-3)
+    assert [request.args[1]["max_gen_toks"] for request in asked] == [1] * 6
+
+
 @pytest.mark.parametrize(
     ("task", "kind"),
     [
         *((t, kind) for t in FIT_TASKS for kind in ("gold", "kl")),
         *(("t_choice", kind) for kind in ("entropy", "choice", "pseudo")),
+        ("t_generate", "entropy"),
     ],
 )
 def test_gradients_are_the_slopes_of_the_loss(fit_folder: Path, task: str, kind: str) -> None:
@@ -251,8 +302,10 @@ def test_what_cannot_be_asked_is_said(fit_folder: Path) -> None:
         e.predict("t_choice", [])
     with pytest.raises(InputError, match="no loss is called 'glod'; did you mean 'gold'"):
         e.loss("t_choice", [0], "glod")
-    with pytest.raises(InputError, match="entropy loss needs the choices of a multiple_choice task, 't_generate' is"):
-        e.loss("t_generate", [0], "entropy")
+    with pytest.raises(InputError, match="choice loss needs the choices of a multiple_choice task, 't_generate' is"):
+        e.loss("t_generate", [0], "choice")
+    with pytest.raises(InputError, match="entropy: task 't_word' is loglikelihood, which scores a given text"):
+        e.loss("t_word", [0], "entropy")
     with pytest.raises(InputError, match="predict: task 't_word' is loglikelihood, which scores a given text"):
         e.predict("t_word", [0])
     e.set_pseudo_labels("t_choice", {0: 1})

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState, create_trial
 from random_studies import MIXED, fill, new_study, smooth, tell
 
@@ -15,6 +16,7 @@ from merge_search.outcome import Outcome
 from merge_search.search.samplers import acquisition, distributions, suggest
 from merge_search.search.samplers.history import read_history
 from merge_search.search.samplers.noisy_gp import FALLBACK_ATTRIBUTE, default_n_startup
+from merge_search.search.samplers.numerics import numerics
 from merge_search.search.samplers.recommend import recommend
 from merge_search.search.samplers.unit_cube import UnitCube, holds
 from merge_search.space import Categorical, Float, Integer, Parameter
@@ -50,6 +52,13 @@ def add_failure(study: optuna.Study, point, outcome: Outcome) -> None:
             state=TrialState.FAIL, params=point, distributions=distributions(LINE), user_attrs={"outcome": str(outcome)}
         )
     )
+
+
+def enqueued(study: optuna.Study, point: dict[str, float]) -> optuna.Trial:
+    study.enqueue_trial(point)
+    trial = study.ask()
+    suggest(trial, LINE)
+    return trial
 
 
 def grid(n: int) -> list[dict[str, float]]:
@@ -116,6 +125,80 @@ class TestNoisyGP:
             add(study, point, point["x"], constraint=point["x"] + point["y"] - 0.8)
         points = [suggest(study.ask(), LINE) for _ in range(3)]
         assert all(p["x"] > 0.5 and p["x"] + p["y"] < 0.85 for p in points)
+
+    def test_candidates_are_drawn_around_the_best_feasible_points(self):
+        """The objective rises with x; feasible is x <= 0.6, so the best of a 5 x 5 grid are those at x = 0.5."""
+        study, cube = line_study(), UnitCube(LINE)
+        for point in grid(5):
+            add(study, point, point["x"], constraint=point["x"] - 0.6)
+        history = read_history(study, cube)
+        best = acquisition._best_points(acquisition._fit_all(history, cube, "tied"), history)
+        assert best[:, 0].tolist() == pytest.approx([0.5] * 5)
+
+    def test_up_to_three_objectives_are_improved_by_hypervolume_and_more_by_random_weights(self):
+        for m, kind in ((2, "Hypervolume"), (3, "Hypervolume"), (4, "NoisyExpectedImprovement")):
+            study, cube = line_study(m=m), UnitCube(LINE)
+            for point in grid(3):
+                trial = enqueued(study, point)
+                tell(study, trial, [point["x"], -point["x"], point["y"], -point["y"]][:m])
+            history = read_history(study, cube)
+            models = acquisition._fit_all(history, cube, "tied")
+            found = acquisition._acquisition(models, history, seed=0, multi_objective="auto")
+            assert kind in type(found).__name__
+
+    def test_the_reference_point_of_the_hypervolume_is_that_of_the_front(self):
+        """Trials that others beat in everything, however bad, do not make the front look small."""
+        study, cube = line_study(m=2), UnitCube(LINE)
+        for point in grid(3):
+            bad = 0.0 if point["y"] > 0.5 else -100.0
+            tell(study, enqueued(study, point), [point["x"] + bad, 1 - point["x"] + bad])
+        history = read_history(study, cube)
+        models = acquisition._fit_all(history, cube, "tied")
+        found = acquisition._acquisition(models, history, seed=0, multi_objective="hypervolume")
+        means = models.means(history.points)
+        front = means[means.sum(1).topk(3).indices]
+        assert front.min() > means.median()
+        assert (found.ref_point > front.min(0).values - (front.max(0).values - front.min(0).values)).all()
+
+    def test_ever_smaller_steps_find_a_more_promising_point_than_the_first_candidates(self, monkeypatch):
+        study, cube = line_study(), UnitCube(LINE)
+        for point in grid(3):
+            add(study, point, -((point["x"] - 0.4) ** 2) - (point["y"] - 0.6) ** 2)
+        history = read_history(study, cube)
+        with numerics(3):
+            models = acquisition._fit_all(history, cube, "tied")
+            promise = acquisition._acquisition(models, history, seed=3, multi_objective="auto")
+
+            def found() -> float:
+                point = acquisition.propose(history, cube, seed=3)
+                return promise(torch.tensor([[point]], dtype=torch.double)).item()
+
+            refined = found()
+            monkeypatch.setattr(acquisition, "REFINEMENTS", ())
+            assert refined > found()
+
+    def test_the_model_of_crashes_is_feasible_where_trials_ran(self):
+        study, cube = line_study(), UnitCube(LINE)
+        for point in grid(5):
+            if point["x"] > 0.6:
+                add_failure(study, point, Outcome.OUT_OF_MEMORY)
+            else:
+                add(study, point, point["x"])
+        history = read_history(study, cube)
+        models = acquisition._fit_all(history, cube, "tied")
+        (limit,) = models.limits
+        ran, crashed = (limit.model.posterior(x).mean for x in (history.points, history.failed))
+        assert (len(ran), len(crashed)) == (15, 10)
+        assert ran.max() < limit.standardise(0.0) < crashed.min()  # feasible is below
+
+    def test_steps_move_some_numbers_and_leave_others(self):
+        parameters: dict[str, Parameter] = {f"c{i}": Float(0, 1) for i in range(10)}
+        steps = acquisition._Steps(UnitCube(parameters), seed=0)
+        moved = steps.around(torch.full((1, 10), 0.5, dtype=torch.double), 400, 0.05) != 0.5
+        assert 0.3 < moved.double().mean() < 0.7
+        counts = moved.sum(1)
+        assert counts.min() < 3  # some steps go along few directions, some along nearly all
+        assert counts.max() > 8
 
     def test_never_repeats_a_point_while_a_new_one_is_left(self):
         parameters: dict[str, Parameter] = {"preset": Categorical(("a", "b", "c")), "k": Integer(1, 3)}
@@ -263,6 +346,15 @@ class TestRecommend:
         assert lucky.mean == pytest.approx(0.38, abs=0.05)
         assert sum(r.p_best for r in ranked) == pytest.approx(1.0)
         assert ranked == recommend(study, LINE, seed=0)
+
+    def test_a_fit_that_was_cut_short_is_no_luckier_than_its_neighbours_say(self):
+        """The sampler does not see it, but as a candidate it is predicted as all others are."""
+        study = line_study()
+        for point in grid(4):
+            add(study, point, 0.7 - (point["x"] - 0.5) ** 2 - (point["y"] - 0.5) ** 2)
+        add(study, {"x": 0.1, "y": 0.1}, 0.9, variance=0.04, cut_short=True)  # true: 0.38
+        found = {r.number: r.mean for r in recommend(study, LINE, seed=0)}
+        assert found[16] == pytest.approx(0.38, abs=0.05)
 
     def test_the_same_lucky_value_wins_if_it_is_known_to_be_exact(self):
         study = line_study()

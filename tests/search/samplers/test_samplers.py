@@ -14,6 +14,7 @@ import pytest
 import sqlalchemy
 import torch
 from random_studies import MIXED, fill, new_study, smooth, tell
+from small_spaces import build
 
 from merge_search.errors import StudyFileError
 from merge_search.search.samplers import SAMPLERS, make_sampler, suggest
@@ -41,6 +42,21 @@ class TestEverySampler:
             assert list(point) == list(MIXED)
             assert holds(MIXED, point)
         assert torch.equal(torch.random.get_rng_state(), before)
+
+    @pytest.mark.parametrize("name", SINGLE_OBJECTIVE)
+    def test_searches_options_that_count_only_where_their_preset_is_chosen(self, name):
+        presets = [
+            {"tsv_m": {"rank_share": {"bounds": [0.2, 1]}, "embeddings": "search"}}, "ties",
+            {"wudi": {"steps": "search"}},
+        ]  # fmt: skip
+        space = build("uniform", presets=presets, post=[{"svc": {"alpha": [0.05, 0.1]}}])
+        study = new_study(name, parameters=space.parameters)
+        fill(study, space.parameters, score=lambda point: 0.5 + 0.1 * float(point["tsv_m.rank_share"]))
+        for _ in range(2):
+            point = suggest(study.ask(), space.parameters)
+            assert holds(space.parameters, point)
+            again = space.encode(space.decode(point))
+            assert {k: again[k] for k in space.active(point)} == {k: point[k] for k in space.active(point)}
 
     @pytest.mark.parametrize("name", SINGLE_OBJECTIVE)
     def test_proposes_before_anything_was_tried(self, name):

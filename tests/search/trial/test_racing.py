@@ -10,7 +10,14 @@ import pytest
 
 from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split, window
 from merge_search.objective import Objective, References
-from merge_search.search.trial.racing import carried_to_all, comparable_weights, is_hopeless, panel_of
+from merge_search.search.trial.racing import (
+    Race,
+    ask_in_parts,
+    carried_to_all,
+    comparable_weights,
+    is_hopeless,
+    panel_of,
+)
 
 LOOKS = (0.2, 0.5)
 
@@ -122,3 +129,42 @@ def test_a_metric_that_is_a_mean_for_the_base_alone_is_not_raced() -> None:
     for expert, weights in ((right, {"t/acc": 1.0}), (replace(right, scores={"t/acc": half}), None)):
         references = References.from_evaluations([metric], wrong, {"x": expert})
         assert comparable_weights(Objective(["t"], [], [], [metric]), references, [wrong, expert]) == weights
+
+
+def test_more_looks_need_more_evidence_each() -> None:
+    """4 of 100 lost: D = -0.04, se^2 = (0.04 * 0.96 + 1 / 100) / 100, so D / se = -1.82: z is 1.64 or 1.96."""
+    incumbent, candidate = evaluation(np.ones(100)), evaluation(np.array([0.0] * 4 + [1.0] * 96))
+    assert is_hopeless(candidate, incumbent, {"t/acc": 1.0}, error=0.05, looks=1)
+    assert not is_hopeless(candidate, incumbent, {"t/acc": 1.0}, error=0.05, looks=2)
+
+
+def test_a_prefix_is_carried_to_all_questions_by_hand() -> None:
+    """Rest (0, -0.5) has variance 1/16; one unseen question in two adds 1/2; half of the questions are asked."""
+    panel = {"t/acc": np.array([1.0, 0.5, 0.25, 0.75])}
+    s = carried_to_all(evaluation(np.array([1.0, 0.0])), panel).scores["t/acc"]
+    assert s.score == pytest.approx(0.5 + 0.625 - 0.75)
+    assert s.stderr == pytest.approx(math.sqrt((1 / 16 + 1 / 2) / 2 * (1 - 2 / 4)))
+    assert s.is_corrected
+
+
+def test_a_candidate_that_is_worse_only_at_the_end_is_scored_on_all_questions() -> None:
+    answers, asked = np.array([1.0] * 20 + [0.0] * 20), []
+
+    def ask(share: float, after: float) -> Evaluation:
+        asked.append((share, after))
+        return evaluation(answers[window(40, share, after)])
+
+    race = Race((0.25, 0.5), 0.05, {"t/acc": 1.0}, evaluation(np.ones(40)))
+    found, is_stopped = ask_in_parts(ask, race)
+    assert not is_stopped
+    assert found.scores["t/acc"].values.tolist() == answers.tolist()
+    assert asked == [(0.25, 0.0), (0.5, 0.25), (1.0, 0.5)]
+
+
+def test_several_objectives_are_not_raced() -> None:
+    one, two = (MetricInfo(t, "acc", True, {Split.SEARCH: 10}) for t in "tu")
+    scores = {f"{t}/acc": evaluation(np.ones(10)).scores["t/acc"] for t in "tu"}
+    both = Evaluation(Split.SEARCH, 1.0, scores)
+    references = References.from_evaluations([one, two], both, {"x": both})
+    assert comparable_weights(Objective(["t"], [], [], [one, two]), references, [both]) == {"t/acc": 1.0}
+    assert comparable_weights(Objective(["t", "u"], [], [], [one, two]), references, [both]) is None

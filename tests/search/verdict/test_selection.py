@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,14 @@ import optuna
 import pytest
 
 from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split
-from merge_search.objective import Objective, References
+from merge_search.objective import Estimate, Objective, References
+from merge_search.recipe import Recipe
 from merge_search.report.model_card import card
 from merge_search.report.table import front_table, sealed_table, summary_table, trials_table
-from merge_search.search.records import best, candidates, records
+from merge_search.search.records import best, candidates, records, references_of
 from merge_search.search.storage import open_storage
 from merge_search.search.verdict import selection
-from merge_search.search.verdict.validation import to_validate
+from merge_search.search.verdict.validation import to_validate, validate
 from merge_search.space import Float
 
 METRIC = MetricInfo("t", "acc", True, {Split.SEARCH: 100, Split.VALIDATION: 100})
@@ -68,6 +71,8 @@ def test_finalists_are_searched_merges(study: optuna.Study) -> None:
     found = selection.finalists(study, OBJECTIVE, {"c": Float(0, 1)}, seed=0, n=2)
     assert len(found) == 2
     assert {r.number for r in found} <= {3, 4, 5}
+    everything = selection.finalists(study, OBJECTIVE, {"c": Float(0, 1)}, seed=0, n=10)
+    assert {r.number for r in everything} == {3, 4, 5}  # the average is compared besides
 
 
 def test_rows_are_ordered_by_role_then_score(study: optuna.Study) -> None:
@@ -349,3 +354,56 @@ def test_a_constraint_decides_on_the_validation_questions_too(study: optuna.Stud
     table = summary_table(study, strict, ("x",))
     assert "It misses 't >= 0.8' there." in table.verdict
     assert table.rows[table.emphasised[0]][-1].startswith("missed by 0.060")
+
+
+def test_the_average_has_a_say_in_the_shift_although_its_posterior_is_what_was_measured(study: optuna.Study) -> None:
+    """It is compared whatever it scored: shift = mean(0.50 - 0.51, 0.60 - 0.61, 0.66 - 0.65)."""
+    error = next(s for s in selection.standings(study, OBJECTIVE, ("x",)) if s.record.number == 5).stderrs[0]
+    means = {"0": 0.51, "1": 0.61, "2": 0.65, "5": 0.70}
+    study.set_user_attr(selection.POSTERIOR_ATTRIBUTE, {k: [m, error] for k, m in means.items()})
+    row = next(s for s in selection.standings(study, OBJECTIVE, ("x",)) if s.record.number == 5)
+    assert row.expected == pytest.approx((0.74 + 0.70 - 0.01 / 3) / 2)
+
+
+def test_violations_are_added_in_their_standard_errors(study: optuna.Study) -> None:
+    row = selection.standings(study, OBJECTIVE, ("x",))[-1]
+    missed = {"a": Estimate(0.06, 0.03**2), "b": Estimate(-1.0, 0.01), "c": Estimate(0.5, 0.0)}
+    assert replace(row, violations=missed).excess == pytest.approx(2.0 + 0.5)
+    assert replace(row, violations={"b": Estimate(-1.0, 0.01)}).excess == 0.0
+
+
+def test_a_merge_of_the_front_that_misses_a_constraint_is_not_handed_over(trade_off: optuna.Study) -> None:
+    """On validation the front is 3, 5 and 7 with drifts 0.9, 0.3 and 0.2."""
+    bound = Objective(["t"], ["drift/kl"], ["drift/kl <= 0.5"], [METRIC, KL])
+    assert [r.number for r in selection.champions(trade_off, bound, ("x",))] == [5, 7]
+
+
+def test_which_leads_are_real_is_what_the_search_questions_say(study: optuna.Study) -> None:
+    """On validation the expert leads by 30 questions, in the search by 10."""
+    study.set_user_attr("validation", {**study.user_attrs["validation"], "1": evaluation(80)})
+    searched = references_of(study, [METRIC], ("x",))
+    found = selection.references_on(study, OBJECTIVE, ("x",), "validation")
+    assert found is not None
+    assert (found.expert["t/acc"], searched.expert["t/acc"]) == (0.8, 0.6)
+    assert found.lead == searched.lead
+
+
+def test_validation_scores_that_are_stored_are_not_asked_for_again(study: optuna.Study) -> None:
+    asked = []
+
+    def score(recipe: Recipe) -> Evaluation:
+        asked.append(recipe)
+        return Evaluation.from_attribute(evaluation(50))
+
+    file = SimpleNamespace(study=SimpleNamespace(seed=0), search=SimpleNamespace(finalists=3))
+    space = SimpleNamespace(parameters={"c": Float(0, 1)})
+    plan: Any = SimpleNamespace(space=space, file=file, objective=OBJECTIVE)
+    stored = dict(study.user_attrs["validation"])
+    validate(study, plan, score, note=lambda text: None)
+    assert asked == []
+    study.set_user_attr("validation", {k: v for k, v in stored.items() if k != "5"})
+    validate(study, plan, score, note=lambda text: None)
+    assert len(asked) == 1
+    assert {k: v for k, v in study.user_attrs["validation"].items() if k != "5"} == {
+        k: v for k, v in stored.items() if k != "5"
+    }

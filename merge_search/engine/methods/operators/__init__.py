@@ -17,9 +17,11 @@ parts; a costly one keeps its parts in `OperatorContext.cache`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from merge_search.engine.contracts import Factors
 from merge_search.engine.methods.contexts import OperatorContext
 from merge_search.engine.methods.outside import outside_operator, outside_post
 from merge_search.errors import RecipeError
@@ -28,7 +30,7 @@ from merge_search.rules import OPERATORS, POSTS, OperatorInfo, RuleTable
 from merge_search.rules import operator_problems as _problems
 from merge_search.rules import table as tables
 
-__all__ = ["OPERATORS", "POSTS", "OperatorContext", "OperatorInfo", "load_operator", "operator_problems"]
+__all__ = ["OPERATORS", "POSTS", "OperatorContext", "OperatorInfo", "load_operator", "load_pairs", "operator_problems"]
 
 
 def load_operator(info: OperatorInfo) -> Callable[..., Any]:
@@ -36,6 +38,11 @@ def load_operator(info: OperatorInfo) -> Callable[..., Any]:
     if info.is_outside:
         return partial(outside_post if POSTS.get(info.name) is info else outside_operator, info)
     return tables.load(info)
+
+
+def load_pairs(info: OperatorInfo) -> Callable[[OperatorContext], list[Factors | None] | None]:
+    """The function of a row that gives its parts as LoRA pairs; a row without has none."""
+    return tables.load(replace(info, target=info.pairs))
 
 
 def operator_problems(operator: Operator, table: RuleTable[OperatorInfo], kind: str, n_experts: int) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from merge_search.engine.contracts import Factors
 from merge_search.engine.methods.operators import OperatorContext
 from merge_search.errors import NonFiniteError, TrialError
 
@@ -18,6 +19,7 @@ __all__ = [
     "is_matrix",
     "mean_parts",
     "oriented",
+    "pair_by_svd",
     "polar",
     "right_divide",
     "spectrum_factors",
@@ -150,3 +152,17 @@ def right_divide(top: Tensor, bottom: Tensor) -> Tensor:
         return quotient
     inverse: Tensor = torch.linalg.pinv(bottom, hermitian=True)
     return top @ inverse
+
+
+def pair_by_svd(f: Factors) -> Factors:
+    """Return the pair U sqrt(S), sqrt(S) V^T of the same product, by descending singular values.
+
+    The largest entry of each left vector is positive. Cost: SVDs of the size of the rank.
+    """
+    left, lower = torch.linalg.qr(working(f.b))
+    right, upper = torch.linalg.qr(f.a.T.to(left.dtype))
+    u, s, vh = svd(lower @ upper.T)
+    u, v, root = left @ u, right @ vh.T, torch.sqrt(s)
+    signs = torch.sign(u.gather(0, u.abs().argmax(0, keepdim=True)))
+    b, a = u * signs * root, (v * signs * root).T
+    return Factors(b.to(f.b.dtype), a.to(f.a.dtype).contiguous(), f.transpose)

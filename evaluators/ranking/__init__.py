@@ -1,0 +1,1 @@
+"""Scores a recommender that ranks items as the next one of a sequence."""
