@@ -122,7 +122,7 @@ class Transformed(SearchSpace):
         """Names of the parameters that the merge of `point` depends on."""
         choice = self._choice(point)
         own = ({CHOICE} & self._own.keys()) | {p for p, _ in choice.searched.values()}
-        if choice.name and not TRANSFORMS[choice.name].merges:
+        if not _merges(choice.at(point)):
             return frozenset(own)
         family = getattr(self._family, "active", lambda point: frozenset(self._family.parameters))
         return frozenset(own) | family(self._inner(point))
@@ -138,6 +138,8 @@ class Transformed(SearchSpace):
         """
         check_point(self._own, point)
         transform = self._choice(point).at(point)
+        if not _merges(transform):
+            return self.context.recipe(transform=transform)
         recipe = self._family.decode(self._inner(point))
         return with_transform(recipe, transform, self._groups(transform))
 
@@ -147,7 +149,11 @@ class Transformed(SearchSpace):
             options = choice.read(recipe.transform)
             if options is None:
                 continue
-            family = self._family.encode(recipe.model_copy(update={"transform": None}))
+            if not _merges(recipe.transform):
+                is_alone = recipe.fingerprint == self.context.recipe(transform=recipe.transform).fingerprint
+                family = dict(self._family.initial_points()[0]) if is_alone else None
+            else:
+                family = self._family.encode(recipe.model_copy(update={"transform": None}))
             if family is None:
                 return None
             point = {**self._usual(choice, 0), **options, **family}
@@ -167,6 +173,11 @@ class Transformed(SearchSpace):
         for i, point in enumerate(self._family.initial_points()):
             out.append({**self._usual(choices[i % len(choices)], i // len(choices)), **point})
         return out
+
+
+def _merges(transform: Transform | None) -> bool:
+    """Whether coefficients and the rest of a recipe count beside its transform."""
+    return transform is None or TRANSFORMS[transform.name].merges
 
 
 def with_transform(recipe: Recipe, transform: Transform | None, groups: Sequence[Group]) -> Recipe:

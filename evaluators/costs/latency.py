@@ -4,9 +4,9 @@
       - {evaluator: latency, include_path: texts/, texts: prompts.txt, new_tokens: 64, limit: 30}
     objective: {maximise: mean_retention, constraints: ["latency/seconds <= base + 0.05"]}
 
-All merges of one base have the same shapes, so a token costs the same in each of them. They differ in the number of
-tokens that they write before they end their answer. With ``new_tokens: 0`` one forward pass is timed, which is constant
-up to noise.
+All merges of one base have the same shapes, so a token costs the same in each of them, unless a transform changes the
+model. They differ in the number of tokens that they write before they end their answer. With ``new_tokens: 0`` one
+forward pass is timed, which is constant up to noise.
 
 Texts are timed one at a time, and a text's value is the median over `repeats`. Times are not reproduced by running
 again, so keep other work off the machine.

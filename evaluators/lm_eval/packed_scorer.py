@@ -116,6 +116,8 @@ def obstacle(lm: Any) -> str | None:
     """The reason why lm-eval's model is not known to handle packed rows exactly; None if there is none."""
     config = lm.model.config
     attention = attention_of(config)
+    if hasattr(config, "smile"):
+        return "rounding may change the route of a token in a mixture of experts"
     if config.model_type not in MODEL_TYPES:
         return f"not known to be exact for {config.model_type} models"
     if attention.implementation != "sdpa":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import optuna
 
 from merge_search.objective import Objective
-from merge_search.report.recipe_card import front_matter, recipe_sources, reproduce
+from merge_search.report.recipe_card import front_matter, how_to_load, recipe_sources, reproduce
 from merge_search.report.table import sealed_table, summary_table
 from merge_search.search.budget import questions_asked
 from merge_search.search.records import Record, finished_records
@@ -45,7 +45,7 @@ Search: {len(done)} trials, {failed} of them failed, {questions_asked(study)} qu
 
 {reproduce(adapter)}
 sha256 of the {"whole " if adapter else ""}weights: `{record.weights_sha256}`
-"""
+{how_to_load(recipe)}"""
 
 
 def _sealed(study: optuna.Study, objective: Objective, record: Record, experts: tuple[str, ...]) -> str:

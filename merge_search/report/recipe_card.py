@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from merge_search.recipe import Recipe
+from merge_search.rules import TRANSFORMS
 
-__all__ = ["front_matter", "recipe_card", "recipe_sources", "reproduce"]
+__all__ = ["front_matter", "how_to_load", "recipe_card", "recipe_sources", "reproduce"]
 
 
 def recipe_card(recipe: Recipe, adapter: str = "") -> str:
@@ -21,7 +22,7 @@ def recipe_card(recipe: Recipe, adapter: str = "") -> str:
 {recipe_sources(recipe)}
 
 {reproduce(adapter)}
-"""
+{how_to_load(recipe)}"""
 
 
 def front_matter(recipe: Recipe, adapter: str = "") -> str:
@@ -49,3 +50,14 @@ def recipe_sources(recipe: Recipe) -> str:
         options = ", ".join(f"{k}={v}" for k, v in recipe.transform.options.items())
         lines.append(f"\nMerged after the transform `{recipe.transform.name}`{f' ({options})' if options else ''}.")
     return "\n".join(lines)
+
+
+def how_to_load(recipe: Recipe) -> str:
+    """What a model of the package's own architecture needs beside transformers; '' for the others."""
+    if recipe.transform is None or TRANSFORMS[recipe.transform.name].result == "known":
+        return ""
+    return """
+## Load
+
+The architecture is merge-search's own. After `import merge_search.models`, transformers' Auto classes load this folder.
+"""

@@ -227,6 +227,16 @@ TRANSFORM_OPTIONS: About = {
         "passes": _O("most rounds over all permutations", PAPER, (1, 100), (1, 4)),
         "same_shape": _O("align experts that have the base's shapes, too", OURS),
     },
+    "smile": {
+        "rank": _O("singular triples of each delta; 0: no mixture", PAPER, (0, 65536), (4, 256), log=True),
+        "gate_rank": _O("right singular vectors of each expert that route", PAPER, (1, 65536), (1, 64), log=True),
+        "top_k": _O("experts that answer a token", PAPER, (1, 64), (1, 2)),
+        "modules": _O("linear layers of the blocks that become mixtures", OURS),
+        "rest": _O("everything else: the base's, or the average of the experts", RELEASE),
+        "shared": _O("what all tokens see in a mixture: the base's weight, or the average", OURS),
+        "route": _O("whose right singular vectors route", RELEASE),
+        "temperature": _O("of the softmax over the chosen experts", OURS, (1e-6, 1e6), (0.1, 10.0), log=True),
+    },
     "alone": {
         "model": _O("the expert, or base", OURS),
     },

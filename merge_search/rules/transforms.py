@@ -96,5 +96,18 @@ TRANSFORMS: RuleTable[TransformInfo] = RuleTable(
             aligns=True, options={"model": "base"}, about=TRANSFORM_OPTIONS["alone"],
             target=f"{_ROOM}.alone:alone", check=f"{_ROOM}.alone:preview",
         ),
+        TransformInfo(
+            name="smile", summary="a sparse mixture of low-rank experts, with a router that needs no data",
+            paper="2408.10174", result="own", merges=False,
+            options={
+                "rank": 32, "gate_rank": 4, "top_k": 1, "modules": "all", "rest": "base", "shared": "base",
+                "route": "deltas", "temperature": 1.0,
+            },
+            choices={
+                "modules": ("all", "attention", "mlp"), "rest": ("base", "average"), "shared": ("base", "average"),
+                "route": ("deltas", "weights"),
+            },
+            about=TRANSFORM_OPTIONS["smile"], target=f"{_ROOM}.smile:smile", check=f"{_ROOM}.smile:preview",
+        ),
     ),
 )  # fmt: skip

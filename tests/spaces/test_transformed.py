@@ -31,8 +31,13 @@ def build(transform: object, kind: str = "blockwise", context: SpaceContext = CO
 
 @pytest.mark.parametrize(
     ("transform", "kind"),
-    [(STACKS, "blockwise"), ("mal", "uniform"), ({"stack": {"layers": ["0 1 1", "1 0"]}}, "compatibility")],
-    ids=["several", "fixed", "options"],
+    [
+        (STACKS, "blockwise"),
+        ("mal", "uniform"),
+        ({"stack": {"layers": ["0 1 1", "1 0"]}}, "compatibility"),
+        (["none", {"smile": {"rank": [2, 8], "gate_rank": {"bounds": [1, 4]}}}], "uniform"),
+    ],
+    ids=["several", "fixed", "options", "nothing to merge"],
 )
 class TestTransformed(SearchSpaceConformance):
     @pytest.fixture
@@ -103,3 +108,16 @@ def test_a_space_without_the_key_is_the_family_itself() -> None:
     assert type(build_space("uniform", {}, CONTEXT, folder=Path())).__name__ == "Uniform"
     with pytest.raises(SpaceError, match="did you mean 'stack'"):
         build("stak")
+
+
+def test_where_nothing_is_merged_coefficients_are_no_part_of_the_recipe() -> None:
+    space = build(["none", {"smile": {"rank": [2, 8]}}])
+    low = {n: (d.choices[0] if isinstance(d, Categorical) else d.low) for n, d in space.parameters.items()}
+    high = {n: (d.choices[-1] if isinstance(d, Categorical) else d.high) for n, d in space.parameters.items()}
+    own = {"transform": "smile", "transform.smile.rank": 8}
+    assert space.decode({**low, **own}) == space.decode({**high, **own})
+    assert space.decode({**low, **own}).coefficients == {}
+    assert space.decode({**low, "transform": "none"}) != space.decode({**high, "transform": "none"})
+    found = space.encode(space.decode({**high, **own}))
+    assert found is not None
+    assert {name: found[name] for name in own} == own

@@ -90,7 +90,7 @@ class _Experts(nn.Module):
             Numbers of experts, int64, and weights, float32, which sum to 1. Both have the shape (tokens, top_k).
         """
         gate = self.expert_right[:, : self.gate_rank] if self.expert_gate is None else self.expert_gate
-        projected = functional.linear(x, gate.flatten(0, 1)).unflatten(1, gate.shape[:2])
+        projected = functional.linear(x, gate.flatten(0, 1)).view(len(x), *gate.shape[:2])
         norms = torch.linalg.vector_norm(projected, dim=-1, dtype=torch.float32)
         values, experts = norms.sort(dim=-1, descending=True, stable=True)
         return experts[:, : self.top_k], (values[:, : self.top_k] / self.temperature).softmax(-1)
@@ -200,12 +200,13 @@ class _SmileModel:
     """Comes before an architecture of transformers among the bases of a class: its layers become mixtures."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         model: Any = self
         for module in model.modules():
             # transformers renames the tensors of its own models while loading. Ours are named as in the model.
             if isinstance(module, PreTrainedModel) and not isinstance(module, _SmileModel):
-                module.__class__ = _inner_class(type(module))
+                kind: Any = type(module)
+                module.__class__ = _inner_class(kind)
         settings = config.smile
         for name, (rank, gate_rank) in settings["modules"].items():
             layer = _submodule(model, name)

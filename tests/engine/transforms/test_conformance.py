@@ -18,6 +18,7 @@ CASES: dict[str, dict[str, Any]] = {
     "stack": {"options": {"layers": "0 1 1"}, "wrong": [{"layers": "0 2"}, {"layers": "a"}, {"layers": "-"}]},
     "mal": {"options": {"same_shape": True}, "wrong": [{"blocks": "0", "same_shape": True}, {"passes": 0}]},
     "alone": {"options": {"model": "lora"}, "wrong": [{"model": "nobody"}]},
+    "smile": {"options": {"rank": 2, "top_k": 2}, "wrong": [{"rank": 1000}, {"top_k": 3}, {"modules": "head"}]},
 }
 
 
