@@ -60,8 +60,8 @@ FIELDS = [
 ]  # fmt: skip
 Row = dict[str, Any]
 RETENTIONS = ("mean_retention", "worst_retention")
-OTHERS = ("average", "task_arithmetic")
-"""Labels of the baselines that every study tries. They win no row but their own, where their settings are searched."""
+OTHERS = {"average", "task_arithmetic"}
+"""Labels of the baselines that every study tries. They win no row but their own."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ def measure(task: Task) -> Row:
         done = finished_records(study)
         judge = Judge(task, live, part, folder, plan)
         judge.set_teachers(teachers_of(plan.objective, references_of(study, plan.metrics, plan.context.experts)))
-        winner, _ = recommended(study, [r for r in done if r.label not in OTHERS], judge)
+        others = OTHERS - {task.system.replace(" ", "_")}
+        winner, _ = recommended(study, [r for r in done if r.label not in others], judge)
         anchors = baselines(plan.context, [])
         base, experts = judge.score(anchors["base"], "test"), {}
         for expert in plan.context.experts:
