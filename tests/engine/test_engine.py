@@ -11,6 +11,7 @@ from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.errors import NonFiniteError, RecipeError
 from merge_search.presets import PRESETS, preset
 from merge_search.recipe import Group, Models, Recipe
+from merge_search.testing.rule import whole_pairs
 
 NAMES = ("embed", "block.0", "block.1", "norm")
 GROUPS = {
@@ -29,7 +30,7 @@ def make(dtype=torch.bfloat16, size=24):
         e: {n: (t.float() + 0.1 * torch.randn(t.shape, generator=generator)).to(dtype) for n, t in base.items()}
         for e in "abc"
     }
-    return MemoryTensors(base, experts, groups=GROUPS)
+    return MemoryTensors(base, experts, groups=GROUPS, factors=whole_pairs(base, experts))
 
 
 def fits_three(name: str) -> bool:

@@ -207,7 +207,7 @@ def test_the_disagreement_of_chunks_put_together_is_that_of_the_whole(monkeypatc
     alike = [torch.full((1000,), v) for v in (0.1, 0.2, 0.4)]
     for chunk in (2000, 97):
         monkeypatch.setattr(cki, "_CHUNK", chunk)
-        for (mean, spread), d in zip(cki._spreads(deltas), cki._local(deltas), strict=True):
+        for (mean, spread), d in zip(cki._spreads(deltas), cki.distances(deltas), strict=True):
             assert mean == pytest.approx(float(d.double().mean()), rel=1e-12)
             assert spread == pytest.approx(float(d.double().std(correction=0)), rel=1e-12)
         assert [spread for _, spread in cki._spreads(alike)] == [0.0, 0.0, 0.0]
