@@ -26,17 +26,20 @@ def here(*arguments: str | Path, check: bool = True) -> Done:
     """Run a command in this process. Arguments, exit status and texts are the same."""
     import optuna
 
-    from merge_search.cli import main
+    from merge_search import cli
 
     out, err, verbosity = io.StringIO(), io.StringIO(), optuna.logging.get_verbosity()
     line = list(map(str, arguments))
     with (
         mock.patch.dict(os.environ, {"COLUMNS": ENV["COLUMNS"]}),
+        # A console keeps the width that its module found when it was imported.
+        mock.patch.object(cli.out, "_width", int(ENV["COLUMNS"])),
+        mock.patch.object(cli.err, "_width", int(ENV["COLUMNS"])),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
         try:
-            main(line)
+            cli.main(line)
             status = 0
         except SystemExit as end:
             status = int(end.code or 0)
