@@ -1,7 +1,9 @@
 """The research systems side by side: each a study of the product, on the same models, questions and budget.
 
     MERGE_SEARCH_ZOO=... python benchmarks/systems.py [--zoo lm encoder] [--seeds 0 1 2] [--only NAME ...]
-                             [--candidates 12] [--jobs 2] [--minutes 60] [--summary]
+                             [--candidates 12] [--jobs 2] [--minutes 60] [--adapters FOLDER] [--summary]
+
+With ``--adapters``, the experts are the adapters that `make_adapters.py` wrote, on the zoo's language model.
 
 Every system is the part of a study file in `systems_studies.py`. A study may ask as many search questions as so many
 candidates cost. Its winner, by the product's own rule, answers sealed test rows that no search saw. The base, the
@@ -28,7 +30,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,7 +42,7 @@ sys.path.append(str(Path(__file__).parent / "search"))
 from live_anytime import Silent, make_plan, recommended
 from live_anytime import Task as LiveTask
 from machine import append, commit
-from systems_studies import SYSTEMS
+from systems_studies import ON_ADAPTERS, SYSTEMS
 from tables import half_interval
 from zoo import ZOOS, search_study, test_study
 
@@ -71,6 +73,7 @@ class Task:
     Attributes:
         root: Folder of the zoos.
         scores: Folder of sealed scores, kept by hash of the weights, for all systems.
+        adapters: Folder of the adapters that are the experts. None: the zoo's own.
     """
 
     root: Path
@@ -79,6 +82,7 @@ class Task:
     system: str
     seed: int
     candidates: int
+    adapters: Path | None = None
 
 
 class Judge:
@@ -120,8 +124,8 @@ class Judge:
 def measure(task: Task) -> Row:
     """Run one study and score its best own merge, by the product's rule, on the sealed rows."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="optuna")
-    zoo = ZOOS[task.zoo]
-    part = SYSTEMS[task.system](zoo)
+    zoo = replace(ZOOS["lm"], adapters=task.adapters) if task.adapters else ZOOS[task.zoo]
+    part = (ON_ADAPTERS if task.adapters else SYSTEMS)[task.system](zoo)
     live = LiveTask(task.root, task.scores, zoo, task.system, task.seed, (task.candidates,))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -166,10 +170,10 @@ def tasks(args: argparse.Namespace, scores: Path) -> Iterator[Task]:
     known = {(r["zoo"], r["system"], int(r["seed"]), int(r["candidates"])) for r in read_rows(args.out)}
     root = Path(os.environ["MERGE_SEARCH_ZOO"])
     for seed in args.seeds:
-        for zoo in args.zoo:
-            for name in args.only or SYSTEMS:
+        for zoo in ["adapters"] if args.adapters else args.zoo:
+            for name in args.only or (ON_ADAPTERS if args.adapters else SYSTEMS):
                 if (zoo, name, seed, args.candidates) not in known:
-                    yield Task(root, scores, zoo, name, seed, args.candidates)
+                    yield Task(root, scores, zoo, name, seed, args.candidates, args.adapters)
 
 
 def measure_all(args: argparse.Namespace, scores: Path) -> int:
@@ -220,7 +224,8 @@ def main() -> int:
     parser.add_argument("--zoo", nargs="+", choices=list(ZOOS), default=list(ZOOS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--candidates", type=int, default=12, help="the budget, in costs of one candidate")
-    parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), help="systems; default: all")
+    parser.add_argument("--only", nargs="+", choices=[*SYSTEMS, *ON_ADAPTERS], help="systems; default: all")
+    parser.add_argument("--adapters", type=Path, help="folder of adapters, which are the experts in place of the zoo's")
     parser.add_argument("--jobs", type=int, default=1, help="studies at a time, one thread each")
     parser.add_argument("--minutes", type=float, help="begin no study after that")
     parser.add_argument("--out", type=Path, default=OUT, help="the table")

@@ -10,7 +10,7 @@ from zoo import Zoo
 
 from merge_search.presets import PRESETS
 
-__all__ = ["SYSTEMS"]
+__all__ = ["ON_ADAPTERS", "SYSTEMS"]
 
 Part = dict[str, Any]
 
@@ -63,4 +63,14 @@ SYSTEMS: dict[str, Callable[[Zoo], Part]] = {
     "SMILE": _space(type="uniform", transform={"smile": {"rank": [4, 16, 32], "gate_rank": [1, 4]}}),
     "PETAL": _space(type="lowrank"),
 }
-"""Systems by the name that the table shows. CoPA needs adapters and MAL other shapes, which the zoo lacks."""
+"""Systems by the name that the table shows. MAL needs experts of other shapes, which the zoo lacks."""
+
+ON_ADAPTERS: dict[str, Callable[[Zoo], Part]] = {
+    **{name: SYSTEMS[name] for name in ("average", "task arithmetic", "TIES", "TSV-M", "our search")},
+    "CoPA": _grid("copa", "copa_released"),
+    "CoPA, searched": _space(
+        presets=["copa", {"copa": {"cross": False}}], coefficients={"per": "expert", "bounds": [0, 1.5]}
+    ),
+    "Core Space": _grid("core"),
+}
+"""Systems whose experts are adapters; `SYSTEMS` that merge any models are beside them."""

@@ -45,6 +45,7 @@ class Zoo:
         The step size that ended best on test rows. For ``lm`` it is the best of all, for ``encoder`` the best
             of those that fine-tuning chose by itself.
         limit: Number of documents per task and file, for a quick look that says nothing about quality. None: all.
+        adapters: Folder with an adapter of each task, which are the experts in place of the zoo's. None: the zoo's.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Zoo:
     step_sizes: tuple[float, ...]
     best_step_size: float
     limit: int | None = None
+    adapters: Path | None = None
 
 
 ZOOS = {
@@ -81,7 +83,7 @@ def test_study(root: Path, zoo: Zoo, tasks: Path) -> dict[str, Any]:
 
 def _part(root: Path, zoo: Zoo, tasks: Path, rows: str, shares: dict[str, float]) -> dict[str, Any]:
     folder = root / zoo.name
-    experts = {e: str(folder / e) for e in zoo.experts}
+    experts = {e: str((zoo.adapters or folder) / e) for e in zoo.experts}
     return {
         "models": {"base": str(folder / "base"), "experts": experts, "dtype": "float32"},
         "evaluate": [_evaluate(root, zoo, tasks, rows)],
