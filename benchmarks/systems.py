@@ -138,7 +138,8 @@ def measure(task: Task) -> Row:
         judge = Judge(task, live, part, folder, plan)
         judge.set_teachers(teachers_of(plan.objective, references_of(study, plan.metrics, plan.context.experts)))
         others = OTHERS - {task.system.replace(" ", "_")}
-        winner, _ = recommended(study, [r for r in done if r.label not in others], judge)
+        own = [r for r in done if "own" not in part or r.label in ("base", *plan.context.experts, *part["own"])]
+        winner, _ = recommended(study, [r for r in own if r.label not in others], judge)
         anchors = baselines(plan.context, [])
         base, experts = judge.score(anchors["base"], "test"), {}
         for expert in plan.context.experts:

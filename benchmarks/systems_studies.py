@@ -1,4 +1,7 @@
-"""The systems of benchmarks/systems.py, as the sections ``space`` and ``search`` of study files."""
+"""The systems of benchmarks/systems.py, as the sections ``space`` and ``search`` of study files.
+
+``own`` names the baselines whose trials are the system, where those of the space are not.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,8 @@ def _space(search: Part | None = None, **options: Any) -> Callable[[Zoo], Part]:
 def _adamerging(name: str) -> Callable[[Zoo], Part]:
     """Fewer and larger steps than the release's 500 of 1e-3, which alone would ask ten times the budget."""
     baseline = {name: {"steps": 20, "step_size": 0.02}}
-    return _space({"baselines": [baseline]}, type="uniform", presets=["task_arithmetic"])
+    space = {"type": "uniform", "presets": ["task_arithmetic"]}
+    return lambda zoo: {"space": space, "search": {"baselines": [baseline]}, "own": [name]}
 
 
 _PER_EXPERT = {"per": "expert", "bounds": [0.5, 3]}
