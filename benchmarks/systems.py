@@ -138,7 +138,7 @@ def measure(task: Task) -> Row:
         judge = Judge(task, live, part, folder, plan)
         judge.set_teachers(teachers_of(plan.objective, references_of(study, plan.metrics, plan.context.experts)))
         others = OTHERS - {task.system.replace(" ", "_")}
-        own = [r for r in done if "own" not in part or r.label in ("base", *plan.context.experts, *part["own"])]
+        own = [r for r in done if "own" not in part or r.label in part["own"]]
         winner, _ = recommended(study, [r for r in own if r.label not in others], judge)
         anchors = baselines(plan.context, [])
         base, experts = judge.score(anchors["base"], "test"), {}
