@@ -137,9 +137,12 @@ def measure(task: Task) -> Row:
         done = finished_records(study)
         judge = Judge(task, live, part, folder, plan)
         judge.set_teachers(teachers_of(plan.objective, references_of(study, plan.metrics, plan.context.experts)))
-        others = OTHERS - {task.system.replace(" ", "_")}
-        own = [r for r in done if "own" not in part or r.label in part["own"]]
-        winner, _ = recommended(study, [r for r in own if r.label not in others], judge)
+        if "own" in part:
+            own = [r for r in done if r.label in part["own"] and r.is_scored]
+            winner = max(own, key=lambda r: plan.objective.key(r.values), default=None)
+        else:
+            others = OTHERS - {task.system.replace(" ", "_")}
+            winner, _ = recommended(study, [r for r in done if r.label not in others], judge)
         anchors = baselines(plan.context, [])
         base, experts = judge.score(anchors["base"], "test"), {}
         for expert in plan.context.experts:
