@@ -21,6 +21,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -138,7 +139,7 @@ def measure(task: Task) -> Row:
         judge = Judge(task, live, part, folder, plan)
         judge.set_teachers(teachers_of(plan.objective, references_of(study, plan.metrics, plan.context.experts)))
         if "own" in part:
-            own = [r for r in done if r.label in part["own"] and r.is_scored]
+            own = [r for r in done if re.split(r"\W", r.label)[0] in part["own"] and r.is_scored]  # "name(options)"
             winner = max(own, key=lambda r: plan.objective.key(r.values), default=None)
         else:
             others = OTHERS - {task.system.replace(" ", "_")}
