@@ -24,11 +24,11 @@ from merge_search.engine.streaming.engine import StreamingEngine
 from merge_search.engine.transforms.store import transformed_for_once
 from merge_search.errors import RecipeError
 from merge_search.mergekit import read_mergekit
-from merge_search.presets import pairs_refusal
 from merge_search.recipe import Models, Recipe
 from merge_search.report.recipe_card import recipe_card
 from merge_search.rules import OPERATORS, find_rule_files, in_use, use_rule_files
 from merge_search.rules.files import FOLDER as RULES
+from merge_search.rules.operators import pairs_refusal
 
 __all__ = ["brought", "merge_recipe", "read_recipe", "write_merge"]
 

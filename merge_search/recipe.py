@@ -308,9 +308,6 @@ class Transform(_Value):
     options: dict[str, Scalar] = Field(default_factory=dict)
 
 
-Density = Annotated[float, Field(gt=0, le=1)]
-
-
 class Recipe(_Value):
     """Complete description of one merge.
 

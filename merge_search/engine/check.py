@@ -7,10 +7,10 @@ from merge_search.engine.methods.assess import options_problems
 from merge_search.engine.methods.operators import operator_problems
 from merge_search.engine.resident.coefficient_maps import rows_of
 from merge_search.errors import RecipeError
-from merge_search.presets import pairs_refusal
 from merge_search.recipe import Assess, Group, Recipe, groups_named
 from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, in_use, option_problems
 from merge_search.rules.measures import anchors_of
+from merge_search.rules.operators import pairs_refusal
 
 __all__ = ["problems"]
 

@@ -73,11 +73,6 @@ class Measure(Rule):
         changed = ",".join(f"{k}={completed[k]}" for k in sorted(completed) if completed[k] != self.options.get(k))
         return tuple(kind.replace("{*}", changed).rstrip("@").format_map(completed) for kind in self.statistics)
 
-    @property
-    def ranks_parameters(self) -> bool:
-        """Whether it tells the parameters of one tensor apart before anything is masked."""
-        return not (self.per_tensor or self.is_constant or self.after_mask)
-
 
 def anchors_of(coefficient: float, step: float) -> tuple[tuple[float, float], ...]:
     """The multiples of `step` beside a coefficient, with weights that sum to one; the coefficient itself for step 0.

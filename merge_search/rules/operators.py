@@ -12,7 +12,7 @@ from typing import Any
 from merge_search.rules.option_table import OPERATOR_OPTIONS, POST_OPTIONS
 from merge_search.rules.table import Rule, RuleTable, Scalar, option_problems
 
-__all__ = ["OPERATORS", "POSTS", "OperatorInfo", "operator_problems"]
+__all__ = ["OPERATORS", "POSTS", "OperatorInfo", "operator_problems", "pairs_refusal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,3 +170,11 @@ def operator_problems(
         bounds = f"at least {low}" if high is None else (f"exactly {low}" if low == high else f"{low} to {high}")
         problems.append(f"{kind}: {name!r} takes {bounds} experts, the recipe has {n_experts}")
     return problems
+
+
+def pairs_refusal(who: str, expert: str, why: str) -> str:
+    """The problem of a method for LoRA adapters with an expert that has no pairs, with what to do."""
+    return (
+        f"{who} merges LoRA adapters as pairs, but expert {expert!r} has none: {why}; give the adapter that it was "
+        "merged from, or take a method for whole models (task_arithmetic, ties, tsv_m)"
+    )

@@ -26,9 +26,10 @@ from merge_search.evaluation import (
     SplitShares,
 )
 from merge_search.objective import Objective
-from merge_search.presets import PRESETS, pairs_refusal
+from merge_search.presets import PRESETS
 from merge_search.recipe import Group, Models, Transform
 from merge_search.rules import TRANSFORMS, RuleFile, use_rule_files
+from merge_search.rules.operators import pairs_refusal
 from merge_search.search.checks import search_problems
 from merge_search.search.plan import Baseline, Plan
 from merge_search.search.samplers import SAMPLERS, check_sampler

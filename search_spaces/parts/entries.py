@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merge_search.errors import RecipeError, SpaceError, nearest
-from merge_search.presets import PRESETS, pairs_refusal, preset
+from merge_search.presets import PRESETS, preset
 from merge_search.recipe import Recipe, Scalar
 from merge_search.recipe_options import Home, Place, options_of, value_at
 from merge_search.rules import MEASURES, POSTS, STAGES, operator_problems
+from merge_search.rules.operators import pairs_refusal
 from merge_search.space import Categorical, SpaceContext
 from search_spaces.parts.methods import Method, of_template, scaling_of
 from search_spaces.parts.option_axes import SEARCH, OptionAxis, option_value, write

@@ -1,89 +1,16 @@
-"""Published merging methods as settings of one pipeline: a few lines each, not a class each.
+"""The published methods: one row each, with its paper and where this pipeline or released code departs from it.
 
-    >>> models = Models(base="models/base", experts={"maths": "models/maths", "code": "models/code"})
-    >>> preset("ties", models, densities=0.2).select.kind
-    'top_k'
-
-Each preset names its paper and says where released code differs from it. Its `grid` lists values that were published or
-are usual: a caller who tunes presets without a search tries these, as the opponents in ``benchmarks/search`` do.
 torch-free.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from merge_search.errors import RecipeError, nearest
-from merge_search.recipe import Models, Recipe
-from merge_search.recipe_options import options_of, value_at
-from merge_search.rules import OPERATORS, Origin, RuleTable
-from merge_search.rules.describe import OptionLine, option_line
-from merge_search.rules.table import register
+from merge_search.presets.row import Preset
 
-__all__ = ["PRESETS", "Preset", "add_preset", "pairs_refusal", "preset", "preset_options"]
-
-Values = float | Mapping[str, Any]
-
-
-def pairs_refusal(who: str, expert: str, why: str) -> str:
-    """The problem of a method for LoRA adapters with an expert that has no pairs, with what to do."""
-    return (
-        f"{who} merges LoRA adapters as pairs, but expert {expert!r} has none: {why}; give the adapter that it was "
-        "merged from, or take a method for whole models (task_arithmetic, ties, tsv_m)"
-    )
-
-
-@dataclass(frozen=True)
-class Preset:
-    """One published method.
-
-    Attributes:
-        name: The name that study files and recipes use.
-        summary: One line for lists.
-        paper: Title, year and arXiv number or other place.
-        settings: `Recipe` fields.
-        differs: Where released code, or this pipeline, departs from the paper.
-        coefficient: Coefficient of every expert; ``mean`` is 1 / number of experts.
-        density: Density of every expert; None where the method keeps everything.
-        scale: lambda_out.
-        grid: Published or usual values: any of ``coefficient``, ``density``, ``scale``, and ``settings`` (merged over
-            the preset's).
-        fit: How its coefficients are fitted by gradient, from `coefficient` on (fields of `study_file.BaselineFit`);
-            None: they are published numbers. A preset with a fit is a baseline and no choice of a space.
-        needs_data: Whether statistics must be measured on data.
-        experts: Smallest and largest number of experts; None for no bound.
-        origin: Where a preset from outside was added; None for the published ones.
-    """
-
-    name: str
-    summary: str
-    paper: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    differs: str = ""
-    coefficient: float | str = 1.0
-    density: float | None = None
-    scale: float = 1.0
-    grid: tuple[Mapping[str, Any], ...] = ()
-    fit: Mapping[str, Any] | None = None
-    needs_data: bool = False
-    experts: tuple[int, int | None] = (1, None)
-    origin: Origin | None = None
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it makes one processed delta per expert. A search or a learner can then choose any coefficients."""
-        operator = self.settings.get("operator")
-        return operator is None or ((row := OPERATORS.get(operator["name"])) is not None and row.decomposing)
-
-    @property
-    def needs_factors(self) -> bool:
-        """Whether it merges LoRA pairs, so that every expert must be an adapter."""
-        operator = self.settings.get("operator")
-        return operator is not None and (row := OPERATORS.get(operator["name"])) is not None and row.needs_factors
-
+__all__ = ["PUBLISHED"]
 
 _TASK_ARITHMETIC = "Ilharco et al. 2023, Editing Models with Task Arithmetic, arXiv 2212.04089"
 _TIES = "Yadav et al. 2023, TIES-Merging, arXiv 2306.01708"
@@ -138,7 +65,7 @@ def _apl(form: str) -> Mapping[str, Any]:
     }  # fmt: skip
 
 
-_ALL: tuple[Preset, ...] = (
+PUBLISHED: tuple[Preset, ...] = (
     Preset("base", "the base itself", "-", {"operator": {"name": "passthrough"}}),
     Preset(
         "expert", "one expert itself: preset('expert', models, expert='math')", "-",
@@ -525,112 +452,4 @@ _ALL: tuple[Preset, ...] = (
         {"post": [{"name": "svc"}]}, grid=_each("scale", 1.0),
     ),
 )  # fmt: skip
-
-PRESETS: RuleTable[Preset] = RuleTable("preset", _ALL)
-
-
-def add_preset(name: str, summary: str, settings: Mapping[str, Any], *, paper: str = "-", **rest: Any) -> Preset:
-    """Add a preset from outside: in a rule file, an installed package, or this process.
-
-    Args:
-        name: The name that study files use.
-        summary: One line.
-        settings: `Recipe` fields, which may name rules of the same file.
-        paper: Where it was published.
-        **rest: Other attributes of `Preset` (``coefficient``, ``density``, ``scale``, ``needs_data``, ``experts``).
-
-    Raises:
-        RuleError: the name is taken.
-    """
-    frame = sys._getframe(1)
-    origin = Origin(frame.f_code.co_filename, frame.f_lineno)
-    added = Preset(name, summary, paper, settings, origin=origin, **rest)
-    register(PRESETS, added)
-    return added
-
-
-def preset(
-    name: str,
-    models: Models,
-    *,
-    coefficients: Values | str | None = None,
-    densities: Values | None = None,
-    scale: float | Mapping[str, float] | None = None,
-    **overrides: Any,
-) -> Recipe:
-    """The recipe of a published method over `models`.
-
-    Args:
-        name: One of `PRESETS`.
-        models: Base and experts.
-        coefficients: One number for all experts, or by expert (a number or a value per group); ``mean`` is
-            1 / number of experts; None: the preset's.
-        densities: One number for all experts, or by expert; None: the preset's.
-        scale: lambda_out, a number or a value per group; None: the preset's.
-        **overrides: `Recipe` fields that replace the preset's (``select={...}``, ``seed=3``); for ``expert`` also
-            ``expert="name"``.
-
-    Raises:
-        RecipeError: the name is unknown, the method cannot take so many experts, or a value is invalid.
-    """
-    if name not in PRESETS:
-        raise RecipeError(f"unknown preset {name!r}{nearest(name, PRESETS)}")
-    p = PRESETS[name]
-    n, (low, high) = len(models.experts), p.experts
-    if n < low or (high is not None and n > high):
-        raise RecipeError(
-            f"preset {name!r} needs {low if high is None else f'{low} to {high}'} experts or more, got {n}"
-        )
-    settings: dict[str, Any] = {**p.settings}
-    if name == "expert":
-        settings["operator"] = {
-            "name": "passthrough",
-            "options": {"expert": _one_expert(models, overrides.pop("expert", None))},
-        }
-    if name not in ("base", "expert"):
-        settings["coefficients"] = _by_expert(models, p.coefficient if coefficients is None else coefficients)
-        chosen = p.density if densities is None else densities
-        settings["densities"] = {} if chosen is None else _by_expert(models, chosen)
-        settings["scale"] = _scale(p, n) if scale is None else scale
-    where = f"preset {name!r}"
-    recipe = Recipe.from_dict({"models": models, "preset": name, **settings, **overrides}, where=where)
-    if p.origin is not None and (unknown := recipe.unknown_rules()):
-        raise RecipeError(unknown, where=f"{p.origin}: {where}")
-    return recipe
-
-
-def preset_options(name: str) -> list[tuple[str, OptionLine]]:
-    """(rule, line) of every option that a study file may give to a preset, with the preset's values as defaults.
-
-    Args:
-        name: One of `PRESETS`.
-    """
-    low, _ = PRESETS[name].experts
-    experts = [f"expert{i}" for i in range(low)]
-    chosen: dict[str, Any] = {"expert": experts[0]} if name == "expert" else {}
-    recipe = preset(name, Models(base="base", experts={e: e for e in experts}), **chosen)
-    data = recipe.model_dump()
-    out = []
-    for option, (place, *_) in options_of(recipe).items():
-        line = option_line(place.rule, place.option, value_at(data, place.home, place.absent))
-        out.append((place.rule.name, line._replace(option=option)))
-    return out
-
-
-def _scale(p: Preset, n_experts: int) -> float:
-    return float(n_experts) if p.name == "df_merge" else p.scale
-
-
-def _one_expert(models: Models, expert: str | None) -> str:
-    if expert is None and len(models.experts) == 1:
-        return next(iter(models.experts))
-    if expert not in models.experts:
-        raise RecipeError(f"preset 'expert' needs expert=<name>, got {expert!r}{nearest(str(expert), models.experts)}")
-    return expert
-
-
-def _by_expert(models: Models, values: Values | str) -> dict[str, Any]:
-    if isinstance(values, Mapping):
-        return dict(values)
-    number = 1.0 / len(models.experts) if values == "mean" else float(values)
-    return dict.fromkeys(models.experts, number)
+"""Methods in the order of lists, relatives beside each other."""
