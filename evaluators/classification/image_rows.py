@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from evaluators.classification.rows import HeadReader, HeadTask, HeadTaskOptions, TaskName, class_of, group_of
-from evaluators.labelled.rows import json_lines
-from merge_search.errors import StudyFileError, nearest
+from evaluators.labelled.rows import json_lines, read_all
+from merge_search.errors import nearest
 from merge_search.evaluation import SplitShares
 from merge_search.options import PathList
 
@@ -114,17 +114,7 @@ def read_image_tasks(options: ImageOptions, shares: SplitShares, folder: Path | 
     Raises:
         StudyFileError: Every problem of every task.
     """
-    problems: list[str] = []
-    at = {
-        "include_path": options.include_path,
-        "folder": folder,
-        "limit": options.limit,
-        "test_inputs": options.fit == "test_inputs",
-    }
-    tasks = [_ImageReader(name, task, problems, **at).read(shares) for name, task in options.tasks.items()]
-    if problems:
-        raise StudyFileError(problems)
-    return [t for t in tasks if t is not None]
+    return read_all(_ImageReader, options, shares, folder, test_inputs=options.fit == "test_inputs")
 
 
 class _ImageReader(HeadReader):

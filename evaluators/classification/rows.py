@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from safetensors import SafetensorError, safe_open
 
-from evaluators.labelled.rows import SCORED, LabelledTask, TaskReader, json_lines
-from merge_search.errors import StudyFileError, nearest
+from evaluators.labelled.rows import SCORED, LabelledTask, TaskReader, json_lines, read_all
+from merge_search.errors import nearest
 from merge_search.evaluation import Split, SplitShares
 from merge_search.options import PathList
 
@@ -185,17 +185,7 @@ def read_tasks(options: Options, shares: SplitShares, folder: Path | None = None
     Raises:
         StudyFileError: Every problem of every task.
     """
-    problems: list[str] = []
-    at = {
-        "include_path": options.include_path,
-        "folder": folder,
-        "limit": options.limit,
-        "test_inputs": options.fit == "test_inputs",
-    }
-    tasks = [_TextReader(name, task, problems, **at).read(shares) for name, task in options.tasks.items()]
-    if problems:
-        raise StudyFileError(problems)
-    return [t for t in tasks if t is not None]
+    return read_all(_TextReader, options, shares, folder, test_inputs=options.fit == "test_inputs")
 
 
 Kind = TypeVar("Kind", bound=HeadTaskOptions)

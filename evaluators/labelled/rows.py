@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from merge_search.errors import nearest
+from merge_search.errors import StudyFileError, nearest
 from merge_search.evaluation import Split, SplitShares, question_order, split_of
 from merge_search.options import folders
 
-__all__ = ["SCORED", "LabelledRow", "LabelledTask", "TaskReader", "json_lines"]
+__all__ = ["SCORED", "LabelledRow", "LabelledTask", "TaskReader", "json_lines", "read_all"]
 
 SCORED = (Split.SEARCH, Split.VALIDATION, Split.TEST)
 SHOWN_PER_FILE = 5
@@ -168,6 +168,32 @@ class TaskReader(Generic[RowKind]):
                 "task %s: %d of %d rows to fit on are also questions: left out", self.name, n_left_out, len(fit)
             )
         return kept
+
+
+def read_all(
+    reader: Callable[..., Any], options: Any, shares: SplitShares, folder: Path | None, *, test_inputs: bool = False
+) -> list[Any]:
+    """Read and split the files of all tasks.
+
+    Args:
+        reader: Makes the `TaskReader` of one task, from its name, its options and the list of problems. Its method
+            ``read(shares)`` gives the task, or None if something is wrong.
+        options: The evaluator's options, with ``tasks``, ``include_path`` and ``limit``.
+        shares: Shares of the splits.
+        folder: The folder that relative paths are relative to; None: the current directory.
+        test_inputs: As for `TaskReader`.
+
+    Raises:
+        StudyFileError: Every problem of every task.
+    """
+    problems: list[str] = []
+    at = {
+        "include_path": options.include_path, "folder": folder, "limit": options.limit, "test_inputs": test_inputs,
+    }  # fmt: skip
+    tasks = [reader(name, task, problems, **at).read(shares) for name, task in options.tasks.items()]
+    if problems:
+        raise StudyFileError(problems)
+    return [t for t in tasks if t is not None]
 
 
 def _unlabelled(row: Any) -> Any:

@@ -22,8 +22,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from evaluators.labelled.rows import LabelledTask, TaskReader, json_lines
-from merge_search.errors import StudyFileError, nearest
+from evaluators.labelled.rows import LabelledTask, TaskReader, json_lines, read_all
+from merge_search.errors import nearest
 from merge_search.evaluation import SplitShares
 from merge_search.options import PathList
 
@@ -129,12 +129,7 @@ def read_tasks(options: Options, shares: SplitShares, folder: Path | None = None
     Raises:
         StudyFileError: Every problem of every task.
     """
-    problems: list[str] = []
-    at = {"include_path": options.include_path, "folder": folder, "limit": options.limit}
-    tasks = [_Reader(name, task, problems, **at).read(shares) for name, task in options.tasks.items()]
-    if problems:
-        raise StudyFileError(problems)
-    return [t for t in tasks if t is not None]
+    return read_all(_Reader, options, shares, folder)
 
 
 class _Reader(TaskReader[SequenceRow]):
