@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 from merge_search.errors import SpaceError
@@ -87,6 +87,23 @@ def _canonical(name: str, options: Mapping[str, Scalar]) -> dict[str, Scalar]:
     }
 
 
+def _checked(written: object, context: SpaceContext, build: Callable[[SpaceContext], SearchSpace]) -> Sequence[_Choice]:
+    """The choices that `written` says.
+
+    Raises:
+        SpaceError: Every problem with them, and those of the family over the models as they are.
+    """
+    try:
+        return _choices(written)
+    except SpaceError as error:
+        problems = list(error.problems)
+    try:
+        build(context)
+    except SpaceError as error:
+        problems += error.problems
+    raise SpaceError(problems)
+
+
 class Transformed(SearchSpace):
     """A family over the models that a transform makes.
 
@@ -97,10 +114,11 @@ class Transformed(SearchSpace):
     """
 
     def __init__(self, written: object, context: SpaceContext, *, build: Callable[[SpaceContext], SearchSpace]) -> None:
-        choices = _choices(written)
+        choices = _checked(written, context, build)
         self._choices = {choice.label: choice for choice in choices}
         self.context = context
-        self.transforms: Sequence[Transform | None] = [t for c in choices for t in c.all()][:MOST_CHECKED]
+        results = list(islice((t for c in choices for t in c.all()), MOST_CHECKED + 1))
+        self.transforms: Sequence[Transform | None] = results[:MOST_CHECKED]
         groups = {g.tensor: g for t in self.transforms for g in self._groups(t)}
         self._family = build(replace(context, groups=tuple(groups.values()), transform=None))
         own: dict[str, Parameter] = {CHOICE: Categorical(tuple(self._choices))} if len(choices) > 1 else {}
@@ -110,6 +128,11 @@ class Transformed(SearchSpace):
         self._own = own
         self.parameters: Mapping[str, Parameter] = {**own, **self._family.parameters}
         self.notes: Sequence[str] = list(self._family.notes)
+        if len(results) > MOST_CHECKED:
+            self.notes = [
+                *self.notes,
+                f"space.transform: the first {MOST_CHECKED} results are checked before the search, others in trials",
+            ]
 
     def _groups(self, transform: Transform | None) -> tuple[Group, ...]:
         after = self.context.groups_after

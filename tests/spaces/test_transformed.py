@@ -121,3 +121,18 @@ def test_where_nothing_is_merged_coefficients_are_no_part_of_the_recipe() -> Non
     found = space.encode(space.decode({**high, **own}))
     assert found is not None
     assert {name: found[name] for name in own} == own
+
+
+def test_problems_of_the_transform_and_of_the_family_come_together() -> None:
+    with pytest.raises(SpaceError) as error:
+        build("stck", "compatibility", presets=["tie"])
+    assert len(error.value.problems) == 2
+    assert "did you mean 'stack'" in error.value.problems[0]
+    assert "did you mean 'ties'" in error.value.problems[1]
+
+
+@pytest.mark.parametrize(("n", "is_said"), [(64, False), (65, True)])
+def test_results_that_are_not_checked_before_the_search_are_said(n: int, is_said: bool) -> None:
+    space = build({"stack": {"layers": [" ".join(["0"] * i) for i in range(1, n + 1)]}})
+    assert len(space.transforms) == 64
+    assert any("the first 64 results are checked" in note for note in space.notes) == is_said
