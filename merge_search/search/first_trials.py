@@ -176,14 +176,17 @@ class FirstTrials:
         return self.plan.space.encode(record.recipe)
 
     def _sound_start(self) -> Recipe | None:
-        """The mean of the experts, if the space's first recipe is clearly worse than the base; None otherwise.
+        """The mean of the experts, if fits for entropy would begin at a recipe clearly worse than the base; else None.
 
-        The first recipe is scored on the search questions for this, unless the fits do not begin there anyway. The
-        scores are stored, so a trial of the same recipe does not ask for them again.
+        `start.warm_start` says why only for entropy. The space's first recipe is scored on the search questions for
+        this, unless the fits do not begin there anyway. The scores are stored, so a trial of the same recipe does not
+        ask for them again.
         """
         space, objective = self.plan.space, self.plan.objective
-        points = space.space.initial_points() if isinstance(space, LearnedSpace) else []
-        if not points or not isinstance(space, LearnedSpace) or better_start(self.study, objective, space) is not None:
+        if not isinstance(space, LearnedSpace) or space.learner.loss[0] != "entropy":
+            return None
+        points = space.space.initial_points()
+        if not points or better_start(self.study, objective, space) is not None:
             return None
         usual = space.decode(points[0]).model_copy(update={"models": self.executor.models})
         if space.learner.warm_start and warm_start(usual, self.study, objective)[1] is not None:

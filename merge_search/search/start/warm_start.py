@@ -6,8 +6,10 @@ better (`better_start`): with few steps the structure matters. Beginning at TSV-
 with the questions that took plain deltas to 0.82.
 
 The space's first recipe has strength 0.7, which breaks some models: on the demo's search questions its mean retention
-is -0.8, and a fit for entropy polishes what is broken. Where it scores clearly below the base, the first fits begin at
-the mean of the experts.
+is -0.8. A fit for entropy polishes what is broken: there it ends at -0.013, and from the mean of the experts at 0.047.
+So fits for entropy begin at that mean where the first recipe scores clearly below the base. Labels lead out of a broken
+model. Over three seeds of the demo, searches with labels whose fits began at the mean kept 0.018 ± 0.010 less on
+validation questions (`mean_retention`, standard error over seeds).
 """
 
 from __future__ import annotations

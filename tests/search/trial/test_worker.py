@@ -19,7 +19,7 @@ from merge_search.engine.engine import MergeEngine
 from merge_search.engine.learners.slopes import Parts
 from merge_search.errors import EvaluationError, MergeSearchError
 from merge_search.evaluation import Evaluation, Split
-from merge_search.search.budget import START_SCORE, questions_asked
+from merge_search.search.budget import questions_asked
 from merge_search.search.prepare import prepare
 from merge_search.search.records import finished_records
 from merge_search.search.run import run
@@ -69,9 +69,7 @@ def test_a_fit_that_fails_is_charged_what_it_asked_until_then(
     assert rows[:3] == [4, 4, 4]
     assert bad.cost.questions == 3 * (4 + 4 + 4)
     scored = [r for r in finished_records(study) if r.is_scored]
-    at_start = START_SCORE in study.user_attrs  # one more recipe was scored, to see where fits begin
-    expected = 3 * sum(rows) + 10 * (len(scored) + at_start)
-    assert questions_asked(study) == expected, "and nothing that follows is charged for it"
+    assert questions_asked(study) == 3 * sum(rows) + 10 * len(scored), "and nothing that follows is charged for it"
 
 
 def test_a_loss_without_a_graph_ends_its_trial_and_says_so(
@@ -309,5 +307,5 @@ def test_a_trial_that_is_tried_again_draws_the_same_rows(demo: Path, tmp_path: P
     again = next(r for r in done if "learner" in r.attributes)
     assert again.attributes["retry_of"] < again.number
     assert mine.asked[:3] == mine.asked[3:6]
-    scored = 10 * (sum(r.is_scored for r in done) + (START_SCORE in study.user_attrs))
+    scored = 10 * sum(r.is_scored for r in done)
     assert questions_asked(study) == 3 * sum(map(len, mine.asked)) + scored, "what was asked before Ctrl-C is asked"
