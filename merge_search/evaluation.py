@@ -557,6 +557,16 @@ def loss_of(evaluator: Differentiable, task: str, kind: str = "gold") -> Callabl
     return loss
 
 
+def predictions_of(evaluator: Differentiable, task: str) -> Callable[[Sequence[int]], list[Any]]:
+    """`Differentiable.predict` of a task as a function of the rows. Its exceptions are those of `asking`."""
+
+    def predict(rows: Sequence[int]) -> list[Any]:
+        with asking(f"task {task!r}: its answers"):
+            return evaluator.predict(task, rows)
+
+    return predict
+
+
 def answers_of(evaluator: Answering, task: str) -> Callable[[int], tuple[Any, Any] | None]:
     """`Answering.answers` of a task as a function of the row. Its exceptions are those of `asking`."""
 

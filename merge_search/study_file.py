@@ -187,6 +187,13 @@ class Learner(_Section):
         return self
 
 
+class BaselineOptions(_Section):
+    """What may be set of a baseline that is not fitted."""
+
+    coefficient: float | None = None
+    """Coefficient of every expert; None: the preset's."""
+
+
 class BaselineFit(_Section):
     """How the coefficients of a baseline that is fitted are found. The defaults are AdaMerging's (arXiv 2310.02575)."""
 
@@ -265,8 +272,9 @@ class Search(_Section):
     stop: Stop | None = None
     learn_from: list[Earlier] = []
     """Studies on the same base whose best recipes are queued after the baselines."""
-    fidelity: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the search questions that every trial is asked."""
+    fidelity: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the search questions that every trial is asked. None: all, or with a budget in `questions` so many that
+    base, experts and baselines ask at most a third of it (`budget.planned_fidelity`)."""
     finalists: Annotated[int, Field(ge=1)] = 3
     """Number of the best trials that are scored on the validation questions."""
     baselines: list[str | dict[str, dict[str, Any]]] | None = None

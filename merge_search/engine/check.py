@@ -100,9 +100,11 @@ def _operator(recipe: Recipe, tensors: Tensors) -> list[str]:
             for expert in recipe.models.experts
             if expert in tensors.models.experts and (why := tensors.factors_problem(expert))
         ]
-    kinds = OPERATORS[operator.name].statistics if operator.name in OPERATORS else ()
+    if out:
+        return out
+    kinds = OPERATORS[operator.name].statistics_asked(operator.options)
     asked = {(kind, expert) for kind in kinds for expert in recipe.models.experts}
-    return out + _missing(f"operator: {operator.name!r}", asked, tensors)
+    return _missing(f"operator: {operator.name!r}", asked, tensors)
 
 
 def _stages(recipe: Recipe, tensors: Tensors) -> list[str]:

@@ -31,6 +31,10 @@ def _each(key: str, *values: float) -> tuple[Mapping[str, Any], ...]:
     return tuple({key: v} for v in values)
 
 
+def _regmean_parts(**options: float) -> Mapping[str, Any]:
+    return {"name": "regmean_parts", "options": options}
+
+
 def _ada(name: str, per: str, *, trimmed: bool = False) -> Preset:
     """AdaMerging: coefficients of least entropy; `study_file.BaselineFit` has the release's settings."""
     what = "one coefficient per expert" if per == "expert" else "one coefficient per expert and tensor"
@@ -446,6 +450,13 @@ PUBLISHED: tuple[Preset, ...] = (
     Preset(
         "regmean", "least-squares match of every linear layer's outputs", "RegMean, Jin et al. 2022, arXiv 2212.09849",
         {"operator": {"name": "regmean"}}, needs_data=True, grid=_each("scale", 1.0),
+    ),
+    Preset(
+        "regmean_parts", "least-squares match of layer outputs on few prompts, experts weighted by their effect",
+        "after RegMean, Jin et al. 2022, arXiv 2212.09849",
+        {"operator": _regmean_parts()}, needs_data=True,
+        differs="Experts count by 1 / their own change of outputs; embeddings, norms and biases are matched, too.",
+        grid=({}, *({"settings": {"operator": _regmean_parts(gain=p)}} for p in (0.5, 0.75, 1.0))),
     ),
     Preset(
         "svc", "task arithmetic whose shared singular directions are shrunk", "SVC, arXiv 2602.05536",

@@ -54,6 +54,13 @@ class Preset:
         return operator is None or ((row := OPERATORS.get(operator["name"])) is not None and row.decomposing)
 
     @property
+    def statistic(self) -> str:
+        """A statistic without which it cannot be merged, where it `needs_data`."""
+        operator = self.settings.get("operator")
+        row = None if operator is None else OPERATORS.get(operator["name"])
+        return row.statistics_asked({})[0] if row is not None and row.statistics else "fisher"
+
+    @property
     def needs_factors(self) -> bool:
         """Whether it merges LoRA pairs, so that every expert must be an adapter."""
         operator = self.settings.get("operator")

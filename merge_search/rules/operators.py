@@ -26,7 +26,7 @@ class OperatorInfo(Rule):
         paper: Where it was published.
         decomposing: It returns one processed delta per expert.
         scales: Values of the recipe's scale that are usually tried, the published one first.
-        statistics: Kinds of statistics it needs from data.
+        statistics: Kinds of statistics it needs from data; ``{option}`` stands for the value of an option.
         needs_factors: It reads LoRA pairs, so every expert must be an adapter.
         uses_density: Densities decide.
         pairs: "module:function" that gives the processed deltas as LoRA pairs, so that the merge is an adapter.
@@ -42,6 +42,10 @@ class OperatorInfo(Rule):
     needs_factors: bool = False
     uses_density: bool = False
     pairs: str = ""
+
+    def statistics_asked(self, options: Mapping[str, Scalar]) -> tuple[str, ...]:
+        """Kinds of statistics that it reads under these options of a recipe."""
+        return tuple(kind.format_map(self.completed(options)) for kind in self.statistics)
 
 
 _HERE = "merge_search.engine.methods.operators"
@@ -98,6 +102,13 @@ OPERATORS: RuleTable[OperatorInfo] = RuleTable("operator", (
         "regmean", "parts", "least-squares match of every linear layer's outputs",
         "RegMean, Jin et al. 2022, arXiv 2212.09849",
         ndim=_MATRICES, options={"alpha": 0.95, "ridge": 1e-6}, statistics=("gram",),
+    ),
+    _entry(
+        "regmean_parts", "parts", "least-squares match of layer outputs on few prompts, experts weighted by effect",
+        "after RegMean, Jin et al. 2022, arXiv 2212.09849",
+        options={"weights": "outputs", "ridge": 0.1, "gain": 0.0, "prompts": 64},
+        choices={"weights": ("outputs", "inputs", "equal")},
+        statistics=("prompt_gram@prompts={prompts}",),
     ),
     _entry(
         "tsv_m", "parts", "low-rank deltas with directions made orthogonal between experts",

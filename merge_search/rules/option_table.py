@@ -125,6 +125,13 @@ OPERATOR_OPTIONS: About = {
         "alpha": _O("factor of the Gram matrices' off-diagonals", PAPER, (0.0, 1.0)),
         "ridge": _O("share of the mean diagonal that is added to it", OURS, (0.0, 10.0), (1e-8, 1e-1), log=True),
     },
+    "regmean_parts": {
+        "weights": _O("what an expert's share is divided by: its change of outputs, its inputs, or nothing", OURS),
+        "ridge": _O("share of the mean diagonal that pulls to one coefficient per expert", OURS, (0.0, 10.0),
+                    (1e-3, 1e-1), log=True),
+        "gain": _O("exponent of the factor that makes the mean gain along the experts' changes one", OURS, (0.0, 1.0)),
+        "prompts": _O("most prompts of a task", OURS, (1, 100_000), (8, 256), log=True),
+    },
     "tsv_m": {
         "rank_share": _O("kept ranks x number of experts / smaller side", PAPER, (1e-3, 100.0), (0.1, 1.5)),
         "embeddings": _EMBEDDINGS,

@@ -20,6 +20,7 @@ __all__ = [
     "START_SCORE",
     "Budget",
     "affordable_steps",
+    "planned_fidelity",
     "questions_asked",
     "questions_of_a_trial",
     "seconds_spent",
@@ -30,6 +31,32 @@ ASKED_IN_VAIN = "asked_in_vain"
 
 START_SCORE = "start_score"
 """Study attribute: scores of the space's first uniform recipe, where they decided where the first fits begin."""
+
+
+SHARE_OF_BASELINES = 1 / 3
+"""Most of a budget in questions that base, experts and baselines may ask, unless `fidelity` is given."""
+LEAST_QUESTIONS = 40
+"""Questions of every task that a trial asks all the same."""
+
+
+def planned_fidelity(search: Search, n_questions: Mapping[str, int], n_first: int) -> float:
+    """The share of the search questions that every trial is asked.
+
+    Args:
+        search: The study file's section ``search``.
+        n_questions: Number of search questions by task.
+        n_first: Number of base, experts and baselines.
+
+    Returns:
+        ``fidelity`` where the file gives it. Else 1, or with a budget in questions the largest share at which the first
+        trials keep to `SHARE_OF_BASELINES` and every task to `LEAST_QUESTIONS`.
+    """
+    if search.fidelity is not None:
+        return search.fidelity
+    if search.questions is None or not sum(n_questions.values()):
+        return 1.0
+    least = min(1.0, LEAST_QUESTIONS / max(1, min(n_questions.values())))
+    return min(1.0, max(least, SHARE_OF_BASELINES * search.questions / (n_first * sum(n_questions.values()))))
 
 
 class Budget:

@@ -32,8 +32,10 @@ MOST_BROKEN = 0.2
 """Share of the answers of base or an expert, cut or empty, above which the user is warned."""
 
 
-def search_problems(search: Search, parameters: Mapping[str, Parameter], objective: Objective) -> list[str]:
-    """A sentence for each reason why these settings make no search."""
+def search_problems(
+    search: Search, parameters: Mapping[str, Parameter], objective: Objective, fidelity: float = 1.0
+) -> list[str]:
+    """A sentence for each reason why these settings make no search. `fidelity` is the share of the questions asked."""
     out = []
     n = len(parameters)
     if n == 0:
@@ -48,17 +50,17 @@ def search_problems(search: Search, parameters: Mapping[str, Parameter], objecti
             f"search.stop: needs one objective, found {len(objective.names)} ({', '.join(objective.names)}); make all "
             "but one of them constraints, or leave stop out"
         )
-    return out + _racing_problems(search, objective)
+    return out + _racing_problems(search, objective, fidelity)
 
 
-def _racing_problems(search: Search, objective: Objective) -> list[str]:
+def _racing_problems(search: Search, objective: Objective, fidelity: float) -> list[str]:
     """A sentence for each metric that cannot be raced: a look must ask more questions than the one before."""
     if search.racing is None:
         return []
     looks, out = [*search.racing.looks, 1.0], []
     for m in objective.metrics.values():
         n = m.n_questions.get(Split.SEARCH, 0)
-        asked = [window(n, look * search.fidelity).stop for look in looks]
+        asked = [window(n, look * fidelity).stop for look in looks]
         if n == 1:
             out.append(f"search.racing: {m.name!r} is one number and cannot be compared in parts; leave racing out")
         elif len(set(asked)) < len(asked):

@@ -193,7 +193,7 @@ class FirstTrials:
             return None
         if space.space.encode(average_of(usual)) is None or not self._can_afford_a_score_and_a_step():
             return None
-        scored = self.executor.submit(Job(usual.to_json(), fidelity=self.plan.file.search.fidelity)).result()
+        scored = self.executor.submit(Job(usual.to_json(), fidelity=self.plan.fidelity)).result()
         if isinstance(scored, Failed):
             return average_of(usual) if scored.outcome is Outcome.NON_FINITE else None
         stored = {"evaluation": scored.evaluation.to_attribute(), "weights_sha256": scored.weights_sha256}

@@ -55,6 +55,7 @@ class Plan:
         objective: What is maximised or minimised, and the constraints.
         baselines: Presets tried before the search.
         rules: Rule files in use.
+        fidelity: Share of the search questions that every trial is asked, in (0, 1].
     """
 
     file: StudyFile
@@ -65,9 +66,20 @@ class Plan:
     objective: Objective
     baselines: list[Baseline]
     rules: tuple[RuleFile, ...] = ()
+    fidelity: float = 1.0
+
+    @property
+    def notes(self) -> list[str]:
+        """What the budget decides, as sentences."""
+        if self.file.search.fidelity is not None or self.fidelity >= 1:
+            return []
+        return [
+            f"search.questions pays for {self.fidelity:.0%} of the search questions in every trial, so that base, "
+            "experts and baselines leave most of it to the search; search.fidelity sets another share"
+        ]
 
     def resuming(self, stored: Mapping[str, Any] | None) -> Plan:
-        """The plan of a study that goes on: retention keeps its meaning.
+        """The plan of a study that goes on: the same questions are asked, and retention keeps its meaning.
 
         A study that began before ``objective.lead`` existed counts every task on which an expert beats the base.
 
@@ -75,6 +87,8 @@ class Plan:
             stored: The study's stored identity; None if it begins now.
         """
         section = self.file.objective
+        if stored is not None and self.file.search.fidelity is None:
+            self = replace(self, fidelity=stored.get("fidelity", 1.0))
         if stored is None or "lead" in stored["objective"] or "lead" in section.model_fields_set:
             return self
         file = self.file.model_copy(update={"objective": section.model_copy(update={"lead": 0.0})})
@@ -97,7 +111,7 @@ class Plan:
                 for i, (entry, evaluator) in enumerate(zip(file.evaluate, self.evaluators, strict=True))
             },
             "splits": file.splits.model_dump(mode="json"),
-            "fidelity": file.search.fidelity,
+            "fidelity": self.fidelity,
             "objective": file.objective.settings,
             "learner": file.search.learner.model_dump(mode="json") if file.search.learner else None,
             **({} if file.statistics.n_rows == N_ROWS else {"statistics_rows": file.statistics.n_rows}),

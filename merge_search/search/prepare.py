@@ -23,6 +23,7 @@ from merge_search.evaluation import (
     Differentiable,
     Evaluator,
     MetricInfo,
+    Split,
     SplitShares,
 )
 from merge_search.objective import Objective
@@ -30,10 +31,11 @@ from merge_search.presets import PRESETS
 from merge_search.recipe import Group, Models, Transform
 from merge_search.rules import TRANSFORMS, RuleFile, use_rule_files
 from merge_search.rules.operators import pairs_refusal
+from merge_search.search.budget import planned_fidelity
 from merge_search.search.checks import search_problems
 from merge_search.search.plan import Baseline, Plan
 from merge_search.search.samplers import SAMPLERS, check_sampler
-from merge_search.search.start.baselines import ALWAYS, read_baselines
+from merge_search.search.start.baselines import ALWAYS, UNASKED, read_baselines
 from merge_search.search.start.earlier_studies import earlier_problems
 from merge_search.search.start.learned_space import LearnedSpace
 from merge_search.space import SearchSpace, SpaceContext
@@ -179,15 +181,16 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
                 problems.attempt(partial(evaluator.check_prompts, folder))
     metrics = [m for e in evaluators for m in e.metrics()]
     objective = _objective(file, metrics, problems) if len(evaluators) == len(built) else None
-    learner = file.search.learner
+    learner, named = file.search.learner, _baselines(file, problems)
+    n_first = 1 + len(file.models.experts) + len(ALWAYS) + len(named)
+    fidelity = planned_fidelity(file.search, _search_questions(metrics), n_first)
     if learner is not None and len(evaluators) == len(built):
         problems.sentences += _learner_problems(learner, evaluators, file.splits.search)
     if space is not None and objective is not None:
         if learner is not None and not problems.sentences:
             space = LearnedSpace(space, learner, n_rows=min(_fit_rows(evaluators).values()))
-        problems.sentences += search_problems(file.search, space.parameters, objective)
+        problems.sentences += search_problems(file.search, space.parameters, objective, fidelity)
     problems.attempt(lambda: _check_sampler(file, 1 if objective is None else len(objective.names)))
-    named = _baselines(file, problems)
     if context is not None:
         problems.sentences += [
             pairs_refusal(f"search.baselines: {b.label!r}", expert, why)
@@ -209,7 +212,7 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     assert context is not None
     assert space is not None
     assert objective is not None
-    return Plan(file, context, space, evaluators, metrics, objective, named, tuple(rules or ()))
+    return Plan(file, context, space, evaluators, metrics, objective, named, tuple(rules or ()), fidelity)
 
 
 def _rules(file: StudyFile) -> list[RuleFile]:
@@ -248,6 +251,12 @@ def _check_sampler(file: StudyFile, n_objectives: int) -> None:
     if name not in SAMPLERS:
         raise StudyFileError(f"search.sampler: no sampler is called {name!r}{nearest(name, SAMPLERS)}")
     check_sampler(name, file.search.sampler_options, n_objectives=n_objectives)
+
+
+def _search_questions(metrics: Sequence[MetricInfo]) -> dict[str, int]:
+    """Number of search questions by task. Costs are no tasks, and members of a group are asked with it."""
+    counted = [m for m in metrics if not m.is_cost and not m.member_of]
+    return {m.task: m.n_questions.get(Split.SEARCH, 0) for m in counted}
 
 
 def _fit_rows(evaluators: list[Evaluator]) -> dict[str, int]:
@@ -319,5 +328,5 @@ def _baselines(file: StudyFile, problems: _Problems) -> list[Baseline]:
             listed = ["ties", "dare", "della"]
         named = [next(iter(n), None) if isinstance(n, dict) else n for n in listed]
         usable = [n for n in named if isinstance(n, str) and n in PRESETS and PRESETS[n].fit is None]
-        return [Baseline(n) for n in dict.fromkeys(usable)]
+        return read_baselines([*(n for n in dict.fromkeys(usable) if n not in UNASKED), *UNASKED], [])
     return read_baselines(entries, problems.sentences)

@@ -97,10 +97,10 @@ def _run(file: StudyFile, listener: Listener) -> optuna.Study:
     with storage.driver_lock(backend, file.storage_url, file.study.name):
         executor = LocalExecutor(plan, device=file.device)
         try:
-            for text in (*executor.notes, *plan.space.notes, *plan.objective.notes):
-                listener.note(text)
             study = _open_study(plan, backend, sampler)
             plan = plan.resuming(study.user_attrs.get("identity"))
+            for text in (*executor.notes, *plan.space.notes, *plan.objective.notes, *plan.notes):
+                listener.note(text)
             storage.check_identity(study, plan.identity(executor.models.hashes))
             store_metrics(study, plan.metrics)
             _Driver(plan, study, executor, listener).run()
@@ -271,7 +271,7 @@ class _Driver:
             asked = report.questions if isinstance(report, Spent) else asked
 
         try:
-            job = Job(recipe.to_json(), fidelity=self.search.fidelity)
+            job = Job(recipe.to_json(), fidelity=self.plan.fidelity)
             result = self.executor.submit(job, report).result()
             if isinstance(result, Failed):
                 raise result.to_error(f"while {name!r} is scored")

@@ -29,7 +29,7 @@ USERS = Path(__file__).parent.parent / "support" / "user_rules.py"
 def drawn(kind: str, expert: str, name: str, shape: tuple[int, ...]) -> Tensor:
     """What was measured on data, of every kind: positive numbers, a Gram matrix of inputs, or a map of them."""
     draw = torch.Generator().manual_seed(sum(map(ord, kind + expert + name)))
-    if kind == "gram":
+    if kind == "gram" or (kind.startswith("prompt_gram") and len(shape) > 1):
         x = torch.randn(*shape[:-2], 64, shape[-1], generator=draw)
         return x.mT @ x / 64
     if kind.startswith("cki_map"):

@@ -62,7 +62,7 @@ class Measured(MemoryTensors):
         if kind.startswith("cki_map"):  # a matrix over the inputs above an offset
             return drawn(0, shape[-1] + 1, shape[-1]) if len(shape) == 2 else drawn(0, 2, 1)
         x = drawn(sum(map(ord, kind + expert)), *shape)
-        return x.mT @ x if kind == "gram" else x.abs()
+        return x.mT @ x if kind == "gram" or kind.startswith("prompt_gram") else x.abs()
 
 
 def make(n_experts: int) -> Measured:

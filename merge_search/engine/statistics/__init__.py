@@ -62,6 +62,11 @@ class Kind:
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reads: Literal["point", "pair", "all"] = "point"
 
+    @property
+    def n_prompts(self) -> int | None:
+        """Most prompts of each task that it reads, without their answers; None: the study's rows, with answers."""
+        return int(self.settings["prompts"]) if "prompts" in self.settings else None
+
     def asked(self, groups: Collection[Group], n_rows: Sequence[int]) -> int:
         """Questions of a measurement on tasks of `n_rows` rows, for an expert that changed the tensors of `groups`."""
         if isinstance(self.questions, int):
@@ -96,6 +101,10 @@ KINDS: dict[str, Kind] = {
     "absolute_gradient": Kind("absolute_gradient", "mean of absolute gradients at the base, row by row", "base", 3),
     "activation_norm": Kind("activation_norm", "root mean square of every input feature", "expert", 1),
     "gram": Kind("gram", "X^T X / n of the inputs of every matrix", "expert", 1),
+    "prompt_gram": Kind(
+        "prompt_gram", "X^T X / n of the inputs of every matrix on few prompts", "expert", 1,
+        settings={"prompts": 64},
+    ),
     "effect": Kind(
         "effect", "change of the loss by an intervention on a part of the model", "base", _effect_questions,
         reads="pair",
@@ -166,4 +175,5 @@ def load(kind: Kind) -> Callable[[Work], dict[str, Tensor]]:
     """Import the function that measures a statistic."""
     module = importlib.import_module(f"{__name__}.{kind.module}")
     measure: Callable[[Work], dict[str, Tensor]] = module.measure
-    return partial(measure, **kind.settings) if kind.settings else measure
+    settings = {name: value for name, value in kind.settings.items() if name != "prompts"}
+    return partial(measure, **settings) if settings else measure

@@ -26,13 +26,14 @@ Rule = Callable[[Role, Tensor, Tensor], Tensor | None]
 _Key = tuple[str, Role]
 
 
-def mean_over_inputs(work: Work, rule: Rule) -> dict[_Key, Tensor]:
+def mean_over_inputs(work: Work, rule: Rule, *, prompts: bool = False) -> dict[_Key, Tensor]:
     """Return the mean over tasks of (sum of rule over all calls) / (number of inputs).
 
     Args:
         work: The model and the rows.
         rule: (role, inputs, matrix) -> a sum over inputs, or None if the role does not matter. Inputs have shape (n,
             in) and the model's dtype. For an embedding they are the looked-up rows: shape (n,), int64.
+        prompts: Put the prompts alone to the model, and no right answers (`TaskRows.ask`).
     Returns:
         By tensor name on disk and role, in the rule's dtype. Matrices that no row reaches are left out.
     Raises:
@@ -45,7 +46,7 @@ def mean_over_inputs(work: Work, rule: Rule) -> dict[_Key, Tensor]:
         watch = _Watch(work.views, rule)
         with torch.no_grad(), watch:
             for row in task.rows:
-                task.loss([row])
+                (task.ask or task.loss if prompts else task.loss)([row])
         for key, total in watch.sums.items():
             mean = total / watch.counts[key]
             if not bool(torch.isfinite(mean).all()):

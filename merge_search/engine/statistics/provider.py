@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +82,7 @@ class DataStatistics:
         self._evaluators, self._teachers = list(evaluators), dict(teachers)
         self._n_rows, self._seed, self._dtype, self._max_bytes = n_rows, seed, dtype, max_gib * 2**30
         self._given = FolderStatistics(self.folder)
+        self._rows: dict[int | None, dict[str, tuple[TaskRows, ...]]] = {}
         self._files: dict[tuple[str, str], StatisticFile] = {}
         self._unwritten: dict[tuple[str, str], dict[str, Tensor]] = {}
 
@@ -108,7 +108,8 @@ class DataStatistics:
         """Return why a statistic is unavailable, '' if it is available. Reads no weights."""
         if parse(kind) is None:
             return self._given.problem(kind, expert)
-        if not self._rows.get(expert):
+        entry, _ = _entry(kind)
+        if not self._rows_of(entry, expert):
             return (
                 "no task has a differentiable loss and rows to fit on: give tasks a training split, or set splits.fit"
             )
@@ -135,10 +136,17 @@ class DataStatistics:
 
     # --- one statistic
 
-    @cached_property
-    def _rows(self) -> dict[str, tuple[TaskRows, ...]]:
-        experts = list(self.pool.models.experts)
-        return rows_of_experts(self._evaluators, experts, self._teachers, n_rows=self._n_rows, seed=self._seed)
+    def _rows_by_expert(self, n_prompts: int | None) -> dict[str, tuple[TaskRows, ...]]:
+        if n_prompts not in self._rows:
+            self._rows[n_prompts] = rows_of_experts(
+                self._evaluators,
+                list(self.pool.models.experts),
+                self._teachers,
+                n_rows=self._n_rows if n_prompts is None else n_prompts,
+                seed=self._seed,
+                needs_labels=n_prompts is None,
+            )
+        return self._rows[n_prompts]
 
     def _provide(self, kind: str, expert: str) -> None:
         path = self._path(kind, expert)
@@ -191,9 +199,10 @@ class DataStatistics:
 
     def _rows_of(self, entry: Kind, expert: str) -> tuple[TaskRows, ...]:
         """Return the rows of an expert's tasks, or those of all experts where a statistic is of all of them."""
+        rows = self._rows_by_expert(entry.n_prompts)
         if entry.reads != "all":
-            return self._rows[expert]
-        return tuple({t.task: t for tasks in self._rows.values() for t in tasks}.values())
+            return rows[expert]
+        return tuple({t.task: t for tasks in rows.values() for t in tasks}.values())
 
     def _path(self, kind: str, expert: str) -> Path:
         text = json.dumps(self._about(kind, expert), sort_keys=True)

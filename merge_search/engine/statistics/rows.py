@@ -12,7 +12,7 @@ from torch import Tensor
 
 from merge_search.engine.contracts import Tensors
 from merge_search.errors import InputError
-from merge_search.evaluation import Answering, Differentiable, answers_of, loss_of
+from merge_search.evaluation import Answering, Differentiable, answers_of, loss_of, predictions_of
 from merge_search.recipe import Group
 from merge_search.seeding import derive_seed
 
@@ -30,6 +30,7 @@ class TaskRows:
         fingerprint: Fingerprint of the task's evaluator.
         answers: Row -> losses and probabilities of all its answers (`evaluation.Answering`), or None where they cannot
             be listed.
+        ask: Puts the prompts of rows to the live model, whatever their right answers are. None: `loss` does.
     """
 
     task: str
@@ -37,6 +38,7 @@ class TaskRows:
     loss: Callable[[Sequence[int]], Tensor]
     fingerprint: str
     answers: Callable[[int], tuple[Tensor, Tensor] | None] = lambda row: None
+    ask: Callable[[Sequence[int]], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,16 +104,24 @@ def is_changed(models: Tensors, expert: str, name: str) -> bool:
 
 
 def rows_of_experts(
-    evaluators: Sequence[object], experts: Sequence[str], teachers: Mapping[str, str], *, n_rows: int, seed: int
+    evaluators: Sequence[object],
+    experts: Sequence[str],
+    teachers: Mapping[str, str],
+    *,
+    n_rows: int,
+    seed: int,
+    needs_labels: bool = True,
 ) -> dict[str, tuple[TaskRows, ...]]:
     """Return the rows of each expert: those of its tasks, or of all tasks for an expert that teaches none.
 
     Args:
-        evaluators: Evaluators without a differentiable loss are ignored, and tasks whose rows have no labels.
+        evaluators: Evaluators without a differentiable loss are ignored.
         experts: Names of the experts.
         teachers: Task -> expert, or ``base``. Tasks that the base teaches are used only for experts without a task.
         n_rows: Most rows per task, drawn without replacement. The draw depends on `seed` and the task's name alone.
         seed: The study's seed.
+        needs_labels: Leave out tasks whose rows have no labels. Else those that have neither labels nor answers of the
+            model's own.
     Returns:
         Empty tuples where no task has a row to fit on.
     Raises:
@@ -124,10 +134,13 @@ def rows_of_experts(
         for task, n in evaluator.fit_tasks().items():
             if task in rows:
                 raise InputError(f"statistics: two evaluators have a task {task!r}; give them different names")
-            if n and "gold" in evaluator.losses(task):
+            kinds = evaluator.losses(task) if n else ()
+            if "gold" in kinds or ("pseudo" in kinds and not needs_labels):
                 fingerprint: str = evaluator.fingerprint()  # type: ignore[attr-defined]
                 drawn = random.Random(derive_seed(seed, "statistics", task)).sample(range(n), min(n, n_rows))
                 answers = {"answers": answers_of(evaluator, task)} if isinstance(evaluator, Answering) else {}
-                rows[task] = TaskRows(task, tuple(sorted(drawn)), loss_of(evaluator, task), fingerprint, **answers)
+                ask = predictions_of(evaluator, task) if "pseudo" in kinds else None
+                loss = loss_of(evaluator, task)
+                rows[task] = TaskRows(task, tuple(sorted(drawn)), loss, fingerprint, ask=ask, **answers)
     all_rows = tuple(rows.values())
     return {e: tuple(t for t in all_rows if teachers.get(t.task) == e) or all_rows for e in experts}

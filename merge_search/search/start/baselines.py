@@ -16,12 +16,19 @@ from merge_search.presets import PRESETS, preset
 from merge_search.recipe import Recipe, Transform
 from merge_search.search.plan import Baseline
 from merge_search.space import SpaceContext
-from merge_search.study_file import BaselineFit
+from merge_search.study_file import BaselineFit, BaselineOptions
 
-__all__ = ["ALWAYS", "baselines", "fits", "read_baselines", "reference_recipes"]
+__all__ = ["ALWAYS", "UNASKED", "baselines", "fits", "read_baselines", "reference_recipes"]
 
 ALWAYS = ("average", "task_arithmetic")
 """Presets that every study tries, whatever its file names."""
+UNASKED: tuple[str | Mapping[str, Mapping[str, Any]], ...] = (
+    "tsv_m",
+    "regmean_parts",
+    {"regmean_parts": {"coefficient": 1.5}},
+)
+"""Baselines besides the presets of the space where the study file names none: on real models the best merges that need
+no search. `regmean_parts` needs prompts."""
 
 
 def read_baselines(entries: Sequence[str | Mapping[str, Mapping[str, Any]]], problems: list[str]) -> list[Baseline]:
@@ -37,17 +44,16 @@ def read_baselines(entries: Sequence[str | Mapping[str, Mapping[str, Any]]], pro
         if name not in PRESETS:
             problems.append(f"search.baselines: no preset is called {name!r}{nearest(name, PRESETS)}")
             continue
-        if (usual := PRESETS[name].fit) is None:
-            if options:
-                problems.append(f"{'.'.join(at)}: {name!r} has no options here; leave {', '.join(options)} out")
-            out.append(Baseline(name))
-            continue
+        usual = PRESETS[name].fit
         try:
-            fit = read_options(BaselineFit, {**usual, **options}, at=(*at, name))
+            if usual is None:
+                read_options(BaselineOptions, options, at=(*at, name))
+                out.append(Baseline(name, options))
+            else:
+                fit = read_options(BaselineFit, {**usual, **options}, at=(*at, name))
+                out.append(Baseline(name, options, fit))
         except InputError as error:
             problems += error.problems
-        else:
-            out.append(Baseline(name, options, fit))
     return out
 
 
@@ -61,7 +67,7 @@ def reference_recipes(context: SpaceContext) -> dict[str, Recipe]:
 
 
 def baselines(
-    context: SpaceContext, named: Sequence[Baseline | str], *, can_measure: Callable[[], bool] = lambda: False
+    context: SpaceContext, named: Sequence[Baseline | str], *, can_measure: Callable[[str], bool] = lambda kind: False
 ) -> dict[str, Recipe]:
     """Recipes of the references, the average and task arithmetic, then of the presets `named` at their published
     settings.
@@ -70,27 +76,27 @@ def baselines(
         context: The models.
         named: Presets. Those that do not take these experts are left out. The recipe of one whose coefficients are
             fitted is where the fit begins.
-        can_measure: Says whether presets that need statistics from data can have them. It is called only if one is
-            named.
+        can_measure: Says whether a statistic from data can be had. It is called for presets that need one.
     """
     chosen = {b.label: b for b in (b if isinstance(b, Baseline) else Baseline(b) for b in (*ALWAYS, *named))}
-    has_data = any(PRESETS[b.name].needs_data for b in chosen.values()) and can_measure()
-    kept = {label: b for label, b in chosen.items() if fits(b.name, context, has_data=has_data)}
+    kept = {label: b for label, b in chosen.items() if fits(b.name, context, can_measure)}
     return reference_recipes(context) | {label: _recipe(b, context) for label, b in kept.items()}
 
 
-def fits(name: str, context: SpaceContext, *, has_data: bool = False) -> bool:
+def fits(name: str, context: SpaceContext, can_measure: Callable[[str], bool] = lambda kind: False) -> bool:
     """Whether a preset takes these experts, and has data if it needs any."""
-    low, high = PRESETS[name].experts
-    n = len(context.experts)
-    if PRESETS[name].needs_factors and context.without_factors:
+    row, n = PRESETS[name], len(context.experts)
+    low, high = row.experts
+    if n < low or (high is not None and n > high) or (row.needs_factors and context.without_factors):
         return False
-    return low <= n and (high is None or n <= high) and (has_data or not PRESETS[name].needs_data)
+    return not row.needs_data or can_measure(row.statistic)
 
 
 def _recipe(baseline: Baseline, context: SpaceContext) -> Recipe:
     fit = baseline.fit
-    return _preset(baseline.name, context, **({"coefficients": fit.start, "densities": fit.density} if fit else {}))
+    if fit is not None:
+        return _preset(baseline.name, context, coefficients=fit.start, densities=fit.density)
+    return _preset(baseline.name, context, coefficients=baseline.options.get("coefficient"))
 
 
 def _preset(name: str, context: SpaceContext, **settings: Any) -> Recipe:

@@ -38,8 +38,8 @@ class Executor(Protocol):
         """
         ...
 
-    def can_measure(self) -> bool:
-        """Whether recipes that need statistics from data can run."""
+    def can_measure(self, kind: str) -> bool:
+        """Whether recipes that need this statistic from data can run."""
         ...
 
     def fit_questions(self, settings: Mapping[str, Any]) -> int:
@@ -88,8 +88,8 @@ class LocalExecutor:
     def set_teachers(self, teachers: Mapping[str, str]) -> None:
         self.worker.set_teachers(teachers)
 
-    def can_measure(self) -> bool:
-        return self.worker.can_measure()
+    def can_measure(self, kind: str) -> bool:
+        return self.worker.can_measure(kind)
 
     def fit_questions(self, settings: Mapping[str, Any]) -> int:
         return self.worker.fit_questions(FitSettings(**settings))

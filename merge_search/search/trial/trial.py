@@ -76,7 +76,7 @@ class TrialInProgress:
 
     def __init__(self, study: StudyInProgress, trial: Trial) -> None:
         self._s, self._trial = study, trial
-        self._search = study.plan.file.search
+        self._search, self._fidelity = study.plan.file.search, study.plan.fidelity
         self._began = self._charged = time.perf_counter()
         self._questions = 0
         self._settings: dict[str, Any] | None = None
@@ -115,7 +115,7 @@ class TrialInProgress:
         if self._settings is not None and self._may_go_on_from_another():
             recipe, start = warm_start(recipe, self._s.study, self._s.plan.objective)
             self._began_at = None if start is None else start.number
-        return Job(recipe.to_json(), fidelity=self._search.fidelity, fit=self._settings, race=self._race())
+        return Job(recipe.to_json(), fidelity=self._fidelity, fit=self._settings, race=self._race())
 
     def _recipe(self) -> Recipe:
         """The recipe that was queued with a baseline outside the space, else that of the trial's point.
@@ -265,7 +265,7 @@ class TrialInProgress:
         trial.set_user_attr("evaluation", scored.evaluation.to_attribute())
         trial.set_user_attr("weights_sha256", scored.weights_sha256)
         trial.set_user_attr("cost", [scored.merge_s + cost.merge_s, cost.evaluate_s, cost.questions])
-        trial.set_user_attr("fidelity", scored.evaluation.fidelity / self._search.fidelity)
+        trial.set_user_attr("fidelity", scored.evaluation.fidelity / self._fidelity)
         noise: dict[str, Any] = {f"constraint:{text}": amount.variance for text, amount in violations.items()}
         variances = [v.variance for v in values]
         noise |= {"value": variances[0]} if len(variances) == 1 else {"values": variances}

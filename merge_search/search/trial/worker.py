@@ -253,14 +253,14 @@ class Worker:
         self._teachers, self._knows_teachers = teachers, True
         self._measure_on(self._here)
 
-    def can_measure(self) -> bool:
-        """Whether the teachers are known and every expert has rows to measure statistics on."""
+    def can_measure(self, kind: str) -> bool:
+        """Whether the teachers are known and every expert has rows to measure the statistic on."""
         if not self._knows_teachers:
             return False
         if not self._here.merges:  # the base alone: baselines are merged from these models
             self._take_bench(self._plan.context.transform)
         statistics = self._here.statistics
-        return statistics is not None and not any(statistics.problem("fisher", e) for e in self.models.experts)
+        return statistics is not None and not any(statistics.problem(kind, e) for e in self.models.experts)
 
     def splice(self, recipe: Recipe) -> tuple[str, float]:
         """Write `recipe` into the live model.

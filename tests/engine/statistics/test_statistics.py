@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +118,12 @@ def test_experts_that_a_model_stacks_have_statistics_under_their_names_on_disk(
 def test_an_expert_without_a_task_takes_all_and_a_row_is_drawn_by_the_seed(bench: Bench, tmp_path: Path) -> None:
     folder = tmp_path / "other"
     alone = DataStatistics(bench.pool, bench.live, [bench.tasks], {"one": "a"}, folder=folder, n_rows=2, seed=1)
-    rows = {e: {t.task: t.rows for t in tasks} for e, tasks in alone._rows.items()}
+    rows = {e: {t.task: t.rows for t in tasks} for e, tasks in alone._rows_by_expert(None).items()}
     assert list(rows["a"]) == ["one"]
     assert list(rows["b"]) == ["one", "two", "three"]
     assert all(len(set(drawn)) == 2 for drawn in rows["b"].values())
     again = DataStatistics(bench.pool, bench.live, [bench.tasks], {}, folder=folder, n_rows=2, seed=1)
-    assert {t.task: t.rows for t in again._rows["a"]} == rows["b"]
+    assert {t.task: t.rows for t in again._rows_by_expert(None)["a"]} == rows["b"]
 
 
 def deltas(bench: Bench, name: str) -> list[Tensor]:
@@ -295,3 +295,50 @@ def test_activation_norms_choose_what_is_kept(bench: Bench) -> None:
     torch.testing.assert_close(merged[name], bench.pool.base(name) + torch.where(kept, tau, 0.0))
     plain = tau.abs() >= tau.abs().flatten().topk(round(0.25 * tau.numel())).values[-1]
     assert not torch.equal(kept, plain)
+
+
+# --- prompts
+
+
+class Prompts(NextTokens):
+    """Tasks of which nobody knows the right answers."""
+
+    def losses(self, task: str) -> tuple[str, ...]:
+        return ("pseudo",)
+
+    def loss(self, task: str, rows: Sequence[int], kind: str = "gold") -> Tensor:
+        raise AssertionError("a right answer was read")
+
+    def predict(self, task: str, rows: Sequence[int]) -> list[Any]:
+        return [int(self.live.model(input_ids=self.rows[task][r][None]).logits[0, -1].argmax()) for r in rows]
+
+
+def test_gram_matrices_of_prompts_read_no_answer_and_count_one_question_a_prompt(bench: Bench, tmp_path: Path) -> None:
+    found = DataStatistics(bench.pool, bench.live, [Prompts(bench.live)], OWNERS, folder=tmp_path / "p")
+    assert "no task has a differentiable loss" in found.problem("fisher", "a")
+    assert found.problem("prompt_gram@prompts=64", "a") == ""
+    module = "model.layers.1.mlp.down_proj"
+    xs = [inputs_of(bench, "b", t, module).double() for t in ("two", "three")]
+    gram = found.get("prompt_gram@prompts=64", "b", f"{module}.weight")
+    torch.testing.assert_close(gram, torch.stack([x.T @ x / len(x) for x in xs]).mean(0).float(), rtol=1e-5, atol=1e-6)
+    shares = [torch.bincount(torch.cat(bench.tasks.rows[t]), minlength=24) for t in ("two", "three")]
+    looked_up = found.get("prompt_gram@prompts=64", "b", "model.embed_tokens.weight")
+    torch.testing.assert_close(looked_up, torch.stack([s / s.sum() for s in shares]).mean(0)[:, None])
+    assert found.get("prompt_gram@prompts=64", "b", "model.norm.weight") is None
+    assert found.questions == N_FIT["two"] + N_FIT["three"]
+
+
+def test_fewer_prompts_are_another_statistic(bench: Bench) -> None:
+    name = "model.layers.0.self_attn.k_proj.weight"
+    few, many = (bench.statistics.get(f"prompt_gram@prompts={n}", "a", name) for n in (2, 64))
+    assert few is not None
+    assert many is not None
+    assert not torch.equal(few, many)
+    assert bench.statistics.questions == 2 + N_FIT["one"]
+
+
+def test_a_tied_matrix_has_the_tokens_that_look_it_up(make_models: Any, tmp_path: Path) -> None:
+    bench = Bench(*make_models(tie_word_embeddings=True), tmp_path / "s")
+    found = bench.statistics.get("prompt_gram", "b", "model.embed_tokens.weight")
+    assert found is not None
+    assert found.shape == (24, 1)

@@ -14,7 +14,7 @@ from small_spaces import CONTEXT
 from merge_search.presets import PRESETS
 from merge_search.search.budget import questions_asked
 from merge_search.search.records import Record, finished_records
-from merge_search.search.start.baselines import baselines, read_baselines
+from merge_search.search.start.baselines import UNASKED, baselines, read_baselines
 
 EXPERTS = ("maths", "stories", "spelling")
 
@@ -44,18 +44,43 @@ def test_options_of_a_fitted_baseline_are_part_of_its_name_and_of_its_fit() -> N
     assert set(recipe.densities.values()) == {0.4}
 
 
+def test_a_published_baseline_may_have_another_coefficient() -> None:
+    problems: list[str] = []
+    plain, longer = read_baselines(["tsv_m", {"tsv_m": {"coefficient": 1.5}}], problems)
+    assert problems == []
+    assert longer.label == "tsv_m(coefficient=1.5)"
+    recipes = baselines(CONTEXT, [plain, longer])
+    assert set(recipes["tsv_m"].coefficients.values()) == {1.0}
+    assert set(recipes[longer.label].coefficients.values()) == {1.5}
+
+
+def test_baselines_that_nobody_asked_for_need_prompts_where_they_read_any() -> None:
+    named = read_baselines(UNASKED, [])
+    assert [b.label for b in named] == ["tsv_m", "regmean_parts", "regmean_parts(coefficient=1.5)"]
+    asked = []
+
+    def can_measure(kind: str) -> bool:
+        asked.append(kind)
+        return kind.startswith("prompt_gram")
+
+    assert "regmean_parts" not in baselines(CONTEXT, named)
+    assert {b.label for b in named} < baselines(CONTEXT, [*named, "fisher"], can_measure=can_measure).keys()
+    assert "fisher" not in baselines(CONTEXT, ["fisher"], can_measure=can_measure)
+    assert asked == ["prompt_gram@prompts=64"] * 2 + ["fisher"] * 2
+
+
 def test_what_is_wrong_with_baselines_is_said_all_at_once() -> None:
     problems: list[str] = []
     entries: list[Any] = [
         "tyes", {"adamerging": {"stepz": 3, "steps": 0}}, {"ties": {"density": 0.2}},
         {"adamerging": {}, "ties": {}}, {"adamerging": {"clamp": [1, 0]}},
     ]  # fmt: skip
-    assert [b.name for b in read_baselines(entries, problems)] == ["ties"]
+    assert read_baselines(entries, problems) == []
     text = "\n".join(problems)
     assert "search.baselines: no preset is called 'tyes'; did you mean 'ties'?" in text
     assert "search.baselines.1.adamerging.stepz: " in text
     assert "search.baselines.1.adamerging.steps: " in text
-    assert "search.baselines.2: 'ties' has no options here; leave density out" in text
+    assert "search.baselines.2.ties.density: " in text
     assert "search.baselines.3: write NAME or {NAME: {option: value}}" in text
     assert "clamp must be [low, high] with low < high, got [1.0, 0.0]" in text
 

@@ -55,8 +55,8 @@ class SeveralWorkers:
     def set_teachers(self, teachers: Mapping[str, str]) -> None:
         self.inner.set_teachers(teachers)
 
-    def can_measure(self) -> bool:
-        return self.inner.can_measure()
+    def can_measure(self, kind: str) -> bool:
+        return self.inner.can_measure(kind)
 
     def fit_questions(self, settings: Mapping[str, Any]) -> int:
         return self.inner.fit_questions(settings)
