@@ -49,9 +49,11 @@ SYSTEMS: dict[str, Callable[[Zoo], Part]] = {
     "task arithmetic": _grid("task_arithmetic"),
     "TIES": _grid("ties"),
     "TSV-M": _grid("tsv_m"),
+    "RegMean": _grid("regmean"),
+    "RegMean, in parts": _grid("regmean_parts"),
     "our search": lambda zoo: {
-        "space": {"type": "uniform", "presets": ["task_arithmetic", "ties", "tsv_m"]},
-        "search": {"baselines": ["tsv_m"], "learner": {}},
+        "space": {"type": "uniform", "presets": ["task_arithmetic", "ties", "tsv_m", "regmean_parts"]},
+        "search": {"learner": {}},
     },
     "CKI": _grid("cki_soft", "cki_hard", "cki_recommender"),
     "CKI, learned map": _space(presets=[{"cki_learned": {"map": "diagonal"}}]),

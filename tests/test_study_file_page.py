@@ -33,6 +33,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "search.racing": study_file.Racing,
     "search.learner": study_file.Learner,
     "search.baselines": study_file.BaselineFit,
+    "search.baselines.NAME": study_file.BaselineOptions,
     "search.stop": study_file.Stop,
     "search.learn_from": study_file.Earlier,
     "statistics": study_file.StatisticsSection,

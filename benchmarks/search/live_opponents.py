@@ -24,9 +24,10 @@ TWO_LEVELS, FINE_TUNING = "two levels", "fine-tuning"
 FINE_TUNING_TOLD = "fine-tuning, step size told"
 """Fine-tuning with the step size that turns out to be best in hindsight."""
 GRID = ["task_arithmetic", "ties", "tsv_m", "dare", "iso_c", "della", "dare_ties", "breadcrumbs", "magmax", "consensus",
-        "pcb", "sce", "magnitude_soft", "magnitude_hard", "iso_cts", "model_stock", "fisher", "regmean"]  # fmt: skip
+        "pcb", "sce", "magnitude_soft", "magnitude_hard", "iso_cts", "model_stock", "fisher", "regmean",
+        "regmean_parts"]  # fmt: skip
 MISSION: Part = {"type": "compatibility"}
-UNIFORM: Part = {"type": "uniform", "presets": ["task_arithmetic", "ties", "tsv_m"]}
+UNIFORM: Part = {"type": "uniform", "presets": ["task_arithmetic", "ties", "tsv_m", "regmean_parts"]}
 NO_LABELS = {"loss": "pseudo"}
 """Labels of the fit rows are each expert's own answers."""
 
@@ -64,8 +65,7 @@ def _alone(**changes: Any) -> Callable[[Zoo], Part]:
 
 
 def _two_levels(**changes: Any) -> Callable[[Zoo], Part]:
-    search = {"sampler": "botorch", "baselines": ["tsv_m"], "learner": changes}
-    return lambda zoo: {"space": UNIFORM, "search": search}
+    return lambda zoo: {"space": UNIFORM, "search": {"sampler": "botorch", "learner": changes}}
 
 
 OPPONENTS: dict[str, Callable[[Zoo], Part] | None] = {

@@ -35,7 +35,7 @@ START_SCORE = "start_score"
 
 SHARE_OF_BASELINES = 1 / 3
 """Most of a budget in questions that base, experts and baselines may ask, unless `fidelity` is given."""
-LEAST_QUESTIONS = 40
+LEAST_QUESTIONS = 20
 """Questions of every task that a trial asks all the same."""
 
 

@@ -50,7 +50,7 @@ def done(folder: Path) -> list[Record]:
 def test_adapters_are_searched_as_pairs_and_a_trial_is_exported_as_an_adapter(
     demo: Path, adapters: dict[str, str], tmp_path: Path
 ) -> None:
-    path = write_study(tmp_path, demo, adapters, ["copa"], n_trials=8)
+    path = write_study(tmp_path, demo, adapters, ["copa"], n_trials=11)
     here("run", path)
     tried = [r for r in done(tmp_path) if r.recipe.preset == "copa"]
     assert len(tried) >= 3

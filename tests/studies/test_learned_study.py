@@ -391,7 +391,7 @@ def queue_of(study: optuna.Study, start: list[int] | None = None, **learner: Any
     space = LearnedSpace(build("uniform", presets=["task_arithmetic", "tsv_m"]), Learner(**learner), n_rows=5000)
     first = object.__new__(FirstTrials)
     file = SimpleNamespace(search=Search())
-    first.plan = SimpleNamespace(space=space, objective=OBJECTIVE, file=file)  # type: ignore[assignment]
+    first.plan = SimpleNamespace(space=space, objective=OBJECTIVE, file=file, fidelity=1.0)  # type: ignore[assignment]
     first.executor = Scorer(start or [1] * 50 + [0] * 50)  # type: ignore[assignment]
     first.study, first.budget, first._baselines, first._fits = study, Budget(Search(), study), set(), {}
     base = [1] * 50 + [0] * 50

@@ -140,8 +140,21 @@ def map_of(expert: str) -> tuple[str, bytes]:
     return hashlib.sha256(data).hexdigest(), data
 
 
+KINDS = (
+    "fisher",
+    "fisher@0.5",
+    "gradient",
+    "absolute_gradient",
+    "external",
+    "activation_norm",
+    "gram",
+    "prompt_gram@prompts=64",
+)
+"""Statistics that the fixed cases read."""
+
+
 def _write_statistics(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    for kind in ("fisher", "fisher@0.5", "gradient", "absolute_gradient", "external", "activation_norm", "gram"):
+    for kind in KINDS:
         (folder / kind).mkdir(parents=True)
         for expert in EXPERTS:
             made = {n: torch.from_numpy(_statistic(kind, expert, n, shape)) for n, shape in shapes.items()}
@@ -150,7 +163,7 @@ def _write_statistics(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> No
 
 def _statistic(kind: str, expert: str, name: str, shape: tuple[int, ...]) -> Array:
     drawn = noise(f"{kind} {expert} {name}", shape)
-    if kind == "gram" and len(shape) > 1:  # whole numbers: no sum is rounded
+    if kind.partition("@")[0] in ("gram", "prompt_gram") and len(shape) > 1:  # whole numbers: no sum is rounded
         x = np.floor(drawn * np.float32(4)).astype(np.int64)
         return ((np.swapaxes(x, -1, -2) @ x) / np.float32(2**6)).astype(np.float32)
     if kind == "activation_norm":

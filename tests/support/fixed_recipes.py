@@ -148,6 +148,7 @@ _GEOMETRY = (
     "multislerp",
     "karcher",
     "regmean",
+    "regmean_parts",
     "tsv_m",
     "iso_c",
     "iso_cts",
