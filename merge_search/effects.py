@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from merge_search.engine.statistics import KINDS, PARTITIONS
 from merge_search.engine.statistics.agreement import effects
 from merge_search.errors import InputError, nearest
+from merge_search.rules import STATISTICS
 from merge_search.search.plan import Plan
 from merge_search.search.records import objective_of, references_of, teachers_of
 from merge_search.search.storage import load_study
@@ -14,7 +14,7 @@ from merge_search.search.trial.worker import Worker
 
 __all__ = ["FORMS", "expert_effects"]
 
-FORMS = KINDS["effect"].choices["form"]
+FORMS, PARTITIONS = (STATISTICS["effect"].choices[option] for option in ("form", "partition"))
 
 
 def expert_effects(
@@ -24,7 +24,7 @@ def expert_effects(
 
     Args:
         plan: A prepared study that has run: its references say whose task is whose.
-        partition: What counts as one part (`PARTITIONS`).
+        partition: What counts as one part (an option of the statistic `effect`).
         note: Called with a sentence that says what is asked, before it is asked.
 
     Returns:

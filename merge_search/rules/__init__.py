@@ -1,5 +1,5 @@
 """Every rule that a recipe may name, in tables: measures, selections, splices, operators, post
-rules, transforms. torch-free.
+rules, transforms, statistics. torch-free.
 
 A row says what the rest of the code asks about a rule. The engine has the formulas of the built-in ones; a rule from
 outside is one decorated function and is the same thing (`decorators`). Rule files are run where a study file or a
@@ -18,6 +18,7 @@ from merge_search.rules.files import RuleFile, find_rule_files, in_use, use_rule
 from merge_search.rules.measures import MEASURES, Measure, measure_problems
 from merge_search.rules.operators import OPERATORS, POSTS, OperatorInfo, operator_problems
 from merge_search.rules.stages import SELECTIONS, SPLICES, STAGES, Selection, Splicing
+from merge_search.rules.statistics import STATISTICS, StatisticInfo, statistic_named
 from merge_search.rules.table import OptionInfo, Origin, Rule, RuleTable, option_problems
 from merge_search.rules.transforms import TRANSFORMS, Preview, Transformed, TransformInfo
 
@@ -28,6 +29,7 @@ TABLES: Mapping[str, RuleTable[Any]] = {
     "operators: operator": OPERATORS,
     "post rules: post": POSTS,
     "transforms: transform": TRANSFORMS,
+    "statistics: read by measures and operators": STATISTICS,
     "stages: options of every preset that reads them": STAGES,
 }
 """Every table, by its title in lists."""
@@ -39,6 +41,7 @@ __all__ = [
     "SELECTIONS",
     "SPLICES",
     "STAGES",
+    "STATISTICS",
     "TABLES",
     "TRANSFORMS",
     "Measure",
@@ -51,6 +54,7 @@ __all__ = [
     "RuleTable",
     "Selection",
     "Splicing",
+    "StatisticInfo",
     "TransformInfo",
     "Transformed",
     "find_rule_files",
@@ -63,6 +67,7 @@ __all__ = [
     "post",
     "selection",
     "splice",
+    "statistic_named",
     "transform",
     "use_rule_files",
 ]

@@ -19,10 +19,20 @@ from merge_search.engine.resident.in_memory import MemoryTensors
 from merge_search.errors import RecipeError
 from merge_search.presets import PRESETS, preset
 from merge_search.recipe import Assess, Models, Recipe, Select
-from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, TRANSFORMS, Measure, RuleTable
+from merge_search.rules import (
+    MEASURES,
+    OPERATORS,
+    POSTS,
+    SELECTIONS,
+    SPLICES,
+    STATISTICS,
+    TRANSFORMS,
+    Measure,
+    RuleTable,
+)
 from merge_search.rules.table import load
 
-TABLES: list[RuleTable[Any]] = [MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, TRANSFORMS]
+TABLES: list[RuleTable[Any]] = [MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, STATISTICS, TRANSFORMS]
 ROWS = [pytest.param(t, name, id=f"{t.kind}-{name}") for t in TABLES for name in t]
 EXPERTS = ("a", "b", "c")
 KINDS = ("gradient", "absolute_gradient", "activation_norm", "fisher", "external")

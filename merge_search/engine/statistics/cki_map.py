@@ -20,7 +20,6 @@ from torch import Tensor
 
 from merge_search.engine.methods.assess import AssessContext, cki_learned
 from merge_search.engine.resident.parameters import parameter_slices, receiving_gradients
-from merge_search.engine.statistics import held_out
 from merge_search.engine.statistics.rows import TaskRows, Work
 from merge_search.errors import NonFiniteError
 from merge_search.recipe import Scalar, groups_named
@@ -143,7 +142,8 @@ def measure(work: Work, **options: Scalar) -> dict[str, Tensor]:
         **options: Options of ``cki_learned``.
     Raises:
         NonFiniteError: The loss on the rows that were kept is NaN or infinite.
-    Cost: `KINDS` counts the questions. Memory: twice the spliced tensors of every expert, and three times the maps.
+    Cost: three questions per epoch and row of the training; one per row that is kept, at the start and after each
+        epoch. Memory: twice the spliced tensors of every expert, and three times the maps.
     Determinism: as `learners.fit`.
     """
     training = Training(work, options)
@@ -152,8 +152,10 @@ def measure(work: Work, **options: Scalar) -> dict[str, Tensor]:
     train, kept = {}, {}
     for task in work.tasks:
         rows = _shuffled(work.seed, task, "kept")
-        n = held_out(len(rows))
+        n = _held_out(len(rows))
         train[task.task], kept[task.task] = rows[n:], rows[: max(1, n)]
+    n_trained, n_kept = (sum(map(len, rows.values())) for rows in (train, kept))
+    work.on_asked(3 * int(options["epochs"]) * n_trained + (int(options["epochs"]) + 1) * n_kept)
     parameters = {name: spliced.parameters for name, spliced in training.spliced.items()}
     adam = torch.optim.Adam(parameters.values(), lr=float(options["step_size"]))
     size, best, result = int(options["batch_rows"]), math.inf, dict[str, Tensor]()
@@ -175,6 +177,11 @@ def measure(work: Work, **options: Scalar) -> dict[str, Tensor]:
             adam.step()
             training.write()
     return {name: p.to(torch.float32) for name, p in result.items()}
+
+
+def _held_out(n_rows: int) -> int:
+    """Return the number of a task's rows on which epochs are compared; 0: on the one row that there is."""
+    return min(n_rows - 1, max(1, n_rows // 5))
 
 
 def _shuffled(seed: int, task: TaskRows, what: str | int, rows: list[int] | None = None) -> list[int]:

@@ -41,6 +41,7 @@ def measure(work: Work, form: str, partition: str) -> dict[str, Tensor]:
     for name in work.views:
         if is_changed(work.models, work.expert, name):
             parts.setdefault(work.groups[name].key(partition), []).append(name)
+    work.on_asked((3 if form == "gradient" else 1 + len(parts)) * work.n_rows)
     changes = _first_order(work, parts) if form == "gradient" else _exact(work, parts, is_ablation=form == "ablation")
     weights = torch.tensor(work.weights, dtype=torch.float64)
     values = torch.stack([changes @ weights, changes.abs() @ weights], 1)

@@ -23,10 +23,13 @@ def _products(role: Role, inputs: Tensor, matrix: Tensor) -> Tensor:
     return (x.mT @ x).to(torch.float64)
 
 
-def measure(work: Work) -> dict[str, Tensor]:
+def measure(work: Work, prompts: int) -> dict[str, Tensor]:
     """Return by tensor name, float32: Gram matrices of shape (in, in); for embeddings the share of tokens that look up
     each row, shape (rows, 1).
 
+    Args:
+        work: The live model, and the prompts.
+        prompts: Most prompts of each task. The rows of `work` were chosen by it.
     Cost: products in float32 and their sums in float64, so 8 in^2 bytes per matrix while it runs.
     """
     means = mean_over_inputs(work, _products, prompts=True)

@@ -18,11 +18,12 @@ from torch import Tensor
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.resident.live_model import LiveModel
 from merge_search.engine.resident.pool import ModelPool
-from merge_search.engine.statistics import Kind, load, parse
-from merge_search.engine.statistics.rows import TaskRows, Work, is_changed, rows_of_experts
+from merge_search.engine.statistics.rows import TaskRows, Work, rows_of_experts
 from merge_search.engine.statistics.store import FOLDER, FolderStatistics, StatisticFile, prune, write
 from merge_search.errors import NonFiniteError, RecipeError, WeightsError
 from merge_search.recipe import Models, Operator, Recipe
+from merge_search.rules import StatisticInfo, statistic_named
+from merge_search.rules.table import load
 
 __all__ = ["MAX_GIB", "N_ROWS", "DataStatistics"]
 
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class DataStatistics:
-    """A `StatisticsSource`: kinds of `KINDS` from data, all others from files that the user put into `folder`.
+    """A `StatisticsSource`: kinds of `rules.STATISTICS` from data, all others from users' files in `folder`.
 
     Measured statistics are kept in ``<folder>/<key>.safetensors``. The key is a hash of kind, point, weights, dtype,
     tasks, rows, seed and `VERSION`, so a file found by its key holds what would be measured. A damaged file is measured
@@ -97,7 +98,7 @@ class DataStatistics:
             EvaluationError: A loss failed. The live model is as it was.
             torch.OutOfMemoryError: The device is full. The live model is as it was.
         """
-        if parse(kind) is None:
+        if statistic_named(kind) is None:
             return self._given.get(kind, expert, name)
         key = (kind, expert)
         if key not in self._files and key not in self._unwritten:
@@ -106,7 +107,7 @@ class DataStatistics:
 
     def problem(self, kind: str, expert: str) -> str:
         """Return why a statistic is unavailable, '' if it is available. Reads no weights."""
-        if parse(kind) is None:
+        if statistic_named(kind) is None:
             return self._given.problem(kind, expert)
         entry, _ = _entry(kind)
         if not self._rows_of(entry, expert):
@@ -197,7 +198,7 @@ class DataStatistics:
             about["experts"] = [hashes[e] for e in self.pool.models.experts]
         return about
 
-    def _rows_of(self, entry: Kind, expert: str) -> tuple[TaskRows, ...]:
+    def _rows_of(self, entry: StatisticInfo, expert: str) -> tuple[TaskRows, ...]:
         """Return the rows of an expert's tasks, or those of all experts where a statistic is of all of them."""
         rows = self._rows_by_expert(entry.n_prompts)
         if entry.reads != "all":
@@ -215,14 +216,12 @@ class DataStatistics:
         views = {name: live.views[name] for name in self.pool.groups if name in live.views}
         tasks = self._rows_of(entry, expert)
         work = Work(live.model, views, self.pool.groups, tasks, self._count, self.pool, expert, self._seed)
-        changed = [self.pool.groups[name] for name in self._changed(entry, expert)]
-        asked = entry.asked(changed, [len(task.rows) for task in work.tasks])
-        _log.info("measuring %s of expert %r on %d rows: %d questions", kind, expert, work.n_rows, asked)
-        self.questions += asked
+        _log.info("measuring %s of expert %r on %d rows", kind, expert, work.n_rows)
+        self._count(entry.questions * work.n_rows)
         with _borrowed(views):
             MergeEngine(self.pool, compile=False).apply(self._point(entry, c, expert), views)
             try:
-                tensors = load(entry)(work)
+                tensors = load(entry)(work, **entry.completed({}))
             except NonFiniteError as error:
                 raise NonFiniteError(f"measuring {kind!r} of expert {expert!r}: {error}") from error
         return {name: t.to("cpu") for name, t in tensors.items()}
@@ -230,13 +229,7 @@ class DataStatistics:
     def _count(self, questions: int) -> None:
         self.questions += questions
 
-    def _changed(self, entry: Kind, expert: str) -> list[str]:
-        """Return the tensors that an expert changed, where a statistic's price depends on them."""
-        if isinstance(entry.questions, int):
-            return []
-        return [name for name in self.pool.groups if is_changed(self.pool, expert, name)]
-
-    def _point(self, entry: Kind, c: float | None, expert: str) -> Recipe:
+    def _point(self, entry: StatisticInfo, c: float | None, expert: str) -> Recipe:
         """Return the recipe of the weights at which a statistic is measured."""
         models = Models(base=self.pool.models.base, experts={expert: self.pool.models.experts[expert]})
         if c is not None:
@@ -245,8 +238,8 @@ class DataStatistics:
         return Recipe(models=models, operator=Operator(name="passthrough", options={"expert": name}))
 
 
-def _entry(kind: str) -> tuple[Kind, float | None]:
-    parsed = parse(kind)
+def _entry(kind: str) -> tuple[StatisticInfo, float | None]:
+    parsed = statistic_named(kind)
     assert parsed is not None
     return parsed
 

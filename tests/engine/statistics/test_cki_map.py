@@ -15,14 +15,13 @@ from torch import Tensor
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.methods.assess import AssessContext, cki, cki_learned
 from merge_search.engine.resident.in_memory import MemoryTensors
-from merge_search.engine.statistics import KINDS, parse
 from merge_search.engine.statistics.cki_map import Training
 from merge_search.engine.statistics.rows import TaskRows, Work
 from merge_search.errors import RecipeError
 from merge_search.merge_recipe import merge_recipe
 from merge_search.presets import preset
 from merge_search.recipe import Group, Models, Recipe, groups_named
-from merge_search.rules import MEASURES
+from merge_search.rules import MEASURES, STATISTICS, statistic_named
 
 ONE = torch.tensor([[0.40, -0.20, 0.10, 0.00], [0.30, -0.50, 0.05, -0.10]])
 TWO = torch.tensor([[0.10, 0.30, -0.10, 0.20], [-0.60, -0.40, 0.00, 0.20]])
@@ -219,11 +218,11 @@ def test_names_of_maps_say_what_differs_and_numbers_are_read_back() -> None:
     assert row.statistics_asked({}) == ("cki_map",)
     (kind,) = row.statistics_asked({"step_size": 1e-05, "only": "head+last", "epochs": 3, "gain": 1.0})
     assert kind == "cki_map@epochs=3,only=head+last,step_size=1e-05"
-    parsed = parse(kind)
+    parsed = statistic_named(kind)
     assert parsed is not None
-    assert parsed[0].settings == {**KINDS["cki_map"].settings, "step_size": 1e-5, "only": "head+last", "epochs": 3}
-    assert parse("cki_map@epochs=2.5") is None
-    assert parse("cki_map@map=round") is None
+    assert parsed[0].options == {**STATISTICS["cki_map"].options, "step_size": 1e-5, "only": "head+last", "epochs": 3}
+    assert statistic_named("cki_map@epochs=2.5") is None
+    assert statistic_named("cki_map@map=round") is None
 
 
 # --- some tensors alone

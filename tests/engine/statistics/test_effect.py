@@ -16,12 +16,12 @@ from token_bench import N_FIT, OWNERS, Bench, apply, row_loss, snapshot
 from torch import Tensor
 
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.statistics import KINDS, parse
 from merge_search.engine.statistics.agreement import spearman
 from merge_search.engine.statistics.effect import measure
 from merge_search.engine.statistics.rows import TaskRows, Work
 from merge_search.presets import preset
 from merge_search.recipe import Group
+from merge_search.rules import STATISTICS, statistic_named
 
 
 def part_of(bench: Bench, partition: str) -> dict[str, str]:
@@ -151,12 +151,12 @@ def test_the_gradient_form_is_the_derivative_of_the_activation_form_in_float64()
 
 
 def test_names_of_effects_say_what_differs_and_unknown_settings_are_no_statistic() -> None:
-    parsed = parse("effect@form=ablation")
+    parsed = statistic_named("effect@form=ablation")
     assert parsed is not None
-    assert parsed[0].settings == {"form": "ablation", "partition": "block"}
+    assert parsed[0].options == {"form": "ablation", "partition": "block"}
     for wrong in ("effect@form=sideways", "effect@size=2", "effect@0.5", "gradient@form=ablation"):
-        assert parse(wrong) is None
-    assert KINDS["effect"].settings == {"form": "gradient", "partition": "block"}
+        assert statistic_named(wrong) is None
+    assert STATISTICS["effect"].options == {"form": "gradient", "partition": "block"}
 
 
 # --- densities and coefficients
