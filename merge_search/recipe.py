@@ -45,7 +45,7 @@ from pydantic import (
 )
 
 from merge_search.errors import RecipeError, nearest, sentences
-from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, TRANSFORMS, Rule, RuleTable
+from merge_search.rules import MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, STATISTICS, TRANSFORMS, Rule, RuleTable
 from merge_search.rules.table import Scalar
 
 __all__ = [
@@ -408,21 +408,33 @@ class Recipe(_Value):
         return coefficients, densities, value_for(self.scale, group)
 
     def known_rules(self) -> list[Rule]:
-        """Rows of the rules that the recipe names, without names that no table has."""
-        return [table[name] for table, name in self._named_rules() if name in table]
+        """Rows of the rules that the recipe names and of the statistics that these read, without unknown names."""
+        rows: list[Rule] = [table[name] for table, name in self._named_rules() if name in table]
+        return rows + [STATISTICS[name] for name in self._statistics() if name in STATISTICS]
 
     def unknown_rules(self) -> list[str]:
         """A problem for every rule that the recipe names and no table has."""
         return [problem for table, name in self._named_rules() if (problem := table.unknown(name))]
 
-    def _named_rules(self) -> list[tuple[RuleTable[Any], str]]:
-        names: list[tuple[RuleTable[Any], str]] = [
-            (MEASURES, self.assess.measure), (SELECTIONS, self.select.kind), (SPLICES, self.splice.kind),
-        ]  # fmt: skip
+    def _measures(self) -> list[tuple[str, Mapping[str, Scalar]]]:
+        """Name and options of every measure that the recipe names."""
+        measures: list[tuple[str, Mapping[str, Scalar]]] = [(self.assess.measure, self.assess.options)]
         if self.splice.score is not None:
-            names.append((MEASURES, self.splice.score.measure))
+            measures.append((self.splice.score.measure, self.splice.score.options))
         if self.allocate.kind == "importance":
-            names.append((MEASURES, self.allocate.measure))
+            measures.append((self.allocate.measure, self.allocate.options))
+        return measures
+
+    def _statistics(self) -> list[str]:
+        """Names of the statistics that its rules read; among them those that are no rules but files."""
+        kinds = [k for m, options in self._measures() if m in MEASURES for k in MEASURES[m].statistics_asked(options)]
+        if self.operator is not None and self.operator.name in OPERATORS:
+            kinds += OPERATORS[self.operator.name].statistics_asked(self.operator.options)
+        return [kind.partition("@")[0] for kind in kinds]
+
+    def _named_rules(self) -> list[tuple[RuleTable[Any], str]]:
+        names: list[tuple[RuleTable[Any], str]] = [(MEASURES, measure) for measure, _ in self._measures()]
+        names += [(SELECTIONS, self.select.kind), (SPLICES, self.splice.kind)]
         if self.operator is not None:
             names.append((OPERATORS, self.operator.name))
         if self.transform is not None:

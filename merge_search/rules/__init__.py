@@ -13,7 +13,7 @@ recipe names them (`files`).
 from collections.abc import Mapping
 from typing import Any
 
-from merge_search.rules.decorators import measure, operator, post, selection, splice, transform
+from merge_search.rules.decorators import measure, operator, post, selection, splice, statistic, transform
 from merge_search.rules.files import RuleFile, find_rule_files, in_use, use_rule_files
 from merge_search.rules.measures import MEASURES, Measure, measure_problems
 from merge_search.rules.operators import OPERATORS, POSTS, OperatorInfo, operator_problems
@@ -67,6 +67,7 @@ __all__ = [
     "post",
     "selection",
     "splice",
+    "statistic",
     "statistic_named",
     "transform",
     "use_rule_files",

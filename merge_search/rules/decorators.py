@@ -14,7 +14,8 @@
         "entry-wise median of the experts' weights"
         return context.base + torch.stack(context.deltas).median(0).values
 
-The function takes one context (a post rule also the combined delta, a transform its sources and a folder). Its
+The function takes one context (a post rule also the combined delta, a transform its sources and a folder, a statistic
+what it may ask of the live model). Its
 keyword-only parameters are the rule's options: each has a default, whose type a recipe's value must have;
 ``Literal["a", "b"]`` allows these words only.
 ``Annotated[float, OptionInfo("size that counts as zero", bounds=(1e-6, 1.0), log=True)]`` gives a number its bounds and
@@ -37,10 +38,11 @@ from merge_search.errors import RuleError
 from merge_search.rules.measures import MEASURES, Measure
 from merge_search.rules.operators import OPERATORS, POSTS, OperatorInfo
 from merge_search.rules.stages import SELECTIONS, SPLICES, Selection, Splicing
+from merge_search.rules.statistics import STATISTICS, StatisticInfo
 from merge_search.rules.table import OptionInfo, Origin, Scalar, register
 from merge_search.rules.transforms import TRANSFORMS, Preview, TransformInfo
 
-__all__ = ["measure", "operator", "post", "selection", "splice", "transform"]
+__all__ = ["measure", "operator", "post", "selection", "splice", "statistic", "transform"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -66,7 +68,8 @@ def measure(
     Args:
         name: The name that recipes use; the function's own if not given.
         summary: One line; the docstring's first if not given.
-        statistics: Kinds of statistics that it reads (``gradient``, ``fisher``, ...).
+        statistics: Names of the statistics that it reads (``gradient``, ``fisher``, one from outside). ``{option}``
+            stands for the value of an option: ``"signal@power={power}"``.
         needs_data: It reads statistics whose kinds are not known beforehand.
         shared: It returns the same scores for all experts.
         per_tensor: It returns one number per tensor.
@@ -82,6 +85,7 @@ def measure(
             statistics=tuple(statistics), shared=shared, per_tensor=per_tensor, bounded=bounded, ordered=ordered,
             is_random=is_random, at_coefficients=("", "") if depends_on_coefficients else None,
         )  # fmt: skip
+        _check_statistics(row)
         register(MEASURES, row)
         return function
 
@@ -190,7 +194,7 @@ def operator(
         ndim: Numbers of axes it handles, () for all; other tensors get the mean of the deltas times their coefficients.
         experts: Smallest and largest number of experts; None for no bound.
         exact: It must run even where no expert changed the tensor.
-        statistics: Kinds of statistics that it reads through ``context.statistic``.
+        statistics: Names of the statistics that it reads through ``context.statistic``, as for a measure.
         needs_factors: It reads LoRA pairs through ``context.factors``, so every expert must be an adapter.
         uses_density: It reads ``context.densities``.
         paper: Where it was published.
@@ -215,7 +219,9 @@ def post(name: str = "", *, summary: str = "", ndim: tuple[int, ...] = (), paper
 
 def _whole(table: Any, name: str, summary: str, takes: tuple[str, ...], **rest: Any) -> Callable[[F], F]:
     def add(function: F) -> F:
-        register(table, OperatorInfo(**_described(function, name, summary, takes), function=function, **rest))
+        row = OperatorInfo(**_described(function, name, summary, takes), function=function, **rest)
+        _check_statistics(row)
+        register(table, row)
         return function
 
     return add
@@ -259,6 +265,57 @@ def transform(
     return add
 
 
+def statistic(
+    name: str = "",
+    *,
+    summary: str = "",
+    point: Literal["base", "expert", "either"] = "expert",
+    reads: Literal["point", "pair", "all"] = "point",
+    questions: int = 3,
+    broadcasts: bool = True,
+    version: int = 1,
+) -> Callable[[F], F]:
+    """Register ``function(work) -> dict of tensor name -> tensor``: numbers measured on data, for other rules to read.
+
+    `work` is an `engine.statistics.rows.Work`: ``work.each()`` yields the weight and the loss of every row,
+    ``work.views`` the live weights. `engine.statistics.backward.mean_of_gradients` and
+    `engine.statistics.forward.mean_over_inputs` pass over the rows. It runs once per study and expert, and the result
+    is stored. The live weights are put back afterwards. A measure, and an operator, name it in ``statistics``. With an
+    option ``prompts`` it gets at most so many rows of each task, without right answers where a task has none.
+
+    Args:
+        name: The name by which rules ask for it; the function's own if not given.
+        summary: One line; the docstring's first if not given.
+        point: The weights at which it is measured: ``base``, ``expert``, or ``either``: the expert, or base + c delta
+            where a rule asks for ``NAME@c``. Such a statistic has no options.
+        reads: Models whose weights the numbers depend on: that of the ``point``, base and expert (``pair``), or base
+            and ``all`` experts in their order. ``work.models`` has them, except for ``point``.
+        questions: Questions that a row counts as: one for a forward pass, two more for a backward pass. It reports all
+            others by ``work.on_asked(n)``.
+        broadcasts: Its tensors broadcast to the weights; checked. Without, any shape will do.
+        version: To be changed when it measures other numbers. A rule file has its hash besides.
+    """
+
+    def add(function: F) -> F:
+        described = _described(function, name, summary, ("work",))
+        for argument, value, allowed in (("point", point, _POINTS), ("reads", reads, _READS)):
+            if value not in allowed:
+                raise RuleError(f"{described['origin']}: {argument} must be among {', '.join(allowed)}, got {value!r}")
+        if point == "either" and described["options"]:
+            raise RuleError(f"{described['origin']}: a statistic at scaled experts can have no options")
+        row = StatisticInfo(
+            **described, function=function, point=point, reads=reads, questions=questions, broadcasts=broadcasts,
+            version=version,
+        )  # fmt: skip
+        register(STATISTICS, row)
+        return function
+
+    return add
+
+
+_POINTS, _READS = ("base", "expert", "either"), ("point", "pair", "all")
+
+
 # ------------------------------------------------------------------------------------------- reading a function
 
 
@@ -281,6 +338,15 @@ def _described(function: Any, name: str, summary: str, takes: tuple[str, ...] = 
         "name": name or function.__name__, "summary": lines[0].rstrip("."), "options": options,
         "choices": _choices(function), "about": _about(function, origin, options), "origin": origin,
     }  # fmt: skip
+
+
+def _check_statistics(row: Measure | OperatorInfo) -> None:
+    try:
+        row.statistics_asked({})
+    except (KeyError, ValueError, IndexError) as error:
+        raise RuleError(
+            f"{row.origin}: statistics may name options with a default in braces, got {', '.join(row.statistics)}"
+        ) from error
 
 
 def _options(function: Callable[..., Any], origin: Origin, takes: tuple[str, ...]) -> dict[str, Scalar | None]:

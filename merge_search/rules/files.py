@@ -65,8 +65,8 @@ def load_rule_file(path: Path) -> RuleFile:
             _run(path, source, digest)
         if not rows:
             raise RuleError(
-                f"{path} defines no rule: decorate a function with measure, selection, splice, operator, post or "
-                "transform of merge_search.rules"
+                f"{path} defines no rule: decorate a function with measure, selection, splice, operator, post, "
+                "transform or statistic of merge_search.rules"
             )
         _loaded[key] = RuleFile(path.name, path, digest, tuple(_of_file(rows, path.name, digest)), source)
     return _loaded[key]

@@ -70,8 +70,10 @@ class Measure(Rule):
         if not self.needs_data or (self.data_free_option and options.get(self.data_free_option) is True):
             return ()
         completed = self.completed(options)
+        if self.is_outside:  # its function gets them like this, and asks by their text
+            completed = self.typed(completed)
         changed = ",".join(f"{k}={completed[k]}" for k in sorted(completed) if completed[k] != self.options.get(k))
-        return tuple(kind.replace("{*}", changed).rstrip("@").format_map(completed) for kind in self.statistics)
+        return tuple(kind.format_map({**completed, "*": changed}).rstrip("@") for kind in self.statistics)
 
 
 def anchors_of(coefficient: float, step: float) -> tuple[tuple[float, float], ...]:

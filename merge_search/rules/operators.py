@@ -45,7 +45,10 @@ class OperatorInfo(Rule):
 
     def statistics_asked(self, options: Mapping[str, Scalar]) -> tuple[str, ...]:
         """Kinds of statistics that it reads under these options of a recipe."""
-        return tuple(kind.format_map(self.completed(options)) for kind in self.statistics)
+        completed = self.completed(options)
+        if self.is_outside:  # its function gets them like this, and asks by their text
+            completed = self.typed(completed)
+        return tuple(kind.format_map(completed) for kind in self.statistics)
 
 
 _HERE = "merge_search.engine.methods.operators"

@@ -49,6 +49,11 @@ class StatisticInfo(Rule):
         study's rows, with answers."""
         return int(self.completed({})["prompts"]) if "prompts" in self.options else None
 
+    @property
+    def is_of_one_expert(self) -> bool:
+        """Whether its numbers depend on the expert that it is asked for."""
+        return self.point != "base" or self.reads == "pair"
+
 
 def _s(name: str, summary: str, **rest: Any) -> StatisticInfo:
     return StatisticInfo(name=name, summary=summary, target=f"merge_search.engine.statistics.{name}:measure", **rest)

@@ -104,6 +104,10 @@ class Rule:
         """A recipe's options over the defaults."""
         return {**{k: v for k, v in self.options.items() if v is not None}, **options}
 
+    def typed(self, options: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """Options with whole numbers as floats where the default is one."""
+        return {k: float(v) if isinstance(self.options.get(k), float) else v for k, v in options.items()}
+
     def allowed(self, option: str) -> tuple[Scalar, ...]:
         """The only values of an option, if they are few: words, a switch's two states, single numbers."""
         if isinstance(self.options[option], bool):

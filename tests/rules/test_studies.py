@@ -167,6 +167,43 @@ def test_a_rule_that_fails_ends_its_trials_with_a_reason_and_not_the_study(demo:
         assert "must have the tensor's shape" in record.reason
 
 
+def with_fit_rows(demo: Path, preset: str) -> dict[str, Any]:
+    """Sections of a study whose rules may be measured on six rows of each of two tasks."""
+    tasks = {"evaluator": "lm_eval", "tasks": ["demo_maths", "demo_stories"], "include_path": str(demo / "tasks")}
+    return {
+        "space": {"assess": ["magnitude"], "select": ["all"], "splice": ["sum"]},
+        "evaluate": [{**tasks, "batch_size": 64, "limit": 40, "fit_limit": 6}],
+        "splits": {"search": 0.6, "fit": 0.3},
+        "search": {"n_trials": 7, "baselines": [preset]},
+    }
+
+
+def test_a_statistic_of_the_file_is_measured_once_and_goes_with_the_exported_recipe(demo: Path, tmp_path: Path) -> None:
+    path = write_study(tmp_path / "study", demo, **with_fit_rows(demo, "signal_ties"))
+    here("run", path)
+    (number,) = (r.number for r in finished_records(load(path)) if r.name == "signal_ties" and r.is_scored)
+    assert len(list((path.parent / "own.statistics").glob("*.safetensors"))) == len(EXPERTS)
+    here("export", path, tmp_path / "a", "--trial", str(number))
+    assert {p.name for p in (tmp_path / "a" / "statistics").iterdir()} == {"signal@power=1.0"}
+    merged = here("merge", tmp_path / "a" / "recipe.json", tmp_path / "b")
+    assert f"runs the rule file {tmp_path / 'a' / 'rules' / 'user_rules.py'}" in merged.stderr
+    first, second = (tmp_path / name / "model.safetensors" for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_statistic_that_fails_ends_its_trial_with_a_reason_and_not_the_study(demo: Path, tmp_path: Path) -> None:
+    path = write_study(tmp_path, demo, **with_fit_rows(demo, "signal_ties"))
+    file = tmp_path / "rules" / "user_rules.py"
+    file.write_text(RULES.read_text().replace("gradient.abs() ** power", "gradient.nothing"))
+    line = (
+        file.read_text().splitlines().index("    return mean_of_gradients(work, lambda gradient: gradient.nothing)") + 1
+    )
+    here("run", path)
+    (failed,) = (r for r in finished_records(load(path)) if not r.is_scored)
+    assert (failed.name, failed.outcome) == ("signal_ties", "merge_error")
+    assert failed.reason.startswith(f"{file}:{line}: statistic 'signal' failed: AttributeError")
+
+
 @pytest.mark.parametrize(
     ("sections", "messages"),
     [

@@ -2,8 +2,9 @@
 
 import torch
 
+from merge_search.engine.statistics.backward import mean_of_gradients
 from merge_search.presets import add_preset
-from merge_search.rules import measure, operator, post, selection, splice
+from merge_search.rules import measure, operator, post, selection, splice, statistic
 
 
 @measure("log_size", bounded=True)
@@ -50,11 +51,39 @@ def clipped(context, delta, *, limit: float = 0.1):
     return delta.clamp(-limit, limit)
 
 
+@statistic("signal")
+def signal(work, *, power: float = 2.0):
+    """mean over rows of |gradient| to a power"""
+    return mean_of_gradients(work, lambda gradient: gradient.abs() ** power)
+
+
+@measure("signal_size", statistics=("signal@power={power}",), bounded=True)
+def signal_size(context, *, power: float = 1.0):
+    """|delta| times the signal"""
+    signals = [context.statistic(f"signal@power={power}", e) for e in context.experts]
+    return [t.abs() * s for t, s in zip(context.deltas, signals, strict=True)]
+
+
+@operator("loudest", statistics=("signal",))
+def loudest(context):
+    """each entry from the expert with the largest signal"""
+    signals = torch.stack([context.statistic("signal", e) for e in context.experts])
+    deltas = torch.stack(context.deltas)
+    return context.base + deltas.gather(0, signals.argmax(0, keepdim=True))[0]
+
+
 DROPPED = {"select": {"kind": "lottery"}, "rescale": {"kind": "inverse_density"}}
 
 add_preset(
     "log_ties", "trimmed by log size", {"assess": {"measure": "log_size"}, "select": {"kind": "top_k"}}, density=0.4
 )
 add_preset("lucky_middle", "median of what a lottery leaves", {**DROPPED, "splice": {"kind": "middle"}}, density=0.5)
+add_preset(
+    "signal_ties",
+    "trimmed by signal",
+    {"assess": {"measure": "signal_size"}, "select": {"kind": "top_k"}},
+    density=0.4,
+    needs_data=True,
+)
 add_preset("above", "what is above the mean", {"select": {"kind": "above_mean"}})
 add_preset("half", "half of everything, clipped", {"operator": {"name": "halved"}, "post": [{"name": "clipped"}]})

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from merge_search.engine.methods.contexts import AssessContext, OperatorContext
 
 __all__ = [
+    "Call",
     "SelectContext",
     "SpliceContext",
     "on_tensor",
@@ -102,15 +103,12 @@ class SpliceContext:
 
 def outside_scores(row: Measure, context: AssessContext) -> list[Tensor]:
     """Scores of a measure: float32, one per expert, of the tensor's shape or broadcastable to it."""
-    call = _Call("measure", row, context.group)
+    call = Call("measure", row, context.group)
     result = call(context.options, context, given=(context.base, *context.deltas, *context.raw))
     scores = call.tensors(result, context.experts)
     for expert, t in zip(context.experts, scores, strict=True):
         call.require_floats(t, expert)
-        try:
-            t.broadcast_to(context.base.shape)
-        except RuntimeError:
-            call.refuse(f"must have the tensor's shape {tuple(context.base.shape)}, got {tuple(t.shape)}", expert)
+        call.require_broadcastable(t, tuple(context.base.shape), expert)
         if row.bounded and bool((t < 0).any()):
             call.refuse("is declared bounded and must not be negative, got a score below zero", expert)
     return [t.to(context.base.device, torch.float32) for t in scores]
@@ -118,7 +116,7 @@ def outside_scores(row: Measure, context: AssessContext) -> list[Tensor]:
 
 def outside_masks(row: Selection, context: SelectContext, options: Mapping[str, Scalar]) -> list[Tensor]:
     """Masks of a selection: boolean, flat, one per expert."""
-    call = _Call("selection", row, context.group)
+    call = Call("selection", row, context.group)
     masks = call.tensors(call(options, context, given=context.scores), context.experts)
     for expert, t in zip(context.experts, masks, strict=True):
         call.require_shape(t, context.shape, expert)
@@ -129,7 +127,7 @@ def outside_masks(row: Selection, context: SelectContext, options: Mapping[str, 
 
 def outside_splice(source: Source, context: SpliceContext) -> Tensor:
     """The combined delta: float32."""
-    call = _Call("splice", SPLICES[source.measure])
+    call = Call("splice", SPLICES[source.measure])
     result = call(dict(source.options), context, given=(context.base, *context.deltas, *context.masks, *context.scores))
     (combined,) = call.tensors([result])
     call.require_shape(combined, tuple(context.base.shape))
@@ -139,7 +137,7 @@ def outside_splice(source: Source, context: SpliceContext) -> Tensor:
 
 def outside_operator(row: OperatorInfo, context: OperatorContext) -> Tensor | list[Tensor]:
     """What an operator returns: merged weights, or one processed delta per expert; float32."""
-    call = _Call("operator", row, context.group)
+    call = Call("operator", row, context.group)
     result = call(context.options, context, given=(context.base, *context.deltas))
     parts = call.tensors(result, context.experts) if row.decomposing else call.tensors([result])
     for i, t in enumerate(parts):
@@ -152,7 +150,7 @@ def outside_operator(row: OperatorInfo, context: OperatorContext) -> Tensor | li
 
 def outside_post(row: OperatorInfo, context: OperatorContext, delta: Tensor) -> Tensor:
     """What a post rule makes of the combined delta: float32."""
-    call = _Call("post rule", row, context.group)
+    call = Call("post rule", row, context.group)
     result = call(context.options, context, delta, given=(context.base, *context.deltas, delta))
     (combined,) = call.tensors([result])
     call.require_shape(combined, tuple(delta.shape))
@@ -178,7 +176,7 @@ def _with_tensor(text: str, name: str) -> str:
 # --------------------------------------------------------------------------------------------------- one call
 
 
-class _Call:
+class Call:
     """One call of a function from outside.
 
     Args:
@@ -199,7 +197,7 @@ class _Call:
         before = [_version(t) for t in given]
         function: Callable[..., Any] = self._row.function  # type: ignore[assignment]
         try:
-            result = function(*arguments, **self._typed(options))
+            result = function(*arguments, **self._row.typed(options))
         except MergeSearchError:
             raise
         except Exception as error:
@@ -213,10 +211,6 @@ class _Call:
             )
         return result
 
-    def _typed(self, options: Mapping[str, Scalar]) -> dict[str, Scalar]:
-        """Whole numbers as floats where the default is one."""
-        return {k: float(v) if isinstance(self._row.options.get(k), float) else v for k, v in options.items()}
-
     def _line_of(self, error: Exception) -> str:
         """Where in the rule's file the error was raised."""
         origin = self._row.origin
@@ -224,7 +218,7 @@ class _Call:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == origin.path]
         return f"{origin.path}:{lines[-1]}" if lines else str(origin)
 
-    def refuse(self, problem: str, expert: str = "") -> None:
+    def refuse(self, problem: str, expert: str = "") -> NoReturn:
         """Raise a `RuleError` about what was returned."""
         raise RuleError(f"{self._row.origin}: what {self._who} returns{self._of(expert)} {problem}")
 
@@ -239,12 +233,17 @@ class _Call:
         if found is None or len(found) != n or not all(isinstance(t, Tensor) for t in found):
             shown = result if experts is not None or found is None else found[0]
             self.refuse(f"must be {wanted}, got {_described(shown)}")
-        assert found is not None
         return found
 
     def require_shape(self, t: Tensor, shape: tuple[int, ...], expert: str = "") -> None:
         if tuple(t.shape) != tuple(shape):
             self.refuse(f"must have the tensor's shape {tuple(shape)}, got {tuple(t.shape)}", expert)
+
+    def require_broadcastable(self, t: Tensor, shape: tuple[int, ...], expert: str = "") -> None:
+        try:
+            t.broadcast_to(shape)
+        except RuntimeError:
+            self.require_shape(t, shape, expert)
 
     def require_floats(self, t: Tensor, expert: str = "") -> None:
         """

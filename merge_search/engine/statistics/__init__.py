@@ -10,5 +10,6 @@ questions.
     provider.py   DataStatistics: chooses rows and weights, borrows the live model, caches the results
     store.py      files: named by the hash of all that matters, written whole or not at all, checked when read
     rows.py       what a statistic may read, and which rows it gets
+    outside.py    one measurement, with checks of what a statistic from outside returns
     backward.py, forward.py   one pass per row: gradients, inputs of matrices
 """

@@ -18,12 +18,12 @@ from torch import Tensor
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.resident.live_model import LiveModel
 from merge_search.engine.resident.pool import ModelPool
+from merge_search.engine.statistics.outside import measured
 from merge_search.engine.statistics.rows import TaskRows, Work, rows_of_experts
 from merge_search.engine.statistics.store import FOLDER, FolderStatistics, StatisticFile, prune, write
 from merge_search.errors import NonFiniteError, RecipeError, WeightsError
 from merge_search.recipe import Models, Operator, Recipe
 from merge_search.rules import StatisticInfo, statistic_named
-from merge_search.rules.table import load
 
 __all__ = ["MAX_GIB", "N_ROWS", "DataStatistics"]
 
@@ -43,9 +43,10 @@ class DataStatistics:
     """A `StatisticsSource`: kinds of `rules.STATISTICS` from data, all others from users' files in `folder`.
 
     Measured statistics are kept in ``<folder>/<key>.safetensors``. The key is a hash of kind, point, weights, dtype,
-    tasks, rows, seed and `VERSION`, so a file found by its key holds what would be measured. A damaged file is measured
-    again. Once the files exceed `max_gib`, the longest unused are removed first. Files at a model itself that this
-    process has used are never removed. A statistic whose file was removed is measured again, to the same bits.
+    tasks, rows, seed and `VERSION`, and of the rule file and version of a statistic from outside, so a file found by
+    its key holds what would be measured. A damaged file is measured again. Once the files exceed `max_gib`, the longest
+    unused are removed first. Files at a model itself that this process has used are never removed. A statistic whose
+    file was removed is measured again, to the same bits.
 
     A statistic may be asked for while a recipe is being written into the live model. The model's weights are then saved
     on the host and restored bit for bit. Engines notice by version counters that the weights were touched.
@@ -189,13 +190,15 @@ class DataStatistics:
             "version": VERSION,
             "kind": kind,
             "base": hashes["base"],
-            "expert": None if entry.point == "base" and entry.reads != "pair" else hashes[expert],
+            "expert": hashes[expert] if entry.is_of_one_expert else None,
             "dtype": self._dtype,
             "seed": self._seed,
             "tasks": [[t.task, t.fingerprint, t.rows] for t in self._rows_of(entry, expert)],
         }
         if entry.reads == "all":
             about["experts"] = [hashes[e] for e in self.pool.models.experts]
+        if entry.origin is not None:
+            about["rule"] = [entry.version, entry.origin.sha256]
         return about
 
     def _rows_of(self, entry: StatisticInfo, expert: str) -> tuple[TaskRows, ...]:
@@ -221,7 +224,7 @@ class DataStatistics:
         with _borrowed(views):
             MergeEngine(self.pool, compile=False).apply(self._point(entry, c, expert), views)
             try:
-                tensors = load(entry)(work, **entry.completed({}))
+                tensors = measured(entry, work)
             except NonFiniteError as error:
                 raise NonFiniteError(f"measuring {kind!r} of expert {expert!r}: {error}") from error
         return {name: t.to("cpu") for name, t in tensors.items()}

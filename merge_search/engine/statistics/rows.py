@@ -51,8 +51,9 @@ class Work:
         groups: Group of every merged tensor.
         tasks: Their statistics are averaged. Each task counts once, whatever its number of rows.
         on_asked: Called with questions besides those that the kind says.
-        models: Base and experts as they lie in the pool; None where a statistic reads the live weights alone.
-        expert: The expert that is measured.
+        models: Base and experts as they lie in the pool, read only; None where a statistic's row says that it reads the
+            live weights alone.
+        expert: The expert that is measured; '' where a statistic's row says that it measures no single one.
         seed: The study's seed.
     """
 
