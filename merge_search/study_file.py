@@ -143,7 +143,6 @@ class Racing(_Section):
 
 
 Granularity = Literal["expert", "block", "block_kind", "tensor", "row"]
-Loss = Literal["gold", "choice", "pseudo", "kl", "entropy", "block_output"]
 
 
 class Learner(_Section):
@@ -156,7 +155,8 @@ class Learner(_Section):
     step_size: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.03, 0.3)
     """Bounds, searched on a logarithmic scale, or one fixed number. The first trials take the geometric mean."""
     batch_rows: Annotated[int, Field(ge=1)] = 16
-    loss: Annotated[list[Loss], Field(min_length=1)] = ["gold"]
+    loss: Annotated[list[str], Field(min_length=1)] = ["gold"]
+    """Losses of the evaluators (`evaluation.Differentiable`), or ``block_output``."""
     normalise: bool = False
     pull: Annotated[float, Field(ge=0)] = 0.0
     average: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -198,7 +198,7 @@ class BaselineFit(_Section):
     """How the coefficients of a baseline that is fitted are found. The defaults are AdaMerging's (arXiv 2310.02575)."""
 
     per: Granularity = "expert"
-    loss: Loss = "entropy"
+    loss: str = "entropy"
     start: float | None = None
     """Coefficient of every expert at which the fit begins; None: the preset's."""
     clamp: tuple[float, float] | None = (0.0, 1.0)

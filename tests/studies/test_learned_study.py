@@ -225,6 +225,31 @@ def test_a_loss_that_a_task_lacks_is_refused_with_those_it_has(demo: Path, tmp_p
     assert "demo_stories" not in result.stderr
 
 
+DOUBLED = """
+from evaluators.lm_eval.evaluator import LmEval
+
+class Doubled(LmEval):
+    def losses(self, task):
+        return (*super().losses(task), "doubled")
+
+    def loss(self, task, rows, kind="gold"):
+        return 2 * super().loss(task, rows) if kind == "doubled" else super().loss(task, rows, kind)
+"""
+
+
+def test_a_learner_fits_to_any_loss_that_an_evaluator_from_a_file_has(demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text(DOUBLED)
+    first = {}
+    for loss in ("gold", "doubled"):
+        (tmp_path / loss).mkdir()
+        learner = {"per": "expert", "steps": [0, 1], "batch_rows": 8, "loss": loss}
+        path = write_study(tmp_path / loss, demo, n_trials=7, learner=learner)
+        path.write_text(path.read_text().replace("evaluator: lm_eval", f"evaluator: {tmp_path / 'judge.py'}:Doubled"))
+        here("run", path)
+        first[loss] = [a for a, _ in learned(path)[0].attributes["learner"]["losses"].values()]
+    assert first["doubled"] == pytest.approx([2 * a for a in first["gold"]], rel=1e-5)
+
+
 def test_a_learner_without_rows_is_refused_with_the_number_that_would_do(demo: Path, tmp_path: Path) -> None:
     learner = {"steps": 5, "batch_rows": 100}
     result = here("run", write_study(tmp_path, demo, learner=learner), check=False)
