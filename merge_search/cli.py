@@ -209,8 +209,8 @@ def list_(
     name: Annotated[str | None, typer.Argument(help="Only the options of this preset, rule or stage.")] = None,
     options: Annotated[bool, typer.Option("--options", help="Show every option with type, bounds and source.")] = False,
 ) -> None:
-    """Show presets, rules (measures, selections, splices, operators, post rules, transforms, statistics), spaces,
-    evaluators and samplers."""
+    """Show presets, rules (measures, selections, splices, operators, post rules, transforms, statistics,
+    granularities), spaces, evaluators and samplers."""
     from merge_search import catalogue
     from merge_search.presets import PRESETS
     from merge_search.rules import TABLES

@@ -142,16 +142,13 @@ class Racing(_Section):
         return value
 
 
-Granularity = Literal["expert", "block", "block_kind", "tensor", "row"]
-
-
 class Learner(_Section):
     """How a trial may fit its coefficients by gradient. The search chooses among the entries of a list."""
 
     steps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 50, 100, 200]
     """Numbers of Adam steps; 0 fits nothing. All are tried first, ascending; with a budget in questions only the
     largest."""
-    per: Annotated[list[Granularity], Field(min_length=1)] = ["block", "tensor", "row"]
+    per: Annotated[list[str], Field(min_length=1)] = ["block", "tensor", "row"]
     step_size: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.03, 0.3)
     """Bounds, searched on a logarithmic scale, or one fixed number. The first trials take the geometric mean."""
     batch_rows: Annotated[int, Field(ge=1)] = 16
@@ -180,10 +177,6 @@ class Learner(_Section):
             raise ValueError("steps must allow more than 0, or leave the learner out")
         if self.step_size[0] > self.step_size[1]:
             raise ValueError(f"step_size must be [low, high] with low <= high, got {list(self.step_size)}")
-        if "block_output" in self.loss and "expert" in self.per:
-            raise ValueError(
-                "the loss block_output fits block after block: take 'expert' out of per, or it out of loss"
-            )
         return self
 
 
@@ -197,7 +190,7 @@ class BaselineOptions(_Section):
 class BaselineFit(_Section):
     """How the coefficients of a baseline that is fitted are found. The defaults are AdaMerging's (arXiv 2310.02575)."""
 
-    per: Granularity = "expert"
+    per: str = "expert"
     loss: str = "entropy"
     start: float | None = None
     """Coefficient of every expert at which the fit begins; None: the preset's."""
@@ -214,8 +207,6 @@ class BaselineFit(_Section):
     def _sensible(self) -> BaselineFit:
         if self.clamp is not None and not self.clamp[0] < self.clamp[1]:
             raise ValueError(f"clamp must be [low, high] with low < high, got {list(self.clamp)}")
-        if self.loss == "block_output" and self.per == "expert":
-            raise ValueError("the loss block_output fits block after block: take another per than 'expert'")
         return self
 
     @property

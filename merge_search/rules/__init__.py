@@ -1,5 +1,5 @@
 """Every rule that a recipe may name, in tables: measures, selections, splices, operators, post
-rules, transforms, statistics. torch-free.
+rules, transforms, statistics, granularities of fits. torch-free.
 
 A row says what the rest of the code asks about a rule. The engine has the formulas of the built-in ones; a rule from
 outside is one decorated function and is the same thing (`decorators`). Rule files are run where a study file or a
@@ -13,8 +13,9 @@ recipe names them (`files`).
 from collections.abc import Mapping
 from typing import Any
 
-from merge_search.rules.decorators import measure, operator, post, selection, splice, statistic, transform
+from merge_search.rules.decorators import granularity, measure, operator, post, selection, splice, statistic, transform
 from merge_search.rules.files import RuleFile, find_rule_files, in_use, use_rule_files
+from merge_search.rules.granularities import GRANULARITIES, GranularityInfo
 from merge_search.rules.measures import MEASURES, Measure, measure_problems
 from merge_search.rules.operators import OPERATORS, POSTS, OperatorInfo, operator_problems
 from merge_search.rules.stages import SELECTIONS, SPLICES, STAGES, Selection, Splicing
@@ -30,11 +31,13 @@ TABLES: Mapping[str, RuleTable[Any]] = {
     "post rules: post": POSTS,
     "transforms: transform": TRANSFORMS,
     "statistics: read by measures and operators": STATISTICS,
+    "granularities: learner.per": GRANULARITIES,
     "stages: options of every preset that reads them": STAGES,
 }
 """Every table, by its title in lists."""
 
 __all__ = [
+    "GRANULARITIES",
     "MEASURES",
     "OPERATORS",
     "POSTS",
@@ -44,6 +47,7 @@ __all__ = [
     "STATISTICS",
     "TABLES",
     "TRANSFORMS",
+    "GranularityInfo",
     "Measure",
     "OperatorInfo",
     "OptionInfo",
@@ -58,6 +62,7 @@ __all__ = [
     "TransformInfo",
     "Transformed",
     "find_rule_files",
+    "granularity",
     "in_use",
     "measure",
     "measure_problems",

@@ -15,7 +15,7 @@
         return context.base + torch.stack(context.deltas).median(0).values
 
 The function takes one context (a post rule also the combined delta, a transform its sources and a folder, a statistic
-what it may ask of the live model). Its
+what it may ask of the live model, a granularity a tensor's group). Its
 keyword-only parameters are the rule's options: each has a default, whose type a recipe's value must have;
 ``Literal["a", "b"]`` allows these words only.
 ``Annotated[float, OptionInfo("size that counts as zero", bounds=(1e-6, 1.0), log=True)]`` gives a number its bounds and
@@ -35,6 +35,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 from merge_search.errors import RuleError
+from merge_search.rules.granularities import GRANULARITIES, GranularityInfo
 from merge_search.rules.measures import MEASURES, Measure
 from merge_search.rules.operators import OPERATORS, POSTS, OperatorInfo
 from merge_search.rules.stages import SELECTIONS, SPLICES, Selection, Splicing
@@ -42,7 +43,7 @@ from merge_search.rules.statistics import STATISTICS, StatisticInfo
 from merge_search.rules.table import OptionInfo, Origin, Scalar, register
 from merge_search.rules.transforms import TRANSFORMS, Preview, TransformInfo
 
-__all__ = ["measure", "operator", "post", "selection", "splice", "statistic", "transform"]
+__all__ = ["granularity", "measure", "operator", "post", "selection", "splice", "statistic", "transform"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -308,6 +309,29 @@ def statistic(
             version=version,
         )  # fmt: skip
         register(STATISTICS, row)
+        return function
+
+    return add
+
+
+def granularity(name: str = "", *, summary: str = "", rows: int = 0) -> Callable[[F], F]:
+    """Register ``function(group) -> text``: tensors with the same text share one coefficient per expert in a fit.
+
+    `group` is a `recipe.Group`: ``group.tensor``, ``group.block`` (None outside all blocks), ``group.kind``. It has no
+    options.
+
+    Args:
+        name: The name that a learner's ``per`` uses; the function's own if not given.
+        summary: One line; the docstring's first if not given.
+        rows: Fit rows per task from which it pays. A search begins with the largest that its rows are enough for.
+    """
+
+    def add(function: F) -> F:
+        described = _described(function, name, summary, ("group",))
+        if described["options"]:
+            raise RuleError(f"{described['origin']}: a granularity can have no options")
+        row = GranularityInfo(**described, function=function, rows=rows, is_within_blocks=False)
+        register(GRANULARITIES, row)
         return function
 
     return add

@@ -66,7 +66,7 @@ def load_rule_file(path: Path) -> RuleFile:
         if not rows:
             raise RuleError(
                 f"{path} defines no rule: decorate a function with measure, selection, splice, operator, post, "
-                "transform or statistic of merge_search.rules"
+                "transform, statistic or granularity of merge_search.rules"
             )
         _loaded[key] = RuleFile(path.name, path, digest, tuple(_of_file(rows, path.name, digest)), source)
     return _loaded[key]

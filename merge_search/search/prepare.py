@@ -29,7 +29,8 @@ from merge_search.evaluation import (
 from merge_search.objective import Objective
 from merge_search.presets import PRESETS
 from merge_search.recipe import Group, Models, Transform
-from merge_search.rules import TRANSFORMS, RuleFile, use_rule_files
+from merge_search.rules import GRANULARITIES, TRANSFORMS, RuleFile, use_rule_files
+from merge_search.rules.granularities import block_output_problems
 from merge_search.rules.operators import pairs_refusal
 from merge_search.search.budget import planned_fidelity
 from merge_search.search.checks import search_problems
@@ -270,7 +271,16 @@ def _learner_problems(learner: Learner, evaluators: list[Evaluator], search_shar
         return ["search.learner: no evaluator of this study has a differentiable loss; leave the learner out"]
     able = [e for e in evaluators if isinstance(e, Differentiable)]
     lacking = _lacking("search.learner.loss", learner.loss, able)
-    return [*lacking, *_few_rows(learner.batch_rows, rows, able, search_share)]
+    unknown = _unfit_granularities("search.learner.per", learner.per, learner.loss)
+    return [*unknown, *lacking, *_few_rows(learner.batch_rows, rows, able, search_share)]
+
+
+def _unfit_granularities(at: str, granularities: Sequence[str], losses: Sequence[str]) -> list[str]:
+    """A sentence for each granularity that is unknown or that a loss cannot have."""
+    unknown = [f"{at}: {problem}" for per in granularities if (problem := GRANULARITIES.unknown(per))]
+    if "block_output" in losses:
+        unknown += [f"{at}: {problem}" for problem in block_output_problems(granularities)]
+    return unknown
 
 
 def _lacking(at: str, losses: Sequence[str], evaluators: Sequence[Differentiable]) -> list[str]:
@@ -297,7 +307,8 @@ def _loss_problems(baseline: Baseline, evaluators: list[Evaluator]) -> list[str]
         for task, n in rows.items()
         if not n
     ]
-    return empty + _lacking(at, [baseline.fit.loss], [e for e in evaluators if isinstance(e, Differentiable)])
+    unfit = _unfit_granularities(at, [baseline.fit.per], [baseline.fit.loss])
+    return unfit + empty + _lacking(at, [baseline.fit.loss], [e for e in evaluators if isinstance(e, Differentiable)])
 
 
 def _few_rows(wanted: int, rows: dict[str, int], evaluators: Sequence[Evaluator], search_share: float) -> Iterator[str]:

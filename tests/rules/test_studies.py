@@ -204,6 +204,26 @@ def test_a_statistic_that_fails_ends_its_trial_with_a_reason_and_not_the_study(d
     assert failed.reason.startswith(f"{file}:{line}: statistic 'signal' failed: AttributeError")
 
 
+def test_a_learner_shares_coefficients_by_a_granularity_of_the_file(demo: Path, tmp_path: Path) -> None:
+    sections = with_fit_rows(demo, "half")
+    learner = {"per": ["thirds"], "steps": [2], "batch_rows": 2}
+    path = write_study(tmp_path, demo, **{**sections, "search": {"n_trials": 8, "baselines": [], "learner": learner}})
+    here("run", path)
+    fitted = [r for r in finished_records(load(path)) if "learner" in r.attributes]
+    assert fitted
+    assert fitted[0].is_scored
+    coefficients = fitted[0].recipe.coefficients["maths"]
+    assert isinstance(coefficients, dict)
+    assert len({value for name, value in coefficients.items() if name != "*"}) == 3
+    learner["per"] = ["third"]
+    wrong = write_study(tmp_path / "wrong", demo, **{**sections, "search": {"learner": learner, "baselines": []}})
+    refused = here("validate", wrong, check=False)
+    assert "search.learner.per: unknown granularity 'third'; did you mean 'thirds'?" in refused.stderr
+    wrong.write_text(wrong.read_text().replace("- third\n", "- thirds\n    loss: block_output\n"))
+    refused = here("validate", wrong, check=False)
+    assert "search.learner.per: block outputs are fitted block after block" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("sections", "messages"),
     [

@@ -20,6 +20,7 @@ from merge_search.errors import RecipeError
 from merge_search.presets import PRESETS, preset
 from merge_search.recipe import Assess, Models, Recipe, Select
 from merge_search.rules import (
+    GRANULARITIES,
     MEASURES,
     OPERATORS,
     POSTS,
@@ -32,7 +33,7 @@ from merge_search.rules import (
 )
 from merge_search.rules.table import load
 
-TABLES: list[RuleTable[Any]] = [MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, STATISTICS, TRANSFORMS]
+TABLES: list[RuleTable[Any]] = [GRANULARITIES, MEASURES, OPERATORS, POSTS, SELECTIONS, SPLICES, STATISTICS, TRANSFORMS]
 ROWS = [pytest.param(t, name, id=f"{t.kind}-{name}") for t in TABLES for name in t]
 EXPERTS = ("a", "b", "c")
 KINDS = ("gradient", "absolute_gradient", "activation_norm", "fisher", "external")
@@ -90,8 +91,8 @@ def test_every_row_has_a_summary_and_a_function_that_can_be_found(table: RuleTab
     assert row.name == name
     assert row.summary
     assert not row.is_outside
-    if table in (SELECTIONS, SPLICES):
-        assert not row.target  # `engine.methods.stages` has their formulas
+    if table in (SELECTIONS, SPLICES, GRANULARITIES):
+        assert not row.target  # `engine.methods.stages` and `engine.learners.granularity` have their formulas
     else:
         assert callable(load(row))
     assert set(row.choices) <= set(row.options)

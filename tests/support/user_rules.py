@@ -4,7 +4,7 @@ import torch
 
 from merge_search.engine.statistics.backward import mean_of_gradients
 from merge_search.presets import add_preset
-from merge_search.rules import measure, operator, post, selection, splice, statistic
+from merge_search.rules import granularity, measure, operator, post, selection, splice, statistic
 
 
 @measure("log_size", bounded=True)
@@ -70,6 +70,12 @@ def loudest(context):
     signals = torch.stack([context.statistic("signal", e) for e in context.experts])
     deltas = torch.stack(context.deltas)
     return context.base + deltas.gather(0, signals.argmax(0, keepdim=True))[0]
+
+
+@granularity("thirds", rows=100)
+def thirds(group):
+    """the first blocks, the others, and what is outside"""
+    return "outside" if group.block is None else "first" if group.block < 2 else "later"
 
 
 DROPPED = {"select": {"kind": "lottery"}, "rescale": {"kind": "inverse_density"}}

@@ -39,6 +39,7 @@ from merge_search.engine.learners.granularity import Granularity, make_granulari
 from merge_search.engine.learners.slopes import Parts, Slopes
 from merge_search.errors import InputError, NonFiniteError, RecipeError
 from merge_search.recipe import Recipe
+from merge_search.rules.granularities import block_output_problems
 
 __all__ = ["MOST_INPUTS", "PASSES", "fit_blocks"]
 
@@ -243,8 +244,7 @@ def _require(
     ]
     if not losses:
         problems.append("there must be a task to fit on")
-    if settings.per == "expert":
-        problems.append("block outputs are fitted block after block: set per to block or finer, not 'expert'")
+    problems += block_output_problems([settings.per])
     if problems:
         raise InputError(problems, where="learner")
 

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from merge_search.cpu_matmul import fast_products
 from merge_search.engine.engine import MergeEngine
-from merge_search.engine.learners.granularity import GRANULARITIES, Granularity, Per, make_granularity
+from merge_search.engine.learners.granularity import Granularity, make_granularity
 from merge_search.engine.learners.slopes import Parts, Slopes
 from merge_search.errors import EvaluationError, InputError, NonFiniteError, nearest
 from merge_search.evaluation import Differentiable, Generating, loss_of
 from merge_search.recipe import Recipe
+from merge_search.rules import GRANULARITIES
 from merge_search.seeding import derive_seed
 
 __all__ = ["FitSettings", "Fitted", "State", "TaskLoss", "drawn_rows", "fit", "task_losses", "teacher_recipe"]
@@ -43,9 +44,9 @@ class FitSettings:
     """How coefficients are fitted.
 
     Attributes:
-        per: Granularity of the coefficients: one number per expert and ``expert``, ``block``, ``block_kind`` (block and
-            module kind), ``tensor`` or ``row`` (output row). Finer granularities need more rows: about 200 for blocks,
-            400 for tensors, thousands for rows.
+        per: Granularity of the coefficients (`rules.GRANULARITIES`): one number per expert and ``expert``, ``block``,
+            ``block_kind`` (block and module kind), ``tensor`` or ``row`` (output row), or a part by a rule from
+            outside. Finer granularities need more rows: about 200 for blocks, 400 for tensors, thousands for rows.
         steps: Number of Adam steps. With 0 the fit returns the start.
         step_size: Adam's step size.
         batch_rows: Rows of every task in every step.
@@ -64,7 +65,7 @@ class FitSettings:
         InputError: A setting is out of range; all problems at once.
     """
 
-    per: Per = "tensor"
+    per: str = "tensor"
     steps: int = 100
     step_size: float = 0.05
     batch_rows: int = 32

@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from merge_search.engine.learners.slopes import Parts
+from merge_search.engine.methods.outside import Call
 from merge_search.engine.resident.coefficient_maps import n_rows, rows_of, write_map
 from merge_search.errors import NonFiniteError, RecipeError
 from merge_search.recipe import Group, Recipe
+from merge_search.rules import GRANULARITIES
 
-__all__ = ["GRANULARITIES", "Granularity", "PerGroup", "PerRow", "make_granularity"]
-
-Per = Literal["expert", "block", "block_kind", "tensor", "row"]
-GRANULARITIES: tuple[Per, ...] = ("expert", "block", "block_kind", "tensor", "row")
+__all__ = ["Granularity", "PerGroup", "PerRow", "make_granularity"]
 
 
 class Granularity(Protocol):
@@ -49,16 +48,17 @@ class Granularity(Protocol):
         ...
 
 
-def make_granularity(per: Per, parts: Parts, recipe: Recipe, *, map_folder: str | Path | None = None) -> Granularity:
+def make_granularity(per: str, parts: Parts, recipe: Recipe, *, map_folder: str | Path | None = None) -> Granularity:
     """Return the granularity named `per`.
 
     Args:
-        per: One of `GRANULARITIES`.
+        per: One of `rules.GRANULARITIES`.
         parts: The parts of the recipe.
         recipe: The recipe whose coefficients are the start.
         map_folder: Folder into which ``row`` writes maps. The engine's tensors look for maps there from now on.
     Raises:
         RecipeError: `per` is ``row`` and `map_folder` is None.
+        RuleError: A granularity from outside failed, or returned no text.
     """
     if per != "row":
         return PerGroup(per, parts, recipe)
@@ -74,19 +74,21 @@ class PerGroup:
 
     A map of the recipe stays, and each of its rows is multiplied by its group's number. Outside blocks, ``block`` and
     ``block_kind`` have one number per module kind (embedding, head, norm). A group starts at the size-weighted mean of
-    its
-    tensors' coefficients in the recipe.
+    its tensors' coefficients in the recipe. With a granularity from outside the recipe has each tensor's number.
     """
 
-    def __init__(self, per: Per, parts: Parts, recipe: Recipe) -> None:
+    def __init__(self, per: str, parts: Parts, recipe: Recipe) -> None:
         self._recipe, self._experts = recipe, parts.experts
         tensors = parts.engine.tensors
         self._keys: dict[tuple[str, str], int] = {}
         self._index: dict[str, Tensor] = {}
+        self._recipe_keys: dict[str, dict[str, None]] = {}  # by key: where its number stands in a recipe
         values: list[list[tuple[float, int]]] = []
         for name, group in tensors.groups.items():
             movers = parts.get(name)[0]
-            index = [self._keys.setdefault((e, _key(per, group)), len(self._keys)) for e in parts.experts]
+            key = _key(per, group)
+            self._recipe_keys.setdefault(key, {})[name if GRANULARITIES[per].is_outside else key] = None
+            index = [self._keys.setdefault((e, key), len(self._keys)) for e in parts.experts]
             values += [[] for _ in range(len(self._keys) - len(values))]
             for i, (expert, at) in enumerate(zip(parts.experts, index, strict=True)):
                 size = tensors.base(name).numel() if i in movers else 0
@@ -119,7 +121,9 @@ class PerGroup:
         _require_finite(numbers)
         tables: dict[str, float | dict[str, float]] = {}
         for expert in self._experts:
-            learned = {key: numbers[at] for (e, key), at in self._keys.items() if e == expert}
+            learned = {
+                k: numbers[at] for (e, key), at in self._keys.items() if e == expert for k in self._recipe_keys[key]
+            }
             before = self._recipe.coefficients.get(expert, 1.0)
             rest = before["*"] if isinstance(before, dict) else before
             tables[expert] = learned["*"] if learned.keys() == {"*"} else {**learned, "*": rest}
@@ -174,9 +178,16 @@ class PerRow:
         return _with(self._recipe, dict.fromkeys(self._parts.experts, 1.0), maps)
 
 
-def _key(per: Per, group: Group) -> str:
-    """Return the key of a recipe's `PerGroup` value under which a tensor's number stands."""
-    return group.key("model" if per == "expert" else per)
+def _key(per: str, group: Group) -> str:
+    """Return what tensors share that share a number; of a built-in granularity, the key of a recipe's `PerGroup`."""
+    row = GRANULARITIES[per]
+    if not row.is_outside:
+        return group.key("model" if per == "expert" else per)
+    call = Call("granularity", row, group)
+    part = call({}, group, given=())
+    if not isinstance(part, str):
+        call.refuse(f"must be a text, got {type(part).__name__}")
+    return part
 
 
 def _mean(values: list[tuple[float, int]]) -> float:

@@ -27,18 +27,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from merge_search.recipe import Recipe
+from merge_search.rules import GRANULARITIES
 from merge_search.space import Categorical, Float, Parameter, Point, SearchSpace
 from merge_search.study_file import Learner
 
-__all__ = ["FINEST_FIRST", "PREFIX", "ROWS_FOR", "SEEN_FOR_FINEST", "LearnedSpace"]
+__all__ = ["PREFIX", "SEEN_FOR_FINEST", "LearnedSpace"]
 
 Values = dict[str, str | int | float | bool]
 
 PREFIX = "learner."
 """Start of the names of the parameters that belong to the learner."""
-ROWS_FOR = {"row": 1000, "tensor": 400, "block_kind": 300, "block": 200, "expert": 0}
-"""Fit rows per task from which each granularity paid on real models. With fewer rows, finer coefficients overfit."""
-FINEST_FIRST = tuple(ROWS_FOR)
 SEEN_FOR_FINEST = 400
 """Rows per task, repeats included, that a fit must see for its finest coefficients to pay (see the module's notes)."""
 
@@ -141,8 +139,8 @@ class LearnedSpace:
 
     def _granularities(self, *, n_rungs: int) -> tuple[str, str]:
         """The finest granularity that the fit rows are enough for, and that of the ladder's first rung."""
-        allowed = [per for per in FINEST_FIRST if per in self.learner.per]
-        fed = [per for per in allowed if self.n_rows >= ROWS_FOR[per]] or allowed[-1:]
+        allowed = sorted(self.learner.per, key=lambda per: -GRANULARITIES[per].rows)
+        fed = [per for per in allowed if self.n_rows >= GRANULARITIES[per].rows] or allowed[-1:]
         return fed[0], fed[1] if len(fed) > 1 and n_rungs > 1 else fed[0]
 
     def _usual(self, **chosen: str | int) -> Values:

@@ -267,7 +267,7 @@ def test_recipes_and_settings_that_cannot_be_learned_are_refused(make_models, tm
     with pytest.raises(InputError, match="there must be a task"):
         fit(engine, live.model, live.views, Recipe(models=pool.models), {}, FitSettings())
     with pytest.raises(InputError, match="no granularity is called 'rows'; did you mean 'row'") as error:
-        FitSettings(per="rows", batch_rows=0, step_size=0.0, pull=-1.0)  # type: ignore[arg-type]
+        FitSettings(per="rows", batch_rows=0, step_size=0.0, pull=-1.0)
     assert len(error.value.problems) == 4
 
 
