@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -29,16 +28,14 @@ __all__ = ["Recommendation", "recommend"]
 log = logging.getLogger(__name__)
 
 MIN_TRIALS = 3  # fewer measurements cannot predict each other
-N_DRAWS = 4096
 
 
 class Recommendation(NamedTuple):
-    """A trial, the posterior of its noise-free value in the objective's units, and its chance of being the best."""
+    """A trial, and the posterior of its noise-free value in the objective's units."""
 
     number: int
     mean: float
     sd: float
-    p_best: float
 
 
 def recommend(
@@ -58,7 +55,7 @@ def recommend(
         kernel: Kernel of the sampler.
 
     Returns:
-        Empty if no feasible trial is complete at full fidelity. `p_best` sums to one.
+        Empty if no feasible trial is complete at full fidelity.
 
     Raises:
         StorageError: The study has several objectives, or a complete trial has no noise variance.
@@ -72,17 +69,16 @@ def recommend(
         return []
     sign = signs(study)[0]
     mean = np.array([t.values[0] for t in trials])
-    covariance = np.diag(_variances(trials))
+    variance = _variances(trials)
     modelled = _posterior(study, UnitCube(parameters), kernel, derive_seed(seed, "recommend"))
     mixed = _mixed(trials)
     rows = [i for i, t in enumerate(trials) if t.number in modelled.rows and t.number not in mixed]
     picked = [modelled.rows[trials[i].number] for i in rows]
     mean[rows] = sign * modelled.mean[picked]
-    covariance[np.ix_(rows, rows)] = modelled.covariance[np.ix_(picked, picked)]
-    chance = _chance_best(sign * mean, covariance, derive_seed(seed, "recommend", "draws"))
+    variance[rows] = modelled.variance[picked]
     recommendations = [
-        Recommendation(t.number, float(m), float(np.sqrt(max(v, 0.0))), float(p))
-        for t, m, v, p in zip(trials, mean, np.diag(covariance), chance, strict=True)
+        Recommendation(t.number, float(m), float(np.sqrt(max(v, 0.0))))
+        for t, m, v in zip(trials, mean, variance, strict=True)
     ]
     return sorted(recommendations, key=lambda r: (-sign * r.mean, r.number))
 
@@ -90,12 +86,12 @@ def recommend(
 class _Modelled(NamedTuple):
     rows: dict[int, int]  # by trial number
     mean: NDArray[np.float64]
-    covariance: NDArray[np.float64]
+    variance: NDArray[np.float64]
 
 
 def _posterior(study: Study, cube: UnitCube, kernel: KernelName, seed: int) -> _Modelled:
     """Posterior of the trials of the space, where larger is better. Empty if there are too few trials for a model."""
-    nothing = _Modelled({}, np.zeros(0), np.zeros((0, 0)))
+    nothing = _Modelled({}, np.zeros(0), np.zeros(0))
     history = read_history(study, cube, with_cut_short=True)
     if len(history.numbers) < MIN_TRIALS or cube.n_columns == 0:
         return nothing
@@ -106,7 +102,7 @@ def _posterior(study: Study, cube: UnitCube, kernel: KernelName, seed: int) -> _
         log.warning("the model failed, recommending by measured values: %s: %s", type(error).__name__, error)
         return nothing
     rows = {number: row for row, number in enumerate(history.numbers)}
-    return _Modelled(rows, mean.numpy(), covariance.numpy())
+    return _Modelled(rows, mean.numpy(), covariance.numpy().diagonal())
 
 
 def _mixed(trials: Sequence[FrozenTrial]) -> set[int]:
@@ -133,12 +129,3 @@ def _variances(trials: list[FrozenTrial]) -> NDArray[np.float64]:
     known = [v for v in variances if v is not None]
     median = float(np.median(known)) if known else 0.0
     return np.array([median if v is None else v for v in variances])
-
-
-def _chance_best(mean: NDArray[np.float64], covariance: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Share of joint draws in which each trial has the largest value. Shape (n,). It sums to one."""
-    eigenvalues, vectors = np.linalg.eigh(covariance)
-    root = vectors * np.sqrt(eigenvalues.clip(min=0.0))
-    normal = torch.randn(N_DRAWS, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.double)
-    winners = (mean + normal.numpy() @ root.T).argmax(axis=1)
-    return np.bincount(winners, minlength=len(mean)) / N_DRAWS
