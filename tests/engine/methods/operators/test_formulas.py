@@ -266,6 +266,8 @@ def test_model_stock_follows_its_formula_for_a_known_angle_and_pools_over_a_bloc
 def test_nearswap_clips_deltas() -> None:
     delta = torch.tensor([0.5e-3, -2e-3, 0.0, 1e-3])
     near(run("nearswap", [delta])[0], [0.5e-3, -1e-3, 0.0, 1e-3], atol=1e-9)
+    tiny = torch.tensor([5e-8, 2e-6])  # below 1e-6 every entry counts as large as that
+    near(run("nearswap", [tiny], options={"t": 1e-7})[0], [5e-9, 1e-7], atol=1e-12)
 
 
 def test_arcee_fusion_keeps_only_outstanding_changes() -> None:

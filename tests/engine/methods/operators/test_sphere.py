@@ -54,6 +54,42 @@ def test_slerp_of_one_expert_starts_at_the_base() -> None:
     near(run("slerp", [expert - base], base, coefficients=(1.0,), scale=0.5), (base + expert) / 2)
 
 
+def test_slerp_is_straight_within_two_degrees_as_in_mergekit_and_nuslerp_is_not() -> None:
+    """cos 1.5 degrees is 0.99966. The middle of the chord is cos 0.75 degrees from the origin, that of the arc 1."""
+    for degrees, chord in ((1.5, 0.999914), (10.0, 1.0)):
+        middle = run("slerp", [circle(0), circle(degrees)])
+        assert float(middle.norm()) == pytest.approx(chord, abs=2e-6)
+        assert float(run("nuslerp", [circle(0), circle(degrees)]).norm()) == pytest.approx(1.0, abs=2e-6)
+
+
+def test_nuslerp_of_one_expert_starts_at_the_base_or_at_a_delta_of_zero() -> None:
+    base, expert = circle(0), circle(90)
+    weights = {"space": "weights"}
+    near(run("nuslerp", [expert - base], base, coefficients=(1 / 3,), options=weights), circle(30))
+    near(run("nuslerp", [expert - base], base, coefficients=(0.25,)), 0.75 * base + 0.25 * expert)
+
+
+@pytest.mark.parametrize("name", ["nuslerp", "multislerp", "karcher"])
+def test_the_scale_multiplies_a_merged_delta(name: str) -> None:
+    base, deltas = torch.ones(4), random_deltas(2, (4,))
+    whole = run(name, deltas, base, options={"space": "delta"})
+    near(run(name, deltas, base, options={"space": "delta"}, scale=0.5), (base + whole) / 2)
+
+
+def test_karcher_takes_no_step_to_an_antipode_and_none_after_one_below_the_tolerance() -> None:
+    delta = {"space": "delta"}
+    near(run("karcher", [circle(0), circle(180)], coefficients=(2.0, 1.0), options=delta), circle(0))
+    vectors = [circle(0), circle(10), circle(50)]
+    chords = run("multislerp", vectors, options=delta)
+    near(run("karcher", vectors, options={**delta, "tolerance": 1.0}), chords)
+    near(run("karcher", vectors, options=delta), circle(20))
+
+
+def test_karcher_of_a_zero_delta_and_an_expert_without_weight_is_the_base() -> None:
+    base, deltas = torch.ones(2), [torch.zeros(2), circle(30)]
+    near(run("karcher", deltas, base, coefficients=(1.0, 0.0), options={"space": "delta"}), base)
+
+
 @pytest.mark.parametrize("name", ["slerp", "nuslerp", "multislerp", "karcher"])
 @pytest.mark.parametrize("other", [-1.0, 1.0, 1.0 + 1e-6, 0.0])
 def test_antipodal_parallel_and_zero_vectors_give_finite_weights(name: str, other: float) -> None:
@@ -111,6 +147,14 @@ def test_spherical_operators_refuse_negative_coefficients_and_treat_zeros_as_the
     with pytest.raises(RecipeError, match=r"coefficients >= 0, got -1 for expert 'e1'"):
         run(name, deltas, base, coefficients=(1.0, -1.0))
     assert torch.equal(run(name, deltas, base, coefficients=(0.0, 0.0)), base)
+
+
+@pytest.mark.parametrize("name", ["multislerp", "karcher"])
+def test_the_base_counts_among_the_experts_by_its_weight_and_a_negative_one_leaves_the_base(name: str) -> None:
+    base, experts = circle(0), [circle(30), circle(60)]
+    deltas = [e - base for e in experts]
+    near(run(name, deltas, base, options={"space": "weights", "base_weight": 1.0}), circle(30), atol=1e-5)
+    assert torch.equal(run(name, deltas, base, options={"space": "weights", "base_weight": -0.5}), base)
 
 
 def test_passthrough_copies_stored_values_exactly() -> None:
