@@ -7,6 +7,7 @@ import torch
 from operator_runs import TAU_1, TAU_2, TOY, grams, near, random_deltas, run, total
 from torch import Tensor
 
+from merge_search.engine.methods.operators.arcee_fusion import importance
 from merge_search.engine.methods.operators.iso_cts import split_ranks
 from merge_search.errors import RecipeError
 from merge_search.recipe import Group
@@ -211,6 +212,24 @@ def test_regmean_averages_inputs_that_were_never_seen() -> None:
     near(total(parts)[:, 0], 0.25 * deltas[0][:, 0] + 0.75 * deltas[1][:, 0])
 
 
+def test_regmean_refuses_gram_matrices_of_some_experts_alone_whatever_the_tensor_is() -> None:
+    def of_the_first(kind: str, expert: str) -> Tensor:
+        if expert == "e1":
+            raise RecipeError("never measured")
+        return torch.eye(3)
+
+    with pytest.raises(RecipeError, match="it was not measured for e1"):
+        run("regmean", random_deltas(2, (4, 3)), statistic=of_the_first, group=Group("w", None, "embedding"))
+
+
+def test_regmean_averages_a_matrix_whose_inputs_were_all_zero() -> None:
+    deltas = random_deltas(2, (4, 3))
+    for part, delta in zip(
+        run("regmean", deltas, statistic=lambda kind, expert: torch.zeros(3, 3)), deltas, strict=True
+    ):
+        near(part, delta / 2)
+
+
 def test_regmean_lets_an_unchanged_expert_vote_for_the_base() -> None:
     deltas = [random_deltas(1, (4, 3))[0], torch.zeros(4, 3)]
     near(run("regmean", deltas, statistic=lambda kind, expert: torch.eye(3))[0], deltas[0] / 2)
@@ -263,11 +282,40 @@ def test_model_stock_follows_its_formula_for_a_known_angle_and_pools_over_a_bloc
         run("model_stock", [a, b], options={"scope": "layer"})
 
 
+def test_model_stock_counts_the_experts_that_changed_a_tensor_or_all_of_them() -> None:
+    """By hand for cos 0.6: t = 1.2 / 1.6 for two; with a third one that changed nothing cos is 0.2, t = 0.6 / 1.4."""
+    a, b, nothing = torch.tensor([1.0, 0.0]), torch.tensor([0.6, 0.8]), torch.zeros(2)
+    near(total(run("model_stock", [a, b, nothing])), 1.2 / 1.6 * (a + b) / 2)
+    near(total(run("model_stock", [a, b, nothing], options={"count": "all"})), 0.6 / 1.4 * (a + b) / 3)
+    rows = [torch.stack([t, s]) for t, s in ((a, a), (b, nothing), (nothing, nothing))]
+    by_row = {"scope": "row"}
+    near(total(run("model_stock", rows, options=by_row)), torch.stack([1.2 / 1.6 * (a + b) / 2, a]))
+    near(
+        total(run("model_stock", rows, options={**by_row, "count": "all"})),
+        torch.stack([0.6 / 1.4 * (a + b) / 3, torch.zeros(2)]),
+    )
+
+
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_model_stock_without_clamp_is_the_base_where_the_deltas_cancel(scope: str) -> None:
+    """cos is -1 of two and -1/2 of three."""
+    thirds = [torch.tensor([v]) for v in ([1.0, -1.0, 0.0], [0.0, 1.0, -1.0], [-1.0, 0.0, 1.0])]
+    for deltas in (thirds, [thirds[0], -thirds[0]]):
+        parts = run("model_stock", deltas, options={"scope": scope, "clamp": False})
+        assert all(float(p.abs().max()) < 1e-6 for p in parts)
+
+
 def test_nearswap_clips_deltas() -> None:
     delta = torch.tensor([0.5e-3, -2e-3, 0.0, 1e-3])
     near(run("nearswap", [delta])[0], [0.5e-3, -1e-3, 0.0, 1e-3], atol=1e-9)
     tiny = torch.tensor([5e-8, 2e-6])  # below 1e-6 every entry counts as large as that
     near(run("nearswap", [tiny], options={"t": 1e-7})[0], [5e-9, 1e-7], atol=1e-12)
+
+
+def test_arcee_fusion_weighs_a_change_by_the_divergence_of_its_row() -> None:
+    """By hand: the softmax of (0, ln 2) is (1/3, 2/3), that of (ln 2, ln 2) halves: ln(3/2) / 2 + ln(3/4) / 2."""
+    base, delta = torch.tensor([[0.0, 0.693147]]), torch.tensor([[0.693147, 0.0]])
+    near(importance(base, delta), [0.693147 * 0.0588915, 0.0])
 
 
 def test_arcee_fusion_keeps_only_outstanding_changes() -> None:
