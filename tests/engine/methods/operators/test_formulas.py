@@ -112,6 +112,15 @@ def test_tsv_m_keeps_the_leading_singular_values_of_every_expert() -> None:
         near(torch.linalg.svdvals(part)[:4], torch.linalg.svdvals(delta)[:4])
 
 
+def test_tsv_m_keeps_the_share_of_ranks_that_the_option_names_and_at_least_one() -> None:
+    """0.58 x 50 is 29, and 28.999999999999996 in floating point."""
+    (delta,) = random_deltas(1, (50, 50))
+    for share, rank in ((0.58, 29), (1e-3, 1)):
+        (part,) = run("tsv_m", [delta], options={"rank_share": share})
+        near(torch.linalg.svdvals(part)[:rank], torch.linalg.svdvals(delta)[:rank])
+        assert float(torch.linalg.svdvals(part)[rank]) < 1e-5
+
+
 def test_tsv_m_of_identical_experts_does_not_invent_directions() -> None:
     (delta,) = random_deltas(1, (6, 9))
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
@@ -161,6 +170,20 @@ def test_iso_cts_ranks_add_up(n: int, n_experts: int, common: float) -> None:
     assert shared >= 0
     assert own >= 0
     assert shared + own * n_experts == n
+
+
+def test_iso_cts_ranks_of_the_experts_are_rounded() -> None:
+    assert split_ranks(20, 3, 0.15) == (2, 6)  # 17 / 3
+    assert split_ranks(8, 3, 0.0) == (2, 2)  # 8 / 3, of which there are not three times three
+
+
+def test_iso_cts_takes_the_mean_over_directions_that_are_no_noise() -> None:
+    one, two = torch.zeros(6, 6), torch.zeros(6, 6)
+    one[0, 0], two[1, 1] = 2.0, 4.0
+    near(total(run("iso_cts", [one, two], options={"common": 0.0})), torch.diag(torch.tensor([3.0, 3.0, 0, 0, 0, 0])))
+    a, b = random_deltas(2, (6,))
+    same = torch.outer(a, b)  # nothing of an expert is its own
+    near(total(run("iso_cts", [same, 2 * same], options={"common": 0.5})), 3 * same, atol=1e-5)
 
 
 def test_iso_parts_sum_to_a_flat_spectrum_with_coefficients_one_and_follow_coefficients_otherwise() -> None:
