@@ -433,3 +433,66 @@ def test_a_measure_that_needs_data_says_so():
         merged(NoStatistics(tensors), preset("fisher", tensors.models))
     with pytest.raises(RecipeError, match="'fisher' of expert 'a' is needed for tensor 'w0'"):
         merged(tensors, preset("fisher", tensors.models))
+
+
+# --- by hand
+
+
+def by_hand(*deltas, **settings):
+    """The merge of experts a, b, c with these deltas on a base of zeros, compiled or not."""
+    experts = {e: {"w": torch.tensor(d)} for e, d in zip("abc", deltas, strict=False)}
+    tensors = MemoryTensors({"w": torch.zeros_like(experts["a"]["w"])}, experts)
+    made = recipe(tensors, **settings)
+    plain, compiled = (dict(MergeEngine(tensors, compile=c).merged(made))["w"] for c in (False, True))
+    assert torch.equal(plain, compiled)
+    return plain.tolist()
+
+
+ABOVE_HALF = {"select": {"kind": "threshold", "threshold": 0.5, "vectors": True}}
+
+
+def test_a_threshold_drops_what_is_equal_to_it():
+    assert by_hand([0.5, 0.625, -0.75], **ABOVE_HALF) == [0.0, 0.625, -0.75]
+
+
+def test_a_band_by_row_drops_the_largest_and_keeps_the_next():
+    select = {"kind": "band", "scope": "row", "gamma": 0.25}
+    assert by_hand([[1.0, 4.0, 3.0, 2.0]], select=select, densities={"a": 0.5}) == [[0.0, 0.0, 3.0, 2.0]]
+
+
+def test_a_gate_keeps_for_all_experts_what_enough_of_them_select():
+    gated = {"select": {**ABOVE_HALF["select"], "gate": 2}}
+    found = by_hand([1.0, 1.0, 1.0], [1.0, 1.0, 0.125], [1.0, 0.125, 0.125], **gated)
+    assert found == [3.0, 2.125, 0.0]
+
+
+def test_an_exclusive_selection_gives_an_entry_to_the_first_expert_that_selects_it():
+    exclusive = {"select": {**ABOVE_HALF["select"], "exclusive": True}}
+    found = by_hand([1.0, 0.125, 0.125], [0.125, 2.0, 0.125], [4.0, 4.0, 4.0], **exclusive)
+    assert found == [1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize(("ties", "winner"), [("first", 2.0), ("last", -2.0)])
+def test_argmax_takes_the_largest_score_and_of_equal_ones_the_first_or_the_last(ties, winner):
+    splice = {"kind": "argmax", "score": {"measure": "magnitude"}, "ties": ties}
+    assert by_hand([2.0, 2.0, 3.0], [-2.0, 3.0, 2.0], splice=splice) == [winner, 3.0, 3.0]
+
+
+def test_argmax_takes_an_expert_with_a_score_of_zero_where_no_other_takes_part():
+    """The rank of b's first entry is 0 in its row, and a's is dropped."""
+    splice = {"kind": "argmax", "score": {"measure": "rank"}}
+    assert by_hand([[0.125, 3.0]], [[1.0, 2.0]], splice=splice, **ABOVE_HALF) == [[1.0, 3.0]]
+
+
+@pytest.mark.parametrize("kind", ["softmax", "score", "argmax", "mask", "count", "coefficient"])
+def test_where_no_expert_takes_part_the_base_stays(kind):
+    score = {"score": {"measure": "magnitude"}} if kind in ("softmax", "score", "argmax") else {}
+    assert by_hand([0.125, 1.0], [0.25, 0.125], splice={"kind": kind, **score}, **ABOVE_HALF) == [0.0, 1.0]
+
+
+def test_a_dropped_tie_leaves_no_expert_in_the_denominator():
+    """Of the first entry, 1 and -1 cancel: neither agrees. Of the second, 3 wins, and it is divided by one expert."""
+    resolve = {"kind": "sum", "tie": "drop"}
+    assert by_hand([1.0, 3.0], [-1.0, -1.0], resolve=resolve, splice={"kind": "count"}) == [0.0, 3.0]
+    lone = by_hand([1.0, 3.0], [-1.0, -1.0], resolve=resolve, splice={"kind": "argmax", "score": {"measure": "ones"}})
+    assert lone == [0.0, 3.0]
