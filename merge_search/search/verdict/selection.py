@@ -40,7 +40,7 @@ from merge_search.space import Parameter
 __all__ = [
     "POSTERIOR_ATTRIBUTE",
     "Standing",
-    "best_preset",
+    "best_presets",
     "champions",
     "compared",
     "failures",
@@ -98,16 +98,15 @@ def failures(study: optuna.Study, split: str) -> dict[str, str]:
     return {r.name: stored[str(r.number)] for r in records(study) if str(r.number) in stored}
 
 
-def best_preset(study: optuna.Study, objective: Objective) -> Record | None:
-    """The baseline with the best search score, among those that are merges."""
-    return max((r for r in candidates(study) if r.label), key=lambda r: objective.key(r.values), default=None)
+def best_presets(study: optuna.Study, objective: Objective) -> list[Record]:
+    """The baselines that are merges, the best search score first."""
+    return sorted((r for r in candidates(study) if r.label), key=lambda r: -objective.key(r.values))
 
 
 def compared(study: optuna.Study, objective: Objective) -> list[Record]:
     """The trials that the sealed test is opened for: base, experts, average, best preset and the winner."""
     chosen = {"average", *stored_references(study)}
-    top = best_preset(study, objective)
-    numbers = {*tested(study), *([top.number] if top else [])}
+    numbers = {*tested(study), *(r.number for r in best_presets(study, objective)[:1])}
     return [r for r in records(study) if r.is_scored and (r.label in chosen or r.number in numbers)]
 
 

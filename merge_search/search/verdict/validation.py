@@ -14,7 +14,7 @@ from merge_search.recipe import Recipe
 from merge_search.search.checks import nearest_miss
 from merge_search.search.plan import Plan
 from merge_search.search.records import Record, records, stored_references
-from merge_search.search.verdict.selection import POSTERIOR_ATTRIBUTE, best_preset, failures, finalists, posterior
+from merge_search.search.verdict.selection import POSTERIOR_ATTRIBUTE, best_presets, failures, finalists, posterior
 from merge_search.space import Parameter
 
 __all__ = ["store_failures", "to_validate", "validate"]
@@ -23,11 +23,15 @@ __all__ = ["store_failures", "to_validate", "validate"]
 def to_validate(
     study: optuna.Study, objective: Objective, parameters: Mapping[str, Parameter], *, seed: int, n: int
 ) -> list[Record]:
-    """The `n` finalists, then base, experts, the average and the baseline with the best search score."""
+    """The `n` finalists, then base, experts, the average and the baseline with the best search score.
+
+    A study with fewer merges of its own than `n` sends the next best baselines in their place: where few questions were
+    asked, the best search score says little.
+    """
     chosen = {r.number: r for r in finalists(study, objective, parameters, seed=seed, n=n)}
     labels = {"average", *stored_references(study)}
-    top = best_preset(study, objective)
-    beside = [r for r in records(study) if r.is_scored and (r.label in labels or (top and r.number == top.number))]
+    tops = {r.number for r in best_presets(study, objective)[: 1 + n - len(chosen)]}
+    beside = [r for r in records(study) if r.is_scored and (r.label in labels or r.number in tops)]
     return list((chosen | {r.number: r for r in beside}).values())
 
 

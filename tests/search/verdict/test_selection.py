@@ -141,6 +141,8 @@ def test_finalists_meet_base_experts_average_and_the_best_baseline(study: optuna
         study.tell(trial, search / 100)
     found = to_validate(study, OBJECTIVE, {"c": Float(0, 1)}, seed=0, n=1)
     assert [r.label for r in found] == ["", "base", "x", "average", "ties"]
+    few = to_validate(study, OBJECTIVE, {"c": Float(0, 1)}, seed=0, n=5)  # three merges of the search's own
+    assert [r.label for r in few] == ["", "", "", "base", "x", "average", "ties", "dare"]
 
 
 def test_a_baseline_can_win(study: optuna.Study) -> None:
