@@ -34,6 +34,7 @@ class StatisticInfo(Rule):
         questions: Questions counted per row: one for a forward pass, two more for a backward pass. It reports all
             others by `Work.on_asked`.
         broadcasts: Its tensors broadcast to the weights. Without, only rules that know their shapes can read them.
+        is_gram: Its tensors have the inputs of a matrix as rows and as columns, which is much for wide models.
         version: Changed when a statistic from outside measures other numbers, so that stored ones are not used.
     """
 
@@ -41,6 +42,7 @@ class StatisticInfo(Rule):
     reads: Literal["point", "pair", "all"] = "point"
     questions: int = 0
     broadcasts: bool = True
+    is_gram: bool = False
     version: int = 1
 
     @property
@@ -68,9 +70,10 @@ STATISTICS: RuleTable[StatisticInfo] = RuleTable("statistic", (
     _s("gradient", "mean gradient of the loss at the base", point="base", questions=3),
     _s("absolute_gradient", "mean of absolute gradients at the base, row by row", point="base", questions=3),
     _s("activation_norm", "root mean square of every input feature", questions=1),
-    _s("gram", "X^T X / n of the inputs of every matrix", questions=1, broadcasts=False),
+    _s("gram", "X^T X / n of the inputs of every matrix", questions=1, broadcasts=False, is_gram=True),
     _s(
         "prompt_gram", "X^T X / n of the inputs of every matrix on few prompts", questions=1, broadcasts=False,
+        is_gram=True,
         options={"prompts": 64}, about={"prompts": OPERATOR_OPTIONS["regmean_parts"]["prompts"]},
     ),
     _s(

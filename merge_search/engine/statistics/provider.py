@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,11 @@ class DataStatistics:
             return (
                 "no task has a differentiable loss and rows to fit on: give tasks a training split, or set splits.fit"
             )
+        if self.live is not None and entry.is_gram and (size := self._gram_bytes) > self._max_bytes:
+            return (
+                f"Gram matrices of all experts take {size / 2**30:.3g} GiB, and statistics.max_gib is "
+                f"{self._max_bytes / 2**30:g}; raise it where disk and device have the room"
+            )
         if self.live is None and not self._path(kind, expert).is_file():
             return (
                 "it was not measured in this study, or its file was removed to keep statistics.max_gib "
@@ -137,6 +143,14 @@ class DataStatistics:
         return paths
 
     # --- one statistic
+
+    @cached_property
+    def _gram_bytes(self) -> int:
+        """Bytes of one Gram matrix, float32, per expert and linear layer."""
+        linear = [n for n, g in self.pool.groups.items() if g.kind in ("attention", "mlp")]
+        shapes = [(self.pool.shape(n), self.pool.is_transposed(n)) for n in linear]
+        sizes = [shape[0 if transposed else 1] ** 2 for shape, transposed in shapes if len(shape) == 2]
+        return 4 * sum(sizes) * len(self.pool.models.experts)
 
     def _rows_by_expert(self, n_prompts: int | None) -> dict[str, tuple[TaskRows, ...]]:
         if n_prompts not in self._rows:

@@ -342,3 +342,16 @@ def test_a_tied_matrix_has_the_tokens_that_look_it_up(make_models: Any, tmp_path
     found = bench.statistics.get("prompt_gram", "b", "model.embed_tokens.weight")
     assert found is not None
     assert found.shape == (24, 1)
+
+
+def test_gram_matrices_that_would_fill_the_disk_are_refused_before_a_question(bench: Bench, tmp_path: Path) -> None:
+    """Two experts, two layers: six matrices of 16 inputs and one of 24 are 4 (6 16^2 + 24^2) bytes a layer."""
+    size = 2 * 2 * 4 * (6 * 16**2 + 24**2)
+    small, enough = (
+        DataStatistics(bench.pool, bench.live, [bench.tasks], OWNERS, folder=tmp_path / str(n), max_gib=n / 2**30)
+        for n in (size - 1, size)
+    )
+    for kind in ("gram", "prompt_gram@prompts=64"):
+        assert "raise it where disk and device have the room" in small.problem(kind, "a")
+        assert enough.problem(kind, "a") == ""
+    assert small.problem("fisher", "a") == ""
