@@ -29,7 +29,7 @@ from merge_search.search.records import Record, finished_records, stored_referen
 from merge_search.search.start.baselines import baselines
 from merge_search.search.start.earlier_studies import starts_from
 from merge_search.search.start.learned_space import LearnedSpace
-from merge_search.search.start.warm_start import average_of, better_start, is_clearly_better, warm_start
+from merge_search.search.start.warm_start import average_of, better_start, is_better, warm_start
 from merge_search.search.trial.executor import Executor
 from merge_search.search.trial.job import Failed, Job
 
@@ -158,7 +158,7 @@ class FirstTrials:
         nothing.
 
         Args:
-            begin: Where the first fits begin if no baseline of another structure is clearly better. None: at the
+            begin: Where the first fits begin if no baseline of another structure is better. None: at the
                 space's first recipe.
         """
         space = self.plan.space
@@ -199,7 +199,7 @@ class FirstTrials:
         stored = {"evaluation": scored.evaluation.to_attribute(), "weights_sha256": scored.weights_sha256}
         self.study.set_user_attr(START_SCORE, {**stored, "fingerprint": usual.fingerprint})
         base = Evaluation.from_attribute(stored_references(self.study)["base"]["evaluation"])
-        return average_of(usual) if is_clearly_better(base, scored.evaluation, objective) else None
+        return average_of(usual) if is_better(base, scored.evaluation, objective) else None
 
     def _can_afford_a_score_and_a_step(self) -> bool:
         left = self.budget.questions_left()

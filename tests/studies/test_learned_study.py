@@ -363,11 +363,17 @@ def merges(**answers: list[int]) -> optuna.Study:
 
 @pytest.mark.parametrize(
     ("tsv_m", "begins_at"),
-    [([1] * 80 + [0] * 20, "tsv_m"), ([0] + [1] * 62 + [0] * 37, ""), ([1] * 50 + [0] * 50, "")],
+    [
+        ([1] * 80 + [0] * 20, "tsv_m"),
+        ([0] + [1] * 64 + [0] * 35, "tsv_m"),
+        ([0] * 2 + [1] * 62 + [0] * 36, ""),
+        ([1] * 50 + [0] * 50, ""),
+    ],
 )
-def test_the_ladder_begins_at_plain_deltas_unless_another_structure_is_clearly_better(
+def test_the_ladder_begins_at_plain_deltas_unless_another_structure_is_probably_better(
     tsv_m: list[int], begins_at: str
 ) -> None:
+    """On 100 paired questions with the average, 5 wins and a loss are 1.7 standard errors, 4 wins and 2 losses 0.8."""
     space = LearnedSpace(build("uniform", presets=["task_arithmetic", "tsv_m"]), Learner(), n_rows=5000)
     average, task_arithmetic = [1] * 60 + [0] * 40, [1] * 55 + [0] * 45
     study = merges(
