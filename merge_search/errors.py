@@ -37,6 +37,7 @@ __all__ = [
     "InputError",
     "MergeSearchError",
     "NonFiniteError",
+    "NotMeasuredError",
     "RecipeError",
     "RuleError",
     "SpaceError",
@@ -80,6 +81,10 @@ class StudyFileError(InputError):
 
 class RecipeError(InputError):
     """The recipe (or mergekit file) does not describe a merge of these models."""
+
+
+class NotMeasuredError(RecipeError):
+    """A statistic has no value for a tensor."""
 
 
 class SpaceError(InputError):

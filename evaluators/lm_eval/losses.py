@@ -29,6 +29,7 @@ from evaluators.lm_eval.packing import Layout, Piece, attention_mask, packed_lay
 from evaluators.lm_eval.requests import LiveRequests
 from evaluators.lm_eval.scores import right_choices
 from evaluators.lm_eval.tasks import quiet_lm_eval, reason
+from merge_search._compat.torch import unobserved
 from merge_search.errors import EvaluationError, InputError, MergeSearchError, NonFiniteError, nearest
 from merge_search.seeding import derive_seed
 
@@ -251,7 +252,14 @@ class LiveLoss:
 
     @torch.no_grad()
     def _packs_well(self, parts: Sequence[Sequence[Piece]]) -> bool | None:
-        """Whether packed rows give the same numbers as plain rows; None if these numbers are not finite."""
+        """Whether packed rows give the same numbers as plain rows; None if these numbers are not finite.
+
+        Who observes the model's inputs does not see these passes, or a first measurement would differ from later ones.
+        """
+        with unobserved():
+            return self._compare_layouts(parts)
+
+    def _compare_layouts(self, parts: Sequence[Sequence[Piece]]) -> bool | None:
         plain = self._run(plain_layout([p for part in parts for p in part]))
         difference = (self._run(packed_layout(parts)) - plain).abs().mean().item()
         if not np.isfinite(difference):

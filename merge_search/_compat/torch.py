@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Graph", "compile_apart", "mark_lengths_dynamic"]
+__all__ = ["Graph", "compile_apart", "mark_lengths_dynamic", "unobserved"]
 
 Graph = Callable[..., Tensor]
 
@@ -28,6 +29,12 @@ def compile_apart(function: Graph, label: str) -> Graph:
     apart = types.FunctionType(code, function.__globals__, label, function.__defaults__, function.__closure__)
     graph: Graph = torch.compile(apart, fullgraph=True)
     return graph
+
+
+def unobserved() -> AbstractContextManager[None]:
+    """Inside the context no `TorchFunctionMode` sees a call."""
+    context: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return context
 
 
 def mark_lengths_dynamic(tensors: Iterable[Tensor]) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from merge_search.errors import RecipeError
+from merge_search.errors import NotMeasuredError
 from merge_search.recipe import Group, Models, Recipe, Scalar
 from merge_search.rules import SELECTIONS
 
@@ -138,11 +138,12 @@ def statistic_of(tensors: Tensors, kind: str, expert: str, name: str) -> Tensor:
     """A statistic that the recipe needs.
 
     Raises:
-        RecipeError: It was never measured.
+        NotMeasuredError: It has no value for the tensor.
+        RecipeError: It cannot be measured.
     """
     statistic = tensors.statistic(kind, expert, name)
     if statistic is None:
-        raise RecipeError(
+        raise NotMeasuredError(
             f"the statistic {kind!r} of expert {expert!r} is needed for tensor {name!r}, but was never measured; "
             "add a statistics provider for it to the study, or choose a measure that needs no data"
         )

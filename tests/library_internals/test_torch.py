@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from merge_search._compat.torch import compile_apart, mark_lengths_dynamic
+from merge_search._compat.torch import compile_apart, mark_lengths_dynamic, unobserved
 
 
 @pytest.fixture
@@ -46,3 +49,22 @@ def test_one_graph_serves_every_length(graphs: list[object]) -> None:
         mark_lengths_dynamic([x, torch.ones(1), torch.ones(())])
         assert compiled(x).numel() == n
     assert len(graphs) == 1
+
+
+def test_unobserved_calls_are_seen_by_no_mode() -> None:
+    class Seen(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[object] = []
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2)
+    with Seen() as mode:
+        torch.sin(x)
+        with unobserved():
+            torch.cos(x)
+        torch.exp(x)
+    assert mode.calls == [torch.sin, torch.exp]

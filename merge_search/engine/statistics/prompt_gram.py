@@ -33,7 +33,5 @@ def measure(work: Work, prompts: int) -> dict[str, Tensor]:
     Cost: products in float32 and their sums in float64, so 8 in^2 bytes per matrix while it runs.
     """
     means = mean_over_inputs(work, _products, prompts=True)
-    in_order = sorted(
-        means, key=lambda key: key[1] == "embedding"
-    )  # of two roles the embedding's comes last, and stays
+    in_order = sorted(means, key=lambda key: key[1] == "embedding")  # of two roles the embedding's is written last
     return {name: means[name, role].to(torch.float32) for name, role in in_order}

@@ -13,7 +13,8 @@ import yaml
 from tiny_lm import FIT_TASKS, N_TRAIN, N, bound, docs, documents, evaluator, write_tasks
 
 from evaluators.isolation import quiet
-from merge_search.engine.statistics.rows import rows_of_experts
+from merge_search.engine.statistics.prompt_gram import measure
+from merge_search.engine.statistics.rows import Work, rows_of_experts
 from merge_search.errors import InputError
 from merge_search.evaluation import Split, SplitShares, question_order
 
@@ -174,3 +175,15 @@ def test_a_real_expert_knows_training_rows_beside_the_tasks_far_better_than_the_
     for name in names:
         assert losses[name][name] < 0.6 * losses["base"][name]
         assert losses[name][name] == min(found[name] for found in losses.values())
+
+
+def test_the_inputs_of_prompts_are_the_same_at_every_measurement(fit_folder: Path) -> None:
+    """The first choices decide whether rows are packed, by passes that are no answers."""
+    e = bound(fit_folder, ["t_choice"])
+    (rows,) = rows_of_experts([e], ["a"], {}, n_rows=6, seed=0, needs_labels=False)["a"]
+    model = e._losses()._live.model
+    views = {name: p.detach() for name, p in model.named_parameters()}
+    first, again = (measure(Work(model, views, {}, (rows,)), prompts=6) for _ in range(2))
+    assert e._losses()._packs is not None  # the test ran
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)

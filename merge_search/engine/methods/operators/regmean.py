@@ -8,7 +8,7 @@ from torch import Tensor
 from merge_search.engine.methods.operators import OperatorContext
 from merge_search.engine.methods.operators.matrix import is_matrix, mean_parts, oriented, right_divide
 from merge_search.engine.methods.operators.remember import remembered
-from merge_search.errors import RecipeError
+from merge_search.errors import NotMeasuredError, RecipeError
 
 __all__ = ["parts"]
 
@@ -56,7 +56,7 @@ def _measured(context: OperatorContext, expert: str) -> Tensor | None:
         return None
     try:
         return context.statistic("gram", expert)
-    except RecipeError:  # not measured; `_grams` refuses this for linear layers only
+    except NotMeasuredError:  # not measured; `_grams` refuses this for linear layers only
         return None
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from merge_search.engine.methods.operators import OperatorContext
 from merge_search.engine.methods.operators.matrix import oriented, right_divide
 from merge_search.engine.methods.operators.remember import remembered
-from merge_search.errors import RecipeError
+from merge_search.errors import NotMeasuredError, RecipeError
 
 __all__ = ["parts"]
 
@@ -43,7 +43,7 @@ def parts(context: OperatorContext) -> list[Tensor]:
     Returns:
         float32, one tensor per expert.
     Raises:
-        RecipeError: A Gram matrix has another size.
+        RecipeError: A Gram matrix has another size, or cannot be measured.
     Cost: one Cholesky factor of (in, in), and n products of (out, in) with it, in float64.
     Source: after Jin et al. 2022, arXiv 2212.09849.
     """
@@ -75,7 +75,7 @@ def _measured(context: OperatorContext, active: list[int]) -> list[Tensor]:
     kind = f"prompt_gram@prompts={context.options['prompts']}"
     try:
         grams = [context.statistic(kind, context.experts[i]) for i in active]
-    except RecipeError:  # an expert of a mixture that no token was sent to
+    except NotMeasuredError:  # an expert of a mixture that no token was sent to
         return []
     return [g.to(device=context.base.device, dtype=torch.float64, copy=True) for g in grams]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merge_search.engine.methods.operators.arcee_fusion import importance
 from merge_search.engine.methods.operators.iso_cts import split_ranks
-from merge_search.errors import RecipeError
+from merge_search.errors import NotMeasuredError, RecipeError
 from merge_search.recipe import Group
 
 # --- published formulas worked by hand on a 2 x 4 toy (four printed digits)
@@ -238,7 +238,7 @@ def test_regmean_averages_inputs_that_were_never_seen() -> None:
 def test_regmean_refuses_gram_matrices_of_some_experts_alone_whatever_the_tensor_is() -> None:
     def of_the_first(kind: str, expert: str) -> Tensor:
         if expert == "e1":
-            raise RecipeError("never measured")
+            raise NotMeasuredError("never measured")
         return torch.eye(3)
 
     with pytest.raises(RecipeError, match="it was not measured for e1"):

@@ -11,7 +11,7 @@ import torch
 from operator_runs import grams, near, random_deltas, run, total
 from torch import Tensor
 
-from merge_search.errors import RecipeError
+from merge_search.errors import NotMeasuredError, RecipeError
 
 N, OUT, IN = 3, 5, 7
 Statistic = Callable[[str, str], Tensor]
@@ -121,7 +121,7 @@ def test_rows_of_an_embedding_are_weighted_by_the_tokens_that_look_them_up() -> 
 
 def test_vectors_and_what_no_prompt_reaches_are_the_mean_by_their_own_length() -> None:
     def missing(kind: str, expert: str) -> Tensor:
-        raise RecipeError("not measured")
+        raise NotMeasuredError("not measured")
 
     for shape in ((6,), (4, 6), (2, 4, 6)):
         deltas = random_deltas(2, shape)
