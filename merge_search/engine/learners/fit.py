@@ -237,6 +237,10 @@ def fit(
 class State:
     """A fit in progress.
 
+    Coefficients of one set (`Granularity.together`) move by a step of their own and by one that the whole set shares,
+    whose slope is the sum of theirs. Adam sizes both steps, so what all rows of a tensor want is learned in few steps
+    though the slope of a single row is mostly noise.
+
     Attributes:
         vector: The coefficients as they are now. Shape (n,), float64.
         scales: By task, what its loss is divided by (`FitSettings.normalise`); filled on the first step.
@@ -251,7 +255,10 @@ class State:
     scales: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.adam = torch.optim.Adam([self.vector], lr=self.settings.step_size)
+        together = self.granularity.together
+        n_sets = 0 if together is None else int(together.max()) + 1
+        self._shared = torch.nn.Parameter(torch.zeros(n_sets, dtype=self.vector.dtype, device=self.vector.device))
+        self.adam = torch.optim.Adam([self.vector, self._shared], lr=self.settings.step_size)
         self._sum, self._count = torch.zeros_like(self.vector.detach()), 0
 
     def step(self, step: int, losses: Mapping[str, TaskLoss]) -> dict[str, float]:
@@ -297,7 +304,16 @@ class State:
         if not bool(torch.isfinite(gradient).all()):
             raise NonFiniteError(f"slopes must be finite, found NaN or infinity at step {step}; take smaller steps")
         self.vector.grad = gradient
+        together = self.granularity.together
+        if together is not None:
+            # NOTE: on the CPU. On a GPU `index_add_` sums in a varying order, which would change the last bits.
+            sums = torch.zeros(len(self._shared), dtype=gradient.dtype).index_add_(0, together.cpu(), gradient.cpu())
+            self._shared.grad = sums.to(gradient.device)
         self.adam.step()
+        if together is not None:
+            with torch.no_grad():
+                self.vector += self._shared[together]
+                self._shared.zero_()
         if self.settings.clamp is not None:
             low, high = self.settings.clamp
             with torch.no_grad():

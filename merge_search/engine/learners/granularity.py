@@ -26,10 +26,13 @@ class Granularity(Protocol):
     Attributes:
         start: The coefficients of the recipe. Shape (n,), float64, on the device on which a learner steps.
         needs_rows: Whether `gradient` needs slopes per output row.
+        together: By coefficient, the number of the set that also moves as one (`fit.State`): int64, shape (n,). None:
+            every coefficient moves alone.
     """
 
     start: Tensor
     needs_rows: bool
+    together: Tensor | None
 
     def gradient(self, slopes: Mapping[str, Tensor]) -> Tensor:
         """Return the slopes of the vector, shape (n,), float64. Tensors missing from `slopes` contribute zero."""
@@ -76,6 +79,8 @@ class PerGroup:
     ``block_kind`` have one number per module kind (embedding, head, norm). A group starts at the size-weighted mean of
     its tensors' coefficients in the recipe. With a granularity from outside the recipe has each tensor's number.
     """
+
+    together: Tensor | None = None
 
     def __init__(self, per: str, parts: Parts, recipe: Recipe) -> None:
         self._recipe, self._experts = recipe, parts.experts
@@ -131,7 +136,10 @@ class PerGroup:
 
 
 class PerRow:
-    """One number per expert, tensor and output row, in maps. The recipe's own coefficients become 1."""
+    """One number per expert, tensor and output row, in maps. The recipe's own coefficients become 1.
+
+    The rows of a tensor also move together, expert by expert.
+    """
 
     needs_rows = True
 
@@ -139,7 +147,7 @@ class PerRow:
         self._recipe, self._parts, self._folder = recipe, parts, folder
         tensors, n = parts.engine.tensors, 0
         self._where: dict[str, tuple[int, int]] = {}
-        pieces = []
+        pieces, sets = [], []
         for name in tensors.groups:
             if not parts.get(name)[0]:
                 continue
@@ -147,7 +155,10 @@ class PerRow:
             self._where[name] = (n, n + start.numel())
             n += start.numel()
             pieces.append(start.reshape(-1))
+            first = len(sets) * len(parts.experts)
+            sets.append((first + torch.arange(len(parts.experts))).repeat_interleave(start.shape[1]))
         self.start = torch.cat(pieces).to(torch.float64)
+        self.together: Tensor | None = torch.cat(sets).to(self.start.device)
 
     def _part(self, vector: Tensor, name: str) -> Tensor:
         at, end = self._where[name]

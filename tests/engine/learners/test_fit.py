@@ -143,7 +143,10 @@ def test_the_coefficients_of_the_last_steps_are_averaged(make_models, tmp_path: 
 
 @pytest.mark.parametrize("per", ["expert", "row"])
 def test_a_fit_takes_the_steps_of_adam_through_a_merge_by_autograd(make_models, tmp_path: Path, per: str) -> None:
-    """AdaMerging written out: base + sum lambda delta by `functional_call`, torch's Adam, a pull to the start."""
+    """AdaMerging written out: base + sum lambda delta by `functional_call`, torch's Adam, a pull to the start.
+
+    A row's coefficient is a number of its own plus one that all rows of its tensor share.
+    """
     pool, live = make_models()
     recipe = Recipe(models=pool.models, coefficients={"a": 0.1, "b": 0.3})
     options = {"per": per, "steps": 5, "batch_rows": N_ROWS, "pull": 0.2, "average": 0.0}
@@ -153,30 +156,32 @@ def test_a_fit_takes_the_steps_of_adam_through_a_merge_by_autograd(make_models, 
     if per == "expert":
         start = dict.fromkeys(base, torch.tensor([[0.1], [0.3]]))
     leaves = {id(t): t.clone().requires_grad_(True) for t in start.values()}
-    adam = torch.optim.Adam(leaves.values(), lr=0.03)
+    shared = {i: torch.zeros(2, 1, requires_grad=per == "row") for i in leaves}
+    adam = torch.optim.Adam([t for t in (*leaves.values(), *shared.values()) if t.requires_grad], lr=0.03)
     teachers = [LiveModel.load(folder).model for folder in pool.models.experts.values()]
     rows = torch.randint(0, 24, (N_ROWS, 6), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         wanted = torch.stack([t(input_ids=rows).logits.softmax(-1) for t in teachers])
     for _ in range(5):
         weights = {}
+        values = {i: leaves[i] + shared[i] for i in leaves}
         for name, t in base.items():
             delta = torch.stack([pool.expert(e, name) - t for e in "ab"])
-            weights[name] = t + (leaves[id(start[name])].reshape(2, -1, *[1] * (t.ndim - 1)) * delta).sum(0)
+            weights[name] = t + (values[id(start[name])].reshape(2, -1, *[1] * (t.ndim - 1)) * delta).sum(0)
         logits = functional_call(live.model, weights, (), {"input_ids": rows, "use_cache": False}).logits
         loss = -(wanted * logits.log_softmax(-1)).sum(-1).mean()
-        pulls = sum(0.1 * (leaves[id(t)] - t).square().sum() for t in {id(t): t for t in start.values()}.values())
+        pulls = sum(0.1 * (values[id(t)] - t).square().sum() for t in {id(t): t for t in start.values()}.values())
         adam.zero_grad()
         (loss + pulls).backward()
         adam.step()
     for i, expert in enumerate("ab"):
         rows_of_map = read_map(tmp_path, fitted.recipe.maps[expert]) if per == "row" else {}
         for name in base:
-            expected = leaves[id(start[name])][i].detach()
+            own = leaves[id(start[name])][i].detach()
+            expected = own + shared[id(start[name])][i].detach()
             found = rows_of_map.get(name, torch.tensor([fitted.recipe.coefficients[expert]]))
-            settled = (
-                expected - start[name][i]
-            ).abs() > 0.02  # the sign of Adam's steps is undefined where a slope is near zero
+            # The sign of Adam's steps is undefined where a slope is near zero.
+            settled = (own - start[name][i]).abs() > 0.02
             torch.testing.assert_close(found[settled], expected[settled], rtol=0, atol=3e-3)
             assert per == "row" or bool(settled.all())
 
