@@ -79,7 +79,7 @@ def validate(study: StudyArgument) -> None:
     for m in plan.metrics:
         counts = ", ".join(f"{n} {split}" for split, n in m.n_questions.items() if n)
         out.print(f"  {m.name}: {counts} questions", highlight=False)
-    for text in (*plan.objective.weight_notes(), *plan.objective.notes):
+    for text in (*plan.objective.weight_notes(), *plan.objective.notes, *plan.notes):
         out.print(text, highlight=False, soft_wrap=True)
 
 

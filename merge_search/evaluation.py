@@ -42,6 +42,7 @@ __all__ = [
     "Evaluation",
     "Evaluator",
     "Generating",
+    "Grading",
     "MetricInfo",
     "Scores",
     "Split",
@@ -49,6 +50,7 @@ __all__ = [
     "Teachable",
     "answers_of",
     "asking",
+    "kind_of",
     "loss_of",
     "pack",
     "question_order",
@@ -505,6 +507,29 @@ class Generating(Differentiable, Protocol):
 
 
 @runtime_checkable
+class Grading(Differentiable, Protocol):
+    """A `Differentiable` that can tell which answers its tasks score right, the answers that they call gold included.
+
+    A task may then have the kind of loss ``correct``: ``pseudo`` on the rows that its teacher answers right.
+    """
+
+    def why_not_gold(self, task: str) -> str | None:
+        """Why `task` has no loss ``gold``, as a clause after its name: its metric scores the gold text wrong.
+
+        None if it has one, or lacks it for another reason. Needs no bound model.
+        """
+        ...
+
+    def auto_loss(self, task: str) -> str:
+        """The kind of loss that ``auto`` stands for. Needs no bound model."""
+        ...
+
+    def right_rows(self, task: str, rows: Sequence[int]) -> list[int]:
+        """Those of `rows`, in their order, whose answer of `set_pseudo_labels` the task scores right."""
+        ...
+
+
+@runtime_checkable
 class Answering(Differentiable, Protocol):
     """A `Differentiable` that can list the answers which a row may have, for the true Fisher information."""
 
@@ -555,6 +580,19 @@ def loss_of(evaluator: Differentiable, task: str, kind: str = "gold") -> Callabl
             return evaluator.loss(task, rows, kind=kind)
 
     return loss
+
+
+def kind_of(evaluator: Differentiable, task: str, kind: str) -> str:
+    """The kind of loss of a task that `kind` stands for: itself, unless it is ``auto``.
+
+    Without `Grading.auto_loss`, ``auto`` is ``gold`` where the task has it, else ``kl``, else its first loss.
+    """
+    if kind != "auto":
+        return kind
+    if isinstance(evaluator, Grading):
+        return evaluator.auto_loss(task)
+    has = evaluator.losses(task)
+    return next((k for k in ("gold", "kl", *has) if k in has), "gold")
 
 
 def predictions_of(evaluator: Differentiable, task: str) -> Callable[[Sequence[int]], list[Any]]:

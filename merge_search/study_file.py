@@ -152,8 +152,8 @@ class Learner(_Section):
     step_size: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.03, 0.3)
     """Bounds, searched on a logarithmic scale, or one fixed number. The first trials take the geometric mean."""
     batch_rows: Annotated[int, Field(ge=1)] = 16
-    loss: Annotated[list[str], Field(min_length=1)] = ["gold"]
-    """Losses of the evaluators (`evaluation.Differentiable`), or ``block_output``."""
+    loss: Annotated[list[str], Field(min_length=1)] = ["auto"]
+    """Losses of the evaluators (`evaluation.Differentiable`), ``auto`` (`evaluation.kind_of`), or ``block_output``."""
     normalise: bool = False
     pull: Annotated[float, Field(ge=0)] = 0.0
     average: Annotated[float, Field(ge=0, le=1)] = 0.5

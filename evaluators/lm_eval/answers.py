@@ -11,10 +11,11 @@ from typing import Any
 from lm_eval.api.utils import requires_delimiter
 
 from evaluators.lm_eval._compat import sampling_shots
+from evaluators.lm_eval.grading import gold_text
 from evaluators.lm_eval.options import LmEvalOptions
 from evaluators.lm_eval.scores import right_choices
 
-__all__ = ["Answer", "choices_of", "fit_requests", "generated_answer", "gold_answer"]
+__all__ = ["Answer", "choices_of", "delimiter", "fit_requests", "generated_answer", "gold_answer"]
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ def choices_of(task: Any, doc: Any, requests: list[Any]) -> list[Answer]:
     return [Answer(*r.args[:2]) for r in requests[: len(task.doc_to_choice(doc))]]
 
 
-def gold_answer(task: Any, doc: Any, requests: list[Any], options: LmEvalOptions) -> Answer:
-    """The right answer; the first if there are several.
+def gold_answer(task: Any, doc: Any, requests: list[Any], options: LmEvalOptions, target: str | None = None) -> Answer:
+    """The right answer; the first if there are several. `target` is that of `grading.gold_text`.
 
     In a generation task it is the delimiter and the target, as in lm-eval's shots, and then the text that ends an
     answer.
@@ -119,11 +120,8 @@ def gold_answer(task: Any, doc: Any, requests: list[Any], options: LmEvalOptions
         case "loglikelihood_rolling":
             return Answer(None, requests[0].args[0])
         case _:
-            gold = task.doc_to_target(doc)
-            gold = gold[0] if isinstance(gold, list) else gold
-            if isinstance(gold, int) and task.config.doc_to_choice is not None:
-                gold = task.doc_to_choice(doc)[gold]
-            return generated_answer(requests[0], _delimiter(task, doc, str(gold), options) + str(gold))
+            gold = gold_text(task, doc, target)
+            return generated_answer(requests[0], delimiter(task, doc, gold, options) + gold)
 
 
 def generated_answer(request: Any, text: str) -> Answer:
@@ -138,7 +136,7 @@ def generated_answer(request: Any, text: str) -> Answer:
     return Answer(context, text + (line_break or ""), then_stop=line_break is None)
 
 
-def _delimiter(task: Any, doc: Any, answer: str, options: LmEvalOptions) -> str:
+def delimiter(task: Any, doc: Any, answer: str, options: LmEvalOptions) -> str:
     """The delimiter between prompt and answer in lm-eval's shots."""
     prefix = task.doc_to_prefix(doc)
     if prefix:

@@ -79,7 +79,7 @@ class LmEval(Evaluator):
                         name, task, self.options.for_task(name), replace(shares, fit=withheld), seed
                     )
                     self.tasks.append(questions)
-                    self._fit[name] = FitRows(questions, source, self.options.fit_limit)
+                    self._fit[name] = FitRows(questions, source, self.options.fit_limit, self.options)
                 except StudyFileError as error:
                     problems += error.problems
         if not problems and self.options.groups == "one":
@@ -145,6 +145,8 @@ class LmEval(Evaluator):
             shown["chat of"] = [name for name, is_chat in chat.items() if is_chat]
         if thinking := {t.name: said for t in self.tasks if (said := self.options.for_task(t.name).thinking)}:
             shown["thinking"] = thinking
+        if targets := {t.name: text for t in self.tasks if (text := self.options.target_of(t.name))}:
+            shown["targets"] = targets
         return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
 
     def check_prompts(self, folder: str) -> None:
@@ -300,8 +302,26 @@ class LmEval(Evaluator):
         return int(kind == "entropy" and self._fit_rows(task).task.OUTPUT_TYPE == "generate_until")
 
     def losses(self, task: str) -> tuple[str, ...]:
-        """Kinds of `loss` that `task` has; they follow from its output type and the source of its rows."""
+        """Kinds of `loss` that `task` has. They follow from its output type, the source of its rows and `why_not_gold`.
+
+        ``correct`` is the loss ``pseudo`` on the `right_rows` alone.
+        """
         return self._fit_rows(task).losses
+
+    def why_not_gold(self, task: str) -> str | None:
+        """Why `task` has no loss ``gold`` though its rows have labels; None if it has.
+
+        The gold texts of `fit_rows.N_JUDGED` rows are put through the task's own filters and ``process_results`` once.
+        """
+        return self._fit_rows(task).problem_of_gold
+
+    def auto_loss(self, task: str) -> str:
+        """The loss that ``auto`` stands for: ``gold`` where it is right and short, else ``correct``, else ``kl``."""
+        return self._fit_rows(task).auto
+
+    def right_rows(self, task: str, rows: Sequence[int]) -> list[int]:
+        """Those of `rows` whose answer of `set_pseudo_labels` gets full marks of the task's main metric."""
+        return self._fit_rows(task).right_rows(rows)
 
     def loss(self, task: str, rows: Sequence[int], kind: str = "gold") -> Tensor:
         """Mean loss of the bound model on these rows, with a graph to the parameters that require gradients.
@@ -314,6 +334,7 @@ class LmEval(Evaluator):
                 The answer is the right choice in multiple choice, the text in a task that scores a text, and in
                 generation the target and its ending (a stop string of line breaks, else the end-of-text token).
                 ``pseudo``: the same for the answers of `set_pseudo_labels`.
+                ``correct``: the same again. The caller draws from `right_rows` alone.
                 ``kl``: mean over rows of KL(teacher || live) in nats, over the choices or, as a mean over the answer's
                 tokens, over the vocabulary (as SELF-PARAM distils, arXiv 2410.00487. Differs: from teacher to merge).
                 ``entropy``: entropy of the softmax over the choices' summed log-likelihoods, divided by log(n_choices),

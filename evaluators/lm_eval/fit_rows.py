@@ -15,6 +15,9 @@ from lm_eval.utils import handle_non_serializable, hash_string
 
 from evaluators.isolation import isolated_generators
 from evaluators.lm_eval._compat import data_of
+from evaluators.lm_eval.answers import delimiter
+from evaluators.lm_eval.grading import is_right, is_short, problem_of_gold
+from evaluators.lm_eval.options import LmEvalOptions
 from evaluators.lm_eval.questions import TaskQuestions
 from evaluators.lm_eval.scores import right_choices
 from evaluators.lm_eval.tasks import quiet_lm_eval, reason
@@ -28,7 +31,7 @@ __all__ = ["LOSSES", "FitRow", "FitRows", "Source", "fit_source", "losses_of"]
 
 log = logging.getLogger(__name__)
 
-LOSSES = ("gold", "pseudo", "kl", "entropy", "choice")
+LOSSES = ("gold", "pseudo", "kl", "entropy", "choice", "correct")
 
 Source = Literal["train", "search", "test_inputs", "none"]
 """The source of a task's rows to fit on: its training split, the fit share of its questions, the test questions without
@@ -36,6 +39,9 @@ their right answers, or none."""
 
 N_HASHED = 50_000
 """Most rows of a training split that are hashed, which takes seconds. Of a larger split every k-th row is taken."""
+
+N_JUDGED = 16
+"""Most rows on which a task's gold text is judged. A text like ``0`` is right by chance on a few rows, not on all."""
 
 N_DIGEST = 100_000
 """Most rows of a training split that its digest reads, evenly spaced."""
@@ -66,9 +72,11 @@ def fit_source(task: Any, option: Literal["auto", "train", "search", "test_input
 def losses_of(output_type: str) -> tuple[str, ...]:
     """Kinds of loss of tasks with an output type of lm-eval.
 
-    ``choice`` needs choices. ``pseudo`` and ``entropy`` need an answer of the model's own.
+    ``choice`` needs choices. ``pseudo`` and ``entropy`` need an answer of the model's own, ``correct`` one in words.
     """
-    without = () if output_type == "multiple_choice" else ("choice",)
+    without: tuple[str, ...] = () if output_type == "multiple_choice" else ("choice",)
+    if output_type != "generate_until":
+        without = (*without, "correct")
     if output_type not in ("multiple_choice", "generate_until"):
         without = (*without, "pseudo", "entropy")
     return tuple(kind for kind in LOSSES if kind not in without)
@@ -99,9 +107,10 @@ class FitRows:
         questions: The task, its questions already split.
         source: See `fit_source`.
         limit: Most rows to keep.
+        options: The evaluator's options.
     """
 
-    def __init__(self, questions: TaskQuestions, source: Source, limit: int) -> None:
+    def __init__(self, questions: TaskQuestions, source: Source, limit: int, options: LmEvalOptions) -> None:
         self.name = questions.name
         self.task = questions.task
         self.source = source
@@ -110,6 +119,9 @@ class FitRows:
         self.teacher_outputs: dict[int, TeacherOutputs] = {}
         self._questions = questions.questions
         self._limit = limit
+        self._metric = questions.metrics[0]
+        self._options = options.for_task(self.name)
+        self.target = options.target_of(self.name)
 
     @property
     def has_labels(self) -> bool:
@@ -125,9 +137,65 @@ class FitRows:
         """
         kinds = losses_of(self.task.OUTPUT_TYPE)
         if self.has_labels:
-            return kinds
+            without = {"gold"} if self.problem_of_gold else set()
+            without |= set() if self.can_be_graded else {"correct"}
+            return tuple(k for k in kinds if k not in without)
         answers = "pseudo" in kinds and not getattr(self.task, "multiple_input", 0)
-        return tuple(k for k in kinds if answers and k not in ("gold", "choice"))
+        return tuple(k for k in kinds if answers and k not in ("gold", "choice", "correct"))
+
+    @cached_property
+    def problem_of_gold(self) -> str | None:
+        """Why the loss ``gold`` is not offered; None if it is. Only tasks that generate are judged."""
+        if not self._generates_with_labels or not self._sample:
+            return None
+        delimiters = [delimiter(self.task, doc, "x", self._options) for doc in self._sample]
+        problem = problem_of_gold(self.task, self._metric, self._sample, delimiters, self.target)
+        return problem and f"{problem}; task_options.{self.name}.target names another text"
+
+    @cached_property
+    def can_be_graded(self) -> bool:
+        """Whether the task's main metric has full marks, so that it can tell which answers are right."""
+        if not self._generates_with_labels or not self._sample:
+            return False
+        try:
+            with isolated_generators(0), quiet_lm_eval():
+                return is_right(self.task, self._metric, self._sample[0], "0") is not None
+        except Exception:  # a task's own filters and functions
+            return False
+
+    @property
+    def auto(self) -> str:
+        """The loss that ``auto`` stands for: ``gold`` where it is right and short, else ``correct``, else ``kl``.
+
+        A text or a choice that the task gives is right, whatever its length.
+        """
+        has = self.losses
+        if "gold" in has and (
+            self.task.OUTPUT_TYPE != "generate_until"
+            or not self._sample
+            or not self.can_be_graded
+            or is_short(self.task, self._sample, self.target)
+        ):
+            return "gold"
+        return "correct" if "correct" in has else "kl"
+
+    def right_rows(self, rows: Sequence[int]) -> list[int]:
+        """Those of `rows` whose answer in `pseudo` gets full marks of the task's main metric."""
+        with isolated_generators(0), quiet_lm_eval():
+            return [
+                i
+                for i, row in zip(rows, self.select(rows), strict=True)
+                if is_right(self.task, self._metric, row.doc, self.pseudo[i])
+            ]
+
+    @property
+    def _generates_with_labels(self) -> bool:
+        return self.has_labels and self.task.OUTPUT_TYPE == "generate_until"
+
+    @property
+    def _sample(self) -> list[Any]:
+        """The documents on which the gold text is judged."""
+        return [row.doc for row in self.rows[:N_JUDGED]]
 
     @cached_property
     def rows(self) -> list[FitRow]:

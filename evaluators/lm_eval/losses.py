@@ -70,6 +70,7 @@ class LiveLoss:
         """See `LmEval.loss`."""
         fit.select(rows)
         _check_kind(fit, kind)
+        kind = "pseudo" if kind == "correct" else kind
         _check_teacher(fit, rows, kind)
         if self._live.lm.backend != "causal":
             raise EvaluationError("losses are defined for causal language models; this model has an encoder")
@@ -314,7 +315,7 @@ class LiveLoss:
         if kind == "choices":
             return choices_of(fit.task, doc, requests)
         if kind == "gold" or (kind == "kl" and fit.task.OUTPUT_TYPE != "generate_until"):
-            return [gold_answer(fit.task, doc, requests, self._options.for_task(fit.name))]
+            return [gold_answer(fit.task, doc, requests, self._options.for_task(fit.name), fit.target)]
         if fit.task.OUTPUT_TYPE == "multiple_choice":
             return [choices_of(fit.task, doc, requests)[label]]
         return [generated_answer(requests[0], label)]
@@ -384,6 +385,11 @@ def _check_kind(fit: FitRows, kind: str) -> None:
         )
     if kind == "choice" and kind not in has:
         raise InputError(f"the {kind} loss needs the choices of a multiple_choice task, {fit.name!r} is {output}")
+    if kind == "correct" and kind not in has:
+        raise InputError(
+            f"the {kind} loss needs a task that generates answers and whose metric has full marks; {fit.name!r} is "
+            f"{output} and has {', '.join(has)}"
+        )
     if kind in ("predict", "pseudo", "pseudo labels", "entropy") and "pseudo" not in has:
         raise InputError(
             f"{kind}: task {fit.name!r} is {output}, which scores a given text; the model gives no answer of its own"

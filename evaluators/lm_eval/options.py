@@ -72,6 +72,12 @@ class _Prompting(BaseModel):
         return int(token) if isinstance(token, str) and token.isdigit() else token
 
 
+class _TaskOptions(_Prompting):
+    """Options of a single task; see `LmEvalOptions`."""
+
+    target: Annotated[str, Field(min_length=1)] | None = None
+
+
 class LmEvalOptions(_Prompting):
     """An entry ``evaluator: lm_eval``.
 
@@ -91,7 +97,8 @@ class LmEvalOptions(_Prompting):
         gen_kwargs: Replaces settings in the ``generation_kwargs`` of tasks that generate: ``max_gen_toks`` (most tokens
             of an answer), ``until`` (stop strings), ``do_sample``, ``temperature`` and so on.
         task_options: These five options for single tasks, by name. ``gen_kwargs`` and ``chat_template_args`` add to the
-            evaluator's, the others replace them.
+            evaluator's, the others replace them. ``target`` names the field, or is a template over the fields, of the
+            text that the loss ``gold`` learns in place of the task's own target. Scores do not change.
         system_instruction: Text in front of every prompt.
         max_length: Most tokens of a prompt with its answer; None: the model's own limit.
         softmax_dtype: ``float32`` prevents ties between choices of a half-precision model.
@@ -113,7 +120,7 @@ class LmEvalOptions(_Prompting):
     limit: Annotated[int, Field(ge=2, strict=True)] | None = None
     metrics: dict[str, str] = {}
     apply_chat_template: bool = False
-    task_options: dict[str, _Prompting] = {}
+    task_options: dict[str, _TaskOptions] = {}
     system_instruction: str | None = None
     max_length: Annotated[int, Field(ge=2, strict=True)] | None = None
     softmax_dtype: Literal["float32"] | None = None
@@ -139,10 +146,15 @@ class LmEvalOptions(_Prompting):
         own = self.task_options.get(name)
         if own is None:
             return self
-        given = {key: getattr(own, key) for key in own.model_fields_set}
+        given = {key: getattr(own, key) for key in own.model_fields_set - {"target"}}
         for key in {"gen_kwargs", "chat_template_args"} & given.keys():
             given[key] = {**getattr(self, key), **given[key]}
         return self.model_copy(update=given)
+
+    def target_of(self, name: str) -> str | None:
+        """The text that the loss ``gold`` of this task learns; None: the task's own target."""
+        own = self.task_options.get(name)
+        return None if own is None else own.target
 
     @classmethod
     def parse(cls, options: Mapping[str, Any], folder: Path | None = None) -> LmEvalOptions:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from merge_search.evaluation import Evaluator, MetricInfo
+from merge_search.evaluation import Differentiable, Evaluator, Grading, MetricInfo, kind_of
 from merge_search.objective import Objective
 from merge_search.rules import RuleFile
 from merge_search.space import SearchSpace, SpaceContext
@@ -70,13 +70,22 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """What the budget decides, as sentences."""
+        """What the budget decides and what the learner learns, as sentences."""
         if self.file.search.fidelity is not None or self.fidelity >= 1:
-            return []
+            return self._loss_notes()
         return [
+            *self._loss_notes(),
             f"search.questions pays for {self.fidelity:.0%} of the search questions in every trial, so that base, "
-            "experts and baselines leave most of it to the search; search.fidelity sets another share"
+            "experts and baselines leave most of it to the search; search.fidelity sets another share",
         ]
+
+    def _loss_notes(self) -> list[str]:
+        """Tasks whose loss is chosen here and is not ``gold``, each with the reason."""
+        learner = self.file.search.learner
+        if learner is None or "auto" not in learner.loss:
+            return []
+        able = [e for e in self.evaluators if isinstance(e, Differentiable)]
+        return [text for e in able for task in e.fit_tasks() if (text := _loss_note(e, task))]
 
     def resuming(self, stored: Mapping[str, Any] | None) -> Plan:
         """The plan of a study that goes on: the same questions are asked, and retention keeps its meaning.
@@ -117,6 +126,15 @@ class Plan:
             **({} if file.statistics.n_rows == N_ROWS else {"statistics_rows": file.statistics.n_rows}),
             **({"rules": {rules.name: rules.sha256 for rules in self.rules}} if self.rules else {}),
         }
+
+
+def _loss_note(evaluator: Differentiable, task: str) -> str | None:
+    kind = kind_of(evaluator, task, "auto")
+    if kind == "gold":
+        return None
+    why = evaluator.why_not_gold(task) if isinstance(evaluator, Grading) else None
+    why = why or ("its gold texts are long" if "gold" in evaluator.losses(task) else "it has no loss gold")
+    return f"task {task!r} is learned from its best expert (loss {kind}): {why}"
 
 
 def _told(options: Mapping[str, Any]) -> dict[str, Any]:

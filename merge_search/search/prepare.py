@@ -22,6 +22,7 @@ from merge_search.evaluation import (
     ComparesWithExperts,
     Differentiable,
     Evaluator,
+    Grading,
     MetricInfo,
     Split,
     SplitShares,
@@ -286,14 +287,19 @@ def _unfit_granularities(at: str, granularities: Sequence[str], losses: Sequence
 def _lacking(at: str, losses: Sequence[str], evaluators: Sequence[Differentiable]) -> list[str]:
     """A sentence for each task that lacks one of the losses."""
     # Block outputs are compared on the experts' answers, so a task needs the loss on these.
-    wanted = [(kind, "pseudo" if kind == "block_output" else kind) for kind in losses]
+    wanted = [(kind, "pseudo" if kind == "block_output" else kind) for kind in losses if kind != "auto"]
     return [
-        f"{at}: task {task!r} has no loss {named!r}; it has {', '.join(e.losses(task))}"
+        f"{at}: task {task!r} has no loss {named!r}{_why_not(e, task, kind)}; it has {', '.join(e.losses(task))}"
         for e in evaluators
         for task in e.fit_tasks()
         for named, kind in wanted
         if kind not in e.losses(task)
     ]
+
+
+def _why_not(evaluator: Differentiable, task: str, kind: str) -> str:
+    why = evaluator.why_not_gold(task) if kind == "gold" and isinstance(evaluator, Grading) else None
+    return "" if why is None else f": {why} (auto takes another loss for it)"
 
 
 def _loss_problems(baseline: Baseline, evaluators: list[Evaluator]) -> list[str]:

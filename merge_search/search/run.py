@@ -44,6 +44,7 @@ from merge_search.search.records import (
     teachers_of,
 )
 from merge_search.search.start.baselines import reference_recipes
+from merge_search.search.start.learned_space import with_stored_loss
 from merge_search.search.stopping import reason_to_stop
 from merge_search.search.trial.executor import Executor, LocalExecutor
 from merge_search.search.trial.job import Failed, Job, Report, Scored, Spent
@@ -98,7 +99,8 @@ def _run(file: StudyFile, listener: Listener) -> optuna.Study:
         executor = LocalExecutor(plan, device=file.device)
         try:
             study = _open_study(plan, backend, sampler)
-            plan = plan.resuming(study.user_attrs.get("identity"))
+            stored = study.user_attrs.get("identity")
+            plan = with_stored_loss(plan.resuming(stored), stored)
             for text in (*executor.notes, *plan.space.notes, *plan.objective.notes, *plan.notes):
                 listener.note(text)
             storage.check_identity(study, plan.identity(executor.models.hashes))

@@ -394,7 +394,7 @@ def _loss(evaluator: Any, task: str, rows: Sequence[int], kind: str) -> float:
 @contextmanager
 def _taught(case: EvaluatorCase, evaluator: Any, task: str, rows: list[int], kind: str) -> Iterator[None]:
     """The model as it is now is the teacher; inside it has other weights."""
-    if kind == "pseudo":
+    if kind in ("pseudo", "correct"):
         evaluator.set_pseudo_labels(task, dict(zip(rows, evaluator.predict(task, rows), strict=True)))
     if kind == "kl":
         evaluator.cache_teacher(task, rows)

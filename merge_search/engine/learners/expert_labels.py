@@ -14,7 +14,7 @@ from merge_search.cpu_matmul import fast_products
 from merge_search.engine.engine import MergeEngine
 from merge_search.engine.learners.fit import teacher_recipe
 from merge_search.errors import InputError
-from merge_search.evaluation import Differentiable, Teachable, asking
+from merge_search.evaluation import Differentiable, Grading, Teachable, asking, kind_of
 from merge_search.recipe import Recipe
 
 __all__ = ["ExpertLabels"]
@@ -23,11 +23,11 @@ _AT_ONCE = 256  # rows whose predictions are asked for at a time
 
 
 class ExpertLabels:
-    """The fit rows that each task's teacher has answered, for the losses ``pseudo`` and ``kl``.
+    """The fit rows that each task's teacher has answered, for the losses ``pseudo``, ``correct`` and ``kl``.
 
-    A teacher is the expert, or the base, that is best at a task. ``pseudo`` keeps the teacher's answers, ``kl`` its
-    distribution over answers. Both stay with the evaluators, in this process. A resumed process asks again for the rows
-    that it draws.
+    A teacher is the expert, or the base, that is best at a task. ``pseudo`` and ``correct`` keep the teacher's answers,
+    ``kl`` its distribution over answers. Both stay with the evaluators, in this process. A resumed process asks again
+    for the rows that it draws.
 
     Args:
         evaluators: Those with a differentiable loss answer for their tasks. The others are ignored.
@@ -46,7 +46,7 @@ class ExpertLabels:
         Raises:
             InputError: An evaluator has no loss ``kl``.
         """
-        return sum(_price(e, task, kind) * len(new) for e, task, new in self._unanswered(kind, rows))
+        return sum(_price(e, task, own) * len(new) for e, task, own, new in self._unanswered(kind, rows))
 
     def ask(
         self,
@@ -66,7 +66,7 @@ class ExpertLabels:
             recipe: Any recipe over the same models and dtype.
             teachers: Task -> expert, or ``base``, for every task with a row to answer. It must be the same in every
                 call.
-            kind: ``pseudo`` or ``kl``.
+            kind: A kind of loss, or ``auto``. The kinds that need no teacher ask nothing.
             rows: Rows by task.
         Returns:
             The number of questions asked.
@@ -77,25 +77,43 @@ class ExpertLabels:
         they depend on which rows were answered before.
         """
         before = self.asked
-        for evaluator, task, new in self._unanswered(kind, rows):
-            price = _price(evaluator, task, kind)
+        for evaluator, task, own, new in self._unanswered(kind, rows):
+            price = _price(evaluator, task, own)
             if teachers.get(task) not in {"base", *recipe.models.experts}:
                 raise InputError(f"learner: task {task!r} needs a model that is best at it to label its rows")
             engine.apply(teacher_recipe(recipe, teachers[task]), views)
             self.asked += price * len(new)
             with fast_products(views), asking(f"task {task!r}: labelling its rows"):
-                _answer(evaluator, task, new, kind)
-            self._known[kind, task].update(new)
+                _answer(evaluator, task, new, own)
+            self._known[own, task].update(new)
         return self.asked - before
+
+    def right(self, kind: str, rows: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:
+        """The rows that the teacher answers right, by task whose loss is ``correct``, of `rows` already answered.
+
+        Raises:
+            EvaluationError: An evaluator failed to judge the answers.
+        """
+        right = {}
+        for evaluator in self._evaluators:
+            if isinstance(evaluator, Grading):
+                for task in rows.keys() & evaluator.fit_tasks().keys():
+                    if kind_of(evaluator, task, kind) == "correct":
+                        with asking(f"task {task!r}: judging its teacher's answers"):
+                            right[task] = evaluator.right_rows(task, sorted(rows[task]))
+        return right
 
     def _unanswered(
         self, kind: str, rows: Mapping[str, Iterable[int]]
-    ) -> Iterator[tuple[Differentiable, str, list[int]]]:
+    ) -> Iterator[tuple[Differentiable, str, str, list[int]]]:
+        """Evaluator, task, ``pseudo`` or ``kl``, and the new rows, for every task whose loss needs a teacher."""
         for evaluator in self._evaluators:
             if isinstance(evaluator, Differentiable):
                 for task in evaluator.fit_tasks():
-                    if new := sorted(set(rows.get(task, ())) - self._known[kind, task]):
-                        yield evaluator, task, new
+                    own = kind_of(evaluator, task, kind)
+                    own = "pseudo" if own == "correct" else own
+                    if own in ("pseudo", "kl") and (new := sorted(set(rows.get(task, ())) - self._known[own, task])):
+                        yield evaluator, task, own, new
 
 
 def _price(evaluator: Differentiable, task: str, kind: str) -> int:

@@ -13,9 +13,10 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from merge_search.engine.engine import MergeEngine
 from merge_search.engine.learners.granularity import Granularity, make_granularity
 from merge_search.engine.learners.slopes import Parts, Slopes
 from merge_search.errors import EvaluationError, InputError, NonFiniteError, nearest
-from merge_search.evaluation import Differentiable, Generating, loss_of
+from merge_search.evaluation import Differentiable, Generating, kind_of, loss_of
 from merge_search.recipe import Recipe
 from merge_search.rules import GRANULARITIES
 from merge_search.seeding import derive_seed
@@ -50,8 +51,9 @@ class FitSettings:
         steps: Number of Adam steps. With 0 the fit returns the start.
         step_size: Adam's step size.
         batch_rows: Rows of every task in every step.
-        loss: The kind that `task_losses` is asked for: ``gold``, ``pseudo``, ``kl`` or ``entropy``
-            (`evaluation.Differentiable`). ``block_output`` selects `block_outputs.fit_blocks`.
+        loss: The kind that `task_losses` is asked for: ``gold``, ``pseudo``, ``kl``, ``entropy`` and so on
+            (`evaluation.Differentiable`), or ``auto`` (`evaluation.kind_of`). ``block_output`` selects
+            `block_outputs.fit_blocks`.
         normalise: Divide each task's loss by its value at the start (on the first batch). This is for losses of
             different units. It gives most weight to tasks that are nearly solved.
         pull: Weight of half the squared distance from the start, which is added to the loss.
@@ -110,6 +112,10 @@ class TaskLoss:
     loss: Callable[[Sequence[int]], Tensor]
     questions: int = QUESTIONS_PER_ROW
 
+    def on(self, rows: Sequence[int]) -> TaskLoss:
+        """The loss that draws from `rows` alone, of which there must be one."""
+        return replace(self, n_rows=len(rows), loss=lambda drawn: self.loss([rows[i] for i in drawn]))
+
     def questions_per_step(self, settings: FitSettings) -> int:
         """Questions that one step asks of this task."""
         return self.questions * min(settings.batch_rows, self.n_rows)
@@ -137,12 +143,15 @@ class Fitted:
     seconds: float
 
 
-def task_losses(evaluators: Sequence[object], kind: str = "gold") -> dict[str, TaskLoss]:
+def task_losses(
+    evaluators: Sequence[object], kind: str = "gold", instead: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, TaskLoss]:
     """Return the tasks of all evaluators that have a differentiable loss and rows to fit on.
 
     Args:
         evaluators: Evaluators without a differentiable loss are ignored.
-        kind: Name of the loss.
+        kind: Name of the loss, or ``auto``.
+        instead: Names of the losses of single tasks.
     Raises:
         InputError: There are no such tasks, or two evaluators have a task of the same name.
     """
@@ -155,8 +164,9 @@ def task_losses(evaluators: Sequence[object], kind: str = "gold") -> dict[str, T
                         f"learner: two evaluators have a task {task!r} to fit on; give them different names"
                     )
                 if n > 0:
-                    more = evaluator.generated_questions(task, kind) if isinstance(evaluator, Generating) else 0
-                    losses[task] = TaskLoss(n, loss_of(evaluator, task, kind), QUESTIONS_PER_ROW + more)
+                    own = kind_of(evaluator, task, instead.get(task, kind))
+                    more = evaluator.generated_questions(task, own) if isinstance(evaluator, Generating) else 0
+                    losses[task] = TaskLoss(n, loss_of(evaluator, task, own), QUESTIONS_PER_ROW + more)
     if not losses:
         raise InputError(
             "learner: no task has a differentiable loss and rows to fit on; "

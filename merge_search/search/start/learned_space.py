@@ -24,14 +24,16 @@ questions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from merge_search.recipe import Recipe
 from merge_search.rules import GRANULARITIES
+from merge_search.search.plan import Plan
 from merge_search.space import Categorical, Float, Parameter, Point, SearchSpace
 from merge_search.study_file import Learner
 
-__all__ = ["PREFIX", "SEEN_FOR_FINEST", "LearnedSpace"]
+__all__ = ["PREFIX", "SEEN_FOR_FINEST", "LearnedSpace", "with_stored_loss"]
 
 Values = dict[str, str | int | float | bool]
 
@@ -154,3 +156,23 @@ class LearnedSpace:
             **chosen,
         }
         return {PREFIX + k: v for k, v in values.items() if PREFIX + k in self.parameters}
+
+
+def with_stored_loss(plan: Plan, stored: Mapping[str, Any] | None) -> Plan:
+    """The plan of a study that goes on, with the learner's loss that it began with, unless the study file names one.
+
+    A study that began before the loss ``auto`` existed has the default of that time, ``gold``.
+
+    Args:
+        plan: The checked study.
+        stored: The study's stored identity; None if it begins now.
+    """
+    learner, former = plan.file.search.learner, (stored or {}).get("learner")
+    if learner is None or former is None or "loss" in learner.model_fields_set:
+        return plan
+    learner = learner.model_copy(update={"loss": former.get("loss", ["gold"])})
+    search = plan.file.search.model_copy(update={"learner": learner})
+    space = plan.space
+    if isinstance(space, LearnedSpace):
+        space = LearnedSpace(space.space, learner, n_rows=space.n_rows)
+    return replace(plan, file=plan.file.model_copy(update={"search": search}), space=space)

@@ -49,6 +49,9 @@ from merge_search.study_file import StudyFile
 
 __all__ = ["Worker", "maps_of", "statistics_of", "transforms_of"]
 
+_LEAST_RIGHT = 0.1
+"""Smallest share of a teacher's answers that must be right for the loss ``correct``."""
+
 
 def maps_of(file: StudyFile) -> Path:
     """The folder of a study's coefficient maps: beside the study file, with the study's name."""
@@ -336,12 +339,15 @@ class Worker:
             settings: How it is run.
             teachers: Task -> the expert whose answers are its labels. The losses ``gold``, ``choice`` and ``entropy``
                 do without.
+
+        Raises:
+            EvaluationError: The loss is ``correct``, and a teacher has too few right answers.
         """
         kind = _kind_on_rows(settings.loss)
         self._take_bench(recipe.transform)
-        if kind in ("pseudo", "kl"):
-            self._here.labels.ask(self.engine, self.views, recipe, teachers, kind, self._fit_rows(settings))
-        losses, folder = task_losses(self.evaluators, kind), self.map_folder
+        rows = self._fit_rows(settings)
+        self._here.labels.ask(self.engine, self.views, recipe, teachers, kind, rows)
+        losses, folder = self._losses_on_right_rows(recipe, teachers, kind, rows), self.map_folder
         live = (self.engine, self.live.model, self.views)
         if settings.loss == "block_output":
             fitted = fit_blocks(*live, recipe, losses, teachers, settings, map_folder=folder, on_asked=self._count)
@@ -349,15 +355,35 @@ class Worker:
             fitted = fit(*live, recipe, losses, settings, map_folder=folder, on_asked=self._count)
         return replace(fitted, questions=self._uncharged())
 
+    def _losses_on_right_rows(
+        self, recipe: Recipe, teachers: Mapping[str, str], kind: str, rows: Mapping[str, Iterable[int]]
+    ) -> dict[str, TaskLoss]:
+        """The losses of a fit. Those of kind ``correct`` draw from the rows alone that the teacher answers right.
+
+        Where ``auto`` stands for ``correct`` and the teacher has too few right answers, it asks the teacher again and
+        gives ``kl``.
+        """
+        right = self._here.labels.right(kind, rows)
+        few = [task for task, found in right.items() if len(found) < _LEAST_RIGHT * len(list(rows[task]))]
+        if few and kind != "auto":
+            raise EvaluationError(
+                f"learner: fewer than {_LEAST_RIGHT:.0%} of the answers of the teacher of {', '.join(map(repr, few))} "
+                "are right, which is too few for the loss correct; take the loss kl"
+            )
+        self._here.labels.ask(self.engine, self.views, recipe, teachers, "kl", {task: rows[task] for task in few})
+        losses = task_losses(self.evaluators, kind, dict.fromkeys(few, "kl"))
+        return losses | {task: losses[task].on(found) for task, found in right.items() if task not in few}
+
     def fit_questions(self, settings: FitSettings) -> int:
-        """Number of questions that `fit` would ask now, with those of the teachers. It grows with the steps."""
+        """Number of questions that `fit` would ask now, with those of the teachers. It grows with the steps.
+
+        A teacher that has too few right answers for ``auto`` is asked more than this, once.
+        """
         kind, losses = _kind_on_rows(settings.loss), self._fit_losses(settings)
         asked = settings.steps * sum(loss.questions_per_step(settings) for loss in losses.values())
         if settings.loss == "block_output":
             asked += PASSES * sum(loss.n_rows for loss in losses.values())
-        if kind in ("pseudo", "kl"):
-            asked += self._here.labels.questions(kind, self._fit_rows(settings))
-        return asked
+        return asked + self._here.labels.questions(kind, self._fit_rows(settings))
 
     def _fit_losses(self, settings: FitSettings) -> dict[str, TaskLoss]:
         """The tasks that a fit runs on, with the number of rows that it chooses from."""
