@@ -69,7 +69,7 @@ def run(study: StudyArgument, device: DeviceOption = None) -> None:
 @app.command()
 def validate(study: StudyArgument) -> None:
     """Check a study file, its models, tasks and metrics without loading any weight."""
-    plan = _plan(study, look_for_earlier=True)
+    plan = _plan(study, is_new=True)
     dimension = len(plan.space.parameters)
     out.print(
         f"{study.name}: no problem found. {len(plan.context.experts)} experts, {plan.context.n_blocks} blocks, "
@@ -317,11 +317,11 @@ def _importing() -> Iterator[None]:
             gc.enable()
 
 
-def _plan(study: Path, device: str | None = None, *, look_for_earlier: bool = False) -> Plan:
+def _plan(study: Path, device: str | None = None, *, is_new: bool = False) -> Plan:
     file = _read(study, device)
     from merge_search.search.prepare import prepare
 
-    return prepare(file, look_for_earlier=look_for_earlier)
+    return prepare(file, is_new=is_new)
 
 
 def _read(study: Path, device: str | None = None) -> StudyFile:

@@ -43,7 +43,7 @@ from merge_search.search.start.learned_space import LearnedSpace
 from merge_search.space import SearchSpace, SpaceContext
 from merge_search.study_file import Learner, StudyFile
 
-__all__ = ["prepare"]
+__all__ = ["prepare", "wrong_gold"]
 
 T = TypeVar("T")
 
@@ -147,13 +147,13 @@ def _merges(transform: Transform | None) -> bool:
     return transform is None or transform.name not in TRANSFORMS or TRANSFORMS[transform.name].merges
 
 
-def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
+def prepare(file: StudyFile, *, is_new: bool = False) -> Plan:
     """Check the whole study.
 
     Args:
         file: The study file.
-        look_for_earlier: Also check that the studies of ``search.learn_from`` exist. A study that goes on has read
-            them.
+        is_new: Also check what a study that goes on has behind it: that the studies of ``search.learn_from`` exist, and
+            that no gold text is wrong (`wrong_gold`).
 
     Returns:
         The checked study.
@@ -207,8 +207,9 @@ def prepare(file: StudyFile, *, look_for_earlier: bool = False) -> Plan:
     ]
     if len(evaluators) == len(built):
         problems.sentences += [text for b in named if b.fit for text in _loss_problems(b, evaluators)]
-    if look_for_earlier:
+    if is_new:
         problems.sentences += earlier_problems(file)
+        problems.sentences += wrong_gold(file, evaluators)
     if problems.sentences:
         raise StudyFileError(problems.sentences, where=file.path.name)
     assert context is not None
@@ -289,17 +290,35 @@ def _lacking(at: str, losses: Sequence[str], evaluators: Sequence[Differentiable
     # Block outputs are compared on the experts' answers, so a task needs the loss on these.
     wanted = [(kind, "pseudo" if kind == "block_output" else kind) for kind in losses if kind != "auto"]
     return [
-        f"{at}: task {task!r} has no loss {named!r}{_why_not(e, task, kind)}; it has {', '.join(e.losses(task))}"
+        f"{at}: task {task!r} has no loss {named!r}; it has {', '.join(e.losses(task))}"
         for e in evaluators
         for task in e.fit_tasks()
         for named, kind in wanted
-        if kind not in e.losses(task)
+        if kind not in e.losses(task) and not (kind == "gold" and _why_not_gold(e, task))  # see `wrong_gold`
     ]
 
 
-def _why_not(evaluator: Differentiable, task: str, kind: str) -> str:
-    why = evaluator.why_not_gold(task) if kind == "gold" and isinstance(evaluator, Grading) else None
-    return "" if why is None else f": {why} (auto takes another loss for it)"
+def wrong_gold(file: StudyFile, evaluators: Sequence[Evaluator]) -> list[str]:
+    """A sentence for each task that the file fits on a gold text which the task's own metric scores wrong.
+
+    A study that began before this was checked goes on with what it learned.
+    """
+    named = {f"search.baselines: {b.label!r}": [b.fit.loss] for b in _baselines(file, _Problems()) if b.fit}
+    if file.search.learner is not None:
+        named["search.learner.loss"] = file.search.learner.loss
+    return [
+        f"{at}: task {task!r} has no loss 'gold': {why}; auto takes another loss for it"
+        for at, losses in named.items()
+        if "gold" in losses
+        for e in evaluators
+        if isinstance(e, Differentiable)
+        for task in e.fit_tasks()
+        if (why := _why_not_gold(e, task))
+    ]
+
+
+def _why_not_gold(evaluator: Differentiable, task: str) -> str | None:
+    return evaluator.why_not_gold(task) if isinstance(evaluator, Grading) else None
 
 
 def _loss_problems(baseline: Baseline, evaluators: list[Evaluator]) -> list[str]:

@@ -21,7 +21,7 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from merge_search.errors import EvaluationError, NonFiniteError, WeightsError
+from merge_search.errors import EvaluationError, NonFiniteError, StudyFileError, WeightsError
 from merge_search.evaluation import Evaluation, Split
 from merge_search.objective import References
 from merge_search.outcome import Outcome
@@ -30,7 +30,7 @@ from merge_search.search import checks, samplers, storage
 from merge_search.search.budget import ASKED_IN_VAIN, Budget
 from merge_search.search.first_trials import FirstTrials
 from merge_search.search.plan import Plan
-from merge_search.search.prepare import prepare
+from merge_search.search.prepare import prepare, wrong_gold
 from merge_search.search.records import (
     Record,
     best,
@@ -100,6 +100,8 @@ def _run(file: StudyFile, listener: Listener) -> optuna.Study:
         try:
             study = _open_study(plan, backend, sampler)
             stored = study.user_attrs.get("identity")
+            if stored is None and (problems := wrong_gold(file, plan.evaluators)):
+                raise StudyFileError(problems, where=file.path.name)
             plan = with_stored_loss(plan.resuming(stored), stored)
             for text in (*executor.notes, *plan.space.notes, *plan.objective.notes, *plan.notes):
                 listener.note(text)

@@ -248,7 +248,7 @@ def test_validate_looks_for_earlier_studies_and_a_study_that_goes_on_does_not(de
     path.write_text(yaml.safe_dump({**drift_study(demo), "search": {"learn_from": ["gone.yaml"]}}))
     prepare(read_study_file(path))
     with pytest.raises(StudyFileError, match=r"search\.learn_from\.0: .*no such file: .*gone\.yaml"):
-        prepare(read_study_file(path), look_for_earlier=True)
+        prepare(read_study_file(path), is_new=True)
 
 
 def test_files_of_evaluators_are_relative_to_the_study_file(

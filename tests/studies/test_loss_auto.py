@@ -88,9 +88,13 @@ def test_validate_refuses_gold_and_says_what_auto_takes(zoo: Path, tmp_path: Pat
     assert "task 'intent_follows' is learned from its best expert (loss correct)" in shown
     path = write_study(tmp_path, zoo, ["intent_follows", "where_passes"], {**LEARNER, "loss": "gold"})
     with pytest.raises(StudyFileError) as caught:
-        prepare(read_study_file(path))
+        prepare(read_study_file(path), is_new=True)
     assert len(caught.value.problems) == 2
     assert "gives no full marks to 16 of 16 texts, like '0'" in caught.value.problems[0]
+    refused = here("run", path, check=False)
+    assert refused.returncode != 0
+    assert "has no loss 'gold'" in " ".join(refused.stderr.split())
+    prepare(read_study_file(path))  # a study that began before goes on
 
 
 def test_auto_learns_the_teachers_right_answers_and_counts_what_they_cost(zoo: Path, tmp_path: Path) -> None:
