@@ -26,7 +26,7 @@ from merge_search.search.plan import Plan
 from merge_search.search.records import Record, objective_of, records, references_of, teachers_of
 from merge_search.search.storage import load_study
 from merge_search.search.trial.worker import maps_of, statistics_of
-from merge_search.search.verdict.selection import champions, nothing_to_hand_over
+from merge_search.search.verdict.selection import base_is_better, champions, nothing_to_hand_over
 
 __all__ = ["export_adapter_of_trial", "export_mergekit", "export_trial"]
 
@@ -43,7 +43,8 @@ def export_trial(plan: Plan, out: Path, *, number: int | None = None) -> Record:
         The trial.
 
     Raises:
-        StudyFileError: there is no study or no such trial, or the trial was never scored.
+        StudyFileError: there is no study or no such trial, or the trial was never scored. Without `number` also: the
+            base is expected to be better than every merge.
         InputError: `out` is in use.
         WeightsError: the weights differ from the scored ones; nothing is written.
     """
@@ -70,7 +71,8 @@ def export_adapter_of_trial(
         The trial, and what was written.
 
     Raises:
-        StudyFileError: there is no study or no such trial, or the trial was never scored.
+        StudyFileError: there is no study or no such trial, or the trial was never scored. Without `number` also: the
+            base is expected to be better than every merge.
         RecipeError: the trial's merge is no LoRA adapter, with every reason.
         InputError: `out` is in use.
     """
@@ -125,6 +127,9 @@ def _wanted(study: optuna.Study, number: int | None) -> Record:
             f"the study has {len(objective.names)} objectives and {len(winners)} merges that none of the others beats "
             f"in everything; choose one with --trial (search scores): {names}"
         )
+    if better := base_is_better(study, objective, experts):
+        number = winners[0].number
+        raise StudyFileError(f"{better}. Use the base, search further, or write this merge with --trial {number}")
     return winners[0]
 
 

@@ -40,6 +40,7 @@ from merge_search.space import Parameter
 __all__ = [
     "POSTERIOR_ATTRIBUTE",
     "Standing",
+    "base_is_better",
     "best_presets",
     "champions",
     "compared",
@@ -248,6 +249,25 @@ def winner(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) 
     if merges:
         return max(merges, key=lambda s: (-s.excess, objective.key([s.expected]))).record
     return best(study, objective)
+
+
+def base_is_better(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> str:
+    """A text with the scores if every merge is expected to be worse than the base, by all answers; else ''.
+
+    Only with one objective, and only once the merges have validation scores.
+    """
+    rows = standings(study, objective, experts)
+    base = next((s for s in rows if s.role == "base"), None)
+    won = winner(study, objective, experts)
+    best = next((s for s in rows if won is not None and s.record.number == won.number), None)
+    if base is None or best is None or len(objective.names) > 1 or base.excess > best.excess:
+        return ""
+    if objective.key([base.expected]) <= objective.key([best.expected]):
+        return ""
+    return (
+        f"every merge is expected to be worse than the base in {objective.names[0]}, by the search and validation "
+        f"questions: the best is {best.record.name} with {best.expected:.3f}, the base has {base.expected:.3f}"
+    )
 
 
 def nothing_to_hand_over(study: optuna.Study) -> str:

@@ -155,6 +155,15 @@ def test_a_baseline_can_win(study: optuna.Study) -> None:
     assert "worse than baseline: average" in summary_table(study, OBJECTIVE, ("x",)).verdict
 
 
+def test_the_base_may_be_the_better_answer(study: optuna.Study) -> None:
+    assert selection.base_is_better(study, OBJECTIVE, ("x",)) == ""
+    validation = {number: evaluation(30) for number in study.user_attrs["validation"]}
+    study.set_user_attr("validation", {**validation, "0": evaluation(60), "1": evaluation(60)})
+    said = selection.base_is_better(study, OBJECTIVE, ("x",))
+    assert said.startswith("every merge is expected to be worse than the base in t")
+    assert "the base has 0.5" in said or "the base has 0.6" in said
+
+
 def test_the_verdict_is_a_paired_interval(study: optuna.Study) -> None:
     """74 against 66 of the same 100 questions, nested: 8 questions differ, all in favour."""
     d = np.array([1.0] * 8 + [0.0] * 92)
