@@ -322,7 +322,7 @@ class State:
         self.adam.step()
         if together is not None:
             with torch.no_grad():
-                self.vector += self._shared[together]
+                self.vector.add_(self._shared[together])
                 self._shared.zero_()
         if self.settings.clamp is not None:
             low, high = self.settings.clamp

@@ -147,7 +147,8 @@ class PerRow:
         self._recipe, self._parts, self._folder = recipe, parts, folder
         tensors, n = parts.engine.tensors, 0
         self._where: dict[str, tuple[int, int]] = {}
-        pieces, sets = [], []
+        pieces: list[Tensor] = []
+        sets: list[Tensor] = []
         for name in tensors.groups:
             if not parts.get(name)[0]:
                 continue
