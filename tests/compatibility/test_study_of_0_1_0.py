@@ -82,6 +82,23 @@ def test_the_winner_is_exported_with_the_weights_that_were_scored_and_its_card(s
     assert lines((tmp_path / "best" / "README.md").read_text()) == lines((FIXTURE / "card.md").read_text())
 
 
+def test_a_merge_that_is_worse_than_the_base_is_exported_only_by_number(study: Path, tmp_path: Path) -> None:
+    """The base gets the winner's answers on the validation questions, and all others get the base's."""
+    stored = optuna.load_study(study_name="kept", storage=f"sqlite:///{study.parent / 'kept.sqlite'}")
+    scored = {t.number: t for t in stored.get_trials() if t.values and "evaluation" in t.user_attrs}
+    base = next(t for t in scored.values() if t.user_attrs.get("label") == "base")
+    best = max(scored.values(), key=lambda t: t.value or 0.0)
+    answers = {n: (best if t is base else base).user_attrs["evaluation"] for n, t in scored.items()}
+    stored.set_user_attr("validation", {str(n): found for n, found in answers.items()})
+    refused = here("export", study, tmp_path / "best", check=False)
+    said = " ".join(refused.stderr.split())
+    assert "every merge is expected to be worse than the base" in said
+    assert not (tmp_path / "best").exists()
+    number = said.rpartition("--trial ")[2].split()[0]
+    here("export", study, tmp_path / "best", "--trial", number)
+    assert (tmp_path / "best" / NAME).is_file()
+
+
 def test_a_learned_trial_and_its_recipe_alone_give_the_weights_that_were_scored(study: Path, tmp_path: Path) -> None:
     trial = learned(study)
     wanted = trial.user_attrs["weights_sha256"]
