@@ -22,7 +22,8 @@ Constraints are text: ``zoo_qtype >= 0.6``, ``zoo_qtype >= base - 0.01``, ``wiki
 Noise: a score's variance is that of a mean of n per-question values. For 0/1 answers it is p(1 - p)/n, with p smoothed
 to (k + 1/2)/(n + 1), so that 0 of n and n of n do not claim certainty. `References.pairing` is the share of the
 variance that remains when candidates answer the same questions: the mean over pairs of var(y_i - y_j) / 2 relative to
-the mean of var(y_i). The references' own noise shifts all candidates alike and is left out.
+the mean of var(y_i), averaged over metrics that are neither costs nor members of a group. The references' own noise
+shifts all candidates alike and is left out.
 
     >>> from merge_search.evaluation import Split
     >>> maths = MetricInfo("maths", "acc", True, {Split.SEARCH: 100})
@@ -152,7 +153,7 @@ class References:
             expert[m.name] = best.score
             leads[m.name] = sign * _in_standard_errors(best, base.scores[m.name]) + 0.0  # never -0.0
         base_scores = {m.name: base.scores[m.name].score for m in metrics}
-        counted = [m.name for m in metrics if not m.member_of]
+        counted = [m.name for m in metrics if not (m.member_of or m.is_cost)]
         return cls(base_scores, expert, names, _pairing([base, *experts.values()], counted), leads)
 
 

@@ -107,6 +107,25 @@ def test_pairing_leaves_out_metrics_whose_answers_never_differ() -> None:
     assert _pairing([scored({"b": np.ones(4)})] * 2) == 1.0
 
 
+def test_pairing_leaves_out_costs() -> None:
+    skill = MetricInfo("t", "acc", True, {Split.SEARCH: 4})
+    seconds = MetricInfo("latency", "seconds", False, {Split.SEARCH: 4}, is_cost=True)
+    answers, times = (np.array([1.0, 1, 0, 0]), np.array([1.0, 1, 1, 0])), (np.array([5.0, 6, 7, 9]), np.ones(4))
+
+    def pairing(metrics: list[MetricInfo]) -> float:
+        base, expert = (
+            Evaluation(
+                Split.SEARCH,
+                1.0,
+                {m.name: Scores((), v, float(v.mean()), 0.1) for m, v in zip([skill, seconds], values, strict=True)},
+            )
+            for values in zip(answers, times, strict=True)
+        )
+        return References.from_evaluations(metrics, base, {"x": expert}).pairing
+
+    assert pairing([skill, seconds]) == pairing([skill]) < 0.5
+
+
 def test_pairing_counts_every_metric_alike_whatever_its_unit() -> None:
     """a: 4 of 10 answers differ, (0.24 / 2) / ((0.24 + 0.16) / 2) = 0.6; p: the same for both models, 0."""
 
