@@ -48,11 +48,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
+from scipy import stats
 
 from merge_search.errors import StudyFileError, nearest
 from merge_search.evaluation import Evaluation, MetricInfo, Scores
 
-__all__ = ["Constraint", "Estimate", "Objective", "References", "paired_difference"]
+__all__ = ["Constraint", "Estimate", "Objective", "References", "paired_difference", "paired_interval"]
 
 
 class Valued(Protocol):
@@ -525,3 +526,42 @@ def paired_difference(a: Evaluation, b: Evaluation, weights: Mapping[str, float]
         mean += weight * float(d.mean())
         variance += weight**2 * (float(d.var(ddof=1)) / len(d) if len(d) > 1 else math.nan)
     return mean, math.sqrt(variance)
+
+
+def paired_interval(
+    a: Evaluation, b: Evaluation, weights: Mapping[str, float], level: float = 0.95
+) -> tuple[float, float, float]:
+    """The weighted difference of two evaluations on the same questions, and an interval of it at this level.
+
+    The interval is Student's, with the degrees of freedom of Welch and Satterthwaite over the metrics. Where all
+    answers of a metric are 0 or 1, half a question is added to those that only `a` and to those that only `b` has right. So
+    equal answers still have an interval; with few questions it is wider than it must be. Graded answers whose
+    differences are all equal count as known exactly. The weights count as known: where they are one over the lead of
+    an expert, the noise of that lead is left out.
+
+    Args:
+        a: The first evaluation, with at least two questions per metric.
+        b: The second evaluation.
+        weights: Metric -> weight, as `Objective.weights` returns them.
+        level: The share of intervals that should hold the true difference, in (0, 1).
+
+    Returns:
+        The difference, and the lower and upper end of its interval.
+    """
+    mean, _ = paired_difference(a, b, weights)
+    variance = spread = 0.0
+    for name, weight in weights.items():
+        x, y = a.scores[name].values, b.scores[name].values
+        d = x - y
+        n = len(d)
+        if np.isin([x, y], (0.0, 1.0)).all():
+            up, down = (float(((sign * d) > 0).sum() + 0.5) / (n + 1) for sign in (1, -1))
+            one = weight**2 * (up + down - (up - down) ** 2) / n
+        else:
+            one = weight**2 * float(d.var(ddof=1)) / n
+        variance += one
+        spread += one**2 / (n - 1)
+    if variance == 0:
+        return mean, mean, mean
+    half = float(stats.t.ppf((1 + level) / 2, variance**2 / spread)) * math.sqrt(variance)
+    return mean, mean - half, mean + half

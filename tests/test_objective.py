@@ -9,7 +9,7 @@ import pytest
 
 from merge_search.errors import NonFiniteError, StudyFileError
 from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split, SplitShares, pack, split_of, unpack
-from merge_search.objective import Objective, References, _pairing
+from merge_search.objective import Objective, References, _pairing, paired_interval
 from merge_search.search.records import teachers_of
 
 METRICS = [
@@ -367,3 +367,30 @@ def test_four_real_gains_are_not_drowned_by_the_57_subjects_of_a_group() -> None
     assert np.mean(after) == pytest.approx(0.74, abs=0.03)
     assert np.std(after) < 0.05
     assert counted > 45
+
+
+@pytest.mark.parametrize("n", [5, 10, 30])
+@pytest.mark.parametrize(
+    ("tasks", "right", "other", "alike"),
+    [(1, 0.8, 0.6, 0.5), (3, 0.8, 0.6, 0.5), (3, 0.6, 0.6, 0.0), (3, 0.95, 0.9, 0.9), (1, 0.9, 0.9, 0.5)],
+)
+def test_paired_intervals_hold_the_difference(n: int, tasks: int, right: float, other: float, alike: float) -> None:
+    """At least 93 % of the 95 % intervals of binary answers do, less three standard errors of 1 000 intervals."""
+    rng = np.random.default_rng(0)
+    weights = {str(t): 1.0 for t in range(tasks)}
+    held = 0
+    for _ in range(1000):
+        u = rng.random((tasks, n))
+        v = np.where(rng.random(u.shape) < alike, u, rng.random(u.shape))
+        a, b = (scored(dict(zip(weights, x.astype(float), strict=True))) for x in (u < right, v < other))
+        _, low, high = paired_interval(a, b, {f"{t}/acc": w for t, w in weights.items()})
+        held += low - 1e-12 <= tasks * (right - other) <= high + 1e-12
+    assert held / 1000 >= 0.93 - 3 * math.sqrt(0.93 * 0.07 / 1000)
+
+
+def test_equal_answers_have_an_interval() -> None:
+    same = scored({"a": np.ones(5)})
+    difference, low, high = paired_interval(same, same, {"a/acc": 1.0})
+    assert difference == 0
+    assert low < -0.3
+    assert high > 0.3

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import optuna
 
-from merge_search.objective import Objective, References, paired_difference
+from merge_search.objective import Objective, References, paired_interval
 from merge_search.search.records import Record, candidates, finished_records, references_of
 from merge_search.search.verdict.selection import (
     Standing,
@@ -212,8 +212,7 @@ def _paired_comparison(
     merge: Standing, rival: Standing, objective: Objective, name: str, weights: dict[str, float]
 ) -> str:
     """How the merge compares with its rival on the same questions, with a 95 % interval of the difference."""
-    gain, se = paired_difference(merge.evaluation, rival.evaluation, weights)
-    low, high = gain - 1.96 * se, gain + 1.96 * se
+    gain, low, high = paired_interval(merge.evaluation, rival.evaluation, weights)
     if low > 0:
         word = "better than"
     elif high < 0:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from scipy import stats
 
 from merge_search.evaluation import Evaluation, MetricInfo, Scores, Split
 from merge_search.objective import Estimate, Objective, References
@@ -165,9 +166,9 @@ def test_the_base_may_be_the_better_answer(study: optuna.Study) -> None:
 
 
 def test_the_verdict_is_a_paired_interval(study: optuna.Study) -> None:
-    """74 against 66 of the same 100 questions, nested: 8 questions differ, all in favour."""
-    d = np.array([1.0] * 8 + [0.0] * 92)
-    half = 1.96 * float(d.std(ddof=1)) / 10
+    """74 against 66 of the same 100 questions, nested: 8 questions differ, all in favour. t is Student's, at 99."""
+    up, down = 8.5 / 101, 0.5 / 101
+    half = 1.98422 * float(np.sqrt((up + down - (up - down) ** 2) / 100))
     verdict = summary_table(study, OBJECTIVE, ("x",)).verdict
     assert "better than baseline: average" in verdict
     assert f": t +0.080, 95 % interval [{0.08 - half:+.3f}, {0.08 + half:+.3f}]" in verdict
@@ -196,8 +197,9 @@ def test_the_verdict_is_about_the_objective_not_about_the_mean_of_the_tasks(stud
     metrics = [MetricInfo(t, "acc", True, {Split.VALIDATION: 100}) for t in ("a", "b")]
     rows = {0: [half(50), half(20)], 1: [half(60), half(70)], 2: [half(62), half(70)], 5: [half(70), half(60)]}
     with_validation(study, metrics, rows)
-    variances = [np.array(half(k)).var(ddof=1) / 100 for k in (8, 10)]
-    width = 1.96 * float(np.sqrt((0.5 / 0.1) ** 2 * variances[0] + (0.5 / 0.5) ** 2 * variances[1]))
+    shares = [((k + 0.5) / 101, 0.5 / 101) for k in (8, 10)]
+    a, b = (w**2 * (up + down - (up - down) ** 2) / 100 for w, (up, down) in zip((5, 1), shares, strict=True))
+    width = float(stats.t.ppf(0.975, 99 * (a + b) ** 2 / (a**2 + b**2)) * np.sqrt(a + b))
     verdict = summary_table(study, Objective(["mean_retention"], [], [], metrics), ("x",)).verdict
     assert "better than baseline: average: mean_retention +0.300" in verdict
     assert f"[{0.3 - width:+.3f}, {0.3 + width:+.3f}]" in verdict
@@ -210,7 +212,7 @@ def test_a_verdict_where_lower_is_better_has_an_interval_too(study: optuna.Study
     rows = {n: [list(level + noise * (n + 1))] for n, level in ((0, 3.0), (1, 2.5), (2, 2.4), (5, 2.0))}
     with_validation(study, [metric], rows)
     verdict = summary_table(study, objective, ("x",)).verdict
-    half_width = 1.96 * float((noise * 3).std(ddof=1)) / 10
+    half_width = 1.98422 * float((noise * 3).std(ddof=1)) / 10
     assert "better than baseline: average: w -0.400" in verdict
     assert f"[{-0.4 - half_width:+.3f}, {-0.4 + half_width:+.3f}]" in verdict
 
