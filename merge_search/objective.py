@@ -534,10 +534,10 @@ def paired_interval(
     """The weighted difference of two evaluations on the same questions, and an interval of it at this level.
 
     The interval is Student's, with the degrees of freedom of Welch and Satterthwaite over the metrics. Where all
-    answers of a metric are 0 or 1, half a question is added to those that only `a` and to those that only `b` has right. So
-    equal answers still have an interval; with few questions it is wider than it must be. Graded answers whose
-    differences are all equal count as known exactly. The weights count as known: where they are one over the lead of
-    an expert, the noise of that lead is left out.
+    answers of a metric are 0 or 1, half a question is added to those that only `a` has right, and to those that only
+    `b` has right. So equal answers still have an interval. With few questions it is wider than it must be. Graded
+    answers whose differences are all equal count as known exactly. The weights count as known: where they are one over
+    the lead of an expert, the noise of that lead is left out.
 
     Args:
         a: The first evaluation, with at least two questions per metric.

@@ -364,5 +364,5 @@ def _baselines(file: StudyFile, problems: _Problems) -> list[Baseline]:
             listed = ["ties", "dare", "della"]
         named = [next(iter(n), None) if isinstance(n, dict) else n for n in listed]
         usable = [n for n in named if isinstance(n, str) and n in PRESETS and PRESETS[n].fit is None]
-        return read_baselines([*(n for n in dict.fromkeys(usable) if n not in UNASKED), *UNASKED], [])
+        return read_baselines([*UNASKED, *(n for n in dict.fromkeys(usable) if n not in UNASKED)], [])
     return read_baselines(entries, problems.sentences)

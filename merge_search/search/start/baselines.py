@@ -27,8 +27,8 @@ UNASKED: tuple[str | Mapping[str, Mapping[str, Any]], ...] = (
     "regmean_parts",
     {"regmean_parts": {"coefficient": 1.5}},
 )
-"""Baselines besides the presets of the space where the study file names none: on real models the best merges that need
-no search. `regmean_parts` needs prompts."""
+"""Baselines before the presets of the space where the study file names none: on real models the best merges that need
+no search, so a small budget should reach them. `regmean_parts` needs prompts."""
 
 
 def read_baselines(entries: Sequence[str | Mapping[str, Mapping[str, Any]]], problems: list[str]) -> list[Baseline]:
