@@ -93,13 +93,15 @@ def test_the_winner_is_exported_with_the_weights_that_were_scored_and_its_card(s
 
 
 def test_a_merge_that_is_worse_than_the_base_is_exported_only_by_number(study: Path, tmp_path: Path) -> None:
-    """The base gets the winner's answers on the validation questions, and all others get the base's."""
+    """The base gets the best trial's answers on the validation questions, and all others get the worst trial's."""
     stored = optuna.load_study(study_name="kept", storage=f"sqlite:///{study.parent / 'kept.sqlite'}")
-    scored = {t.number: t for t in stored.get_trials() if t.values and "evaluation" in t.user_attrs}
+    scored = {t.number: t for t in stored.get_trials() if t.user_attrs.get("outcome") == "ok"}
     base = next(t for t in scored.values() if t.user_attrs.get("label") == "base")
     best = max(scored.values(), key=lambda t: t.value or 0.0)
-    answers = {n: (best if t is base else base).user_attrs["evaluation"] for n, t in scored.items()}
+    worst = min(scored.values(), key=lambda t: t.value or 0.0)
+    answers = {n: (best if t is base else worst).user_attrs["evaluation"] for n, t in scored.items()}
     stored.set_user_attr("validation", {str(n): found for n, found in answers.items()})
+    stored.set_user_attr("search_posterior", {})
     refused = here("export", study, tmp_path / "best", check=False)
     said = " ".join(refused.stderr.split())
     assert "every merge is expected to be worse than the base" in said

@@ -101,7 +101,7 @@ def test_every_trial_is_stored_with_all_that_is_known(finished: tuple[Path, str]
 
 def test_baselines_come_first_and_define_retention(finished: tuple[Path, str]) -> None:
     first = records(load(finished[0]))[:7]
-    assert [r.label for r in first] == ["base", *EXPERTS, "average", "task_arithmetic", "ties"]
+    assert [r.label for r in first] == ["base", *EXPERTS, "average", "task_arithmetic", "tsv_m"]
     assert first[0].values == (0.0,)
     assert all(r.values[0] < 1 for r in first[:4])
 

@@ -252,9 +252,10 @@ def winner(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) 
 
 
 def base_is_better(study: optuna.Study, objective: Objective, experts: tuple[str, ...]) -> str:
-    """A text with the scores if every merge is expected to be worse than the base, by all answers; else ''.
+    """A text with the scores if every merge is expected to be worse than the base by a standard error; else ''.
 
-    Only with one objective, and only once the merges have validation scores.
+    All answers count, of search and validation. Only with one objective, and only once the merges have validation
+    scores.
     """
     rows = standings(study, objective, experts)
     base = next((s for s in rows if s.role == "base"), None)
@@ -262,11 +263,13 @@ def base_is_better(study: optuna.Study, objective: Objective, experts: tuple[str
     best = next((s for s in rows if won is not None and s.record.number == won.number), None)
     if base is None or best is None or len(objective.names) > 1 or base.excess > best.excess:
         return ""
-    if objective.key([base.expected]) <= objective.key([best.expected]):
+    lead = objective.key([base.expected]) - objective.key([best.expected])
+    if not lead > best.stderrs[0]:
         return ""
     return (
         f"every merge is expected to be worse than the base in {objective.names[0]}, by the search and validation "
-        f"questions: the best is {best.record.name} with {best.expected:.3f}, the base has {base.expected:.3f}"
+        f"questions: the best is {best.record.name} with {best.expected:.3f} ± {best.stderrs[0]:.3f} (standard error), "
+        f"the base has {base.expected:.3f}"
     )
 
 
