@@ -54,6 +54,57 @@ RankOption = Annotated[
 
 
 @app.command()
+def init(
+    study: Annotated[Path, typer.Argument(help="The study file to write.")] = Path("study.yaml"),
+    base: Annotated[str, typer.Option(metavar="PATH_OR_ID", help="Folder or hub id of the base.")] = "",
+    expert: Annotated[
+        list[str] | None, typer.Option(metavar="[NAME=]PATH_OR_ID", help="A fine-tune of the base; give it repeatedly.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(metavar="A,B,...", help="Tasks, groups or tags of lm-eval.")] = "",
+    include_path: Annotated[
+        list[str] | None, typer.Option(metavar="FOLDER", help="Folder with task files of your own; also repeatedly.")
+    ] = None,
+    time: Annotated[str, typer.Option(metavar="2h|90m", help="How long to search.")] = "",
+    questions: Annotated[
+        int | None, typer.Option(help="Or: how many questions to ask. Without both: 40 trials.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write a commented study file. It asks for what the options leave out, if there is a terminal."""
+    from merge_search.begin import Answers, begin, occupied
+
+    if problems := occupied(study, force=force):
+        raise InputError(problems)
+    experts, is_terminal = expert or [], sys.stdin.isatty() and sys.stdout.isatty()
+    given = {"--base PATH_OR_ID": base, "--expert [NAME=]PATH_OR_ID": experts, "--tasks A,B": tasks}
+    missing = [option for option, value in given.items() if not value]
+    if missing and not is_terminal:
+        raise InputError(f"missing: {', '.join(missing)}; without a terminal nothing can be asked")
+    if missing:
+        base = base or typer.prompt("Base (folder or hub id)")
+        while not experts or not expert:
+            text = typer.prompt("Expert ([NAME=]folder or hub id; empty: no more)", default="", show_default=False)
+            if text:
+                experts.append(text)
+            elif experts:
+                break
+        tasks = tasks or typer.prompt("Tasks of lm-eval (a,b,c)")
+        if not time and questions is None:
+            time = typer.prompt("Time to search (2h, 90m; empty: 40 trials)", default="", show_default=False)
+    names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    answers = Answers(base, experts, names, include_path or (), time, questions, device)
+    for text in begin(study, answers, force=force):
+        out.print(f"Note: {text}.", highlight=False, markup=False, soft_wrap=True)
+    out.print(
+        f"{study} written. Check it: merge-search validate {study}; then search: merge-search run {study}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def run(study: StudyArgument, device: DeviceOption = None) -> None:
     """Run or resume a search. After a crash, a Ctrl-C, SIGTERM or SIGUSR1, the same command goes on."""
     with _stopping():

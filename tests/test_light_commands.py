@@ -75,3 +75,15 @@ def test_a_wrong_recipe_path_is_told_before_anything_heavy_is_imported(tmp_path:
     assert "error: no such file: " in shown
     assert "STATUS 2" in shown
     assert heavy == []
+
+
+def test_init_loads_no_torch_and_for_a_wrong_path_nothing_heavy(demo: Path, tmp_path: Path) -> None:
+    command = ["init", str(tmp_path / "s.yaml"), f"--expert={demo}/models/maths", "--tasks=demo_maths"]
+    command.append(f"--include-path={demo}/tasks")
+    shown, heavy = loaded([*command, "--base=./nope"], [*command[:2]], names=MODELS + DATA)
+    assert "base: ./nope: no such folder" in shown
+    assert shown.count("STATUS 2") == 2
+    assert heavy == []
+    shown, heavy = loaded([*command, f"--base={demo}/models/base"], names=MODELS)
+    assert "s.yaml written" in shown
+    assert heavy == []

@@ -19,7 +19,7 @@ from evaluators.lm_eval.groups import Group, groups_of, score_group
 from evaluators.lm_eval.options import LmEvalOptions
 from evaluators.lm_eval.questions import TaskQuestions
 from evaluators.lm_eval.scores import score_task
-from evaluators.lm_eval.tasks import Loaded, load_tasks, quiet_lm_eval, reason
+from evaluators.lm_eval.tasks import Loaded, load_tasks, quiet_lm_eval, reason, unknown_tasks
 from merge_search.errors import EvaluationError, StudyFileError, nearest
 from merge_search.evaluation import Cost, Evaluation, Evaluator, MetricInfo, Scores, Split, SplitShares, window
 from merge_search.seeding import derive_seed
@@ -103,6 +103,16 @@ class LmEval(Evaluator):
             ]
         if problems:
             raise StudyFileError(problems)
+
+    @staticmethod
+    def unknown_tasks(options: Mapping[str, Any], folder: Path | None = None) -> list[str]:
+        """A sentence for each name of a task that lm-eval does not know, with the nearest one. No data set is read.
+
+        Raises:
+            StudyFileError: Problems with the options.
+        """
+        with quiet_lm_eval():
+            return unknown_tasks(LmEvalOptions.parse(options, folder), folder)
 
     def metrics(self) -> list[MetricInfo]:
         """Every metric of every task and group, a group before its members. The main metric of each comes first."""

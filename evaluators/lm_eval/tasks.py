@@ -33,7 +33,7 @@ from evaluators.lm_eval._compat import (
 from evaluators.lm_eval.options import LmEvalOptions
 from merge_search.errors import nearest
 
-__all__ = ["Loaded", "load_tasks", "quiet_lm_eval", "reason"]
+__all__ = ["Loaded", "load_tasks", "quiet_lm_eval", "reason", "unknown_tasks"]
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +117,7 @@ def load_tasks(
     for spec in specs:
         data_files.clear()
         if spec not in manager.task_index and not Path(spec).is_file():
-            hint = nearest(spec, manager.task_index)
-            problems.append(f"tasks: lm-eval has no task, tag or group called {spec!r}{hint}")
+            problems.append(_unknown(spec, manager.task_index))
             continue
         try:
             found = manager.load([spec])
@@ -142,6 +141,27 @@ def load_tasks(
             if task.OUTPUT_TYPE == "generate_until" and (settings := options.for_task(name).gen_kwargs):
                 task.set_config("generation_kwargs", copy.deepcopy(settings), update=True)
     return tasks, named, problems
+
+
+def unknown_tasks(options: LmEvalOptions, folder: Path | None = None) -> list[str]:
+    """A sentence for each task that `load_tasks` would not find, or for each broken task file. No data set is read.
+
+    Args:
+        options: The evaluator's options.
+        folder: As for `load_tasks`.
+    """
+    folders = [str(folder or ""), *options.include_path]
+    for defaults in (False, True):
+        index = _manager(options.include_path, [], defaults=defaults).task_index
+        specs = [_path(name, folders) if name not in index else name for name in options.tasks]
+        unknown = [_unknown(spec, index) for spec in specs if spec not in index and not Path(spec).is_file()]
+        if not unknown or (broken := list(_broken_files(options.include_path))):
+            return broken if unknown else []
+    return unknown
+
+
+def _unknown(spec: str, index: Mapping[str, Any]) -> str:
+    return f"tasks: lm-eval has no task, tag or group called {spec!r}{nearest(spec, index)}"
 
 
 def _named(index: Mapping[str, Any], spec: str, found: Mapping[str, Any]) -> list[str | Loaded]:
