@@ -34,6 +34,7 @@ evaluate:
     tasks: {tasks}
 {include_path}    batch_size: 16                      # larger is faster, as far as memory goes
     # apply_chat_template: true         # for chat models
+    # confirm_run_unsafe_code: true     # for tasks that run what the model wrote (humaneval, mbpp)
     # limit: 500                        # at most so many questions of a task, for a first try
 splits:                                 # search: compares candidates; validation: chooses the winner;
   search: 0.6                           # test: stays sealed until merge-search test

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,9 @@ def test_what_is_commented_out_may_be_used(demo: Path, tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     here("init", path, *flags(demo))
     text = re.sub(r"^( *)# (?=\w+: )", r"\1", path.read_text(), flags=re.MULTILINE)
-    assert {"dtype", "limit", "constraints"} <= set(re.findall(r"^ +(\w+):", text, re.MULTILINE))
+    assert {"dtype", "confirm_run_unsafe_code", "limit", "constraints"} <= set(
+        re.findall(r"^ +(\w+):", text, re.MULTILINE)
+    )
     path.write_text(text.replace("apply_chat_template: true", "apply_chat_template: false"))  # the demo has no template
     assert "no problem found" in here("validate", path).stdout
 
@@ -142,6 +145,22 @@ def test_a_hub_id_that_is_not_cached_is_a_note(demo: Path, tmp_path: Path) -> No
     assert any("org/no-model" in text and "was not checked" in text for text in notes)
     assert any("not compared with the base" in text for text in notes)
     assert read_study_file(path).models.base == "org/no-model"
+
+
+def test_a_hub_id_in_the_cache_is_checked(demo: Path, tmp_path: Path, llama_folders: Path) -> None:
+    cached = tmp_path / "hub" / "models--org--base"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(llama_folders / "base", cached / "snapshots" / ("0" * 40))
+    line = [sys.executable, "-m", "merge_search", "init", str(tmp_path / "s.yaml"), "--base=org/base", *flags(demo)[1:]]
+    env = {**ENV, "HF_HUB_CACHE": str(tmp_path / "hub")}
+    done = subprocess.run(line, capture_output=True, text=True, env=env)
+    assert done.returncode == 2
+    assert re.search(r"models: expert 'maths' .*must have", done.stderr)
+    shutil.copytree(demo / "models" / "base", cached / "snapshots" / ("0" * 40), dirs_exist_ok=True)
+    done = subprocess.run(line, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "Note" not in done.stdout
 
 
 @pytest.mark.parametrize("text", ["2", "h", "2x", "0h", "1h 30m", "-1h", ""])
