@@ -46,8 +46,9 @@ class FitSettings:
 
     Attributes:
         per: Granularity of the coefficients (`rules.GRANULARITIES`): one number per expert and ``expert``, ``block``,
-            ``block_kind`` (block and module kind), ``tensor`` or ``row`` (output row; the rows of a
-            tensor also move together), or a part by a rule from outside. Finer granularities need more rows: about 200 for blocks, 400 for tensors, thousands for rows.
+            ``block_kind`` (block and module kind), ``tensor`` or ``row`` (output row; the rows of a tensor also move
+            together), or a part by a rule from outside. Finer granularities need more rows: about 200 for blocks, 400
+            for tensors, thousands for rows.
         steps: Number of Adam steps. With 0 the fit returns the start.
         step_size: Adam's step size.
         batch_rows: Rows of every task in every step.
